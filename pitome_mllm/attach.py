@@ -1,0 +1,267 @@
+"""Attach merging to a model, change it, and take it off again without a trace.
+
+Read next: `plan` for what a setting means, `tower` for merging inside the blocks, `prompt` for the placeholders.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from . import prompt, tower
+from .methods import Reducer
+from .plan import Plan, Settings, make_plan
+from .prompt import Call
+from .specs import FAMILIES, TOWERS, FamilySpec, geometry
+from .stats import Stats
+
+logger = logging.getLogger(__name__)
+
+# Every hook we register: the table of the module it lives in, and the function.
+_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
+_HOOKS = (
+    tower.start_run,
+    tower.finish_run,
+    tower.catch_keys,
+    prompt.before_forward,
+    prompt.after_forward,
+    prompt.before_language,
+)
+
+
+class _State(threading.local):
+    """What one thread does with one attachment."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan | None] = []  # of `using`, innermost last
+        self.generating = 0
+        self.call: Call | None = None
+        self.stats: Stats | None = None
+
+
+class Attachment:
+    """Merging on one model; made by `attach`. Also a context manager that removes itself.
+
+    Attributes
+    ----------
+    model : the model.
+    plan : what happens to every picture outside `using`.
+    stats : this thread's last run, None before it or if the plain model ran.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        family = _family(model)
+        self.model = model
+        self.geometry = geometry(model.config)
+        self.settings = settings
+        self.plan = make_plan(settings, self.geometry)
+        self.state = _State()
+        self._tower: nn.Module = operator.attrgetter(family.tower)(model)
+        self._language: nn.Module = operator.attrgetter(family.language)(model)
+        self._own_generate = vars(model).get("generate")
+        self._install()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Attachment | None:
+        """The attachment that a model carries; a deep copy of a model carries its own."""
+        return vars(model).get("_pitome")
+
+    @property
+    def active(self) -> Plan | None:
+        """The plan in force on this thread; None = the plain model."""
+        return self.state.plans[-1] if self.state.plans else self.plan
+
+    @property
+    def stats(self) -> Stats | None:
+        return self.state.stats
+
+    @stats.setter
+    def stats(self, stats: Stats | None) -> None:
+        self.state.stats = stats
+
+    def update(self, **settings: Any) -> None:
+        """Change settings for all threads; the same keywords as `attach`. On an error nothing changes."""
+        changed = self.settings.changed(**settings)
+        self.plan = make_plan(changed, self.geometry)
+        self.settings = changed
+
+    @contextmanager
+    def using(self, plain: None = None, /, **settings: Any) -> Iterator[Attachment]:
+        """Other settings within a ``with`` block, for this thread only. ``using(None)`` is the plain model."""
+        plan = make_plan(self.settings.changed(**settings), self.geometry) if settings else None
+        with self._pinned(plan):
+            yield self
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Within generate(): prompts are short already, and the plan stays what it was at its start."""
+        with self._pinned(self.active):
+            self.state.generating += 1
+            try:
+                yield
+            finally:
+                self.state.generating -= 1
+
+    @contextmanager
+    def _pinned(self, plan: Plan | None) -> Iterator[None]:
+        self.state.plans.append(plan)
+        try:
+            yield
+        finally:
+            self.state.plans.pop()
+
+    def remove(self) -> None:
+        """Restore the model exactly. A second call does nothing."""
+        if Attachment.of(self.model) is not self:
+            return
+        if self._own_generate is None:
+            del self.model.generate
+        else:
+            self.model.generate = self._own_generate
+        for layer in _layers(self._tower):
+            key = getattr(getattr(layer, layer._pitome[1].attention), layer._pitome[1].key)
+            _unhook(key)
+            _swap_class(layer, type(layer).__bases__[1])
+            del layer._pitome
+        for module in (self.model, self._tower, self._language):
+            _unhook(module)
+            del module._pitome
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Attachment({type(self.model).__name__}: {_describe(self.plan)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deep copies: what threads are doing stays behind."""
+        return {k: v for k, v in vars(self).items() if k != "state"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, state=_State())
+
+    def _install(self) -> None:
+        layers = _layers(self._tower)
+        if len(layers) != self.geometry.blocks:
+            raise ValueError(
+                f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
+                f"expected {self.geometry.blocks}"
+            )
+        for index, layer in enumerate(layers):
+            spec = TOWERS[type(layer).__name__]
+            layer._pitome = (index, spec)
+            getattr(getattr(layer, spec.attention), spec.key).register_forward_hook(tower.catch_keys)
+            _swap_class(layer, tower.merging_class(type(layer)))
+        for module in (self.model, self._tower, self._language):
+            module._pitome = self
+        self._tower.register_forward_pre_hook(tower.start_run, with_kwargs=True)
+        self._tower.register_forward_hook(tower.finish_run, with_kwargs=True)
+        self.model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
+        self.model.register_forward_hook(prompt.after_forward, with_kwargs=True)
+        self._language.register_forward_pre_hook(prompt.before_language, with_kwargs=True)
+        self.model.generate = MethodType(_generate_like(self.model), self.model)
+
+
+def attach(model: nn.Module, method: str | Reducer | None = None, **settings: Any) -> Attachment:
+    """Merge the visual tokens of a model, in place, until the returned handle is removed.
+
+    Important
+    ---------
+    model : a transformers model of a supported family, such as LlavaForConditionalGeneration.
+    method : a name in `METHODS` or a `Reducer`; None = "pitome-tuned".
+    keep : visual tokens per picture that reach the LLM; an int is a count, a float in (0, 1] a fraction.
+    ratio : instead of keep: the share of its tokens that every block keeps (the paper's rho).
+    counts : instead of keep: the patch tokens left after each merging block.
+
+    If you want to tinker
+    ---------------------
+    schedule : shape of the way down to keep over the blocks: "equal", "constant", "linear", "late", "last".
+    where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
+        tower, by default the geometric mean of all and keep).
+    metric : "keys" of the block's attention, or "hidden" states.
+    place : "mid" (between attention and MLP) or "end" of a block.
+    weighted : mean weighted by the patches that tokens stand for.
+    proportional_attention : add log(size) to the attention logits of merged tokens.
+    order : "reading", or "source" as the reference code of a method leaves the tokens.
+    positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
+    energies : keep the energy of every token in ``handle.stats``.
+    Anything else is an option of the method, such as ``margin=0.45``.
+
+    Raises
+    ------
+    ValueError : an unsupported model, one that carries an attachment already, or settings that cannot be reached.
+    """
+    carried = _carried(model)
+    if carried is not None:
+        raise ValueError(
+            f"{type(model).__name__} already carries {_describe(carried.plan)}; "
+            "call its handle.update(...) to change it, or handle.remove() first"
+        )
+    asked = Settings().changed(method=method, **settings)
+    if asked.keep is None and asked.ratio is None and asked.counts is None:
+        raise ValueError("nothing to merge was asked for; give keep=144, keep=0.25 or ratio=0.9")
+    handle = Attachment(model, asked)
+    logger.info("attached %s", handle)
+    return handle
+
+
+def _describe(plan: Plan) -> str:
+    return f"{plan.method} (keep={plan.keep} of {plan.available}, {plan.where})"
+
+
+def _family(model: nn.Module) -> FamilySpec:
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    raise ValueError(f"unsupported model {type(model).__name__}; supported: {', '.join(FAMILIES)}")
+
+
+def _carried(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, or of another model that shares its vision tower."""
+    return next((a for a in map(Attachment.of, model.modules()) if isinstance(a, Attachment)), None)
+
+
+def _layers(root: nn.Module) -> list[nn.Module]:
+    """The encoder layers of a tower, found by type: their paths differ between versions."""
+    return [m for m in root.modules() if any(cls.__name__ in TOWERS for cls in type(m).__mro__)]
+
+
+def _swap_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a layer another class, and rebind a forward that accelerate or an older library keeps on the instance."""
+    old = type(layer).forward
+    layer.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        kept = vars(layer).get(name)
+        if isinstance(kept, MethodType) and kept.__func__ is old:
+            vars(layer)[name] = MethodType(cls.forward, layer)
+
+
+def _unhook(module: nn.Module) -> None:
+    """Remove our hooks; found by function, so that it works on deep copies too."""
+    for table in _HOOK_TABLES:
+        hooks = getattr(module, table)
+        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            del hooks[key]
+            getattr(module, f"{table}_with_kwargs").pop(key, None)
+
+
+def _generate_like(model: nn.Module) -> Callable[..., Any]:
+    """A generate() that looks like the model's own, which callers and transformers inspect."""
+
+    @functools.wraps(type(model).generate)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plain = self._pitome._own_generate or MethodType(type(self).generate, self)
+        return prompt.generate(self, plain, args, kwargs)
+
+    return generate

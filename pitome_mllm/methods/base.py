@@ -1,0 +1,228 @@
+"""What a method is (`Reducer`) and what it answers (`Merge`).
+
+A reducer looks at one metric per token and decides which tokens join. A merge is that decision, and applies it to
+anything that has one row per token: features, sizes, provenance. Shapes are static and nothing synchronises with
+the host, so both run under ``torch.compile`` and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, K) of ``x`` (B, N, C), as (B, K, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def unit_metric(metric: Tensor) -> Tensor:
+    """``metric`` (B, N, C) in float32 with rows of length one.
+
+    A row with NaN or infinity becomes zero, and a zero row stays zero: such a token is similar to nothing.
+    """
+    metric = metric.detach().float()
+    usable = metric.isfinite().all(-1, keepdim=True)
+    return F.normalize(metric.where(usable, 0.0), dim=-1)
+
+
+def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The most similar target of every source.
+
+    Parameters
+    ----------
+    unit : (B, N, C) from `unit_metric`.
+    sources, targets : (B, S) and (B, T) token indices.
+
+    Returns
+    -------
+    similarity : (B, S) cosine similarity to that target.
+    target : (B, S) its token index; the first of equals.
+    """
+    similarity = rows(unit, sources) @ rows(unit, targets).mT
+    return similarity.amax(-1), targets.gather(1, similarity.argmax(-1))
+
+
+def most_similar_first(unit: Tensor, sources: Tensor, targets: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The ``r`` sources that are most similar to their nearest target, and those targets, each (B, r)."""
+    similarity, target = nearest(unit, sources, targets)
+    chosen = similarity.argsort(dim=1, descending=True, stable=True)[:, :r]
+    return sources.gather(1, chosen), target.gather(1, chosen)
+
+
+class Merge:
+    """Which tokens join, and how their values combine.
+
+    Attributes
+    ----------
+    group : (B, N) int64, group 0 .. count-1 of every token, -1 = dropped; None for methods without groups.
+    count : number of groups K.
+    energy : (B, n) float32 energy of the unprotected tokens, for methods that have one; else None.
+
+    Groups are numbered in reading order: by the smallest index among their tokens.
+    """
+
+    def __init__(self, root: Tensor, count: int, *, source: Tensor | None = None, energy: Tensor | None = None) -> None:
+        """Group tokens by a common root.
+
+        Parameters
+        ----------
+        root : (B, N) int64, the index of one token of the group, the same for all its tokens; -1 = dropped.
+        count : how many different roots every row has.
+        source : (B, K) int64, one token of each group, in the order in which the reference code leaves the groups.
+        """
+        batch, tokens = root.shape
+        index = torch.arange(tokens, device=root.device).expand(batch, tokens)
+        kept = root >= 0
+        slot = root.where(kept, tokens)  # one extra place takes what is dropped
+        smallest = torch.full((batch, tokens + 1), tokens, device=root.device).scatter_reduce(1, slot, index, "amin")
+        smallest = smallest.gather(1, slot)
+        first = kept & (smallest == index)
+        number = first.cumsum(1) - 1
+        order = first.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+
+        self.count = count
+        self.energy = energy
+        self.group: Tensor | None = number.gather(1, smallest.clamp(max=tokens - 1)).where(kept, -1)
+        self._source = source
+        self._first = order[:, :count]  # the first token of each group ...
+        self._rest = order[:, count:]  # ... and all the others
+
+    @classmethod
+    def join(cls, tokens: int, sources: Tensor, targets: Tensor, **extra: Tensor | None) -> Merge:
+        """Each of ``sources`` (B, r) joins the token of ``targets`` (B, r) beside it; the other tokens stay alone."""
+        batch, r = sources.shape
+        root = torch.arange(tokens, device=sources.device).repeat(batch, 1)
+        return cls(root.scatter(1, sources, targets), tokens - r, **extra)
+
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Combine the tokens of each group: their size-weighted mean, and the sum of their sizes.
+
+        Parameters
+        ----------
+        x : (B, N, C) features of any floating dtype.
+        size : (B, N, 1) patches that each token stands for; None = one each.
+
+        Returns
+        -------
+        x : (B, K, C) in the dtype of ``x``, accumulated in float32; a token that stayed alone is unchanged to the bit.
+        size : (B, K, 1) float32.
+        """
+        if size is None:
+            size = torch.ones_like(x[..., :1])
+        size = size.float()
+        slot = self.group.gather(1, self._rest)
+        dropped = slot[..., None] < 0
+        slot = slot.clamp(min=0)[..., None]
+        rest_size = rows(size, self._rest).masked_fill(dropped, 0.0)
+        first_size = rows(size, self._first)
+        total = first_size.scatter_add(1, slot, rest_size)
+
+        first = rows(x, self._first).float() * (first_size / total)
+        rest = rows(x, self._rest).float() * (rest_size / total.gather(1, slot))
+        rest = rest.masked_fill(dropped, 0.0)  # a NaN that is dropped must not come back as 0 * NaN
+        return first.scatter_add(1, slot.expand_as(rest), rest).to(x.dtype), total
+
+    def expand(self, y: Tensor) -> Tensor:
+        """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""
+        dropped = self.group[..., None] < 0
+        return rows(y, self.group.clamp(min=0)).masked_fill(dropped, 0.0)
+
+    def then(self, later: Merge) -> Merge:
+        """The composition: ``later`` merges what this one leaves."""
+        return _Chain(self, later)
+
+    def in_source_order(self) -> Merge:
+        """The same groups, numbered in the order that the reference code leaves (reading order where it has none)."""
+        if self._source is None:
+            return self
+        order = self.group.gather(1, self._source)  # (B, K): reading-order number of the group now at each place
+        place = order.argsort(dim=1)
+        renumbered = object.__new__(type(self))
+        renumbered.__dict__.update(self.__dict__)
+        renumbered.group = place.gather(1, self.group.clamp(min=0)).where(self.group >= 0, -1)
+        renumbered._first = self._first.gather(1, order)
+        return renumbered
+
+
+class _Chain(Merge):
+    """Two merges, one after the other, each combining in its own way."""
+
+    def __init__(self, earlier: Merge, later: Merge) -> None:
+        self._steps = (earlier, later)
+        self.count = later.count
+        self.energy = earlier.energy
+        self._source = None
+        self.group = None
+        if earlier.group is not None and later.group is not None:
+            group = later.group.gather(1, earlier.group.clamp(min=0))
+            self.group = group.where(earlier.group >= 0, -1)
+
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        earlier, later = self._steps
+        return later.reduce(*earlier.reduce(x, size))
+
+    def expand(self, y: Tensor) -> Tensor:
+        earlier, later = self._steps
+        return earlier.expand(later.expand(y))
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """A method: decides which tokens join. Its options are its dataclass fields.
+
+    Class attributes
+    ----------------
+    needs : what `match` requires beyond the metric, of "attention" (B, N), "query" (B, C) and "grid" (rows, columns).
+    once : the method reduces in one step, at one place; it does not make sense a little in every block.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    once: ClassVar[bool] = False
+
+    @abstractmethod
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        """Decide which tokens join.
+
+        Parameters
+        ----------
+        metric : (B, N, C) whose cosine similarity says how alike tokens are.
+        r : how many tokens every row loses.
+        size : (B, N, 1) patches that each token stands for; None = one each.
+        protected : the first tokens (a class token) stay alone, as groups 0 .. protected-1.
+        depth : l / L, the 0-based index of the merging block over their number.
+
+        Returns
+        -------
+        A `Merge` with exactly N - r groups. A token whose metric holds NaN or infinity is similar to nothing.
+
+        Raises
+        ------
+        ValueError : r is negative or beyond ``max_removable``.
+        """
+
+    def max_removable(self, n: int) -> int:
+        """The most tokens that one `match` can remove of ``n`` unprotected ones: half, for bipartite methods."""
+        return n // 2
+
+    def allowed(self, n: int) -> Collection[int]:
+        """The token counts that repeated matching can reach from ``n`` unprotected tokens."""
+        return range(1, n + 1)
+
+    def check(self, metric: Tensor, r: int, protected: int) -> int:
+        """The number of unprotected tokens of ``metric``; ValueError if ``r`` of them cannot be removed."""
+        tokens = metric.shape[1] - protected
+        if not 0 <= r <= self.max_removable(tokens):
+            raise ValueError(
+                f"cannot remove r={r} of {tokens} tokens in one step with {type(self).__name__}: "
+                f"0 to {self.max_removable(tokens)} are possible; remove the rest in further steps"
+            )
+        return tokens

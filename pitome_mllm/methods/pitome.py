@@ -1,0 +1,76 @@
+"""PiToMe: merge inside large clusters of similar tokens, protect the rare ones.
+
+"Accelerating Transformers with Spectrum-Preserving Token Merging" (NeurIPS 2024, arXiv 2405.16148), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Merge, Reducer, most_similar_first, unit_metric
+
+ENERGIES = ("paper", "elu")
+
+
+@dataclass(frozen=True)
+class PiToMe(Reducer):
+    r"""Energy-protected token merging.
+
+    With cosine similarity :math:`c_{ij}` of the metric and margin :math:`m`, the energy of token i is
+
+    .. math:: E_i = \frac1N \sum_j f(c_{ij}), \qquad f(c) = c \;(c \ge m), \quad \alpha\,(e^{c-m} - 1) \;(c < m).
+
+    Tokens are sorted by energy, descending; the first 2r are candidates and split alternately into A and B; every
+    token of A joins its most similar token of B. High energy means: one of many alike, hence redundant.
+
+    Parameters
+    ----------
+    margin : m; None = 0.9 - 0.9 * depth, the paper's, which falls from block to block.
+    alpha : weight of dissimilar tokens.
+    energy : "paper" as above, or "elu", where f(c) = c - m above the margin (the authors' code).
+    protect : share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more
+        candidates than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
+    """
+
+    margin: float | None = None
+    alpha: float = 1.0
+    energy: str = "paper"
+    protect: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.energy not in ENERGIES:
+            raise ValueError(f"unknown energy {self.energy!r}; choose one of {', '.join(ENERGIES)}")
+        if not 0.0 <= self.protect <= 1.0:
+            raise ValueError(f"protect={self.protect} is not a share; choose a number from 0 to 1")
+
+    @torch.no_grad()
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        n = self.check(metric, r, protected)
+        unit = unit_metric(metric)
+        energy = self._energy(unit[:, protected:], depth)
+        order = energy.argsort(dim=1, descending=True, stable=True) + protected
+        if r == 0:
+            return Merge.join(metric.shape[1], order[:, :0], order[:, :0], energy=energy)
+        candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
+        a, b = order[:, 0:candidates:2], order[:, 1:candidates:2]
+        merged, target = most_similar_first(unit, a, b, r)
+        source = None
+        if candidates == 2 * r:  # what the authors' code leaves: class token, protected by energy, then B
+            front = torch.arange(protected, device=order.device).expand(order.shape[0], protected)
+            source = torch.cat([front, order[:, candidates:], b], dim=1)
+        return Merge.join(metric.shape[1], merged, target, source=source, energy=energy)
+
+    def _energy(self, unit: Tensor, depth: float) -> Tensor:
+        """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
+        margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
+        similarity = unit @ unit.mT
+        value = F.elu(similarity - margin, alpha=self.alpha)
+        if self.energy == "paper":
+            value = similarity.where(similarity >= margin, value)
+        return value.mean(-1)

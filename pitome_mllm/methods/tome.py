@@ -1,0 +1,35 @@
+"""ToMe: "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461), section 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, most_similar_first, unit_metric
+
+
+@dataclass(frozen=True)
+class ToMe(Reducer):
+    """Bipartite soft matching: tokens alternate between A and B by position; of A, the r most similar to B merge.
+
+    The alternation counts from the class token on, so that it is the first of A; it never merges.
+    """
+
+    @torch.no_grad()
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        self.check(metric, r, protected)
+        batch, tokens = metric.shape[:2]
+        index = torch.arange(tokens, device=metric.device).expand(batch, tokens)
+        a, b = index[:, protected + protected % 2 :: 2], index[:, protected + 1 - protected % 2 :: 2]
+        if r == 0:
+            return Merge.join(tokens, a[:, :0], a[:, :0])
+        merged, target = most_similar_first(unit_metric(metric), a, b, r)
+        # The authors' code leaves what is left of A, class token first, then B.
+        a_left = torch.ones_like(index, dtype=torch.bool).scatter(1, merged, False)
+        position = index + tokens * (index % 2) + 2 * tokens * (~a_left)
+        source = position.argsort(dim=1)[:, : tokens - r]
+        return Merge.join(tokens, merged, target, source=source)

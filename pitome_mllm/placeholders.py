@@ -1,0 +1,152 @@
+"""Image placeholders in the caller's prompt, and in the shorter one that the LLM gets: pure functions.
+
+The processor writes as many placeholders per picture as the plain model needs. Callers keep that prompt; the model
+gets a shorter one. A `Layout` says which of the caller's columns stands at each place of the shorter prompt, so
+everything with a column per token (ids, mask, labels, embeddings, positions) moves by one rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What fills a padding place, for each argument of generate() and forward() that has one column per token.
+FILL = {"attention_mask": 0, "labels": -100, "inputs_embeds": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the columns of a shorter prompt come from.
+
+    Attributes
+    ----------
+    index : (B, S) int64, the caller's column at each place.
+    real : (B, S) bool, False at padding places.
+    width : number of columns of the caller, T.
+    """
+
+    index: Tensor
+    real: Tensor
+    width: int
+
+    def take(self, x: Tensor, fill: int) -> Tensor:
+        """``x`` (B, T) or (B, T, C) in this layout, with ``fill`` at padding places."""
+        index = self.index.to(x.device)
+        real = self.real.to(x.device)
+        if x.dim() == 3:
+            index, real = index[..., None].expand(-1, -1, x.shape[-1]), real[..., None]
+        return x.gather(1, index).masked_fill(~real, fill)
+
+    def then(self, later: Layout) -> Layout:
+        """This layout, and ``later`` behind it for the columns that follow."""
+        return Layout(
+            torch.cat([self.index, later.index + self.width], 1),
+            torch.cat([self.real, later.real], 1),
+            self.width + later.width,
+        )
+
+    def grown_to(self, places: int) -> Layout:
+        """This layout followed by columns taken as they are, up to ``places`` places in all."""
+        rows, have = self.index.shape
+        extra = torch.arange(places - have, device=self.index.device).expand(rows, -1)
+        return self.then(Layout(extra, torch.ones_like(extra, dtype=torch.bool), places - have))
+
+
+def shorten(image: Tensor, mask: Tensor, full: int, kept: int) -> Layout:
+    """Keep the first ``kept`` of every ``full`` placeholders of a row, and drop padding that is not needed any more.
+
+    Parameters
+    ----------
+    image : (B, T) bool, True at placeholders. They are grouped by rank within the row, so that pictures may adjoin.
+    mask : (B, T), 0 at the caller's padding. Padding stays on the side where the caller has it; left if there is none.
+    full, kept : placeholders per picture before and after.
+
+    Raises
+    ------
+    ValueError : a row holds placeholders that are no multiple of ``full``.
+    """
+    counts = image.sum(1)
+    if bool((counts % full).any()):
+        raise ValueError(
+            f"rows hold {counts.tolist()} image placeholders, expected multiples of {full}: "
+            "use the model's own processor, one placeholder text per picture"
+        )
+    rank = image.long().cumsum(1) - 1
+    keep = (mask != 0) & (~image | (rank % full < kept))
+    lengths = keep.sum(1, keepdim=True)
+    places = int(lengths.max())
+    index = keep.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :places]
+    place = torch.arange(places, device=image.device).expand(len(image), -1)
+    if bool((mask[:, -1] == 0).any()):  # padded on the right
+        return Layout(index, place < lengths, image.shape[1])
+    shift = places - lengths
+    return Layout(index.gather(1, (place - shift).clamp(min=0)), place >= shift, image.shape[1])
+
+
+def unchanged(like: Tensor, start: int = 0) -> Layout:
+    """The layout that keeps the columns of ``like`` (B, T) from ``start`` on."""
+    width = like.shape[1] - start
+    index = torch.arange(width, device=like.device).expand(len(like), -1)
+    return Layout(index, torch.ones_like(index, dtype=torch.bool), width)
+
+
+def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str, Any]:
+    """The arguments of ``kwargs`` with every per-token tensor in the layout of its width.
+
+    Raises
+    ------
+    ValueError : an attention mask that is not (B, T), or of a width that no layout has.
+    """
+    by_width = {layout.width: layout for layout in layouts}
+    taken = dict(kwargs)
+    for name, fill in {"input_ids": pad, **FILL}.items():
+        x = kwargs.get(name)
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dim() != (3 if name == "inputs_embeds" else 2) or x.shape[1] not in by_width:
+            raise ValueError(
+                f"{name} of shape {tuple(getattr(x, 'shape', ())) or type(x).__name__} cannot be shortened; "
+                f"pass the processor's, with {' or '.join(map(str, by_width))} columns"
+            )
+        taken[name] = by_width[x.shape[1]].take(x, fill)
+    return taken
+
+
+def caller_positions(mask: Tensor, image: Tensor, kept: int, gap: int) -> Tensor:
+    """Position ids (B, T) that the columns have in the full-length prompt; padding does not count.
+
+    ``gap`` placeholders are missing behind the ``kept`` ones of every picture of this prompt (0 = it is full-length).
+    """
+    before = (image.long().cumsum(1) - image.long()) // kept
+    return (mask.long().cumsum(1) - 1).clamp(min=0) + gap * before
+
+
+def place_pictures(positions: Tensor, image: Tensor, first: Tensor) -> Tensor:
+    """Give each visual token the position of the first patch of its group.
+
+    Parameters
+    ----------
+    positions : (B, S) position ids, where the placeholders of a picture count up from the position of its first one.
+    image : (B, S) bool, True at placeholders; row by row they are the pictures in order. B may be a multiple of the
+        rows that the pictures were given for (beams): then every row is repeated in place.
+    first : (images, K) index of the first patch of every visual token, counted within its picture.
+    """
+    kept = first.shape[1]
+    pictures = image.sum(1) // kept
+    repeats = max(1, int(pictures.sum()) // max(1, len(first)))
+    row_start = pictures[::repeats].cumsum(0) - pictures[::repeats]
+    rank = (image.long().cumsum(1) - 1).clamp(min=0)
+    picture = row_start.repeat_interleave(repeats)[:, None] + rank // kept
+    token = rank % kept
+    moved = positions - token + first.to(positions.device)[picture.clamp(max=len(first) - 1), token]
+    return moved.where(image, positions)
+
+
+def restore_prompt(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:
+    """Put ``prompt`` (B, T) in front of ``sequences`` (B * n, S + new) in place of their own of S = ``short`` columns."""
+    repeated = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
+    return torch.cat([repeated, sequences[:, short:]], dim=1)

@@ -1,0 +1,197 @@
+"""From what the caller asks for (`Settings`) to what will be done to every picture (`Plan`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .methods import METHODS, Reducer, get_method
+from .schedule import SHAPES, Schedule, rounds, target_count
+from .specs import Geometry
+
+CHOICES = {
+    "where": ("tower", "projector", "both"),
+    "metric": ("keys", "hidden"),
+    "place": ("mid", "end"),
+    "order": ("reading", "source"),
+    "positions": ("compact", "original"),
+    "schedule": tuple(SHAPES),
+}
+# What a setting is when neither the caller nor the method's preset says anything.
+DEFAULTS = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
+DEFAULT_METHOD = "pitome-tuned"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `attach` was asked for; see there. None = the preset's choice, else `DEFAULTS`."""
+
+    method: str | Reducer = DEFAULT_METHOD
+    keep: int | float | None = None
+    ratio: float | None = None
+    counts: Sequence[int] | None = None
+    schedule: str = "equal"
+    where: str = "tower"
+    tower_keep: int | float | None = None
+    metric: str | None = None
+    place: str | None = None
+    weighted: bool | None = None
+    proportional_attention: bool | None = None
+    order: str | None = None
+    positions: str = "compact"
+    llm_size_bias: bool = False
+    energies: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def changed(self, **given: Any) -> Settings:
+        """These settings with ``given`` in place; what is no setting counts as an option of the method.
+
+        A new method starts from its own preset, and a new keep, ratio or counts replaces the old one.
+        """
+        if given.get("method", "") is None:
+            given["method"] = DEFAULT_METHOD
+        known = {f.name for f in fields(Settings)} - {"options"}
+        settings = {k: v for k, v in given.items() if k in known}
+        options = {k: v for k, v in given.items() if k not in known}
+        if settings.get("method", self.method) != self.method:
+            settings = {**dict.fromkeys(DEFAULTS), "options": options, **settings}
+        else:
+            settings["options"] = {**self.options, **options}
+        if any(settings.get(k) is not None for k in ("keep", "ratio", "counts")):
+            settings = {**dict.fromkeys(("keep", "ratio", "counts")), **settings}
+        return replace(self, **settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every picture.
+
+    Attributes
+    ----------
+    counts : patch tokens left after each merging block, class tokens not counted.
+    rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
+    """
+
+    method: str
+    reducer: Reducer
+    geometry: Geometry
+    where: str
+    counts: tuple[int, ...]
+    rounds: tuple[int, ...]
+    metric: str
+    place: str
+    weighted: bool
+    proportional_attention: bool
+    order: str
+    positions: str
+    energies: bool
+
+    @property
+    def available(self) -> int:
+        """Visual tokens per picture that reach the LLM of the plain model."""
+        return self.geometry.available
+
+    @property
+    def keep(self) -> int:
+        """Visual tokens per picture that reach the LLM."""
+        patches = [self.geometry.patches, *self.counts, *self.rounds][-1]
+        return patches + self.geometry.visible_class_tokens
+
+    def removed(self, block: int) -> int:
+        """Tokens that block ``block`` removes; 0 for blocks behind the feature layer."""
+        if block >= len(self.counts):
+            return 0
+        before = self.counts[block - 1] if block else self.geometry.patches
+        return before - self.counts[block]
+
+    @property
+    def merging(self) -> tuple[int, ...]:
+        """Indices of the blocks that remove tokens."""
+        return tuple(block for block in range(len(self.counts)) if self.removed(block))
+
+
+def make_plan(settings: Settings, geometry: Geometry) -> Plan:
+    """Resolve ``settings`` for pictures of ``geometry``.
+
+    Raises
+    ------
+    ValueError : an unknown method, option or choice; a keep, ratio or counts that cannot be reached.
+    """
+    for name, choices in CHOICES.items():
+        value = getattr(settings, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    if settings.llm_size_bias:
+        raise ValueError("llm_size_bias=True is not available yet; leave it at False")
+    reducer, name, preset = _resolve(settings)
+    chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
+    counts, steps = _token_counts(settings, reducer, geometry)
+    return Plan(
+        method=name,
+        reducer=reducer,
+        geometry=geometry,
+        where=settings.where,
+        counts=tuple(counts),
+        rounds=tuple(steps),
+        positions=settings.positions,
+        energies=settings.energies,
+        **{**DEFAULTS, **preset, **chosen},
+    )
+
+
+def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
+    """The reducer, its name, and the settings that its preset brings."""
+    if isinstance(settings.method, Reducer):
+        if settings.options:
+            raise ValueError(
+                f"unknown settings {', '.join(settings.options)}: a reducer instance brings its own options; "
+                f"settings are {', '.join(f.name for f in fields(Settings) if f.name != 'options')}"
+            )
+        reducer, name, preset = settings.method, type(settings.method).__name__, {}
+    else:
+        reducer, name = get_method(settings.method, **settings.options), settings.method
+        preset = METHODS[name].settings
+    lacking = reducer.needs - {"grid"}
+    if lacking:
+        raise ValueError(f"{name} needs {', '.join(sorted(lacking))}, which cannot be provided here")
+    return reducer, name, preset
+
+
+def _token_counts(settings: Settings, reducer: Reducer, geometry: Geometry) -> tuple[list[int], list[int]]:
+    """Patch tokens after each merging block, and after each step in front of the projector."""
+    patches, blocks, limit = geometry.patches, geometry.merging_blocks, reducer.max_removable
+    if settings.where != "tower" and (settings.ratio is not None or settings.counts is not None):
+        raise ValueError(f"ratio and counts say what tower blocks keep; with where={settings.where!r} give keep")
+    if settings.where != "both" and settings.tower_keep is not None:
+        raise ValueError(f"tower_keep={settings.tower_keep} goes with where='both', got where={settings.where!r}")
+    if reducer.once and settings.where == "both":
+        raise ValueError(f"{type(reducer).__name__} reduces in one step: choose where='tower' or where='projector'")
+    if settings.where == "tower":
+        shape = "last" if reducer.once else settings.schedule
+        keep = None if settings.keep is None else _patch_keep(settings, reducer, geometry)
+        return Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
+    keep = _patch_keep(settings, reducer, geometry)
+    if settings.where == "projector":
+        return [patches] * blocks, rounds(patches, keep, limit)
+    tower = (
+        round(math.sqrt(patches * keep)) if settings.tower_keep is None else target_count(settings.tower_keep, patches)
+    )
+    if tower < keep:
+        raise ValueError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
+    return Schedule(tower, shape=settings.schedule).counts(patches, blocks, limit), rounds(tower, keep, limit)
+
+
+def _patch_keep(settings: Settings, reducer: Reducer, geometry: Geometry) -> int:
+    """Patch tokens to keep, from ``keep`` tokens that reach the LLM."""
+    visible = geometry.visible_class_tokens
+    keep = target_count(settings.keep, geometry.available) - visible
+    allowed = reducer.allowed(geometry.patches)
+    if keep not in allowed:
+        close = sorted(allowed, key=lambda count: abs(count - keep))[:3]
+        raise ValueError(
+            f"keep={settings.keep} cannot be reached with {type(reducer).__name__}; "
+            f"the nearest possible are {', '.join(str(c + visible) for c in sorted(close))}"
+        )
+    return keep

@@ -1,0 +1,222 @@
+"""Shorten the caller's prompt on its way into generate() and forward(), and put it back on the way out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .placeholders import Layout, caller_positions, place_pictures, restore_prompt, shorten, take_all, unchanged
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+CACHE_MARK = "_pitome_layout"  # on a KV cache: the `Layout` of the prompt that filled it
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One prompt as the model gets it.
+
+    Attributes
+    ----------
+    kwargs : the arguments, with every per-token tensor shortened.
+    image : (B, S) bool, the placeholders among the tokens of this call.
+    layout : the caller's column at every place of the KV cache after this call; None if they are the same.
+    """
+
+    kwargs: dict[str, Any]
+    image: Tensor
+    layout: Layout | None = None
+
+
+def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole: bool) -> Call | None:
+    """The call that ``kwargs`` become; None if there is nothing of ours in it.
+
+    ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
+    """
+    pictures, kept = _pictures(handle, kwargs)
+    past = kwargs.get("past_key_values")
+    if not pictures and getattr(past, CACHE_MARK, None) is None:
+        return None
+    image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
+    seen = _seen(past, image)
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
+        raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit; pass the processor's (B, T) mask")
+    with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
+    fresh = image[:, seen.width if with_past else 0 :]
+    real = torch.ones_like(fresh) if mask is None else mask[:, mask.shape[1] - fresh.shape[1] :]
+    full, count = handle.geometry.available, int(fresh.sum())
+    original = handle.active is not None and handle.active.positions == "original" and kept < full
+
+    if pictures and kept < full and count == pictures * full:
+        new = shorten(fresh, real, full, kept)
+    elif seen is not None:
+        new = unchanged(fresh)
+    else:  # already short; or wrong, and left for the model to refuse
+        if original and count == pictures * kept:
+            kwargs = {**kwargs, "position_ids": caller_positions(real, image, kept, gap=full - kept)}
+        return Call(kwargs, image)
+
+    layout = new if seen is None else seen.then(new)
+    short = take_all(kwargs, _pad_id(model), layout, new)
+    for name in ("position_ids", "cache_position"):  # they count the caller's columns
+        short.pop(name, None)
+    if mask is None and not bool(layout.real.all()):
+        short["attention_mask"] = layout.real.long()
+    image = (layout if image.shape[1] == layout.width else new).take(image, False)
+    if original:
+        real = torch.ones_like(layout.index[:, :1]).expand(-1, layout.width) if mask is None else mask
+        positions = layout.take(caller_positions(real, torch.zeros_like(real), kept, gap=0), 0)
+        short["position_ids"] = positions[:, positions.shape[1] - image.shape[1] :]
+    return Call(short, image, layout)
+
+
+def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many pictures a call brings, and how many visual tokens each will have."""
+    plan = handle.active
+    kept = handle.geometry.available if plan is None else plan.keep
+    if kwargs.get("pixel_values") is not None:
+        return len(kwargs["pixel_values"]), kept
+    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if encoded is not None:
+        return len(encoded.pooler_output), len(encoded.pooler_output[0])
+    return 0, kept
+
+
+def _placeholders(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """(B, T) bool, True at image placeholders of the ids, or of the embeddings where there are no ids."""
+    token = model.config.image_token_id
+    if kwargs.get("input_ids") is not None:
+        return kwargs["input_ids"] == token
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        raise ValueError("got pictures but neither input_ids nor inputs_embeds; pass the processor's whole output")
+    placeholder = model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
+    return (embeds == placeholder).all(-1)
+
+
+def _seen(past: Any, image: Tensor) -> Layout | None:
+    """The layout of what a KV cache holds; None if it holds nothing."""
+    length = 0 if past is None else int(past.get_seq_length())
+    if not length:
+        return None
+    layout = getattr(past, CACHE_MARK, None)
+    return unchanged(image[:, :1].expand(-1, length)) if layout is None else layout.grown_to(length)
+
+
+def _pad_id(model: nn.Module) -> int:
+    pad = model.generation_config.pad_token_id
+    pad = model.config.get_text_config().pad_token_id if pad is None else pad
+    return 0 if pad is None else pad
+
+
+def _mark(past: Any, layout: Layout | None) -> None:
+    """Remember on a KV cache how the caller's columns map to its places."""
+    if past is not None and layout is not None:
+        setattr(past, CACHE_MARK, layout)
+
+
+@lru_cache
+def _names(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+# generate()
+
+
+def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``plain`` generate on the shortened prompt; the answer starts with the caller's own prompt."""
+    handle = model._pitome
+    kwargs = {**dict(zip(_names(type(model).generate)[1:], args)), **kwargs}
+    inputs = kwargs.pop("inputs", None)
+    if inputs is not None:
+        kwargs["input_ids"] = inputs
+    call = rewrite(model, handle, kwargs, whole=True)
+    if call is None:
+        return plain(**kwargs)
+    short = call.kwargs
+    if call.layout is not None:
+        short = {**short, **_lengths(model, kwargs, _width(kwargs) - _width(short))}
+    with handle.generating():
+        out = plain(**short)
+    if call.layout is None:
+        return out
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    layout = _repeated(call.layout, len(sequences))
+    _mark(kwargs.get("past_key_values"), layout)
+    _mark(getattr(out, "past_key_values", None), layout)
+    if kwargs.get("input_ids") is None:  # from embeddings: sequences hold the new ids only
+        return out
+    sequences = restore_prompt(sequences, kwargs["input_ids"], _width(short))
+    if isinstance(out, Tensor):
+        return sequences
+    out.sequences = sequences
+    return out
+
+
+def _width(kwargs: dict[str, Any]) -> int:
+    ids = kwargs.get("input_ids")
+    return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+
+
+def _repeated(layout: Layout, rows: int) -> Layout:
+    """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt."""
+    times = rows // len(layout.index)
+    return replace(layout, index=layout.index.repeat_interleave(times, 0), real=layout.real.repeat_interleave(times, 0))
+
+
+def _lengths(model: nn.Module, kwargs: dict[str, Any], removed: int) -> dict[str, int]:
+    """max_length and min_length, which count the caller's prompt, for a prompt with ``removed`` columns fewer."""
+    configs = [c for c in (kwargs.get("generation_config"), model.generation_config) if c is not None]
+    fitted = {}
+    for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if any(v is not None for v in (kwargs.get(new_tokens), *(getattr(c, new_tokens, None) for c in configs))):
+            continue  # counts new tokens only, and takes precedence
+        asked = [kwargs.get(name), *(getattr(c, name, None) for c in configs)]
+        length = next((v for v in asked if v is not None), None)
+        if length:
+            fitted[name] = max(length - removed, 0)
+    return fitted
+
+
+# forward(): hooks
+
+
+def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the model: shorten the prompt. The decoding loop passes through at once."""
+    handle = model._pitome
+    state = handle.state
+    state.call = None
+    kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
+    if state.generating:  # generate() shortened the prompt; only the positions of visual tokens are still open
+        if _pictures(handle, kwargs)[0]:
+            state.call = Call(kwargs, _placeholders(model, kwargs))
+        return None
+    state.call = rewrite(model, handle, kwargs, whole=False)
+    return None if state.call is None else ((), state.call.kwargs)
+
+
+def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the LLM: the tower has run, so visual tokens can take their original positions."""
+    handle = language._pitome
+    call, plan, positions = handle.state.call, handle.active, kwargs.get("position_ids")
+    if call is None or plan is None or plan.positions != "original" or plan.keep == plan.available:
+        return None
+    if positions is None or not bool(call.image.any()):
+        return None
+    image = call.image.to(positions.device)
+    return args, {**kwargs, "position_ids": place_pictures(positions, image, handle.stats.first)}
+
+
+def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the model: remember the layout on the KV cache that the call filled."""
+    state = model._pitome.state
+    if state.call is not None:
+        _mark(getattr(output, "past_key_values", None), state.call.layout)
+    state.call = None

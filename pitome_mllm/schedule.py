@@ -1,0 +1,176 @@
+"""How many tokens every block leaves. `Schedule.counts` is the one source of truth.
+
+The tower, the placeholders, the accounting and servers all ask it, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+MaxRemovable = Callable[[int], int]
+
+# Tokens left after the share t of the blocks, when `first` become `last`: the shape of the way down.
+SHAPES: dict[str, Callable[[float, int, int], float]] = {
+    "equal": lambda t, first, last: first * (last / first) ** t,  # every block removes the same share
+    "constant": lambda t, first, last: first - (first - last) * t,  # ... the same number
+    "linear": lambda t, first, last: first - (first - last) * (2 * t - t * t),  # ... a number that falls to zero
+    "late": lambda t, first, last: first - (first - last) * t * t,  # ... a number that grows from zero
+    "last": lambda t, first, last: first if t < 1 else last,  # as late as possible
+}
+
+
+def half(n: int) -> int:
+    """The most tokens a bipartite method removes of ``n`` at once."""
+    return n // 2
+
+
+class Schedule:
+    """Token counts over the merging blocks.
+
+    Parameters (at most one of the first three; none of them = keep everything)
+    ----------
+    keep : patch tokens after the last block; an int is a count, a float in (0, 1] a fraction.
+    ratio : share of its tokens that every block keeps, in (0, 1]; the paper's rho. A block of N tokens loses
+        floor(N - rho * N), at most half.
+    counts : tokens after each block, explicitly.
+    shape : how the way down to ``keep`` is spread over the blocks, a name in `SHAPES`.
+
+    Raises
+    ------
+    ValueError : two of keep, ratio and counts; a value out of range; an unknown shape.
+    """
+
+    def __init__(
+        self,
+        keep: int | float | None = None,
+        ratio: float | None = None,
+        counts: Sequence[int] | None = None,
+        shape: str = "equal",
+    ) -> None:
+        given = {k: v for k, v in {"keep": keep, "ratio": ratio, "counts": counts}.items() if v is not None}
+        if len(given) > 1:
+            raise ValueError(f"got {' and '.join(f'{k}={v}' for k, v in given.items())}: give one of them only")
+        if keep is not None:
+            _check_keep(keep)
+        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
+            raise ValueError(f"ratio={ratio!r} is not possible; choose a number above 0 and up to 1, such as 0.9")
+        if shape not in SHAPES:
+            raise ValueError(f"unknown schedule {shape!r}; choose one of {', '.join(SHAPES)}")
+        if ratio is not None and shape != "equal":
+            raise ValueError(f"ratio={ratio} already says what every block keeps; schedule={shape!r} goes with keep")
+        self.keep = keep
+        self.ratio = ratio
+        self.explicit = None if counts is None else _integers(counts)
+        self.shape = shape
+
+    def __repr__(self) -> str:
+        given = {"keep": self.keep, "ratio": self.ratio, "counts": self.explicit}
+        said = [f"{k}={v}" for k, v in given.items() if v is not None]
+        return f"Schedule({', '.join([*said, f'shape={self.shape!r}'])})"
+
+    def target(self, tokens: int) -> int:
+        """The count that ``keep`` means for ``tokens`` patch tokens; ValueError if that is out of range."""
+        return target_count(self.keep, tokens)
+
+    def counts(self, tokens: int, blocks: int, max_removable: MaxRemovable = half) -> list[int]:
+        """Patch tokens left after each of ``blocks`` merging blocks, class tokens not counted.
+
+        Parameters
+        ----------
+        tokens : patch tokens before the first block.
+        blocks : number of merging blocks.
+        max_removable : the most that one step removes of n tokens; `Reducer.max_removable`.
+
+        Raises
+        ------
+        ValueError : the request cannot be reached; names what can.
+        """
+        if self.ratio is not None:
+            return _by_ratio(tokens, blocks, self.ratio, max_removable)
+        if self.explicit is not None:
+            return _check_explicit(self.explicit, tokens, blocks, max_removable)
+        return _towards(tokens, blocks, self.target(tokens), self.shape, max_removable)
+
+
+def target_count(keep: int | float | None, tokens: int) -> int:
+    """``keep`` (count, fraction or None = all) as a count of ``tokens``."""
+    if keep is None:
+        return tokens
+    _check_keep(keep)
+    count = keep if isinstance(keep, int) else max(1, round(keep * tokens))
+    if count > tokens:
+        raise ValueError(f"keep={keep} is more than the {tokens} tokens there are; choose 1 to {tokens}")
+    return count
+
+
+def rounds(tokens: int, keep: int, max_removable: MaxRemovable = half) -> list[int]:
+    """Counts after each of the fewest steps from ``tokens`` down to ``keep``, in equal shares; [] if there are none."""
+    steps, reached = 0, tokens
+    while reached > keep:
+        if max_removable(reached) < 1:
+            raise ValueError(f"cannot go from {tokens} to {keep} tokens: {reached} is the fewest possible")
+        steps, reached = steps + 1, reached - max_removable(reached)
+    return _towards(tokens, steps, keep, "equal", max_removable)
+
+
+def _by_ratio(tokens: int, blocks: int, ratio: float, max_removable: MaxRemovable) -> list[int]:
+    left, counts = Fraction(str(ratio)), []
+    for _ in range(blocks):
+        tokens -= min(math.floor(tokens - left * tokens), max_removable(tokens))
+        counts.append(tokens)
+    return counts
+
+
+def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: MaxRemovable) -> list[int]:
+    """Follow the shape as closely as the limit per block allows, and land exactly on ``keep``."""
+    fewest = tokens
+    for _ in range(blocks):
+        fewest -= max_removable(fewest)
+    if keep < fewest:
+        raise ValueError(
+            f"cannot reach {keep} of {tokens} tokens in {blocks} blocks: {fewest} to {tokens} are possible; "
+            "keep more, or merge in more places"
+        )
+    ceilings = [keep]  # per block, from the last one: the most tokens from which the rest of the way is possible
+    while len(ceilings) < blocks:
+        ceilings.append(bisect_right(range(tokens + 1), ceilings[-1], key=lambda n: n - max_removable(n)) - 1)
+    first, counts = tokens, []
+    for block in range(1, blocks + 1):
+        wanted = round(SHAPES[shape](block / blocks, first, keep))
+        tokens = max(min(wanted, ceilings[blocks - block], tokens), tokens - max_removable(tokens))
+        counts.append(tokens)
+    return counts
+
+
+def _check_explicit(counts: list[int], tokens: int, blocks: int, max_removable: MaxRemovable) -> list[int]:
+    if len(counts) != blocks:
+        raise ValueError(f"got {len(counts)} counts for {blocks} merging blocks; give one count per block")
+    for block, (before, after) in enumerate(zip([tokens, *counts], counts)):
+        fewest = before - max_removable(before)
+        if not max(fewest, 1) <= after <= before:
+            raise ValueError(
+                f"counts[{block}]={after} cannot follow {before} tokens; {max(fewest, 1)} to {before} are possible"
+            )
+    return list(counts)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_keep(keep: object) -> None:
+    """ValueError unless ``keep`` is a count of at least one or a fraction above 0 and up to 1."""
+    fits = _is_number(keep) and (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
+    if not fits:
+        raise ValueError(
+            f"keep={keep!r} is not possible; choose an int from 1 (a count) or a float in (0, 1] (a share)"
+        )
+
+
+def _integers(counts: Sequence[int]) -> list[int]:
+    if isinstance(counts, (str, bytes)) or not isinstance(counts, Sequence) or not all(type(c) is int for c in counts):
+        raise ValueError(f"counts={counts!r} is not a sequence of integers; give the tokens left after each block")
+    return list(counts)

@@ -1,0 +1,108 @@
+"""Where a vision tower keeps its parts and how a family hands features to its LLM: data, no behaviour.
+
+Read from transformers 5.6 .. 5.23. A new tower or family is one row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """The attribute names of one kind of encoder layer, and its class tokens."""
+
+    norm1: str = "layer_norm1"
+    attention: str = "self_attn"
+    norm2: str = "layer_norm2"
+    mlp: str = "mlp"
+    key: str = "k_proj"  # on the attention module
+    class_tokens: int = 1
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Where a multimodal model keeps its parts (dotted paths from the model)."""
+
+    tower: str = "model.vision_tower"
+    language: str = "model.language_model"
+
+
+TOWERS: dict[str, TowerSpec] = {  # key: class name of the encoder layer
+    "CLIPEncoderLayer": TowerSpec(),
+    "SiglipEncoderLayer": TowerSpec(class_tokens=0),
+}
+TOWER_OF_CONFIG = {"clip_vision_model": "CLIPEncoderLayer", "siglip_vision_model": "SiglipEncoderLayer"}
+
+FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
+    "LlavaForConditionalGeneration": FamilySpec(),
+}
+FAMILY_OF_CONFIG = {"llava": "LlavaForConditionalGeneration"}
+
+# Attention implementations that accept an additive (B, 1, N, N) bias, which proportional attention needs.
+BIAS_BACKENDS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Token counts of one picture on its way through tower and projector.
+
+    Attributes
+    ----------
+    patches : patch tokens of one picture inside the tower, class tokens not counted.
+    grid : rows and columns of those patches.
+    class_tokens : tokens in front of the patches that never merge.
+    visible_class_tokens : class tokens that reach the LLM (feature selection "full").
+    merging_blocks : blocks whose output, or an ancestor of it, feeds the projector; merging happens only there.
+    blocks : all blocks of the tower; those after ``merging_blocks`` run without effect on the LLM.
+    """
+
+    grid: tuple[int, int]
+    class_tokens: int
+    visible_class_tokens: int
+    merging_blocks: int
+    blocks: int
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def available(self) -> int:
+        """Visual tokens per picture that reach the LLM when nothing merges."""
+        return self.patches + self.visible_class_tokens
+
+
+def geometry(config: Any) -> Geometry:
+    """Token counts of a LLaVA-like configuration.
+
+    Raises
+    ------
+    ValueError : the configuration is of a family, or holds a vision tower, that has no row here.
+    """
+    if config.model_type not in FAMILY_OF_CONFIG:
+        raise ValueError(f"unsupported family {config.model_type!r}; supported: {', '.join(sorted(FAMILY_OF_CONFIG))}")
+    vision = config.vision_config
+    if vision.model_type not in TOWER_OF_CONFIG:
+        raise ValueError(
+            f"unsupported vision tower {vision.model_type!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}"
+        )
+    side = vision.image_size // vision.patch_size
+    class_tokens = TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens
+    full = config.vision_feature_select_strategy == "full"
+    return Geometry(
+        grid=(side, side),
+        class_tokens=class_tokens,
+        visible_class_tokens=class_tokens if full else 0,
+        merging_blocks=feature_index(config),
+        blocks=vision.num_hidden_layers,
+    )
+
+
+def feature_index(config: Any) -> int:
+    """Index into the tower's hidden states that the projector reads; equals the number of blocks before it."""
+    layer = config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise ValueError(f"several vision feature layers ({layer}) are not supported yet; expected one integer")
+    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer

@@ -1,0 +1,98 @@
+"""What a run did to the pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+from .methods import Merge
+from .plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """The last run of one thread; tensors are on the model's device.
+
+    Attributes
+    ----------
+    plan : what was asked for.
+    images : pictures (or tiles) in the run.
+    merges : the merges in their order, blocks first, then the steps in front of the projector.
+    token_sizes : (images, class_tokens + patch tokens, 1) patches per token at the end; None if nothing merged.
+    """
+
+    plan: Plan
+    images: int
+    merges: tuple[Merge, ...]
+    token_sizes: Tensor | None
+    device: torch.device
+
+    @property
+    def method(self) -> str:
+        return self.plan.method
+
+    @property
+    def where(self) -> str:
+        return self.plan.where
+
+    @property
+    def tokens_before(self) -> int:
+        """Visual tokens per picture that reach the LLM of the plain model."""
+        return self.plan.available
+
+    @property
+    def tokens_after(self) -> int:
+        """Visual tokens per picture that reached the LLM."""
+        return self.plan.keep
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Patch tokens after each merging block."""
+        return self.plan.counts
+
+    @property
+    def _hidden(self) -> int:
+        """Class tokens of the tower that the LLM does not see."""
+        return self.plan.geometry.class_tokens - self.plan.geometry.visible_class_tokens
+
+    @cached_property
+    def groups(self) -> Tensor | None:
+        """(images, tokens_before) int64: the visual token that each patch became, -1 = dropped.
+
+        None for methods without groups.
+        """
+        if not self.merges:
+            return torch.arange(self.tokens_before, device=self.device).repeat(self.images, 1)
+        group = reduce(Merge.then, self.merges).group
+        if group is None:
+            return None
+        group = group[:, self._hidden :]
+        return (group - self._hidden).where(group >= 0, -1)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """(images, tokens_after) int64: the first patch, in reading order, of every visual token."""
+        if self.groups is None:
+            raise ValueError(f"{self.method} has no groups, so its tokens have no original position")
+        patch = torch.arange(self.tokens_before, device=self.device).expand_as(self.groups)
+        slot = self.groups.where(self.groups >= 0, self.tokens_after)
+        full = torch.full((self.images, self.tokens_after + 1), self.tokens_before, device=self.device)
+        return full.scatter_reduce(1, slot, patch, "amin")[:, : self.tokens_after]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(images, tokens_after) float32: patches that every visual token stands for."""
+        if self.token_sizes is None:
+            return torch.ones(self.images, self.tokens_after, device=self.device)
+        return self.token_sizes[:, self._hidden :, 0]
+
+    @property
+    def energies(self) -> list[Tensor | None] | None:
+        """Per merge the energy (images, patch tokens before it), None for methods without one.
+
+        None as a whole unless ``energies=True`` was asked for.
+        """
+        return [merge.energy for merge in self.merges] if self.plan.energies else None
