@@ -89,6 +89,7 @@ class Attachment:
 
     def update(self, **settings: Any) -> None:
         """Change settings for all threads; the same keywords as `attach`. On an error nothing changes."""
+        self._check_attached()
         changed = self.settings.changed(**settings)
         self.plan = make_plan(changed, self.geometry)
         self.settings = changed
@@ -96,6 +97,7 @@ class Attachment:
     @contextmanager
     def using(self, plain: None = None, /, **settings: Any) -> Iterator[Attachment]:
         """Other settings within a ``with`` block, for this thread only. ``using(None)`` is the plain model."""
+        self._check_attached()
         plan = make_plan(self.settings.changed(**settings), self.geometry) if settings else None
         with self._pinned(plan):
             yield self
@@ -109,6 +111,10 @@ class Attachment:
                 yield
             finally:
                 self.state.generating -= 1
+
+    def _check_attached(self) -> None:
+        if Attachment.of(self.model) is not self:
+            raise ValueError(f"this attachment was removed from {type(self.model).__name__}; attach again")
 
     @contextmanager
     def _pinned(self, plan: Plan | None) -> Iterator[None]:
@@ -202,6 +208,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     ------
     ValueError : an unsupported model, one that carries an attachment already, or settings that cannot be reached.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"got {model!r:.80} ({type(model).__name__}), not a model; load one first: load('tiny')")
     carried = _carried(model)
     if carried is not None:
         raise ValueError(

@@ -147,6 +147,6 @@ def place_pictures(positions: Tensor, image: Tensor, first: Tensor) -> Tensor:
 
 
 def restore_prompt(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:
-    """Put ``prompt`` (B, T) in front of ``sequences`` (B * n, S + new) in place of their own of S = ``short`` columns."""
+    """Put ``prompt`` (B, T) in front of ``sequences`` (B * n, S + new) in place of their own (S = ``short``)."""
     repeated = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
     return torch.cat([repeated, sequences[:, short:]], dim=1)

@@ -127,7 +127,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         raise ValueError("llm_size_bias=True is not available yet; leave it at False")
     reducer, name, preset = _resolve(settings)
     chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
-    counts, steps = _token_counts(settings, reducer, geometry)
+    counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
         method=name,
         reducer=reducer,
@@ -159,31 +159,36 @@ def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
     return reducer, name, preset
 
 
-def _token_counts(settings: Settings, reducer: Reducer, geometry: Geometry) -> tuple[list[int], list[int]]:
+def _token_counts(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> tuple[list[int], list[int]]:
     """Patch tokens after each merging block, and after each step in front of the projector."""
     patches, blocks, limit = geometry.patches, geometry.merging_blocks, reducer.max_removable
     if settings.where != "tower" and (settings.ratio is not None or settings.counts is not None):
         raise ValueError(f"ratio and counts say what tower blocks keep; with where={settings.where!r} give keep")
     if settings.where != "both" and settings.tower_keep is not None:
         raise ValueError(f"tower_keep={settings.tower_keep} goes with where='both', got where={settings.where!r}")
-    if reducer.once and settings.where == "both":
-        raise ValueError(f"{type(reducer).__name__} reduces in one step: choose where='tower' or where='projector'")
+    if reducer.once and (settings.where == "both" or settings.keep is None):
+        raise ValueError(
+            f"{name} reduces in one step, got where={settings.where!r}, ratio={settings.ratio}, "
+            f"counts={settings.counts}; choose where='tower' or 'projector', and give keep"
+        )
     if settings.where == "tower":
         shape = "last" if reducer.once else settings.schedule
-        keep = None if settings.keep is None else _patch_keep(settings, reducer, geometry)
+        keep = None if settings.keep is None else _patch_keep(settings, reducer, name, geometry)
         return Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
-    keep = _patch_keep(settings, reducer, geometry)
+    keep = _patch_keep(settings, reducer, name, geometry)
     if settings.where == "projector":
         return [patches] * blocks, rounds(patches, keep, limit)
     tower = (
-        round(math.sqrt(patches * keep)) if settings.tower_keep is None else target_count(settings.tower_keep, patches)
+        round(math.sqrt(patches * keep))
+        if settings.tower_keep is None
+        else target_count(settings.tower_keep, patches, "tower_keep")
     )
     if tower < keep:
         raise ValueError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
     return Schedule(tower, shape=settings.schedule).counts(patches, blocks, limit), rounds(tower, keep, limit)
 
 
-def _patch_keep(settings: Settings, reducer: Reducer, geometry: Geometry) -> int:
+def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:
     """Patch tokens to keep, from ``keep`` tokens that reach the LLM."""
     visible = geometry.visible_class_tokens
     keep = target_count(settings.keep, geometry.available) - visible
@@ -191,7 +196,7 @@ def _patch_keep(settings: Settings, reducer: Reducer, geometry: Geometry) -> int
     if keep not in allowed:
         close = sorted(allowed, key=lambda count: abs(count - keep))[:3]
         raise ValueError(
-            f"keep={settings.keep} cannot be reached with {type(reducer).__name__}; "
+            f"keep={settings.keep} cannot be reached with {name}; "
             f"the nearest possible are {', '.join(str(c + visible) for c in sorted(close))}"
         )
     return keep

@@ -75,19 +75,20 @@ class Schedule:
         """The count that ``keep`` means for ``tokens`` patch tokens; ValueError if that is out of range."""
         return target_count(self.keep, tokens)
 
-    def counts(self, tokens: int, blocks: int, max_removable: MaxRemovable = half) -> list[int]:
+    def counts(self, tokens: int, blocks: int, max_removable: MaxRemovable | None = None) -> list[int]:
         """Patch tokens left after each of ``blocks`` merging blocks, class tokens not counted.
 
         Parameters
         ----------
         tokens : patch tokens before the first block.
         blocks : number of merging blocks.
-        max_removable : the most that one step removes of n tokens; `Reducer.max_removable`.
+        max_removable : the most that one step removes of n tokens, `Reducer.max_removable`; None = half.
 
         Raises
         ------
         ValueError : the request cannot be reached; names what can.
         """
+        max_removable = half if max_removable is None else max_removable
         if self.ratio is not None:
             return _by_ratio(tokens, blocks, self.ratio, max_removable)
         if self.explicit is not None:
@@ -95,14 +96,14 @@ class Schedule:
         return _towards(tokens, blocks, self.target(tokens), self.shape, max_removable)
 
 
-def target_count(keep: int | float | None, tokens: int) -> int:
-    """``keep`` (count, fraction or None = all) as a count of ``tokens``."""
+def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> int:
+    """``keep`` (count, fraction or None = all) as a count of ``tokens``; ``name`` is what the caller calls it."""
     if keep is None:
         return tokens
-    _check_keep(keep)
+    _check_keep(keep, name)
     count = keep if isinstance(keep, int) else max(1, round(keep * tokens))
     if count > tokens:
-        raise ValueError(f"keep={keep} is more than the {tokens} tokens there are; choose 1 to {tokens}")
+        raise ValueError(f"{name}={keep} is more than the {tokens} tokens there are; choose 1 to {tokens}")
     return count
 
 
@@ -161,7 +162,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_keep(keep: object) -> None:
+def _check_keep(keep: object, name: str = "keep") -> None:
     """ValueError unless ``keep`` is a count of at least one or a fraction above 0 and up to 1."""
     fits = _is_number(keep) and (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
     if not fits:

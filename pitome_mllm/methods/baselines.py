@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -13,11 +12,15 @@ from torch import Tensor
 
 from .base import Merge, Reducer
 
+_MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of SplitMix64
 
-@torch.compiler.assume_constant_result
-def _shuffled(n: int, seed: int) -> Tensor:
-    """A permutation of 0 .. n-1 that depends on n and seed alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+def _shuffled(n: int, seed: int, device: torch.device) -> Tensor:
+    """A permutation of 0 .. n-1 that depends on n and seed alone, computed on the device from hashed indices."""
+    x = (torch.arange(n, device=device) + (seed + 1) * 2**20) * _MIX[0]
+    x = (x ^ (x >> 30)) * _MIX[1]
+    x = (x ^ (x >> 27)) * _MIX[2]
+    return (x ^ (x >> 31)).argsort(stable=True)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class RandomDrop(Reducer):
         self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
     ) -> Merge:
         n = self.check(metric, r, protected)
-        dropped = _shuffled(n, self.seed)[:r].to(metric.device) + protected
+        dropped = _shuffled(n, self.seed, metric.device)[:r] + protected
         root = torch.arange(n + protected, device=metric.device).index_fill(0, dropped, -1)
         return Merge(root.repeat(metric.shape[0], 1), n + protected - r)
 
@@ -39,12 +42,16 @@ class RandomDrop(Reducer):
         return max(n - 1, 0)
 
 
-@lru_cache
-def _cells(grid: tuple[int, int], count: int) -> tuple[int, int] | None:
+def _cells(height: int, width: int, count: int) -> tuple[int, int] | None:
     """Rows and columns of ``count`` cells over a grid, with cells as square as possible; None if there are none."""
-    height, width = grid
-    shapes = [(a, count // a) for a in range(1, height + 1) if count % a == 0 and count // a <= width]
-    return min(shapes, key=lambda s: abs(math.log((height / s[0]) / (width / s[1]))), default=None)
+    best, least = None, math.inf
+    for a in range(1, height + 1):
+        b = count // a
+        if a * b == count and b <= width:
+            skew = max(height * b, width * a) / min(height * b, width * a)
+            if skew < least:
+                best, least = (a, b), skew
+    return best
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class GridPool(Reducer):
         height, width = grid or square(n)
         if height * width != n:
             raise ValueError(f"grid {height} x {width} does not hold {n} tokens; pool whole, unmerged grids only")
-        cells = _cells((height, width), n - r)
+        cells = _cells(height, width, n - r)
         if cells is None:
             raise ValueError(
                 f"cannot pool {height} x {width} patches to {n - r} tokens; possible are products a * b with "

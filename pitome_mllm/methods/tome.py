@@ -28,8 +28,7 @@ class ToMe(Reducer):
         if r == 0:
             return Merge.join(tokens, a[:, :0], a[:, :0])
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
-        # The authors' code leaves what is left of A, class token first, then B.
-        a_left = torch.ones_like(index, dtype=torch.bool).scatter(1, merged, False)
-        position = index + tokens * (index % 2) + 2 * tokens * (~a_left)
-        source = position.argsort(dim=1)[:, : tokens - r]
+        # The authors' code leaves the class token, what is left of A, and then B.
+        place = index.where(index < protected, index + tokens * (1 + index % 2))
+        source = place.scatter(1, merged, 3 * tokens).argsort(dim=1)[:, : tokens - r]
         return Merge.join(tokens, merged, target, source=source)
