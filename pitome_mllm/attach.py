@@ -95,10 +95,12 @@ class Attachment:
         self.settings = changed
 
     @contextmanager
-    def using(self, plain: None = None, /, **settings: Any) -> Iterator[Attachment]:
+    def using(self, *plain: None, **settings: Any) -> Iterator[Attachment]:
         """Other settings within a ``with`` block, for this thread only. ``using(None)`` is the plain model."""
         self._check_attached()
-        plan = make_plan(self.settings.changed(**settings), self.geometry) if settings else None
+        if plain not in ((), (None,)) or bool(plain) == bool(settings):
+            raise ValueError(f"got using{plain}; call using(None) for the plain model, or using(keep=72, ...)")
+        plan = None if plain else make_plan(self.settings.changed(**settings), self.geometry)
         with self._pinned(plan):
             yield self
 
@@ -209,7 +211,10 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     ValueError : an unsupported model, one that carries an attachment already, or settings that cannot be reached.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"got {model!r:.80} ({type(model).__name__}), not a model; load one first: load('tiny')")
+        raise ValueError(
+            f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
+            f"supported: {', '.join(FAMILIES)}"
+        )
     carried = _carried(model)
     if carried is not None:
         raise ValueError(

@@ -49,9 +49,11 @@ class Layout:
             self.width + later.width,
         )
 
-    def grown_to(self, places: int) -> Layout:
-        """This layout followed by columns taken as they are, up to ``places`` places in all."""
+    def fitted_to(self, places: int) -> Layout:
+        """This layout for a cache of ``places`` places: what follows the prompt, or was cropped off it, is one to one."""
         rows, have = self.index.shape
+        if places < have:
+            return Layout(self.index[:, :places], self.real[:, :places], self.width - (have - places))
         extra = torch.arange(places - have, device=self.index.device).expand(rows, -1)
         return self.then(Layout(extra, torch.ones_like(extra, dtype=torch.bool), places - have))
 

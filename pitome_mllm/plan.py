@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .methods import METHODS, Reducer, get_method
+from .methods import METHODS, Reducer, get_method, unknown
 from .schedule import SHAPES, Schedule, rounds, target_count
 from .specs import Geometry
 
@@ -143,16 +143,19 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
 
 def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
     """The reducer, its name, and the settings that its preset brings."""
+    names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
-        if settings.options:
-            raise ValueError(
-                f"unknown settings {', '.join(settings.options)}: a reducer instance brings its own options; "
-                f"settings are {', '.join(f.name for f in fields(Settings) if f.name != 'options')}"
-            )
         reducer, name, preset = settings.method, type(settings.method).__name__, {}
+        for option in settings.options:
+            raise ValueError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
     else:
-        reducer, name = get_method(settings.method, **settings.options), settings.method
-        preset = METHODS[name].settings
+        name = settings.method
+        if name in METHODS:
+            known = [*names, *(f.name for f in fields(METHODS[name].reducer))]
+            for option in settings.options:
+                if option not in known:
+                    raise ValueError(unknown(f"setting or option of {name}", option, known))
+        reducer, preset = get_method(name, **settings.options), METHODS[name].settings
     lacking = reducer.needs - {"grid"}
     if lacking:
         raise ValueError(f"{name} needs {', '.join(sorted(lacking))}, which cannot be provided here")

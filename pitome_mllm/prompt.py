@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .placeholders import Layout, caller_positions, place_pictures, restore_prompt, shorten, take_all, unchanged
+from .specs import PLAIN_BACKENDS
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -50,13 +51,14 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit; pass the processor's (B, T) mask")
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
     fresh = image[:, seen.width if with_past else 0 :]
-    real = torch.ones_like(fresh) if mask is None else mask[:, mask.shape[1] - fresh.shape[1] :]
+    real = _inferred_mask(model, kwargs, image) if mask is None else mask
+    real = real[:, real.shape[1] - fresh.shape[1] :]
     full, count = handle.geometry.available, int(fresh.sum())
     original = handle.active is not None and handle.active.positions == "original" and kept < full
 
     if pictures and kept < full and count == pictures * full:
         new = shorten(fresh, real, full, kept)
-    elif seen is not None:
+    elif getattr(past, CACHE_MARK, None) is not None:
         new = unchanged(fresh)
     else:  # already short; or wrong, and left for the model to refuse
         if original and count == pictures * kept:
@@ -101,13 +103,22 @@ def _placeholders(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     return (embeds == placeholder).all(-1)
 
 
+def _inferred_mask(model: nn.Module, kwargs: dict[str, Any], image: Tensor) -> Tensor:
+    """(B, T), 0 at pad tokens, where there is no attention mask: generate() infers it in the same way."""
+    config = kwargs.get("generation_config") or model.generation_config
+    ids, pad = kwargs.get("input_ids"), config.pad_token_id
+    if ids is None or pad is None or pad == config.eos_token_id:
+        return torch.ones_like(image)
+    return ids != pad
+
+
 def _seen(past: Any, image: Tensor) -> Layout | None:
     """The layout of what a KV cache holds; None if it holds nothing."""
     length = 0 if past is None else int(past.get_seq_length())
     if not length:
         return None
     layout = getattr(past, CACHE_MARK, None)
-    return unchanged(image[:, :1].expand(-1, length)) if layout is None else layout.grown_to(length)
+    return unchanged(image[:, :1].expand(-1, length)) if layout is None else layout.fitted_to(length)
 
 
 def _pad_id(model: nn.Module) -> int:
@@ -210,8 +221,16 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         return None
     if positions is None or not bool(call.image.any()):
         return None
+    if language.config._attn_implementation not in PLAIN_BACKENDS:
+        raise ValueError(
+            f"positions='original' does not go with {language.config._attn_implementation!r} in the LLM, which takes "
+            "gaps between positions for borders of packed sequences; load with attn_implementation='sdpa'"
+        )
     image = call.image.to(positions.device)
-    return args, {**kwargs, "position_ids": place_pictures(positions, image, handle.stats.first)}
+    kwargs = {**kwargs, "position_ids": place_pictures(positions, image, handle.stats.first)}
+    if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+        kwargs["attention_mask"] = torch.ones_like(image, dtype=torch.long)  # else sdpa sees packed sequences too
+    return args, kwargs
 
 
 def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

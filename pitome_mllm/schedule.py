@@ -6,8 +6,10 @@ The tower, the placeholders, the accounting and servers all ask it, so that they
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 MaxRemovable = Callable[[int], int]
@@ -47,7 +49,7 @@ class Schedule:
         self,
         keep: int | float | None = None,
         ratio: float | None = None,
-        counts: Sequence[int] | None = None,
+        counts: Iterable[int] | None = None,
         shape: str = "equal",
     ) -> None:
         given = {k: v for k, v in {"keep": keep, "ratio": ratio, "counts": counts}.items() if v is not None}
@@ -101,7 +103,7 @@ def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> i
     if keep is None:
         return tokens
     _check_keep(keep, name)
-    count = keep if isinstance(keep, int) else max(1, round(keep * tokens))
+    count = int(keep) if isinstance(keep, numbers.Integral) else max(1, round(keep * tokens))
     if count > tokens:
         raise ValueError(f"{name}={keep} is more than the {tokens} tokens there are; choose 1 to {tokens}")
     return count
@@ -159,19 +161,25 @@ def _check_explicit(counts: list[int], tokens: int, blocks: int, max_removable: 
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_keep(keep: object, name: str = "keep") -> None:
     """ValueError unless ``keep`` is a count of at least one or a fraction above 0 and up to 1."""
-    fits = _is_number(keep) and (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
+    fits = _is_number(keep) and (keep >= 1 if isinstance(keep, numbers.Integral) else 0 < keep <= 1)
     if not fits:
         raise ValueError(
             f"keep={keep!r} is not possible; choose an int from 1 (a count) or a float in (0, 1] (a share)"
         )
 
 
-def _integers(counts: Sequence[int]) -> list[int]:
-    if isinstance(counts, (str, bytes)) or not isinstance(counts, Sequence) or not all(type(c) is int for c in counts):
-        raise ValueError(f"counts={counts!r} is not a sequence of integers; give the tokens left after each block")
-    return list(counts)
+def _integers(counts: Iterable[int]) -> list[int]:
+    """``counts`` as a list; ValueError unless it is a sequence of whole numbers."""
+    try:
+        if any(isinstance(count, bool) for count in counts):
+            raise TypeError
+        return [operator.index(count) for count in counts]
+    except TypeError:
+        raise ValueError(
+            f"counts={counts!r} is not a sequence of whole numbers; give the tokens left after each block"
+        ) from None

@@ -40,8 +40,9 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
 }
 FAMILY_OF_CONFIG = {"llava": "LlavaForConditionalGeneration"}
 
-# Attention implementations that accept an additive (B, 1, N, N) bias, which proportional attention needs.
-BIAS_BACKENDS = ("sdpa", "eager")
+# Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
+# read no borders of packed sequences out of the position ids.
+PLAIN_BACKENDS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def geometry(config: Any) -> Geometry:
     side = vision.image_size // vision.patch_size
     class_tokens = TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens
     full = config.vision_feature_select_strategy == "full"
+    if not full and not class_tokens:
+        raise ValueError(
+            f"vision_feature_select_strategy='default' drops the first token, which is a patch in "
+            f"{vision.model_type!r}, a tower without class token; set it to 'full'"
+        )
     return Geometry(
         grid=(side, side),
         class_tokens=class_tokens,

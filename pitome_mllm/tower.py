@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .methods import Merge
 from .plan import Plan
-from .specs import BIAS_BACKENDS, TowerSpec
+from .specs import PLAIN_BACKENDS, TowerSpec
 from .stats import Stats
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
@@ -150,7 +150,7 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     if plan is None:
         return None
     backend = tower.config._attn_implementation
-    if plan.proportional_attention and plan.merging and backend not in BIAS_BACKENDS:
+    if plan.proportional_attention and plan.merging and backend not in PLAIN_BACKENDS:
         raise ValueError(
             f"the vision tower's attention {backend!r} takes no log-size bias; use "
             f"model.set_attn_implementation({{'vision_config': 'sdpa'}}) (the LLM keeps its own), "
@@ -173,7 +173,10 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         )
     merges = [run.merges[block] for block in run.plan.merging]
     size = run.sizes.get(run.plan.geometry.merging_blocks)
-    if run.plan.rounds and output.hidden_states is not None:
+    if run.plan.rounds and output.hidden_states is None:  # no features for a projector were asked for
+        handle.stats = None
+        return
+    if run.plan.rounds:
         states, feature = list(output.hidden_states), run.plan.geometry.merging_blocks
         states[feature], late, size = run.before_projector(states[feature])
         output.hidden_states = tuple(states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -59,19 +59,21 @@ def get_method(name: str, **options: Any) -> Reducer:
     ValueError : no such method, or an option that this method does not have; both name what there is.
     """
     if name not in METHODS:
-        raise ValueError(_unknown("method", name, METHODS))
+        raise ValueError(unknown("method", name, METHODS))
     method = METHODS[name]
     known = [f.name for f in fields(method.reducer)]
     for option in options:
         if option not in known:
-            raise ValueError(_unknown(f"option of {name}", option, known))
+            raise ValueError(unknown(f"option of {name}", option, known))
     return method.reducer(**{**method.options, **options})
 
 
-def _unknown(what: str, got: str, choices: Any) -> str:
-    close = difflib.get_close_matches(str(got), list(choices), n=1)
+def unknown(what: str, got: str, choices: Iterable[str]) -> str:
+    """The message for a name that is none of ``choices``."""
+    choices = list(choices)
+    close = difflib.get_close_matches(str(got), choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"unknown {what} {got!r}{hint} Choices: {', '.join(choices) or 'none'}"
 
 
-__all__ = ["METHODS", "Merge", "Method", "Reducer", "get_method"]
+__all__ = ["METHODS", "Merge", "Method", "Reducer", "get_method", "unknown"]

@@ -111,7 +111,7 @@ class Merge:
 
         Returns
         -------
-        x : (B, K, C) in the dtype of ``x``, accumulated in float32; a token that stayed alone is unchanged to the bit.
+        x : (B, K, C) in the dtype of ``x``, accumulated in at least float32; a token that stayed alone keeps its bits.
         size : (B, K, 1) float32.
         """
         if size is None:
@@ -124,8 +124,9 @@ class Merge:
         first_size = rows(size, self._first)
         total = first_size.scatter_add(1, slot, rest_size)
 
-        first = rows(x, self._first).float() * (first_size / total)
-        rest = rows(x, self._rest).float() * (rest_size / total.gather(1, slot))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        first = rows(x, self._first).to(wide) * (first_size / total)
+        rest = rows(x, self._rest).to(wide) * (rest_size / total.gather(1, slot))
         rest = rest.masked_fill(dropped, 0.0)  # a NaN that is dropped must not come back as 0 * NaN
         return first.scatter_add(1, slot.expand_as(rest), rest).to(x.dtype), total
 

@@ -1,0 +1,208 @@
+"""What a call costs: FLOPs and KV cache from a configuration alone; latency by the clock is in `latency`.
+
+A multiply-add counts as two FLOPs and only matrix products and convolutions count, as in ``torch.utils.flop_counter``.
+Attention counts every query with every key, causal or not, as that tool does. Token counts come from the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .latency import Latency, Timing, at_least, measure
+from .methods import Reducer
+from .plan import Plan, Settings, make_plan
+from .specs import geometry
+
+# Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
+MLP_MATRICES = {
+    **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2"), 3),
+    **dict.fromkeys(("phi3", "qwen2", "qwen3", "smollm3", "stablelm"), 3),
+    **dict.fromkeys(("gpt_neox", "phi", "starcoder2"), 2),
+}
+LOGITS = ("last", "all")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of one batch.
+
+    Attributes
+    ----------
+    tower_flops : patch embedding and every block of the vision tower, those after the feature layer included.
+    merging_flops : similarity matrices and other matrix products of the method.
+    projector_flops : the projector, on the tokens that are left.
+    prefill_flops : the LLM over the prompt, with the output head.
+    decode_flops : the LLM over the new tokens after the first, which the prefill already gives.
+    kv_bytes : key-value cache of all rows when the last token is out.
+    visual_tokens : per picture, what reaches the LLM.
+    prompt_tokens : per row, visual and text tokens.
+    """
+
+    tower_flops: int
+    merging_flops: int
+    projector_flops: int
+    prefill_flops: int
+    decode_flops: int
+    kv_bytes: int
+    visual_tokens: int
+    prompt_tokens: int
+
+    @property
+    def flops(self) -> int:
+        """All of it."""
+        parts = (self.tower_flops, self.merging_flops, self.projector_flops, self.prefill_flops, self.decode_flops)
+        return sum(parts)
+
+
+def estimate(
+    model_or_config: Any,
+    method: str | Reducer | None = None,
+    *,
+    keep: int | float | None = None,
+    ratio: float | None = None,
+    counts: Sequence[int] | None = None,
+    schedule: str = "equal",
+    where: str = "tower",
+    tower_keep: int | float | None = None,
+    batch: int = 1,
+    images: int = 1,
+    text_tokens: int = 40,
+    new_tokens: int = 0,
+    logits: str = "last",
+    dtype: torch.dtype | str | None = None,
+    **settings: Any,
+) -> Estimate:
+    """What a batch costs with the settings of `attach`; without any, what the plain model costs.
+
+    Parameters
+    ----------
+    model_or_config : a LLaVA model or its configuration; nothing runs and no weights are needed.
+    method, keep, ratio, counts, schedule, where, tower_keep, **settings : as for `attach`.
+    batch : rows.
+    images : pictures per row.
+    text_tokens : tokens per row that are not picture placeholders.
+    new_tokens : tokens to be written per row.
+    logits : positions of the prompt that the output head sees: "last" as in ``generate``, "all" as in ``forward``.
+    dtype : of the key-value cache; default: the model's or the configuration's, else float16.
+
+    Raises
+    ------
+    ValueError : an unsupported model; settings that `attach` refuses; a number out of range; an unknown ``logits`` or
+        ``dtype``.
+    """
+    at_least(batch=(batch, 1), images=(images, 0), text_tokens=(text_tokens, 0), new_tokens=(new_tokens, 0))
+    if logits not in LOGITS:
+        raise ValueError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
+    config = getattr(model_or_config, "config", model_or_config)
+    vision, text = config.vision_config, config.text_config
+    settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
+    plan = make_plan(Settings().changed(method=method, tower_keep=tower_keep, **settings), geometry(config))
+
+    prompt = images * plan.keep + text_tokens
+    last = prompt + max(new_tokens - 1, 0)  # the prompt's last position gives the first new token
+    head = 2 * text.hidden_size * text.vocab_size
+    return Estimate(
+        tower_flops=batch * images * _tower(vision, plan),
+        merging_flops=batch * images * _merging(vision, plan),
+        projector_flops=batch * images * plan.keep * 2 * text.hidden_size * (vision.hidden_size + text.hidden_size),
+        prefill_flops=batch * (_llm(text, prompt, prompt**2) + head * (prompt if logits == "all" else 1)),
+        decode_flops=batch * (_llm(text, last - prompt, sum(range(prompt + 1, last + 1))) + head * (last - prompt)),
+        kv_bytes=batch * last * _kv_bytes(text, dtype or getattr(model_or_config, "dtype", None)),
+        visual_tokens=plan.keep,
+        prompt_tokens=prompt,
+    )
+
+
+def _tower(vision: Any, plan: Plan) -> int:
+    """FLOPs of the vision tower for one picture."""
+    shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
+    flops = 2 * shape.patches * width * vision.num_channels * vision.patch_size**2
+    tokens = shape.patches + shape.class_tokens
+    for block in range(shape.blocks):
+        left = tokens - plan.removed(block)
+        flops += 8 * tokens * width**2 + 4 * tokens**2 * width
+        flops += 4 * (left if plan.place == "mid" else tokens) * width * hidden
+        tokens = left
+    if getattr(vision, "vision_use_head", False):  # SigLIP pools its output by attention: unused here, but computed
+        flops += 4 * (tokens + 1) * width**2 + 4 * tokens * width + 4 * width * hidden
+    return flops
+
+
+def _merging(vision: Any, plan: Plan) -> int:
+    """FLOPs of the merges in tower and projector for one picture."""
+    tokens, steps = plan.geometry.patches, []
+    for block, left in enumerate(plan.counts):
+        steps.append((tokens, left, block / len(plan.counts)))
+        tokens = left
+    for left in plan.rounds:
+        steps.append((tokens, left, 1.0))
+        tokens = left
+    return sum(_matching(vision, plan, *step) for step in steps if step[0] > step[1])
+
+
+def _matching(vision: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
+    """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
+    blank = partial(torch.zeros, device="cpu")
+    protected, width = plan.geometry.class_tokens, vision.hidden_size
+    metric = blank(1, protected + tokens, width // vision.num_attention_heads if plan.metric == "keys" else width)
+    given = {"grid": plan.geometry.grid} if "grid" in plan.reducer.needs else {}
+    with torch.no_grad(), _Counter() as counter:
+        merge = plan.reducer.match(metric, tokens - left, protected=protected, depth=depth, **given)
+        merge.reduce(blank(1, protected + tokens, width))
+    return counter.flops
+
+
+class _Counter(TorchDispatchMode):
+    """Sums up the FLOPs of what runs inside it, on this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _llm(text: Any, queries: int, pairs: int) -> int:
+    """FLOPs of the LLM's blocks for ``queries`` tokens that look at keys ``pairs`` times altogether."""
+    if text.model_type not in MLP_MATRICES:
+        raise ValueError(f"unknown LLM {text.model_type!r}; FLOPs are known for {', '.join(sorted(MLP_MATRICES))}")
+    width, (heads, kv_heads, head_width) = text.hidden_size, _heads(text)
+    weights = 2 * width * head_width * (heads + kv_heads)
+    weights += MLP_MATRICES[text.model_type] * width * text.intermediate_size
+    return text.num_hidden_layers * (2 * queries * weights + 4 * pairs * heads * head_width)
+
+
+def _heads(text: Any) -> tuple[int, int, int]:
+    """Query heads, key-value heads and the width of one."""
+    heads = text.num_attention_heads
+    return (
+        heads,
+        getattr(text, "num_key_value_heads", None) or heads,
+        getattr(text, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
+def _kv_bytes(text: Any, dtype: torch.dtype | str | None) -> int:
+    """Bytes of keys and values of one token in all blocks."""
+    dtype = dtype or getattr(text, "dtype", None) or torch.float16
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"unknown dtype {dtype!r}; give a torch dtype or its name, such as 'float16'")
+        dtype = getattr(torch, dtype)
+    _, kv_heads, head_width = _heads(text)
+    return 2 * text.num_hidden_layers * kv_heads * head_width * dtype.itemsize
+
+
+__all__ = ["MLP_MATRICES", "Estimate", "Latency", "Timing", "estimate", "measure"]

@@ -1,0 +1,74 @@
+"""The command line: ``pitome-mllm``, or ``python -m pitome_mllm.cli`` in a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+from .commands import ask, groups, methods
+
+DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual tokens.
+
+  pitome-mllm ask                                     a held-out picture of the embedded model, 144 of 576 visual tokens
+  pitome-mllm ask --compare                           ... beside the answer and the cost with all 576
+  pitome-mllm ask photo.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --bits 4
+  pitome-mllm groups --out groups.png                 draw which patches were merged
+  pitome-mllm methods                                 the methods there are"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands; each command stores its function as ``run``."""
+    parser = _Parser(prog="pitome-mllm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"pitome-mllm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="log what happens, and show where an error came from")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (ask, groups, methods):
+        command.register(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments : what follows the program's name; default: that of this process.
+
+    Returns
+    -------
+    The exit code: 0, 2 after a mistake of the user (one line on stderr says which), 130 when interrupted.
+    """
+    options = build_parser().parse_args(arguments)
+    _set_up_logging(options.debug)
+    try:
+        options.run(options)
+    except ValueError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("pitome-mllm: interrupted\n")
+        return 130
+    return 0
+
+
+def _set_up_logging(debug: bool) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
+    for noisy in ("bitsandbytes", "PIL", "filelock", "httpcore", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""``pitome-mllm ask``: a model's answer with merged tokens, and beside it the plain model's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from .groups import check_picture_file, drawing, write_picture
+from .inputs import Subject, encode, read_subject
+from .options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
+from .report import Run, describe_device, print_comparison, print_json, timed
+
+NEW_TOKENS = 64  # longest answer where neither the command line nor the model sets a limit
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "ask", help="ask a question about a picture", description="Ask a question about a picture, with merged tokens."
+    )
+    add_subject(parser, question=True)
+    add_model(parser)
+    add_merging(parser)
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the model's own limit, else 64)"
+    )
+    group.add_argument("--compare", action="store_true", help="also ask the plain model; show what both cost")
+    group.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs for --compare (%(default)s)")
+    group.add_argument("--save-groups", metavar="FILE", help="draw which patches were merged")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answer one question.
+
+    Raises
+    ------
+    ValueError : a mistake the user can mend, in one sentence.
+    """
+    from ..attach import attach
+
+    for name in ("max_new_tokens", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not possible; give 1 or more")
+    check_method(options.method)
+    if options.save_groups:
+        check_picture_file(options.save_groups)
+    subject = read_subject(options)
+    if subject.question is None:
+        raise ValueError(f"a picture needs a question: pitome-mllm ask {subject.name} 'What is this?'")
+    model, processor = open_model(options)
+    if options.max_new_tokens is None:
+        options.max_new_tokens = model.generation_config.max_new_tokens or NEW_TOKENS
+    with attach(model, options.method, **merging(options)) as handle:
+        inputs = encode(model, processor, subject, subject.question, options.max_new_tokens)
+        if not options.json:
+            sys.stdout.write(f"{subject.name}: {subject.question}\n")
+        modes = ("plain", "merged") if options.compare else ("merged",)
+        runs = [_one(options, model, processor, inputs, handle, mode) for mode in modes]
+        if options.save_groups:
+            write_picture(drawing(processor, subject.picture, handle.stats), options.save_groups)
+        _conclude(options, model, subject, handle, runs)
+
+
+def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
+    """Answer with (mode "merged") or without (mode "plain") merging, and time it where a comparison is wanted."""
+    plan = handle.plan
+    visual = plan.available if mode == "plain" else plan.keep
+    length = inputs["input_ids"].shape[1] - plan.available + visual
+    with handle.using(None) if mode == "plain" else nullcontext():
+        if not options.json:
+            sys.stdout.write(f"{mode}, {visual} of {plan.available} visual tokens: ")
+        answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
+        result = Run(mode, answer, visual, length)
+        if not options.compare:
+            return result
+        with progress(f"Timing the {mode} model"):
+            settings = {} if mode == "plain" else {"method": options.method, **merging(options)}
+            return timed(result, model, inputs, settings, options.repeats)
+
+
+def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:
+    """The greedy answer; with ``stream`` its words appear on stdout as they come."""
+    from transformers import TextStreamer
+
+    class Writer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    writer = Writer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, streamer=writer)
+    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _conclude(options: argparse.Namespace, model: Any, subject: Subject, handle: Any, runs: list[Run]) -> None:
+    """What was asked for besides the answer: the true answer, the table, the JSON object."""
+    about = {
+        "model": options.model,
+        "device": describe_device(model),
+        "picture": subject.name,
+        "question": subject.question,
+        "true_answer": subject.truth,
+        "method": handle.plan.method,
+        **merging(options),
+        "keep": handle.plan.keep,
+    }
+    if options.json:
+        print_json(about, runs)
+        return
+    if subject.truth is not None:
+        sys.stdout.write(f"true answer: {subject.truth}\n")
+    if options.compare:
+        print_comparison(about, runs, options.repeats)

@@ -1,0 +1,135 @@
+"""From what the user gave to what the model takes: the picture, the question, the prompt and its checks."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .._companion import companion
+
+PLAIN_PROMPT = "USER: {image}\n{question} ASSISTANT:"  # LLaVA-1.5, for processors without a chat template
+
+PUNCTUATION = ".,;:!?\"'()"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture, what it is called, and a question with its true answer (None: not known)."""
+
+    picture: Image.Image
+    name: str
+    question: str | None = None
+    truth: str | None = None
+
+
+def read_subject(options: argparse.Namespace) -> Subject:
+    """The picture and question that the command line names; without any, held-out test scene 0.
+
+    Raises
+    ------
+    ValueError : a picture that cannot be read, a scene that does not exist, both, or a question without a picture.
+    """
+    picture, question = options.picture, getattr(options, "question", None)
+    if options.scene is not None:
+        if question is not None:
+            raise ValueError(f"got the picture {picture!r} and --scene {options.scene}; give one of them")
+        return _scene(options.scene, question=picture)
+    if picture is None:
+        return _scene(0)
+    return Subject(read_picture(picture), picture, question)
+
+
+def _scene(number: int, question: str | None = None) -> Subject:
+    """A held-out test scene with its first question, or with another one."""
+    picture, questions = companion("eval", "benchmark").scene(number, split="test")
+    if question is None:
+        asked, truth = questions[0].text, questions[0].answer
+    else:
+        asked = question
+        truth = next((q.answer for q in questions if q.text.lower() == question.strip().lower()), None)
+    return Subject(picture, f"test scene {number}", asked, truth)
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """A picture file as RGB, turned as its camera says, transparency on white.
+
+    Raises
+    ------
+    ValueError : no such file, or not a whole picture in a format that Pillow knows.
+    """
+    if not Path(path).is_file():
+        hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
+        raise ValueError(f"no picture file {str(path)!r}{hint}")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{str(path)!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the picture {str(path)!r}: {error}") from error
+    return _rgb(picture)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would cut off instead of scaling
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The text around picture and question that the model was trained on."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return PLAIN_PROMPT.format(image=processor.image_token, question=question)
+
+
+def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
+    """Model inputs for one picture and one question, on the model's device.
+
+    Raises
+    ------
+    ValueError : the question holds words that the tokenizer does not know or the picture's own placeholder, or is too
+        long together with the picture and ``new_tokens`` of answer.
+    """
+    check_question(processor, question)
+    inputs = processor(images=subject.picture, text=prompt(processor, question), return_tensors="pt")
+    length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    if length + new_tokens > most:
+        visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        raise ValueError(
+            f"the prompt of {length} tokens ({visual} visual, {length - visual} text) and {new_tokens} new ones do not "
+            f"fit: the model holds {most}; shorten the question to {max(0, most - new_tokens - visual)} tokens at most"
+        )
+    return inputs.to(model.device, dtype=model.dtype)
+
+
+def check_question(processor: Any, question: str) -> None:
+    """Refuse an empty question, one with the picture's placeholder, and words the tokenizer does not know."""
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the picture")
+    if processor.image_token in question:
+        raise ValueError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
+    unknown = unknown_words(processor.tokenizer, question)
+    if unknown:
+        words = sorted(filter(str.isalnum, processor.tokenizer.get_vocab()))
+        known = f"; it knows {len(words)} words: {' '.join(words)}" if len(words) < 200 else ""
+        raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}{known}")
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The words of ``text`` that become the unknown token, each once, in order."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    words = dict.fromkeys(word.strip(PUNCTUATION) or word for word in text.split())
+    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]

@@ -1,0 +1,106 @@
+"""Arguments and start-up that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..plan import DEFAULT_METHOD
+
+QUARTER = 0.25  # share of the visual tokens kept when neither --keep nor --ratio is given
+
+
+def keep(text: str) -> int | float:
+    """``144`` is a number of tokens, ``0.25`` a share of them."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from None
+
+
+def add_subject(parser: argparse.ArgumentParser, question: bool) -> None:
+    """PICTURE, QUESTION and --scene."""
+    group = parser.add_argument_group("what to look at (without any: held-out test scene 0)")
+    group.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
+    if question:
+        group.add_argument("question", nargs="?", metavar="QUESTION", help="a question about it")
+    group.add_argument("--scene", type=int, metavar="N", help="a held-out scene of the embedded benchmark")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --bits, --dtype and --device."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", help="'tiny' (embedded), a folder, or a hub name (%(default)s)")
+    group.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs pitome-mllm[bnb])")
+    group.add_argument("--dtype", help="float32, float16 or bfloat16")
+    group.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
+
+
+def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """--method (one, or ``several``), --keep, --ratio and --where."""
+    group = parser.add_argument_group("merging")
+    group.add_argument(
+        "--method",
+        nargs="+" if several else None,
+        metavar="M",
+        help=f"{'one or more of' if several else 'see'} `pitome-mllm methods` (default: {DEFAULT_METHOD})",
+    )
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--keep", type=keep, metavar="K", help="visual tokens left, a number or a share (default: 0.25, a quarter)"
+    )
+    amount.add_argument("--ratio", type=float, metavar="R", help="share of its tokens that every block keeps, e.g. 0.9")
+    group.add_argument("--where", default="tower", metavar="W", help="tower, projector or both (%(default)s)")
+
+
+def merging(options: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `attach` that ``--keep``, ``--ratio`` and ``--where`` stand for."""
+    if options.ratio is not None:
+        return {"ratio": options.ratio, "where": options.where}
+    return {"keep": QUARTER if options.keep is None else options.keep, "where": options.where}
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """A spinner with the time elapsed on stderr; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    # Two redraws per second: what runs underneath is sometimes being timed.
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=hidden) as bar:
+        bar.add_task(text, total=None)
+        yield
+
+
+def open_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Load the model and processor that the options name."""
+    with progress(f"Loading {options.model}"):
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        from ..loading import load
+
+        if not options.debug:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+        device = options.device
+        if device is None and options.bits is None and torch.cuda.is_available():
+            device = "cuda"
+        return load(options.model, bits=options.bits, dtype=options.dtype, device=device)
+
+
+def check_method(name: str | None) -> None:
+    """Refuse an unknown method before a large model is loaded; the message lists what there is."""
+    from ..methods import METHODS, get_method
+
+    if name is not None and name not in METHODS:
+        get_method(name)

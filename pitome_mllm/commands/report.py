@@ -1,0 +1,118 @@
+"""What a run cost, as a table beside the plain run and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+NEW_TOKENS = 8  # that every timed run writes, and that FLOPs and KV cache are calculated for
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer and its cost; what was not measured is None.
+
+    Attributes
+    ----------
+    mode : "plain" or "merged".
+    answer : the answer's text.
+    visual_tokens : visual tokens of the picture that reach the LLM.
+    prompt_tokens : length of the prompt that the LLM reads, visual tokens included.
+    tower_ms, prefill_ms, per_token_ms : wall clock: the vision tower alone; from the picture to the first new token,
+        tower included; each new token after that.
+    kv_cache_mb : keys and values of the prompt and `NEW_TOKENS` new tokens, in 10^6 bytes (calculated).
+    gflops : from the picture to the last of those tokens, in 10^9 floating-point operations (calculated).
+    """
+
+    mode: str
+    answer: str
+    visual_tokens: int
+    prompt_tokens: int
+    tower_ms: float | None = None
+    prefill_ms: float | None = None
+    per_token_ms: float | None = None
+    kv_cache_mb: float | None = None
+    gflops: float | None = None
+
+
+ROWS = {  # field of Run: its name in the table
+    "visual_tokens": "visual tokens",
+    "prompt_tokens": "LLM prompt length",
+    "tower_ms": "vision tower, ms",
+    "prefill_ms": "prefill with tower, ms",
+    "per_token_ms": "each new token, ms",
+    "kv_cache_mb": "KV cache, MB",
+    "gflops": "GFLOPs",
+}
+
+
+def timed(run: Run, model: Any, inputs: Any, settings: dict[str, Any], repeats: int) -> Run:
+    """The run with its cost.
+
+    Parameters
+    ----------
+    run : to be completed.
+    model : as it is to be timed: merging, or inside ``handle.using(None)``.
+    inputs : of one picture and prompt.
+    settings : the keywords of `attach` that the model merges with; empty for the plain model.
+    repeats : timed repetitions.
+    """
+    from ..accounting import estimate, measure
+
+    latency = measure(model, inputs, new_tokens=NEW_TOKENS, repeats=repeats)
+    text_tokens = run.prompt_tokens - run.visual_tokens
+    cost = estimate(model, **settings, text_tokens=text_tokens, new_tokens=NEW_TOKENS)
+    return replace(
+        run,
+        tower_ms=latency.tower_ms,
+        prefill_ms=latency.prefill_ms,
+        per_token_ms=latency.per_token_ms,
+        kv_cache_mb=cost.kv_bytes / 1e6,
+        gflops=cost.flops / 1e9,
+    )
+
+
+def describe_device(model: Any) -> str:
+    """Such as "cpu, threads: 2, float32" or "NVIDIA H200, float16"."""
+    import torch
+
+    kind = model.device.type
+    name = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
+    threads = f", threads: {torch.get_num_threads()}" if kind == "cpu" else ""
+    return f"{name}{threads}, {str(model.dtype).removeprefix('torch.')}"
+
+
+def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> None:
+    """Plain and merged side by side, with merged as a share of plain."""
+    plain, merged = runs
+    console = Console()
+    table = Table(title=f"{about['model']}, {about['method']}", title_justify="left")
+    table.add_column("")
+    for heading in (plain.mode, merged.mode, "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_row("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")
+    for field, title in ROWS.items():
+        before, after = getattr(plain, field), getattr(merged, field)
+        table.add_row(title, _number(before), _number(after), f"{after / before:.2f}")
+    console.print(table)
+    console.print(
+        f"Times: wall clock on this device ({about['device']}), medians of {repeats} runs after a warm-up. "
+        f"KV cache and FLOPs: calculated, for prompt and {NEW_TOKENS} new tokens.",
+        style="dim",
+    )
+
+
+def _number(value: float) -> str:
+    """Whole numbers as they are, others with three significant digits."""
+    return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def print_json(about: dict[str, Any], runs: list[Run]) -> None:
+    """One JSON object: what was asked, the answer, and one entry for each run."""
+    entries = {run.mode: {k: v for k, v in asdict(run).items() if k != "mode" and v is not None} for run in runs}
+    sys.stdout.write(json.dumps({**about, "answer": runs[-1].answer, "runs": entries}, ensure_ascii=False) + "\n")

@@ -1,0 +1,150 @@
+"""How long a call takes, by the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .specs import FAMILIES, FAMILY_OF_CONFIG, geometry
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated wall-clock times of one thing.
+
+    Attributes
+    ----------
+    runs : milliseconds of each repetition, in the order they ran.
+    """
+
+    runs: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The 20th and the 80th percentile, interpolated."""
+        if len(self.runs) == 1:
+            return self.runs[0], self.runs[0]
+        cuts = statistics.quantiles(self.runs, n=5, method="inclusive")
+        return cuts[0], cuts[-1]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a model takes.
+
+    Attributes
+    ----------
+    tower : the vision tower with its merging, all pictures of the batch at once.
+    prefill : from pictures and prompt to the first new token: tower, projector and LLM.
+    per_token : each new token after the first.
+    new_tokens : how many tokens every run wrote.
+    device : where the model ran.
+    """
+
+    tower: Timing
+    prefill: Timing
+    per_token: Timing
+    new_tokens: int
+    device: str
+
+    @property
+    def tower_ms(self) -> float:
+        return self.tower.median
+
+    @property
+    def prefill_ms(self) -> float:
+        return self.prefill.median
+
+    @property
+    def per_token_ms(self) -> float:
+        return self.per_token.median
+
+
+def measure(
+    model: Any, inputs: Mapping[str, Any], *, new_tokens: int = 8, repeats: int = 5, warmup: int = 1
+) -> Latency:
+    """Time a model as it is now: plain, attached, or inside ``handle.using(...)``.
+
+    Every repetition runs the tower alone and one greedy ``generate``. The model is left as it was; an attached
+    handle's ``stats`` then show the last repetition.
+
+    Parameters
+    ----------
+    model : on the device of ``inputs``.
+    inputs : from the processor, with pixel_values and input_ids.
+    new_tokens : tokens to write, at least 2; the end-of-sequence token is suppressed so that all get written.
+    repeats : timed repetitions.
+    warmup : repetitions before those, not timed.
+
+    Raises
+    ------
+    ValueError : no pictures in ``inputs``; an unsupported model; a number out of range.
+    """
+    at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
+    if inputs.get("pixel_values") is None:
+        raise ValueError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
+    geometry(model.config)
+    tower = model.get_submodule(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)
+    device = inputs["pixel_values"].device
+    towers, firsts, others = [], [], []
+    for run in range(warmup + repeats):
+        tower_ms = _tower_ms(tower, inputs["pixel_values"])
+        ticks = _ticks(model, inputs, new_tokens)
+        if run >= warmup:
+            towers.append(tower_ms)
+            firsts.append(ticks[0])
+            others.append((ticks[-1] - ticks[0]) / (len(ticks) - 1))
+    return Latency(Timing(tuple(towers)), Timing(tuple(firsts)), Timing(tuple(others)), new_tokens, str(device))
+
+
+@torch.no_grad()
+def _tower_ms(tower: Any, pixels: torch.Tensor) -> float:
+    start = _now(pixels.device)
+    tower(pixels, output_hidden_states=True, return_dict=True)
+    return 1000 * (_now(pixels.device) - start)
+
+
+def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float]:
+    """Milliseconds from the start until each new token was known."""
+    from transformers import StoppingCriteriaList
+
+    device, ticks = inputs["pixel_values"].device, []
+
+    def clock(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        ticks.append(_now(device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    start = _now(device)
+    model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return [1000 * (tick - start) for tick in ticks]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a steady clock, once ``device`` has finished what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
+    return time.perf_counter()
+
+
+def at_least(**numbers: tuple[int, int]) -> None:
+    """ValueError for the first of ``name=(value, least)`` that is too small."""
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{name}={value} is not possible; give {least} or more")

@@ -1,0 +1,183 @@
+"""`load`: a model with its processor, by the name of the embedded model, of a folder, or of a checkpoint on the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .specs import FAMILY_OF_CONFIG, geometry
+
+TINY = Path(__file__).with_name("tiny")
+BITS = (4, 8)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load(
+    name_or_path: str | Path,
+    bits: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Any, Any]:
+    """Load a LLaVA model in evaluation mode, and its processor.
+
+    Parameters
+    ----------
+    name_or_path : "tiny" (the embedded model, needs no network), a folder written by ``save_pretrained``, or a
+        checkpoint's name on the Hugging Face hub such as "llava-hf/llava-1.5-7b-hf".
+    bits : 4 or 8 loads the weights quantised with bitsandbytes (4 is nf4); None keeps them as they are.
+    dtype : "float32", "float16", "bfloat16" or the torch dtype. Default: float32 for "tiny", else the checkpoint's own.
+        With ``bits`` it is the dtype of everything that is not quantised.
+    device : such as "cpu", "cuda" or "cuda:1"; "auto" spreads the model over what there is. Default: the CPU, or the
+        first GPU where ``bits`` is given and there is one.
+
+    Raises
+    ------
+    ValueError : no such folder or checkpoint, an unsupported family, a value out of range, a missing extra.
+    """
+    _check_bits(bits)
+    dtype = _dtype(dtype, tiny=name_or_path == "tiny")
+    placement = _device_map(device, bits)
+    source = _source(name_or_path)
+    config = _config(source)
+    geometry(config)  # raises for families and towers that cannot be merged in
+    options: dict[str, Any] = {"dtype": dtype, "device_map": placement}
+    if bits is not None:
+        options["quantization_config"] = _quantisation(bits, dtype)
+    model = _model(source, config, options)
+    return model.eval(), _processor(source, config)
+
+
+def _check_bits(bits: int | None) -> None:
+    if bits is None:
+        return
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"bits={bits} needs bitsandbytes; install it with: pip install 'pitome-mllm[bnb]'")
+
+
+def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
+    """What ``from_pretrained`` takes: a torch dtype, or "auto" for the checkpoint's own."""
+    if dtype is None:
+        return torch.float32 if tiny else "auto"
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} is not possible; choose one of {', '.join(DTYPES)}")
+    return found
+
+
+def _device_map(device: torch.device | str | None, bits: int | None) -> str | dict[str, torch.device]:
+    """What ``from_pretrained`` takes as ``device_map``."""
+    if device == "auto":
+        return "auto"
+    if device is None:
+        device = "cuda" if bits is not None and torch.cuda.is_available() else "cpu"
+    possible = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        possible.append("mps")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a device; possible here: {', '.join(possible)}, auto") from error
+    index = f"{found.type}:{found.index or 0}"
+    if found.type not in possible and index not in possible:
+        raise ValueError(f"device={str(device)!r} is not available; possible here: {', '.join(possible)}, auto")
+    return {"": found}
+
+
+def _source(name_or_path: str | Path) -> str:
+    """The folder to read, or a name for the hub."""
+    if not isinstance(name_or_path, (str, Path)):
+        raise ValueError(f"expected a model's name or folder, got {type(name_or_path).__name__}")
+    if name_or_path == "tiny":
+        if not (TINY / "config.json").is_file():
+            raise ValueError(f"the embedded model is missing from {TINY}; install pitome-mllm again")
+        return str(TINY)
+    if name_or_path == "":
+        raise ValueError("the model's name is empty; give 'tiny', a folder, or a hub name like 'owner/model'")
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"folder {str(path)!r} has no config.json; expected what save_pretrained() writes")
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{str(path)!r} is a file; expected the folder that holds config.json and the weights")
+    if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
+        raise ValueError(f"no folder {str(path)!r}; give 'tiny', an existing folder, or a hub name like 'owner/model'")
+    return name_or_path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _config(source: str) -> Any:
+    """The configuration, once it is clear that its weights are laid out as transformers expects."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"cannot load {source!r}: it is neither a folder here nor a checkpoint that the Hugging Face hub gave "
+            f"({_first_line(error)}); give 'tiny', an existing folder, or a hub name like 'owner/model'"
+        ) from error
+    except ValueError as error:
+        supported = ", ".join(sorted(FAMILY_OF_CONFIG))
+        raise ValueError(f"unsupported family in {source!r} ({_first_line(error)}); supported: {supported}") from error
+    if any(name not in FAMILY_OF_CONFIG.values() for name in config.architectures or ()):
+        raise ValueError(
+            f"unsupported family {', '.join(config.architectures)} in {source!r}; supported: "
+            f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints"
+        )
+    return config
+
+
+def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
+    import transformers
+
+    family = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])
+    try:
+        model, report = family.from_pretrained(source, config=config, output_loading_info=True, **options)
+    except OSError as error:
+        raise ValueError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+    if report["missing_keys"]:  # they would be random numbers
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{source!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
+            f"expected the layout that save_pretrained() writes"
+        )
+    return model
+
+
+def _processor(source: str, config: Any) -> Any:
+    """The processor; older checkpoints leave out what it needs to know of the tower."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load the processor of {source!r} ({_first_line(error)}); "
+            f"expected tokenizer and image processor files beside config.json"
+        ) from error
+    if getattr(processor, "patch_size", 0) is None:
+        processor.patch_size = config.vision_config.patch_size
+        processor.num_additional_image_tokens = geometry(config).class_tokens
+    if getattr(processor, "vision_feature_select_strategy", "") is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    return processor

@@ -1,0 +1,100 @@
+"""Comparisons that several test files need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from by_hand import Reference, Tokens, encode
+from torch import Tensor, nn
+
+from pitome_mllm import get_method
+
+TOLERANCE = 1e-4  # of logits, once the groups are equal
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: Any, **options: Any) -> Tensor:
+    return model(**inputs, **options).logits
+
+
+def new_ids(model: nn.Module, inputs: Any, steps: int = 6, **options: Any) -> list[list[int]]:
+    """The ids that greedy `generate` adds, sliced off as everybody does."""
+    out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, **options)
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(out[:, :width], inputs["input_ids"]), "the caller's prompt must come back unchanged"
+    return out[:, width:].tolist()
+
+
+@torch.no_grad()
+def merged_by_hand(plain: nn.Module, inputs: Any, counts: list[int], method: str = "pitome", **options: Any) -> Tokens:
+    return encode(plain, inputs["pixel_values"], counts, get_method(method), **options)
+
+
+def reference(
+    plain: nn.Module, inputs: Any, counts: list[int], method: str = "pitome", positions: str = "compact", **options: Any
+) -> Reference:
+    """What must come out, from the plain twin and a merge written out by hand."""
+    return Reference(plain, inputs, merged_by_hand(plain, inputs, counts, method, **options), positions)
+
+
+def assert_merged_like(handle: Any, tokens: Tokens) -> None:
+    """The last run merged exactly as by hand: equal groups first, then sizes."""
+    assert handle.stats is not None, "nothing ran"
+    assert torch.equal(handle.stats.groups, tokens.groups)
+    assert torch.equal(handle.stats.sizes, tokens.sizes)
+
+
+def assert_row(logits: Tensor, expected: Tensor, side: str = "left") -> None:
+    """One row of a possibly padded batch of logits equals the unpadded expectation (n, V)."""
+    n = len(expected)
+    seen = logits[-n:] if side == "left" else logits[:n]
+    torch.testing.assert_close(seen, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def assert_works(handle: Any, model: nn.Module, plain: nn.Module, inputs: Any, method: str = "pitome") -> None:
+    """One call that proves real merging: groups, sizes and logits of a single-row input equal the hand-made ones."""
+    seen = logits(model, inputs)
+    expected = reference(plain, inputs, handle.plan.counts, method)
+    assert_merged_like(handle, expected.tokens)
+    assert handle.stats.counts == handle.plan.counts
+    assert_row(seen[0], expected.logits())
+
+
+def is_plain(model: nn.Module, plain: nn.Module, inputs: Any) -> bool:
+    """Logits are bit-identical to the plain model's."""
+    return torch.equal(logits(model, inputs), logits(plain, inputs))
+
+
+def assert_same_modules(left: nn.Module, right: nn.Module) -> None:
+    """Every module of both has the same class and the same `vars()`; hooks and functions compare by what they run."""
+    pairs = list(zip(left.named_modules(), right.named_modules(), strict=True))
+    for (name, a), (other, b) in pairs:
+        assert name == other
+        assert type(a) is type(b), f"{name}: {type(a)} is not {type(b)}"
+        assert set(vars(a)) == set(vars(b)), f"{name}: {set(vars(a)) ^ set(vars(b))}"
+        for key, value in vars(a).items():
+            assert _fingerprint(value) == _fingerprint(vars(b)[key]), f"{name}.{key}"
+    ours, theirs = left.state_dict(), right.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def _fingerprint(value: Any) -> Any:
+    """Something comparable that says what a value is, across two twin models."""
+    if isinstance(value, dict):
+        if all(isinstance(key, int) for key in value):  # hooks, keyed by a running number
+            return [_fingerprint(item) for item in value.values()]
+        return {key: _fingerprint(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return type(value), sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return type(value), [_fingerprint(item) for item in value]
+    if isinstance(value, (int, float, str, bytes, bool, type, type(None))):
+        return value
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.dtype
+    if hasattr(value, "to_dict"):
+        return type(value), value.to_dict()
+    function = getattr(value, "__func__", value)
+    return type(value), getattr(function, "__module__", None), getattr(function, "__qualname__", None)

@@ -1,0 +1,76 @@
+"""Shared fixtures. No test reaches the network, and every test runs on one thread so that figures repeat."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from models import QUESTION, build, picture, processor
+from transformers.models.clip import modeling_clip
+from transformers.models.llama import modeling_llama
+from transformers.models.llava import modeling_llava
+from transformers.models.siglip import modeling_siglip
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", message=".*incompatible with gradient checkpointing.*")
+
+PATCHABLE = (modeling_clip, modeling_llama, modeling_llava, modeling_siglip, transformers.generation.utils, torch.nn)
+
+
+def attributes() -> dict[str, int]:
+    """Identity of all that a careless add-on might patch: functions and class attributes of the modules above."""
+    found = {}
+    for module in PATCHABLE:
+        for name, thing in vars(module).items():
+            found[f"{module.__name__}.{name}"] = id(thing)
+            if inspect.isclass(thing):
+                found |= {f"{module.__name__}.{name}.{key}": id(value) for key, value in vars(thing).items()}
+    names = ("scaled_dot_product_attention", "softmax")
+    return found | {f"torch.nn.functional.{name}": id(getattr(torch.nn.functional, name)) for name in names}
+
+
+UNPATCHED = attributes()  # taken before anything imports pitome_mllm
+
+
+@pytest.fixture
+def unpatched() -> dict[str, int]:
+    """What `attributes` said before pitome_mllm was imported."""
+    return UNPATCHED
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """A plain model. Shared by the session: never attach to it."""
+    return build()
+
+
+@pytest.fixture
+def model():
+    """A fresh twin of ``plain``, to attach to."""
+    return build()
+
+
+@pytest.fixture(scope="session")
+def process():
+    """The ordinary processor, padding on the left."""
+    return processor()
+
+
+@pytest.fixture(scope="session")
+def one(process):
+    """One picture and one question."""
+    return process(images=[picture(0)], text=QUESTION, return_tensors="pt")
+
+
+@pytest.fixture(scope="session")
+def pair(process):
+    """Two pictures with a question each; both rows have the same length."""
+    return process(images=[picture(0), picture(1)], text=[QUESTION, QUESTION], return_tensors="pt")

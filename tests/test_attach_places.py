@@ -1,0 +1,341 @@
+"""Where and how much: tower, projector, both; every way of saying how many; every setting; every method; the stats."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from checks import assert_merged_like, assert_row, assert_works, logits, merged_by_hand, reference
+from models import PATCHES, QUESTION, build, picture, processor
+
+from pitome_mllm import METHODS, Schedule, attach, get_method
+
+BLOCKS = 6  # of 7, since the features come from the last but one
+
+
+def run(model, inputs, method=None, **settings):
+    """Attach, run once, detach: (plan, stats, logits)."""
+    with attach(model, method, **settings) as handle:
+        seen = logits(model, inputs)
+        return handle.plan, handle.stats, seen
+
+
+def assert_consistent(plan, stats, images, keep, before=PATCHES):
+    """What the stats say agrees with the plan and with itself."""
+    assert plan.keep == keep and plan.available == before
+    assert (stats.images, stats.tokens_before, stats.tokens_after) == (images, before, keep)
+    assert (stats.method, stats.where, stats.counts) == (plan.method, plan.where, plan.counts)
+    assert stats.sizes.shape == (images, keep) and stats.sizes.dtype == torch.float32
+    assert stats.groups.shape == (images, before) and stats.groups.dtype == torch.int64
+    for groups, sizes in zip(stats.groups, stats.sizes, strict=True):
+        alive = groups[groups >= 0]
+        assert alive.unique().tolist() == list(range(keep))
+        assert groups.min() >= -1
+        assert torch.equal(alive.bincount(minlength=keep).float(), sizes)
+
+
+# ---- how many --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [9, 10, 54, 72, 143, 144, 145, 288, 289, 500, 574, 575, 576])
+@pytest.mark.parametrize("where", ["tower", "projector", "both"])
+def test_keep_is_exact(model, pair, keep, where):
+    plan, stats, seen = run(model, pair, "pitome", keep=keep, where=where)
+    assert_consistent(plan, stats, images=2, keep=keep)
+    assert seen.shape[1] == pair.input_ids.shape[1] - PATCHES + keep
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_projector_reaches_one_token(model, one, keep):
+    plan, stats, _ = run(model, one, "pitome", keep=keep, where="projector")
+    assert_consistent(plan, stats, images=1, keep=keep)
+
+
+@pytest.mark.parametrize("share,count", [(0.25, 144), (1.0, 576), (0.5, 288), (0.1, 58)])
+def test_keep_as_a_share(model, one, share, count):
+    plan, stats, _ = run(model, one, "pitome", keep=share)
+    assert_consistent(plan, stats, images=1, keep=count)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 0.975])
+def test_ratio_is_the_papers(model, plain, one, ratio):
+    with attach(model, "pitome", ratio=ratio) as handle:
+        left, expected = PATCHES, []
+        for _ in range(BLOCKS):
+            left -= min(math.floor(left - ratio * left), left // 2)
+            expected.append(left)
+        assert list(handle.plan.counts) == expected and handle.plan.keep == expected[-1]
+        assert_works(handle, model, plain, one)
+
+
+def test_explicit_counts(model, plain, one):
+    counts = [576, 400, 400, 250, 144, 144]
+    with attach(model, "pitome", counts=counts) as handle:
+        assert list(handle.plan.counts) == counts and handle.plan.keep == 144
+        assert_works(handle, model, plain, one)
+
+
+@pytest.mark.parametrize("shape", ["equal", "linear"])
+def test_schedule_shapes(model, plain, one, shape):
+    with attach(model, "pitome", keep=100, schedule=shape) as handle:
+        assert list(handle.plan.counts) == Schedule(keep=100, shape=shape).counts(PATCHES, BLOCKS)
+        assert handle.plan.counts[-1] == 100
+        assert_works(handle, model, plain, one)
+
+
+@pytest.mark.parametrize("layer,blocks", [(-1, 7), (-2, 6), (-4, 4), (5, 5), (1, 1)])
+def test_only_blocks_that_feed_the_projector_merge(one, layer, blocks):
+    model = build(feature_layer=layer)
+    with attach(model, "pitome", keep=300) as handle:
+        seen = logits(model, one)
+        assert len(handle.plan.counts) == blocks
+        assert_consistent(handle.plan, handle.stats, images=1, keep=300)
+        expected = reference(build(feature_layer=layer), one, handle.plan.counts)
+        assert_merged_like(handle, expected.tokens)
+        assert_row(seen[0], expected.logits())
+
+
+def test_a_tower_without_class_token():
+    model = build(tower="siglip", strategy="full", feature_layer=-1)
+    inputs = processor(strategy="full", class_token=False)(images=[picture(0)], text=QUESTION, return_tensors="pt")
+    plan, stats, seen = run(model, inputs, "pitome", keep=144)
+    assert_consistent(plan, stats, images=1, keep=144)
+    assert len(plan.counts) == 7
+    assert seen.shape[1] == inputs.input_ids.shape[1] - PATCHES + 144
+
+
+def test_a_visible_class_token_is_counted_and_kept():
+    model = build(strategy="full")
+    inputs = processor(strategy="full")(images=[picture(0)], text=QUESTION, return_tensors="pt")
+    plan, stats, seen = run(model, inputs, "pitome", keep=145)
+    assert_consistent(plan, stats, images=1, keep=145, before=PATCHES + 1)
+    assert plan.counts[-1] == 144  # patches; the class token comes on top
+    assert (stats.groups[0, 0], stats.sizes[0, 0]) == (0, 1)
+    assert seen.shape[1] == inputs.input_ids.shape[1] - 577 + 145
+
+
+# ---- where -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tower_merges_as_defined(model, plain, pair):
+    plan, stats, seen = run(model, pair, "pitome", keep=144)
+    expected = reference(plain, pair, plan.counts)
+    assert torch.equal(stats.groups, expected.tokens.groups)
+    assert torch.equal(stats.sizes, expected.tokens.sizes)
+    for row in range(2):
+        assert_row(seen[row], expected.logits(row))
+    assert list(plan.rounds) == [] and plan.where == "tower"
+
+
+def test_the_default_is_pitome_tuned_in_the_tower(model, one):
+    plan, stats, seen = run(model, one, keep=144)
+    assert (plan.method, plan.where) == ("pitome-tuned", "tower")
+    again = run(model, one, "pitome-tuned", keep=144)
+    assert torch.equal(stats.groups, again[1].groups) and torch.equal(seen, again[2])
+
+
+def test_a_reducer_instance_is_a_method(model, plain, one):
+    reducer = get_method("pitome", margin=0.45, alpha=0.5, energy="elu")
+    by_instance = run(model, one, reducer, keep=144)
+    by_name = run(model, one, "pitome", keep=144, margin=0.45, alpha=0.5, energy="elu")
+    default = run(model, one, "pitome", keep=144)
+    assert torch.equal(by_instance[2], by_name[2])
+    assert torch.equal(by_instance[1].groups, by_name[1].groups)
+    assert not torch.equal(by_name[1].groups, default[1].groups)
+
+
+@torch.no_grad()
+def by_rounds(x, metric, counts, reducer):
+    """Merge features (B, N, C) in rounds, at depth 1: (features, groups)."""
+    size, groups = torch.ones(*x.shape[:2], 1), torch.arange(x.shape[1]).expand(x.shape[:2])
+    for count in counts:
+        merge = reducer.match(metric, x.shape[1] - count, size=size, depth=1.0)
+        metric = merge.reduce(metric, size)[0]
+        x, size = merge.reduce(x, size)
+        groups = merge.group.gather(1, groups)
+    return x, groups
+
+
+@torch.no_grad()
+def tower_output(plain, inputs):
+    """Features in front of the projector and the keys of the block that made them, class token left out."""
+    tower, keys = plain.model.vision_tower, []
+    last = tower.encoder.layers[BLOCKS - 1].self_attn
+    hook = last.k_proj.register_forward_hook(lambda module, args, out: keys.append(out))
+    x = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    hook.remove()
+    return x[:, 1:], keys[0].unflatten(-1, (last.num_heads, -1)).mean(2)[:, 1:]
+
+
+@pytest.mark.parametrize("metric", ["keys", "hidden"])
+@pytest.mark.parametrize("keep", [400, 144, 60])
+def test_the_projector_merges_in_rounds_of_at_most_half(model, pair, keep, metric):
+    settings = {"keep": keep, "where": "projector", "metric": metric}
+    plan, stats, _ = run(model, pair, "pitome", **settings)
+    assert_consistent(plan, stats, images=2, keep=keep)
+    steps = [PATCHES, *plan.rounds]
+    assert steps[-1] == keep and all(after >= before // 2 for before, after in zip(steps, steps[1:], strict=False))
+    assert len(plan.rounds) == math.ceil(math.log2(PATCHES / keep))
+    assert list(plan.counts) == [PATCHES] * BLOCKS
+    twin = build()  # not the shared one: it gets a hook
+    x, keys = tower_output(twin, pair)
+    features, groups = by_rounds(x, x if metric == "hidden" else keys, plan.rounds, get_method("pitome"))
+    assert torch.equal(stats.groups, groups)
+    with attach(model, "pitome", **settings), torch.no_grad():
+        seen = model.model.get_image_features(pair["pixel_values"], return_dict=True).pooler_output
+    torch.testing.assert_close(torch.stack(list(seen)), twin.model.multi_modal_projector(features))
+
+
+@pytest.mark.parametrize("tower_keep,reached", [(None, 288), (300, 300), (144, 144), (576, 576)])
+def test_both_places(model, one, tower_keep, reached):
+    plan, stats, _ = run(model, one, "pitome", keep=144, where="both", tower_keep=tower_keep)
+    assert plan.counts[-1] == reached  # the default is the geometric mean of 576 and 144
+    assert (plan.rounds[-1] if plan.rounds else reached) == 144
+    assert_consistent(plan, stats, images=1, keep=144)
+
+
+# ---- settings of the merge -------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    {},
+    {"place": "end"},
+    {"metric": "hidden"},
+    {"metric": "hidden", "place": "end"},
+    {"weighted": False},
+    {"proportional_attention": False},
+    {"place": "end", "metric": "hidden", "weighted": False, "proportional_attention": False},
+]
+
+
+@pytest.mark.parametrize("method", ["pitome", "pitome-bsm", "tome"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_settings_do_what_they_say(model, plain, one, method, settings):
+    plan, stats, seen = run(model, one, method, keep=144, **settings)
+    by_hand = {"proportional" if k == "proportional_attention" else k: v for k, v in settings.items()}
+    expected = reference(plain, one, plan.counts, method, **by_hand)
+    assert torch.equal(stats.groups, expected.tokens.groups)
+    assert_consistent(plan, stats, images=1, keep=144)
+    assert_row(seen[0], expected.logits())
+
+
+def test_settings_differ_from_each_other(model, one):
+    seen = [run(model, one, "pitome", keep=144, **settings)[2] for settings in SETTINGS]
+    for i, a in enumerate(seen):
+        assert all((a - b).abs().max() > 1e-3 for b in seen[i + 1 :])
+
+
+def test_llm_size_bias_matters_or_is_refused(model, one):
+    try:
+        plan, stats, seen = run(model, one, "pitome", keep=72, llm_size_bias=True)
+    except ValueError as error:
+        assert "llm_size_bias" in str(error)
+        return
+    assert_consistent(plan, stats, images=1, keep=72)
+    assert (seen - run(model, one, "pitome", keep=72)[2]).abs().max() > 1e-3
+
+
+def test_tokens_leave_in_reading_order(model, pair):
+    for method in ("pitome", "pitome-bsm", "tome", "random", "pool"):
+        _, stats, _ = run(model, pair, method, keep=144)
+        for groups in stats.groups:
+            first = [groups.tolist().index(group) for group in range(144)]
+            assert first == sorted(first)
+
+
+def test_source_order_is_the_same_merge_in_another_order(model, one):
+    """In one block and after it nothing can depend on the order, so features are the same up to their order."""
+    settings = {"counts": [576] * (BLOCKS - 1) + [300], "place": "end"}
+    features, groups = [], []
+    for order in ("reading", "source"):
+        with attach(model, "pitome", order=order, **settings) as handle, torch.no_grad():
+            seen = model.model.get_image_features(one["pixel_values"], return_dict=True).pooler_output
+            features.append(torch.stack(list(seen))[0])
+            groups.append(handle.stats.groups[0])
+    reading, source = groups
+    renamed = torch.full((300,), -1).scatter(0, reading, source)
+    assert torch.equal(renamed[reading], source) and len(renamed.unique()) == 300
+    assert not torch.equal(reading, source)
+    torch.testing.assert_close(features[0], features[1][renamed])
+
+
+def test_pitome_llava_is_out_of_reading_order_by_default(model, one):
+    settings = METHODS["pitome-llava"].settings
+    assert settings["order"] == "source"
+    plan, stats, seen = run(model, one, "pitome-llava", keep=144)
+    assert_consistent(plan, stats, images=1, keep=144)
+    first = [stats.groups[0].tolist().index(group) for group in range(144)]
+    assert first != sorted(first)
+    reading = run(model, one, "pitome-llava", keep=144, order="reading")
+    assert (seen - reading[2]).abs().max() > 1e-3
+
+
+# ---- every method ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["tower", "projector", "both"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_merges_everywhere_or_says_why_not(model, pair, method, where):
+    reducer = get_method(method)
+    keep = 144
+    assert keep in reducer.allowed(PATCHES)
+    try:
+        handle = attach(model, method, keep=keep, where=where)
+    except ValueError as error:
+        assert where in str(error) and method in str(error)
+        assert reducer.once or reducer.needs
+        return
+    seen = logits(model, pair)
+    plan, stats = handle.plan, handle.stats
+    assert (plan.method, plan.keep, stats.tokens_after) == (method, keep, keep)
+    assert seen.isfinite().all()
+    assert seen.shape[1] == pair.input_ids.shape[1] - PATCHES + keep
+    if stats.groups is not None:
+        assert_consistent(plan, stats, images=2, keep=keep)
+    alone = {"input_ids": pair["input_ids"][1:], "attention_mask": pair["attention_mask"][1:]}
+    second = logits(model, {**alone, "pixel_values": pair["pixel_values"][1:]})
+    if stats.groups is not None:
+        assert torch.equal(handle.stats.groups[0], stats.groups[1]), "a row must not depend on its batch"
+    assert_row(seen[1], second[0])
+
+
+def test_methods_differ(model, one):
+    methods = [name for name in METHODS if name != "pitome-tuned"]
+    seen = {name: run(model, one, name, keep=144, where="tower")[2] for name in methods}
+    for a in methods:
+        assert all((seen[a] - seen[b]).abs().max() > 1e-3 for b in methods if a != b)
+
+
+# ---- stats -----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_are_none_before_the_first_run(model):
+    assert attach(model, keep=144).stats is None
+
+
+def test_energies_on_request(model, plain, pair):
+    plan, stats, _ = run(model, pair, "pitome", keep=144)
+    assert stats.energies is None
+    plan, stats, _ = run(model, pair, "pitome", keep=144, energies=True)
+    assert [tuple(e.shape) for e in stats.energies] == [(2, n) for n in [PATCHES, *plan.counts[:-1]]]
+    assert all(e.dtype == torch.float32 and e.isfinite().all() for e in stats.energies)
+    first = merged_by_hand(plain, pair, [plan.counts[0]])  # the first block's energy, from the definition
+    tower = plain.model.vision_tower
+    with torch.no_grad():
+        layer = tower.encoder.layers[0]
+        x = layer.layer_norm1(tower.pre_layrnorm(tower.embeddings(pair["pixel_values"])))
+        keys = layer.self_attn.k_proj(x).unflatten(-1, (2, -1)).mean(2)[:, 1:]
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    cos = unit @ unit.mT
+    energy = torch.where(cos >= 0.9, cos, torch.exp(cos - 0.9) - 1).mean(-1)
+    torch.testing.assert_close(stats.energies[0], energy, atol=1e-5, rtol=1e-4)
+    assert first.groups.shape == (2, PATCHES)
+
+
+def test_stats_follow_each_run(model, one, pair):
+    with attach(model, "pitome", keep=144) as handle:
+        logits(model, pair)
+        both = handle.stats
+        logits(model, one)
+        assert (both.images, handle.stats.images) == (2, 1)
+        assert torch.equal(both.groups[:1], handle.stats.groups)

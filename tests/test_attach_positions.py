@@ -1,0 +1,139 @@
+"""positions="original": every survivor keeps the place in the prompt that its group's first token had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from by_hand import Reference, Tokens
+from checks import assert_row, logits, new_ids, reference
+from models import PATCHES, QUESTION, picture, processor
+
+from pitome_mllm import attach
+
+ROWS = [
+    ([0], QUESTION),
+    ([], "USER: how many are there ASSISTANT:"),
+    ([1, 2], "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"),
+    ([5], "USER: tell me how many big red digit are in the <image> picture here? ASSISTANT:"),
+]
+
+
+@pytest.fixture
+def handle(model):
+    with attach(model, "pitome", keep=144, positions="original") as handle:
+        yield handle
+
+
+def make(rows, side="left"):
+    images = [picture(i) for numbers, _ in rows for i in numbers]
+    text = [text for _, text in rows]
+    return processor(padding_side=side)(images=images or None, text=text, padding=True, return_tensors="pt")
+
+
+def expect(plain, inputs, handle):
+    return reference(plain, inputs, handle.plan.counts, positions="original")
+
+
+def test_forward_and_generate(model, plain, one, handle):
+    expected = expect(plain, one, handle)
+    assert_row(logits(model, one)[0], expected.logits())
+    assert new_ids(model, one, 8) == [expected.greedy(0, 8)]
+    compact = reference(plain, one, handle.plan.counts)
+    assert (compact.logits()[-1] - expected.logits()[-1]).abs().max() > 1e-3, "the test would prove nothing"
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_gaps_between_positions_are_no_new_sequences(model, plain, one, handle, use_cache):
+    """Without an attention mask transformers takes jumping position ids for several sequences packed into one."""
+    bare = {key: one[key] for key in ("input_ids", "pixel_values")}
+    assert_row(logits(model, bare, use_cache=use_cache)[0], expect(plain, one, handle).logits())
+    assert new_ids(model, bare, use_cache=use_cache) == [expect(plain, one, handle).greedy()]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches(model, plain, handle, side):
+    inputs = make(ROWS, side)
+    expected = expect(plain, inputs, handle)
+    seen = logits(model, inputs)
+    for row in range(len(ROWS)):
+        assert_row(seen[row], expected.logits(row), side)
+    if side == "left":
+        assert new_ids(model, inputs) == [expected.greedy(row) for row in range(len(ROWS))]
+
+
+def test_beams_repeat_the_positions_of_their_row(model, plain, handle):
+    inputs = make(ROWS)
+    together = model.generate(**inputs, num_beams=3, max_new_tokens=5, do_sample=False)[:, -5:].tolist()
+    for row, settings in enumerate(ROWS):
+        alone = make([settings])
+        assert model.generate(**alone, num_beams=3, max_new_tokens=5, do_sample=False)[0, -5:].tolist() == together[row]
+    three = model.generate(**inputs, num_beams=3, num_return_sequences=3, max_new_tokens=5, do_sample=False)
+    assert three[::3, -5:].tolist() == together
+
+
+@pytest.mark.parametrize("method,where", [("pitome", "projector"), ("pitome", "both"), ("random", "tower")])
+def test_other_places_and_dropping(model, plain, one, method, where):
+    """The reference takes groups from the stats here, and features from the model itself."""
+    with attach(model, method, keep=144, where=where, positions="original") as handle:
+        seen = logits(model, one)
+        with torch.no_grad():
+            features = model.model.get_image_features(one["pixel_values"], return_dict=True).pooler_output
+        tokens = Tokens(torch.stack(list(features)), handle.stats.groups, handle.stats.sizes)
+        expected = Reference(plain, one, tokens, "original")
+        assert_row(seen[0], expected.logits())
+        assert new_ids(model, one) == [expected.greedy()]
+
+
+def test_several_turns_continue_from_the_last_position(model, plain, one, process, handle):
+    expected = expect(plain, one, handle)
+    out = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    said = out.sequences[0, one["input_ids"].shape[1] :]
+    for question in ("USER: how many are there ASSISTANT:", "USER: is it red ASSISTANT:"):
+        text = process(text=question, return_tensors="pt")["input_ids"][:, 1:]
+        ids = torch.cat([out.sequences, text], 1)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=out.past_key_values,
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        said = torch.cat([said, text[0]])
+        answer = out.sequences[0, ids.shape[1] :]
+        assert answer.tolist() == expected.greedy(0, 4, said)
+        said = torch.cat([said, answer])
+
+
+def test_several_turns_of_a_padded_batch(model, plain, process, handle):
+    inputs = make(ROWS[2:])
+    expected = expect(plain, inputs, handle)
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    text = process(text="USER: and the circle ASSISTANT:", return_tensors="pt")["input_ids"][:, 1:]
+    ids = torch.cat([out.sequences, text.expand(2, -1)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4 + text.shape[1], dtype=torch.long)], 1)
+    second = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=4, do_sample=False
+    )
+    for row in range(2):
+        said = torch.cat([out.sequences[row, inputs["input_ids"].shape[1] :], text[0]])
+        assert second[row, -4:].tolist() == expected.greedy(row, 4, said)
+
+
+def test_a_decoding_loop_written_by_hand(model, plain, one, handle):
+    """The attention mask in the caller's length says where the next token stands."""
+    mask, said = one["attention_mask"], []
+    with torch.no_grad():
+        out = model(**one, use_cache=True)
+        for _ in range(6):
+            said.append(out.logits[:, -1].argmax(-1, keepdim=True))
+            mask = torch.cat([mask, torch.ones_like(said[-1])], 1)
+            out = model(input_ids=said[-1], past_key_values=out.past_key_values, attention_mask=mask, use_cache=True)
+    assert torch.cat(said, 1)[0].tolist() == expect(plain, one, handle).greedy()
+
+
+def test_keeping_all_is_the_plain_model(model, plain):
+    inputs = make(ROWS)
+    with attach(model, keep=PATCHES, positions="original"):
+        assert torch.equal(logits(model, inputs), logits(plain, inputs))
+        assert new_ids(model, inputs) == new_ids(plain, inputs)

@@ -1,0 +1,290 @@
+"""The command line as a user meets it: answers, tables, pictures, and one clear line for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import build
+from models import picture as textured
+from models import processor as plain_processor
+from PIL import Image
+
+from pitome_mllm import METHODS, __version__, cli, load
+from pitome_mllm.commands.inputs import read_picture, unknown_words
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; returns the exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    textured(0).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model with random weights whose processor has no chat template."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    build().save_pretrained(path)
+    plain_processor().save_pretrained(path)
+    return path
+
+
+def scene(number=0):
+    from pitome_mllm_eval.benchmark import scene
+
+    return scene(number, split="test")
+
+
+# ---- ask -------------------------------------------------------------------------------------------------------------
+
+
+def test_ask_without_anything_answers_scene_0(run):
+    code, out, err = run("ask")
+    question = scene()[1][0]
+    first, answer, truth = out.splitlines()
+    assert (code, err) == (0, "")
+    assert first == f"test scene 0: {question.text}"
+    assert re.fullmatch(r"merged, 144 of 576 visual tokens: \S.*", answer)
+    assert truth == f"true answer: {question.answer}"
+
+
+def test_ask_a_question_about_a_scene(run):
+    _, questions = scene(3)
+    code, out, _ = run("ask", "--scene", 3, questions[1].text.upper(), "--keep", 72)
+    assert code == 0 and "merged, 72 of 576 visual tokens: " in out
+    assert out.endswith(f"true answer: {questions[1].answer}\n")
+    code, out, _ = run("ask", "--scene", 3, "is there a star above the star above the star?")
+    assert code == 0 and "true answer" not in out
+
+
+def test_ask_about_a_picture(run, photo):
+    code, out, err = run("ask", photo, "what colour is the star?", "--ratio", 0.9, "--method", "tome")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{photo}: what colour is the star?\nmerged, ") and "true answer" not in out
+
+
+def test_compare_shows_both_side_by_side(run):
+    code, out, _ = run("ask", "--compare", "--keep", 144, "--repeats", 1)
+    assert code == 0
+    assert "plain, 576 of 576 visual tokens: " in out and "merged, 144 of 576 visual tokens: " in out
+    for row in ("answer", "visual tokens", "LLM prompt length", "vision tower, ms", "prefill with tower, ms"):
+        assert row in out
+    for row in ("each new token, ms", "KV cache, MB", "GFLOPs", "ratio", "wall clock on this device", "true answer"):
+        assert row in out
+    assert re.search(r"visual tokens\W+576\W+144\W+0\.25", out)
+
+
+def test_json_is_one_object_and_nothing_else(run):
+    code, out, err = run("ask", "--compare", "--json", "--repeats", 1)
+    said = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert said["question"] == scene()[1][0].text and said["true_answer"] == scene()[1][0].answer
+    assert said["method"] == "pitome-tuned" and said["model"] == "tiny" and said["keep"] == 144
+    plain, merged = said["runs"]["plain"], said["runs"]["merged"]
+    assert said["answer"] == merged["answer"]
+    assert plain["visual_tokens"] == 576 and merged["visual_tokens"] == 144
+    assert plain["prompt_tokens"] - merged["prompt_tokens"] == 432
+    assert merged["gflops"] < plain["gflops"] and merged["kv_cache_mb"] < plain["kv_cache_mb"]
+    assert all(r[name] > 0 for r in (plain, merged) for name in ("tower_ms", "prefill_ms", "per_token_ms"))
+
+
+def test_json_without_compare_has_no_figures_that_were_not_measured(run):
+    said = json.loads(run("ask", "--json", "--keep", 0.125)[1])
+    assert set(said["runs"]) == {"merged"}
+    assert set(said["runs"]["merged"]) == {"answer", "visual_tokens", "prompt_tokens"}
+    assert said["runs"]["merged"]["visual_tokens"] == said["keep"] == 72
+
+
+def test_the_answer_streams(run, checkpoint, photo, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(sys.stdout, "write", lambda text: pieces.append(text) or len(text))
+    arguments = ["ask", photo, "what shape is in the picture", "--model", checkpoint, "--max-new-tokens", 6]
+    assert run(*arguments)[0] == 0
+    after = pieces[next(i for i, text in enumerate(pieces) if text.startswith("merged, ")) + 1 :]
+    assert len([text for text in after if text.strip()]) >= 3, pieces
+
+
+def test_another_model_gets_the_llava_prompt(run, checkpoint, photo):
+    code, out, _ = run("ask", photo, "what shape is in the picture", "--model", checkpoint, "--where", "projector")
+    assert code == 0 and "merged, 144 of 576 visual tokens" in out
+
+
+def test_ask_with_quantised_weights(run):
+    code, out, _ = run("ask", "--bits", 8)
+    assert code == 0 and "merged, 144 of 576" in out
+
+
+# ---- groups, methods, help -------------------------------------------------------------------------------------------
+
+
+def test_groups_draws_one_panel_for_each_method(run, tmp_path, photo):
+    code, out, _ = run("groups", photo, "--method", "pitome", "tome", "--keep", 72, "--out", tmp_path / "g.png")
+    assert code == 0 and "pitome: 72 of 576 tokens; tome: 72 of 576 tokens" in out
+    with Image.open(tmp_path / "g.png") as drawn:
+        assert drawn.width > 2.5 * drawn.height > 500
+    code, out, _ = run("groups", "--scene", 2, "--style", "mean", "--side", 336, "--out", tmp_path / "one.jpg")
+    assert code == 0 and out.startswith(str(tmp_path / "one.jpg")) and (tmp_path / "one.jpg").is_file()
+
+
+def test_ask_saves_the_groups_too(run, tmp_path):
+    assert run("ask", "--save-groups", tmp_path / "out.png")[0] == 0
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert min(drawn.size) >= 336
+
+
+def test_methods_lists_every_method(run):
+    code, out, _ = run("methods")
+    assert code == 0 and all(name in out for name in METHODS)
+    rows = json.loads(run("methods", "--json")[1])
+    assert list(rows) == list(METHODS) and rows["tome"]["reference"] == METHODS["tome"].reference
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, f"pitome-mllm {__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0 and all(command in out for command in ("ask", "groups", "methods"))
+    for command in ("ask", "groups", "methods"):
+        assert run(command, "--help")[0] == 0
+
+
+def test_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "pitome_mllm.cli", "ask", "nothing.png", "what is there"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pitome-mllm: no picture file 'nothing.png'\n"
+
+
+# ---- mistakes: one line on stderr, exit code 2 -----------------------------------------------------------------------
+
+MISTAKES = [
+    ([], "COMMAND"),
+    (["dance"], "invalid choice: 'dance'"),
+    (["ask", "--keep", "144", "--ratio", "0.9"], "not allowed with argument"),
+    (["ask", "--keep", "many"], "'many' is neither a number of tokens nor a share such as 0.25"),
+    (["ask", "--keep", "577"], "577"),
+    (["ask", "--keep", "0"], "0"),
+    (["ask", "--keep", "-3"], "-3"),
+    (["ask", "--keep", "1.5"], "1.5"),
+    (["ask", "--ratio", "2"], "ratio=2.0 is not possible"),
+    (["ask", "--method", "pitom"], "unknown method 'pitom'; did you mean 'pitome'? Choices: pitome, "),
+    (["ask", "--where", "kitchen"], "unknown where 'kitchen'; choose one of 'tower', 'projector', 'both'"),
+    (["ask", "--where", "both", "--ratio", "0.9"], "ratio"),
+    (["ask", "--scene", "100000"], "scene 100000 does not exist"),
+    (["ask", "--scene", "-1"], "scene -1 does not exist"),
+    (["ask", "nowhere.png", "what is there"], "no picture file 'nowhere.png'"),
+    (["ask", "what colour is the star?"], "to ask about a scene: pitome-mllm ask --scene 0 'what colour is the star?'"),
+    (["ask", "a.png", "what is there", "--scene", "0"], "got the picture 'a.png' and --scene 0; give one of them"),
+    (
+        ["ask", "--scene", "0", "what colour is the old elephant?"],
+        "the model does not know 'old', 'elephant'; it knows",
+    ),
+    (["ask", "--scene", "0", "what is <image>?"], "'<image>', which stands for the picture"),
+    (["ask", "--scene", "0", "  "], "the question is empty"),
+    (["ask", "--scene", "0", "what " * 3000], "do not fit: the model holds 2048; shorten the question to"),
+    (["ask", "--max-new-tokens", "0"], "--max-new-tokens 0 is not possible; give 1 or more"),
+    (["ask", "--repeats", "-1"], "--repeats -1 is not possible"),
+    (["ask", "--bits", "3"], "bits=3 is not possible; choose 4 or 8"),
+    (["ask", "--dtype", "int8"], "dtype='int8' is not possible"),
+    (["ask", "--device", "toaster"], "device='toaster' is not a device"),
+    (["ask", "--model", "./nowhere"], "no folder 'nowhere'"),
+    (["ask", "--model", "nobody/nothing"], "cannot load 'nobody/nothing'"),
+    (["ask", "--save-groups", "groups.xyz"], "'groups.xyz' does not end like a picture file"),
+    (["ask", "--save-groups", "nowhere/groups.png"], "no folder 'nowhere' to write 'groups.png' into"),
+    (["groups", "--method", "pitome", "tom"], "unknown method 'tom'; did you mean"),
+    (["groups", "--style", "baroque"], "unknown style 'baroque'"),
+    (["groups", "--side", "3"], "3"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", MISTAKES, ids=[" ".join(arguments)[:60] or "nothing" for arguments, _ in MISTAKES]
+)
+def test_a_mistake_is_one_line_and_code_2(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    assert message in err and err.startswith("pitome-mllm") and err.count("\n") == 1, err
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+def test_a_picture_needs_a_question(run, photo):
+    code, out, err = run("ask", photo)
+    assert (code, out) == (2, "") and "a picture needs a question" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n and no more"])
+def test_files_that_are_no_pictures(run, tmp_path, content):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    code, out, err = run("ask", path, "what is there")
+    assert (code, out) == (2, "") and "bad.png" in err and err.count("\n") == 1
+
+
+def test_a_truncated_picture(run, tmp_path):
+    textured(1).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    code, out, err = run("ask", tmp_path / "half.jpg", "what is there")
+    assert (code, out) == (2, "") and "cannot read the picture" in err and err.count("\n") == 1
+
+
+def test_debug_shows_where_an_error_came_from():
+    with pytest.raises(ValueError, match="no picture file"):
+        cli.main(["--debug", "ask", "nowhere.png", "what is there"])
+
+
+# ---- pictures and words ----------------------------------------------------------------------------------------------
+
+
+def saved(tmp_path, picture, name="p.png", **options):
+    picture.save(tmp_path / name, **options)
+    return read_picture(tmp_path / name)
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    for mode in ("1", "L", "P", "RGB", "RGBA", "LA"):
+        assert saved(tmp_path, textured(0).convert("RGB").convert(mode)).mode == "RGB"
+    assert saved(tmp_path, textured(0).convert("CMYK"), "p.jpg").mode == "RGB"
+    assert saved(tmp_path, Image.new("RGB", (1, 1))).size == (1, 1)
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    deep = Image.new("I;16", (2, 1))
+    deep.putpixel((0, 0), 65535)
+    deep.putpixel((1, 0), 32768)
+    assert [saved(tmp_path, deep).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
+
+
+def test_transparency_is_white_and_the_camera_decides_what_is_up(tmp_path):
+    assert saved(tmp_path, Image.new("RGBA", (1, 1), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    lying = Image.new("RGB", (40, 20))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # taken with the camera turned
+    assert saved(tmp_path, lying, "p.jpg", exif=exif).size == (20, 40)
+
+
+def test_unknown_words_are_found_once_and_in_order():
+    tokenizer = load("tiny")[1].tokenizer
+    assert unknown_words(tokenizer, "What colour is the star?") == []
+    assert unknown_words(tokenizer, "is the zebra, or ZEBRA, or a (zebra) here?") == ["zebra", "or", "ZEBRA", "here"]

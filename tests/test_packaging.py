@@ -1,0 +1,179 @@
+"""What the package promises as a whole: who imports whom, what a wheel holds, how little an import costs."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "pitome_mllm"
+
+# Part of the package: the parts it may import. Those at the top (attach, the commands) are not listed: they import any.
+ALLOWED = {
+    "methods": set(),
+    "schedule": set(),
+    "specs": {"schedule"},
+    "placeholders": {"schedule", "specs"},
+    "packing": {"schedule", "specs"},
+    "spectral": {"methods"},
+    "visualize": {"methods"},
+    "plan": {"methods", "schedule", "specs"},
+    "stats": {"methods", "plan"},
+    "accounting": {"latency", "methods", "plan", "schedule", "specs"},
+    "latency": {"specs"},
+    "prompt": {"placeholders", "plan", "specs", "stats"},
+    "tower": {"methods", "plan", "specs", "stats"},
+    "loading": {"specs"},
+    "_companion": set(),
+}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def part(path: Path) -> str:
+    """ "methods" for pitome_mllm/methods/tome.py, "schedule" for pitome_mllm/schedule.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the package that a file imports, its own left out, and what only type checkers import."""
+    package = ["pitome_mllm", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    tree = ast.parse(path.read_text())
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {n.split(".")[1] for n in names if n.startswith("pitome_mllm.")}
+    return found - {part(path)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_import_direction(path):
+    imports = imported_parts(path)
+    assert imports <= ALLOWED.get(part(path), imports), f"{name(path)} imports {sorted(imports)}"
+
+
+def test_the_import_test_sees_imports():
+    assert imported_parts(PACKAGE / "cli.py") >= {"commands"}
+    assert imported_parts(PACKAGE / "loading.py") == {"specs"}
+
+
+def test_methods_need_torch_only():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        foreign = {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names)
+        assert foreign <= {"torch"}, f"{name(path)} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_print_and_no_assert(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{name(path)}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), f"assert at {where}: raise an exception instead"
+        is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        assert not is_print, f"print at {where}: log, or write to sys.stdout in a command"
+
+
+def python(code: str, *flags: str) -> str:
+    """What a fresh interpreter writes to stdout for ``code``."""
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_stays_light():
+    heavy = ("transformers.models.llava", "transformers.modeling_utils", "gradio", "matplotlib", "bitsandbytes")
+    code = f"import sys, pitome_mllm; sys.stdout.write(' '.join(m for m in {heavy} if m in sys.modules))"
+    assert python(code) == ""
+
+
+def test_help_and_version_come_without_transformers():
+    code = (
+        "import sys\nfrom pitome_mllm import __version__, cli\n"
+        "try: cli.main(['--version'])\nexcept SystemExit: pass\n"
+        "sys.stdout.write(str('transformers.modeling_utils' in sys.modules) + __version__)"
+    )
+    version, rest = python(code).split("\n")
+    assert version.startswith("pitome-mllm ") and rest == "False" + version.removeprefix("pitome-mllm ")
+
+
+def test_folders_of_a_bare_checkout_are_found():
+    code = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "sys.path[:] = [p for p in sys.path if 'pitome' not in p]\n"
+        "import os; sys.path.insert(0, os.getcwd())\n"
+        "from pitome_mllm._companion import companion\n"
+        "module = companion('eval', 'benchmark')\n"
+        "sys.stdout.write(module.__name__ + ' ' + module.__file__ + ' ' + companion('demo').__name__)"
+    )
+    first, file, last = python(code, "-E").split(" ")
+    assert first == "pitome_mllm_eval.benchmark" and last == "pitome_mllm_demo"
+    assert Path(file) == ROOT / "eval" / "benchmark.py"
+
+
+def test_a_missing_companion_names_its_extra():
+    from pitome_mllm._companion import companion
+
+    with pytest.raises(ValueError, match=r"pip install 'pitome-mllm\[nothing\]'"):
+        companion("nothing")
+    with pytest.raises(ValueError, match=r"pitome_mllm_eval.nothing needs .*pip install 'pitome-mllm\[eval\]'"):
+        companion("eval", "nothing")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> list[str]:
+    """The names in a wheel built from a copy of the sources, since building writes beside them."""
+    copy = tmp_path_factory.mktemp("sources")
+    for item in ("pitome_mllm", "eval", "demo"):
+        shutil.copytree(ROOT / item, copy / item, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for item in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / item, copy / item)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", copy / "out", "."]
+    done = subprocess.run([str(c) for c in command], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = (copy / "out").glob("pitome_mllm-*.whl")
+    with zipfile.ZipFile(built) as archive:
+        return archive.namelist()
+
+
+def test_wheel_holds_every_source_and_nothing_else(wheel):
+    tops = {n.split("/")[0] for n in wheel if ".dist-info" not in n}
+    assert tops == {"pitome_mllm", "pitome_mllm_eval", "pitome_mllm_demo"}
+    for folder, installed in (
+        ("pitome_mllm", "pitome_mllm"),
+        ("eval", "pitome_mllm_eval"),
+        ("demo", "pitome_mllm_demo"),
+    ):
+        sources = {f"{installed}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")}
+        assert sources <= set(wheel), f"missing: {sorted(sources - set(wheel))}"
+
+
+def test_wheel_holds_model_and_data(wheel):
+    for folder, installed in (("pitome_mllm/tiny", "pitome_mllm/tiny"), ("eval/data", "pitome_mllm_eval/data")):
+        files = {f"{installed}/{p.name}" for p in (ROOT / folder).iterdir() if p.is_file()}
+        assert files and files <= set(wheel), f"missing: {sorted(files - set(wheel))}"
+    assert any(n.endswith("licenses/LICENSE") for n in wheel)
