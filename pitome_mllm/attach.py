@@ -53,7 +53,7 @@ class Attachment:
     Attributes
     ----------
     model : the model.
-    plan : what happens to every picture outside `using`.
+    plan : what happens to every picture; in a `using` block the plan of that block.
     stats : this thread's last run, None before it or if the plain model ran.
     """
 
@@ -62,7 +62,7 @@ class Attachment:
         self.model = model
         self.geometry = geometry(model.config)
         self.settings = settings
-        self.plan = make_plan(settings, self.geometry)
+        self._plan = make_plan(settings, self.geometry)
         self.state = _State()
         self._tower: nn.Module = operator.attrgetter(family.tower)(model)
         self._language: nn.Module = operator.attrgetter(family.language)(model)
@@ -77,7 +77,11 @@ class Attachment:
     @property
     def active(self) -> Plan | None:
         """The plan in force on this thread; None = the plain model."""
-        return self.state.plans[-1] if self.state.plans else self.plan
+        return self.state.plans[-1] if self.state.plans else self._plan
+
+    @property
+    def plan(self) -> Plan:
+        return self.active or self._plan
 
     @property
     def stats(self) -> Stats | None:
@@ -91,7 +95,7 @@ class Attachment:
         """Change settings for all threads; the same keywords as `attach`. On an error nothing changes."""
         self._check_attached()
         changed = self.settings.changed(**settings)
-        self.plan = make_plan(changed, self.geometry)
+        self._plan = make_plan(changed, self.geometry)
         self.settings = changed
 
     @contextmanager
@@ -150,7 +154,7 @@ class Attachment:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Attachment({type(self.model).__name__}: {_describe(self.plan)})"
+        return f"Attachment({type(self.model).__name__}: {_describe(self._plan)})"
 
     def __getstate__(self) -> dict[str, Any]:
         """For deep copies: what threads are doing stays behind."""
@@ -218,7 +222,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     carried = _carried(model)
     if carried is not None:
         raise ValueError(
-            f"{type(model).__name__} already carries {_describe(carried.plan)}; "
+            f"{type(model).__name__} already carries {_describe(carried._plan)}; "
             "call its handle.update(...) to change it, or handle.remove() first"
         )
     asked = Settings().changed(method=method, **settings)

@@ -50,7 +50,7 @@ class Layout:
         )
 
     def fitted_to(self, places: int) -> Layout:
-        """This layout for a cache of ``places`` places: what follows the prompt, or was cropped off it, is one to one."""
+        """This layout for a cache of ``places`` places: what follows or was cropped off the prompt is one to one."""
         rows, have = self.index.shape
         if places < have:
             return Layout(self.index[:, :places], self.real[:, :places], self.width - (have - places))

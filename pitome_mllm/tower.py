@@ -152,8 +152,8 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     backend = tower.config._attn_implementation
     if plan.proportional_attention and plan.merging and backend not in PLAIN_BACKENDS:
         raise ValueError(
-            f"the vision tower's attention {backend!r} takes no log-size bias; use "
-            f"model.set_attn_implementation({{'vision_config': 'sdpa'}}) (the LLM keeps its own), "
+            f"the vision tower's attention {backend!r} takes no log-size bias, {' and '.join(PLAIN_BACKENDS)} do: use "
+            "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own), "
             "or attach with proportional_attention=False"
         )
     return args, {**kwargs, RUN: Run(plan)}

@@ -32,6 +32,12 @@ def unit_metric(metric: Tensor) -> Tensor:
     return F.normalize(metric.where(usable, 0.0), dim=-1)
 
 
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Similarities (B, S, T) of unit rows (B, S, C) and (B, T, C), in float32 also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.mT
+
+
 def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The most similar target of every source.
 
@@ -45,7 +51,7 @@ def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     similarity : (B, S) cosine similarity to that target.
     target : (B, S) its token index; the first of equals.
     """
-    similarity = rows(unit, sources) @ rows(unit, targets).mT
+    similarity = cosine(rows(unit, sources), rows(unit, targets))
     return similarity.amax(-1), targets.gather(1, similarity.argmax(-1))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Merge, Reducer, most_similar_first, unit_metric
+from .base import Merge, Reducer, cosine, most_similar_first, unit_metric
 
 ENERGIES = ("paper", "elu")
 
@@ -69,7 +69,7 @@ class PiToMe(Reducer):
     def _energy(self, unit: Tensor, depth: float) -> Tensor:
         """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
         margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
-        similarity = unit @ unit.mT
+        similarity = cosine(unit, unit)
         value = F.elu(similarity - margin, alpha=self.alpha)
         if self.energy == "paper":
             value = similarity.where(similarity >= margin, value)
