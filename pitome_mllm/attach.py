@@ -37,7 +37,7 @@ _HOOKS = (
 )
 
 
-class _State(threading.local):
+class _Thread:
     """What one thread does with one attachment."""
 
     def __init__(self) -> None:
@@ -45,6 +45,13 @@ class _State(threading.local):
         self.generating = 0
         self.call: Call | None = None
         self.stats: Stats | None = None
+
+
+class _Threads(threading.local):
+    """Every thread's own `_Thread`: an ordinary object, because compiled graphs cannot write to a local itself."""
+
+    def __init__(self) -> None:
+        self.mine = _Thread()
 
 
 class Attachment:
@@ -63,7 +70,7 @@ class Attachment:
         self.geometry = geometry(model.config)
         self.settings = settings
         self._plan = make_plan(settings, self.geometry)
-        self.state = _State()
+        self._threads = _Threads()
         self._tower: nn.Module = operator.attrgetter(family.tower)(model)
         self._language: nn.Module = operator.attrgetter(family.language)(model)
         self._own_generate = vars(model).get("generate")
@@ -73,6 +80,10 @@ class Attachment:
     def of(cls, model: nn.Module) -> Attachment | None:
         """The attachment that a model carries; a deep copy of a model carries its own."""
         return vars(model).get("_pitome")
+
+    @property
+    def state(self) -> _Thread:
+        return self._threads.mine
 
     @property
     def active(self) -> Plan | None:
@@ -86,10 +97,6 @@ class Attachment:
     @property
     def stats(self) -> Stats | None:
         return self.state.stats
-
-    @stats.setter
-    def stats(self, stats: Stats | None) -> None:
-        self.state.stats = stats
 
     def update(self, **settings: Any) -> None:
         """Change settings for all threads; the same keywords as `attach`. On an error nothing changes."""
@@ -158,10 +165,10 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """For deep copies: what threads are doing stays behind."""
-        return {k: v for k, v in vars(self).items() if k != "state"}
+        return {k: v for k, v in vars(self).items() if k != "_threads"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, state=_State())
+        vars(self).update(state, _threads=_Threads())
 
     def _install(self) -> None:
         layers = _layers(self._tower)

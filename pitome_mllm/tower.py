@@ -163,7 +163,7 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     """Forward hook of the tower: merge in front of the projector, check that all merges happened, keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
     if run is None:
-        handle.stats = None
+        handle.state.stats = None
         return
     missing = [block for block in run.plan.merging if block not in run.merges]
     if missing:
@@ -174,7 +174,7 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     merges = [run.merges[block] for block in run.plan.merging]
     size = run.sizes.get(run.plan.geometry.merging_blocks)
     if run.plan.rounds and output.hidden_states is None:  # no features for a projector were asked for
-        handle.stats = None
+        handle.state.stats = None
         return
     if run.plan.rounds:
         states, feature = list(output.hidden_states), run.plan.geometry.merging_blocks
@@ -182,4 +182,4 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         output.hidden_states = tuple(states)
         merges += late
     x = output.last_hidden_state
-    handle.stats = Stats(run.plan, x.shape[0], tuple(merges), size, x.device)
+    handle.state.stats = Stats(run.plan, x.shape[0], tuple(merges), size, x.device)
