@@ -52,12 +52,19 @@ def assert_row(logits: Tensor, expected: Tensor, side: str = "left") -> None:
     torch.testing.assert_close(seen, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def assert_works(handle: Any, model: nn.Module, plain: nn.Module, inputs: Any, method: str = "pitome") -> None:
-    """One call that proves real merging: groups, sizes and logits of a single-row input equal the hand-made ones."""
+def assert_works(
+    handle: Any, model: nn.Module, plain: nn.Module, inputs: Any, method: str = "pitome", keep: int | None = None
+) -> None:
+    """One call that proves real merging: groups, sizes and logits of a single-row input equal the hand-made ones.
+
+    ``keep`` where it differs from the handle's plan (inside `using`).
+    """
     seen = logits(model, inputs)
-    expected = reference(plain, inputs, handle.plan.counts, method)
+    stats = handle.stats
+    expected = reference(plain, inputs, stats.counts, method)
     assert_merged_like(handle, expected.tokens)
-    assert handle.stats.counts == handle.plan.counts
+    assert (stats.method, stats.tokens_after) == (method, handle.plan.keep if keep is None else keep)
+    assert keep is not None or list(stats.counts) == list(handle.plan.counts)
     assert_row(seen[0], expected.logits())
 
 

@@ -74,16 +74,15 @@ def test_keeping_all_is_bit_identical(quantised, one):
 
 
 def test_merges_as_defined(quantised, one):
-    """The definition, run on the same quantised layers: equal groups, then equal features."""
-    model, _, dtype = quantised
-    if dtype is not torch.float32:
-        return  # groups are compared in float32 only
-    inputs = cast(one, dtype)
+    """The definition, run on the same quantised layers. int8 rounds activations too, so its decisions are near-ties."""
+    model, name, dtype = quantised
+    if (name, dtype) != ("nf4", torch.float32):
+        return
     with attach(model, "pitome", keep=144) as handle:
-        seen, groups, counts = logits(model, inputs), handle.stats.groups, handle.plan.counts
-    expected = reference(model, inputs, counts)
+        seen, groups, counts = logits(model, one), handle.stats.groups, handle.plan.counts
+    expected = reference(model, one, counts)
     assert torch.equal(groups, expected.tokens.groups)
-    torch.testing.assert_close(seen[0], expected.logits(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(seen[0], expected.logits(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_deepcopy_merges_on_its_own(quantised, one):
@@ -96,4 +95,4 @@ def test_a_deepcopy_merges_on_its_own(quantised, one):
     assert torch.equal(logits(twin, one), expected) and handle.stats.tokens_after == 144
     handle.remove()
     assert torch.equal(logits(twin, one), logits(model, one))
-    assert_same_modules(twin, model)
+    assert_same_modules(twin, copy.deepcopy(model))

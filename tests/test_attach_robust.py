@@ -83,31 +83,46 @@ def test_gradients_equal_the_merge_written_out(model, one):
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compile_first", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_tower_merges_without_graph_breaks(one, pair, compile_first, backend):
-    model, plain = build(layers=3), build(layers=3)
-    tower = model.model.vision_tower
+@pytest.fixture
+def shallow(one):
+    """A model with two merging blocks, and its plain twin. Both ran once: the very first run takes a lock (a recorder
+    of transformers is installed), which no compiler gets through."""
     torch.compiler.reset()
-    if compile_first:
-        model.model.vision_tower = torch.compile(tower, fullgraph=True, backend=backend)
+    models = build(layers=3), build(layers=3)
+    for model in models:
         logits(model, one)
-    with attach(model, "pitome", keep=288) as handle:
-        if not compile_first:
-            model.model.vision_tower = torch.compile(tower, fullgraph=True, backend=backend)
-        for inputs in (one, pair):
-            seen = logits(model, inputs)
-            expected = reference(plain, inputs, handle.plan.counts)
-            assert_merged_like(handle, expected.tokens)
-            for row in range(len(seen)):
-                assert_row(seen[row], expected.logits(row))
-        assert new_ids(model, one, 4) == [reference(plain, one, handle.plan.counts).greedy(0, 4)]
-        handle.update(keep=144)  # a graph of the old plan must not be used again
-        assert_row(logits(model, one)[0], reference(plain, one, handle.plan.counts).logits())
-        assert handle.stats.tokens_after == 144
-    seen = logits(model, one)
-    torch.testing.assert_close(seen, logits(plain, one), atol=1e-4, rtol=1e-4)
+    yield models
     torch.compiler.reset()
+
+
+def assert_compiled_run(handle, model, plain, inputs):
+    seen = logits(model, inputs)
+    expected = reference(plain, inputs, handle.plan.counts)
+    for row in range(len(seen)):
+        assert_row(seen[row], expected.logits(row))
+    assert_merged_like(handle, expected.tokens)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_tower_compiled_after_attaching_merges_without_graph_breaks(shallow, one, backend):
+    model, plain = shallow
+    with attach(model, "pitome", keep=288) as handle:
+        model.model.vision_tower = torch.compile(model.model.vision_tower, fullgraph=True, backend=backend)
+        assert_compiled_run(handle, model, plain, one)
+        logits(model, one)
+        assert handle.stats.tokens_after == 288  # the second run takes the finished graph
+
+
+def test_a_tower_compiled_before_attaching_merges_too(shallow, one):
+    model, plain = shallow
+    model.model.vision_tower = torch.compile(model.model.vision_tower, fullgraph=True, backend="eager")
+    logits(model, one)
+    with attach(model, "pitome", keep=288) as handle:
+        assert_compiled_run(handle, model, plain, one)
+        handle.update(keep=144)  # the graph of the old plan must not be used again
+        assert_compiled_run(handle, model, plain, one)
+        assert new_ids(model, one, 4) == [reference(plain, one, handle.plan.counts).greedy(0, 4)]
+    torch.testing.assert_close(logits(model, one), logits(plain, one), atol=1e-4, rtol=1e-4)
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
@@ -142,7 +157,8 @@ def test_four_threads_with_different_settings(model, plain, one, pair):
                         assert torch.equal(handle.stats.groups, expected[i][1])
                     torch.testing.assert_close(seen, expected[i][0], atol=1e-5, rtol=1e-5)
             barrier.wait(60)
-            assert handle.plan.keep == 144, "settings must end with the block"
+            logits(model, inputs)
+            assert handle.stats.tokens_after == 144, "settings must end with the block"
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
             wrong.append((i, error))
             barrier.abort()
@@ -160,16 +176,14 @@ def test_four_threads_with_different_settings(model, plain, one, pair):
 def test_settings_for_a_block_nest_and_end(model, plain, one):
     handle = attach(model, "pitome", keep=144)
     with handle.using(keep=288):
-        assert handle.plan.keep == 288
-        assert_works(handle, model, plain, one)
+        assert_works(handle, model, plain, one, keep=288)
         with handle.using(keep=72, method="tome"):
-            assert_works(handle, model, plain, one, "tome")
+            assert_works(handle, model, plain, one, "tome", keep=72)
         with handle.using(None):
             assert is_plain(model, plain, one)
             assert new_ids(model, one) == new_ids(plain, one)
-        assert_works(handle, model, plain, one)
-        assert handle.plan.keep == 288
-    assert handle.plan.keep == 144
+        assert_works(handle, model, plain, one, keep=288)
+    assert_works(handle, model, plain, one, keep=144)
     with pytest.raises(KeyError):
         with handle.using(keep=72):
             raise KeyError
@@ -181,14 +195,14 @@ def test_settings_for_a_block_stay_in_their_thread(model, one):
 
     def other():
         logits(model, one)
-        seen.append((handle.plan.keep, handle.stats.tokens_after))
+        seen.append(handle.stats.tokens_after)
 
     with handle.using(keep=72):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
         assert handle.stats is None
-    assert seen == [(144, 144)]
+    assert seen == [144]
 
 
 # ---- attention backends ----------------------------------------------------------------------------------------------
@@ -256,7 +270,7 @@ def test_a_backend_without_bias_is_refused_or_the_tower_switched(model, plain, o
         seen = logits(model, one)
     except (ValueError, RuntimeError) as error:
         said = str(error)
-        assert backend in said and "sdpa" in said and "eager" in said
+        assert backend in said and "sdpa" in said
     else:
         expected = reference(plain, one, handle.plan.counts)
         assert_merged_like(handle, expected.tokens)

@@ -287,7 +287,7 @@ def test_impossible_counts(counts, named):
 @pytest.mark.parametrize("counts", [[500, 400.0, 300], [500, True, 1], [500, "400", 300], "500", 500, [None, 1, 1]])
 def test_counts_that_are_no_integers(counts):
     message = refused(PATCHES, 3, counts=counts)
-    assert "counts" in message and "integers" in message
+    assert "counts" in message and repr(counts) in message
 
 
 def test_a_method_without_the_limit_may_drop_more_than_half():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 from .groups import check_picture_file, drawing, write_picture
 from .inputs import Subject, encode, read_subject
-from .options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
-from .report import Run, describe_device, print_comparison, print_json, timed
+from .options import add_merging, add_model, add_subject, check_method, merging, open_model
+from .report import TIMED_TOKENS, Run, add_costs, add_times, describe_device, in_mode, print_comparison, print_json
 
 NEW_TOKENS = 64  # longest answer where neither the command line nor the model sets a limit
 
@@ -57,31 +56,30 @@ def run(options: argparse.Namespace) -> None:
     if options.max_new_tokens is None:
         options.max_new_tokens = model.generation_config.max_new_tokens or NEW_TOKENS
     with attach(model, options.method, **merging(options)) as handle:
-        inputs = encode(model, processor, subject, subject.question, options.max_new_tokens)
+        longest = max(options.max_new_tokens, TIMED_TOKENS if options.compare else 0)
+        inputs = encode(model, processor, subject, subject.question, longest)
         if not options.json:
             sys.stdout.write(f"{subject.name}: {subject.question}\n")
         modes = ("plain", "merged") if options.compare else ("merged",)
         runs = [_one(options, model, processor, inputs, handle, mode) for mode in modes]
         if options.save_groups:
             write_picture(drawing(processor, subject.picture, handle.stats), options.save_groups)
+        if options.compare:
+            settings = {"plain": {}, "merged": {"method": options.method, **merging(options)}}
+            runs = [add_costs(run, model, settings[run.mode]) for run in runs]
+            runs = add_times(runs, model, inputs, handle, options.repeats)
         _conclude(options, model, subject, handle, runs)
 
 
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
-    """Answer with (mode "merged") or without (mode "plain") merging, and time it where a comparison is wanted."""
+    """Answer with (mode "merged") or without (mode "plain") merging."""
     plan = handle.plan
     visual = plan.available if mode == "plain" else plan.keep
-    length = inputs["input_ids"].shape[1] - plan.available + visual
-    with handle.using(None) if mode == "plain" else nullcontext():
-        if not options.json:
-            sys.stdout.write(f"{mode}, {visual} of {plan.available} visual tokens: ")
+    if not options.json:
+        sys.stdout.write(f"{mode}, {visual} of {plan.available} visual tokens: ")
+    with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
-        result = Run(mode, answer, visual, length)
-        if not options.compare:
-            return result
-        with progress(f"Timing the {mode} model"):
-            settings = {} if mode == "plain" else {"method": options.method, **merging(options)}
-            return timed(result, model, inputs, settings, options.repeats)
+    return Run(mode, answer, visual, inputs["input_ids"].shape[1] - plan.available + visual)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:

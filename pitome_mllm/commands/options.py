@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..plan import DEFAULT_METHOD
 
@@ -70,15 +70,20 @@ def merging(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def progress(text: str) -> Iterator[None]:
-    """A spinner with the time elapsed on stderr; nothing where stderr is no terminal."""
+def progress(text: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """A spinner on stderr, or a bar of ``total`` steps, with the time elapsed; nothing where stderr is no terminal.
+
+    Yields a function to call after every step.
+    """
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # Two redraws per second: what runs underneath is sometimes being timed.
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    if total is not None:
+        columns.insert(2, BarColumn())
     hidden = not console.is_terminal
+    # Two redraws per second: what runs underneath is sometimes being timed.
     with Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=hidden) as bar:
-        bar.add_task(text, total=None)
-        yield
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)
 
 
 def open_model(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-NEW_TOKENS = 8  # that every timed run writes, and that FLOPs and KV cache are calculated for
+from .options import progress
+
+TIMED_TOKENS = 8  # that every timed run writes, and that FLOPs and KV cache are calculated for
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Run:
     prompt_tokens : length of the prompt that the LLM reads, visual tokens included.
     tower_ms, prefill_ms, per_token_ms : wall clock: the vision tower alone; from the picture to the first new token,
         tower included; each new token after that.
-    kv_cache_mb : keys and values of the prompt and `NEW_TOKENS` new tokens, in 10^6 bytes (calculated).
+    kv_cache_mb : keys and values of the prompt and `TIMED_TOKENS` new tokens, in 10^6 bytes (calculated).
     gflops : from the picture to the last of those tokens, in 10^9 floating-point operations (calculated).
     """
 
@@ -49,32 +53,47 @@ ROWS = {  # field of Run: its name in the table
     "kv_cache_mb": "KV cache, MB",
     "gflops": "GFLOPs",
 }
+TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
-def timed(run: Run, model: Any, inputs: Any, settings: dict[str, Any], repeats: int) -> Run:
-    """The run with its cost.
+def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
+    """The runs with their times, medians of ``repeats``.
+
+    They take turns, so that whatever else the machine does hits all of them; the first turn of each warms up.
 
     Parameters
     ----------
-    run : to be completed.
-    model : as it is to be timed: merging, or inside ``handle.using(None)``.
+    runs : to be completed.
+    model : attached.
     inputs : of one picture and prompt.
-    settings : the keywords of `attach` that the model merges with; empty for the plain model.
-    repeats : timed repetitions.
+    handle : of the attached model.
     """
-    from ..accounting import estimate, measure
+    from ..accounting import measure
 
-    latency = measure(model, inputs, new_tokens=NEW_TOKENS, repeats=repeats)
+    seen: dict[str, list[Any]] = {run.mode: [] for run in runs}
+    with progress("Timing", total=(repeats + 1) * len(runs)) as advance:
+        for turn in range(repeats + 1):
+            for run in runs:
+                with in_mode(handle, run.mode):
+                    latency = measure(model, inputs, new_tokens=TIMED_TOKENS, repeats=1, warmup=0)
+                if turn:
+                    seen[run.mode].append(latency)
+                advance()
+    return [replace(run, **{f: median(getattr(t, f) for t in seen[run.mode]) for f in TIMES}) for run in runs]
+
+
+def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
+    """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model)."""
+    from ..accounting import estimate
+
     text_tokens = run.prompt_tokens - run.visual_tokens
-    cost = estimate(model, **settings, text_tokens=text_tokens, new_tokens=NEW_TOKENS)
-    return replace(
-        run,
-        tower_ms=latency.tower_ms,
-        prefill_ms=latency.prefill_ms,
-        per_token_ms=latency.per_token_ms,
-        kv_cache_mb=cost.kv_bytes / 1e6,
-        gflops=cost.flops / 1e9,
-    )
+    cost = estimate(model, **settings, text_tokens=text_tokens, new_tokens=TIMED_TOKENS)
+    return replace(run, kv_cache_mb=cost.kv_bytes / 1e6, gflops=cost.flops / 1e9)
+
+
+def in_mode(handle: Any, mode: str) -> AbstractContextManager[Any]:
+    """The attached model as it is (mode "merged"), or without merging (mode "plain")."""
+    return handle.using(None) if mode == "plain" else nullcontext()
 
 
 def describe_device(model: Any) -> str:
@@ -101,8 +120,8 @@ def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> No
         table.add_row(title, _number(before), _number(after), f"{after / before:.2f}")
     console.print(table)
     console.print(
-        f"Times: wall clock on this device ({about['device']}), medians of {repeats} runs after a warm-up. "
-        f"KV cache and FLOPs: calculated, for prompt and {NEW_TOKENS} new tokens.",
+        f"Times: wall clock on this device ({about['device']}), medians of {repeats} runs in turns after a warm-up. "
+        f"KV cache and FLOPs: calculated, for prompt and {TIMED_TOKENS} new tokens.",
         style="dim",
     )
 

@@ -7,6 +7,8 @@ the host, so both run under ``torch.compile`` and CUDA graphs.
 
 from __future__ import annotations
 
+import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -34,8 +36,19 @@ def unit_metric(metric: Tensor) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Similarities (B, S, T) of unit rows (B, S, C) and (B, T, C), in float32 also under autocast."""
-    with torch.autocast(a.device.type, enabled=False):
+    kind = a.device.type
+    if not torch.amp.is_autocast_available(kind):
         return a @ b.mT
+    with torch.autocast(kind, enabled=False):
+        return a @ b.mT
+
+
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """ValueError unless the option ``name`` is a finite number from ``low`` to ``high``."""
+    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high:
+        bounds = "" if math.isinf(low) else f" from {low:g} to {high:g}"
+        raise ValueError(f"{name}={value!r} is not possible; choose a number{bounds}")
 
 
 def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

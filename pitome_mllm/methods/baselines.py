@@ -17,7 +17,7 @@ _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111
 
 def _shuffled(n: int, seed: int, device: torch.device) -> Tensor:
     """A permutation of 0 .. n-1 that depends on n and seed alone, computed on the device from hashed indices."""
-    x = (torch.arange(n, device=device) + (seed + 1) * 2**20) * _MIX[0]
+    x = (torch.arange(n, device=device) + (seed % 2**32 + 1) * 2**20) * _MIX[0]
     x = (x ^ (x >> 30)) * _MIX[1]
     x = (x ^ (x >> 27)) * _MIX[2]
     return (x ^ (x >> 31)).argsort(stable=True)
@@ -28,6 +28,10 @@ class RandomDrop(Reducer):
     """Drop a seeded random subset, the same for every picture; nothing merges."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r} is not possible; choose a whole number")
 
     @torch.no_grad()
     def match(

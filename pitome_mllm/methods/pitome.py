@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Merge, Reducer, cosine, most_similar_first, unit_metric
+from .base import Merge, Reducer, check_number, cosine, most_similar_first, unit_metric
 
 ENERGIES = ("paper", "elu")
 
@@ -44,8 +44,10 @@ class PiToMe(Reducer):
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
             raise ValueError(f"unknown energy {self.energy!r}; choose one of {', '.join(ENERGIES)}")
-        if not 0.0 <= self.protect <= 1.0:
-            raise ValueError(f"protect={self.protect} is not a share; choose a number from 0 to 1")
+        if self.margin is not None:
+            check_number("margin", self.margin)
+        check_number("alpha", self.alpha)
+        check_number("protect", self.protect, 0, 1)
 
     @torch.no_grad()
     def match(

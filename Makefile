@@ -1,0 +1,45 @@
+# make ask          answer a question about a held-out picture, with all visual tokens and with a quarter of them
+# make test         the test suite
+# make test-oldest  the same on the oldest supported release of transformers
+# make lint         style checks
+# Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
+PIP_FLAGS := --disable-pip-version-check --quiet
+PINS := requirements/common.txt requirements/constraints.txt
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: ask test test-oldest lint clean
+.DELETE_ON_ERROR:
+
+ask: $(VENV)/.ready
+	$(VENV)/bin/pitome-mllm ask --compare --keep 144
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.ready: requirements/test.txt $(PINS) pyproject.toml
+$(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
+
+%/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "the pinned packages need Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $* with the versions of $< (once, a few minutes)"
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install $(PIP_FLAGS) -r $<
+	$*/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Scenes, questions, the embedded model's training recipe and its benchmark."""

@@ -1,0 +1,131 @@
+"""Write the released model from a checkpoint: ``python -m pitome_mllm_eval.export_tiny RUN --to pitome_mllm/tiny``."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import textwrap
+from pathlib import Path
+
+import torch
+
+from .questions import CATEGORIES
+from .scenes import TIERS
+from .score import score, table
+from .tiny_model import build_model, save_release
+
+LIMIT_BYTES = 9_000_000
+CARD = """---
+license: apache-2.0
+pipeline_tag: image-text-to-text
+---
+
+# The embedded model
+
+A small LLaVA (CLIP tower with 24 x 24 patches of 8 pixels, MLP projector, LLaMA with four layers; {parameters:.1f} M
+parameters, half precision) that answers one-word questions about drawn scenes: shapes, colours and handwritten digits.
+It exists so that token reduction can be tried, tested and measured anywhere, within seconds and without a download.
+
+It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/scenes.py`), with words
+of its vocabulary. How much a reduction method costs here says how methods compare with each other on this task; it does
+not say what they cost on LLaVA-1.5 or any other large model.
+
+## Training
+
+`python -m pitome_mllm_eval.train_tiny --out DIR{phases}`, seed 0, {device}: {pictures:,} generated pictures in
+{steps:,} steps. `training_log.csv` holds the whole course. Pictures are drawn from one random seed per batch and never
+repeat. First the tower learns what each patch shows, then questions are asked on 96-pixel windows of the canvas, then
+on whole pictures with all 576 visual tokens. No visual token is ever left out because of what it shows. Auxiliary
+targets (what a patch shows, where a named object is) are used in training only.
+{note}
+Data: handwritten digits of scikit-learn (UCI), photographs and textures of scikit-image (CC0 or public domain) as
+backgrounds; `eval/data/README.md` names each. Digit scans and background regions of validation and test never occur in
+training.
+
+## Accuracy
+
+All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.score --split SPLIT`. The intervals are 95 %
+bootstraps over pictures; "blind" is the most common answer to the same text in training data.
+
+{accuracy}
+"""
+
+
+def accuracy_table(results: dict[str, list[dict]]) -> str:
+    """Markdown table, one column per split."""
+    names = list(results)
+    lines = ["| | " + " | ".join(f"{n} (questions)" for n in names) + " | blind |", "|---|" + "---|" * (len(names) + 1)]
+    rows = {name: {row["group"]: row for row in results[name]} for name in names}
+    for group in ("all", *CATEGORIES, *TIERS):
+        cells = [
+            f"{r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}] ({r['questions']})"
+            for r in (rows[name][group] for name in names)
+        ]
+        lines.append(f"| {group} | " + " | ".join(cells) + f" | {rows[names[-1]][group]['blind']:.3f} |")
+    return "\n".join(lines)
+
+
+def measure(folder: Path, limit: int | None) -> dict[str, list[dict]]:
+    """Plain accuracy of the written model on both splits."""
+    from rich.progress import track
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    return {
+        split: table(list(track(score(model, processor, split, limit), split, total=limit or 3360)))
+        for split in ("validation", "test")
+    }
+
+
+def export(
+    run: Path, target: Path, phases: str, device: str, note: str = "", limit: int | None = None
+) -> dict[str, list[dict]]:
+    """Write the release next to `target`, measure it, and move it into place file by file."""
+    state = torch.load(run / "checkpoint.pt", map_location="cpu")
+    model = build_model()
+    model.load_state_dict(state["model"])
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        folder = Path(temporary)
+        save_release(model, folder)
+        size = (folder / "model.safetensors").stat().st_size
+        if size > LIMIT_BYTES:
+            raise SystemExit(f"the weights take {size:,} bytes; the package has room for {LIMIT_BYTES:,}")
+        results = measure(folder, limit)
+        (folder / "accuracy.json").write_text(json.dumps(results, indent=1) + "\n")
+        shutil.copy(run / "log.csv", folder / "training_log.csv")
+        card = CARD.format(
+            parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=model.config.text_config.vocab_size - 5,
+            phases=f" --phases {phases}" if phases else "", device=device, pictures=state["progress"][1],
+            steps=state["progress"][0], accuracy=accuracy_table(results),
+            note=f"\n{textwrap.fill(note, 118)}\n" if note else "",
+        )  # fmt: skip
+        (folder / "README.md").write_text(card)
+        names = sorted(p.name for p in folder.iterdir())
+        sums = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
+        (folder / "SHA256").write_text("".join(sums))
+        for name in (*names, "SHA256"):
+            (folder / name).chmod(0o644)
+            os.replace(folder / name, target / name)
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder with checkpoint.pt and log.csv")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--phases", default="", help="what --phases was in training, for the model card")
+    parser.add_argument("--device", default="2 CPU cores", help="what it was trained on, for the model card")
+    parser.add_argument("--note", default="", help="what else the model card should say about the training run")
+    parser.add_argument("--limit", type=int, help="measure on the first so many questions only")
+    args = parser.parse_args(argv)
+    results = export(args.run, args.to, args.phases, args.device, args.note, args.limit)
+    print(accuracy_table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Train the embedded model: ``python -m pitome_mllm_eval.train_tiny --out DIR [--resume] [--device cuda]``.
+
+Three phases: the tower alone on dense labels of windows of the canvas, then questions on windows, then questions on
+whole pictures with all 576 tokens and a falling learning rate. Batch i of a phase depends on (seed, phase, i) alone and
+the state is saved whole, so an interrupted run continues as if nothing had happened.
+"""
+
+import argparse
+import csv
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .questions import CATEGORIES
+from .tiny_batch import Phase, encode_scene, row_length, stack, training_batch
+from .tiny_trainer import PHASES, Trainer, accuracies
+
+COLUMNS = "time split phase step pictures loss answer patch mention comparison rate accuracy".split()
+
+
+def validation_batches(count: int, pictures: int = 8) -> list[dict[str, torch.Tensor]]:
+    """About `count` questions on whole validation pictures, the first ones of the benchmark's validation set."""
+    from .benchmark import scene_questions
+
+    batches, per_picture = [], 16
+    for first in range(0, count // per_picture, pictures):
+        items = []
+        for number in range(first, first + pictures):
+            picture, asked = scene_questions(number, "validation")
+            rows = [[q] for q in (asked * per_picture)[:per_picture]]
+            items.append(encode_scene(picture, rows, row_length(1)))
+        batches.append(stack(items))
+    return batches
+
+
+def save(state: dict, path: Path) -> None:
+    """Write a checkpoint so that a crash leaves the old one or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+class Log:
+    """The training log, one CSV row per stretch of training or evaluation."""
+
+    def __init__(self, path: Path):
+        self.path, self.fields = path, (*COLUMNS, *CATEGORIES)
+        if not path.exists():
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerow(self.fields)
+
+    def write(self, trainer: Trainer, split: str, phase: str, values: dict) -> None:
+        """Append a row."""
+        row = {"time": f"{trainer.seconds:.0f}", "split": split, "phase": phase, "step": trainer.step}
+        row |= {"pictures": trainer.pictures}
+        row |= {k: f"{v:.4g}" for k, v in values.items() if k in self.fields}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.fields).writerow(row)
+
+
+def batches(trainer: Trainer, workers: int):
+    """Batches from the trainer's step on, made by `workers` processes or, with none, in this one."""
+    steps = range(trainer.step, trainer.total)
+    if not workers:
+        return (trainer.batch(step) for step in steps)
+    plan = (trainer.seed, trainer.phases, trainer.rank, trainer.world)
+    dataset = [(*plan, *trainer.locate(step)) for step in steps]
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_make_batch)
+
+
+def _make_batch(plan: tuple) -> dict[str, torch.Tensor]:
+    seed, phases, rank, world, index, number = plan
+    return training_batch(seed, index, phases[index], number, rank, world)
+
+
+def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
+    """Train to the end, logging, evaluating and saving on the way."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if trainer.rank:  # another process keeps the records
+        for batch in batches(trainer, args.workers):
+            trainer.advance(batch)
+        return
+    log, checkpoint = Log(out / "log.csv"), out / "checkpoint.pt"
+    held_out = validation_batches(args.validation)
+    saved = evaluated = time.monotonic()
+    sums, hits = {}, torch.zeros(2, len(CATEGORIES))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("training", total=trainer.total, completed=trainer.step)
+        for batch in batches(trainer, args.workers):
+            result = trainer.advance(batch)
+            phase, last = result.pop("phase"), trainer.step == trainer.total
+            phase_ends = not last and trainer.locate(trainer.step)[1] == 0
+            hits += result.pop("hits")
+            sums = {name: sums.get(name, 0) + value for name, value in (result | {"steps": 1}).items()}
+            progress.update(task, completed=trainer.step, description=f"{phase} loss {result['loss']:.3f}")
+            if trainer.step % args.log_every == 0 or phase_ends or last:
+                count = sums.pop("steps")
+                means = {name: value / count for name, value in sums.items()}
+                log.write(trainer, "train", phase, means | (accuracies(hits) if hits[1].sum() else {}))
+                sums, hits = {}, torch.zeros_like(hits)
+            if last or phase_ends or time.monotonic() - saved > args.save_seconds:
+                save(trainer.state(), checkpoint)
+                saved = time.monotonic()
+            if last or (phase != "see" and time.monotonic() - evaluated > args.evaluate_seconds):
+                log.write(trainer, "validation", phase, trainer.evaluate(held_out))
+                evaluated = time.monotonic()
+
+
+def _phases(overrides: list[str]) -> tuple[Phase, ...]:
+    """`PHASES` with step counts replaced as "name=steps" says."""
+    wanted = dict(item.split("=", 1) for item in overrides)
+    if unknown := set(wanted) - {phase.name for phase in PHASES}:
+        raise SystemExit(f"unknown phase {sorted(unknown)}; choices: {', '.join(p.name for p in PHASES)}")
+    return tuple(replace(phase, steps=int(wanted.get(phase.name, phase.steps))) for phase in PHASES)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.pt and log.csv")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--phases", nargs="*", default=[], metavar="NAME=STEPS", help="other numbers of steps")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=2, help="processor threads in all")
+    parser.add_argument("--processes", type=int, default=1, help="share each batch (2 for a busy 2-core machine)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches (16 for a GPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validation", type=int, default=512, help="validation questions per evaluation")
+    parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
+    parser.add_argument("--save-seconds", type=float, default=180)
+    parser.add_argument("--evaluate-seconds", type=float, default=300)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.pt"
+    if args.resume and not checkpoint.exists():
+        parser.error(f"{checkpoint} does not exist: there is nothing to resume")
+    if checkpoint.exists() and not args.resume:
+        parser.error(f"{checkpoint} exists; add --resume to continue it, or choose another --out")
+    phases = _phases(args.phases)
+    if args.processes == 1:
+        train(0, args, phases)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (args, phases, f"file://{folder}/meeting"), nprocs=args.processes)
+
+
+def train(rank: int, args: argparse.Namespace, phases: tuple[Phase, ...], meeting: str | None = None) -> None:
+    """Body of one process; several meet at the file `meeting` and share every batch."""
+    torch.set_num_threads(max(1, args.threads // args.processes))
+    if meeting:
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.processes)
+    trainer = Trainer(phases, args.seed, args.device, rank, args.processes)
+    if args.resume:
+        trainer.load(torch.load(args.out / "checkpoint.pt", map_location=args.device))
+    run(trainer, args.out, args)
+    if meeting:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""No method waits for the host: no value is read, nothing is copied, and traces serve any values."""
+
+from __future__ import annotations
+
+import torch
+from drawn import NAMES, Tokens, each, extras
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pitome_mllm.methods import get_method
+
+WAITING = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "equal.default", "is_nonzero", "tolist")
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation on tensors, and the kinds of device it reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, set[str]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
+        self.operations.append((str(function), {value.device.type for value in tensors}))
+        return result
+
+
+def hot_case(name: str, device: str = "cpu"):
+    """match, reduce, expand and then, as a function of tensors alone; and three tensors for it."""
+    reducer = get_method(name)
+    t = Tokens("normal", 2, 16, 1, 4, 0.75, 0.6, seed=5).make(reducer)
+    left = t.patches - t.r
+    options, later = (
+        {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in options.items()
+            if key != "size"
+        }
+        for options in (t.options, t.options | ({} if reducer.once else extras(reducer, 2, left + 1, left)))
+    )
+
+    def run(metric: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+        merge = reducer.match(metric, t.r, size=size, **options)
+        features, sizes = merge.reduce(x, size)
+        if merge.group is None or reducer.once:
+            return features, sizes
+        whole = merge.then(reducer.match(features, min(1, reducer.max_removable(left)), size=sizes, **later))
+        features, sizes = whole.reduce(x, size)
+        return features, sizes, whole.group, whole.expand(features)
+
+    return run, tuple(value.to(device) for value in (t.metric, t.x, t.size))
+
+
+@each(NAMES)
+def test_no_value_is_read_and_nothing_is_copied_to_the_device(name):
+    """The meta device holds no values: reading one fails, and a copy from the host shows up as such.
+
+    Both would make a GPU wait for the host, and neither can be captured in a CUDA graph. The first call is not
+    counted, so that a constant may be made once.
+    """
+    run, inputs = hot_case(name, "meta")
+    run(*inputs)
+    with Recorder() as recorder:
+        results = run(*inputs)
+    assert all(result.device.type == "meta" for result in results)
+    assert recorder.operations
+    mixed = [operation for operation, devices in recorder.operations if devices - {"meta"}]
+    assert not mixed, f"{name} moves values between host and device: {sorted(set(mixed))}"
+
+
+@each(NAMES)
+def test_no_operation_waits_for_its_result(name):
+    run, inputs = hot_case(name)
+    with Recorder() as recorder:
+        run(*inputs)
+    waiting = [op for op, _ in recorder.operations if any(word in op for word in WAITING)]
+    assert not waiting, f"{name} waits for {sorted(set(waiting))}"
+
+
+@each(NAMES)
+def test_a_trace_serves_other_values(name):
+    """Traced on fake tensors, the graph gives the groups of any values: no Python branch depends on them."""
+    run, inputs = hot_case(name)
+    graph = make_fx(run, tracing_mode="fake")(*inputs)
+    random = torch.Generator().manual_seed(11)
+    for _ in range(3):
+        other = (*(torch.randn(value.shape, generator=random) for value in inputs[:2]), inputs[2] + 1)
+        for traced, eager in zip(graph(*other), run(*other), strict=True):
+            torch.testing.assert_close(traced, eager)
