@@ -1,0 +1,131 @@
+"""The accuracy curves: what is measured, its intervals, resuming, and the table made from it."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pitome_mllm.specs import Geometry
+from pitome_mllm_eval import curves, report
+from pitome_mllm_eval.curves import Bootstrap, Setting
+
+GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
+
+
+def test_every_combination_that_exists():
+    made = list(curves.settings(["pitome", "pool"], curves.PLACES, [144, 7], GEOMETRY))
+    assert Setting("pitome", "both", 144) in made and Setting("pool", "tower", 144) in made
+    assert not any(s.method == "pool" and s.where == "both" for s in made)  # it pools in one step
+    assert Setting("pitome", "tower", 7) not in made  # 6 halvings leave at least 9
+
+
+def test_the_interval_is_that_of_pictures_not_of_questions():
+    """Sixteen copies of one answer per picture say no more than one answer per picture."""
+    rng = np.random.default_rng(0)
+    right = rng.random(100) < 0.7
+    single = Bootstrap(np.arange(100))(right.astype(float), np.ones(100, bool))
+    copied = Bootstrap(np.arange(100).repeat(16))(right.repeat(16).astype(float), np.ones(1600, bool))
+    assert copied == pytest.approx(single)
+    value, low, high = single
+    assert value == right.mean()
+    deviation = np.sqrt(value * (1 - value) / 100)
+    assert low == pytest.approx(value - 1.96 * deviation, abs=0.02)
+    assert high == pytest.approx(value + 1.96 * deviation, abs=0.02)
+
+
+def test_differences_are_paired():
+    """Two runs that miss the same questions but one differ by little, however hard the questions are."""
+    rng = np.random.default_rng(1)
+    plain = rng.random(300) < 0.5
+    other = plain.copy()
+    other[np.flatnonzero(plain)[0]] = False
+    _, low, high = Bootstrap(np.arange(300))(other.astype(float) - plain, np.ones(300, bool))
+    assert -0.02 < low <= high <= 0
+
+
+def test_a_group_that_a_draw_misses_is_left_out_of_that_draw():
+    mask = np.array([True, False, False])
+    assert Bootstrap(np.arange(3))(np.ones(3), mask) == (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Record:
+    right: bool
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Run the command on 32 questions with answers by dice; returns the command and how often it asked."""
+    asked = []
+
+    def score(model, processor, split, limit):
+        asked.append(limit)
+        rng = np.random.default_rng(len(asked))
+        yield from (Record(bool(rng.random() < 0.6)) for _ in range(limit))
+
+    monkeypatch.setattr(curves, "score", score)
+    out = tmp_path / "curves.csv"
+
+    def run(*extra: str) -> list[dict[str, str]]:
+        common = ["--limit", "32", "--work", str(tmp_path / "work"), "--out", str(out), "--threads", "1"]
+        curves.main([*common, "--methods", "pitome", "tome", "--where", "tower", "--keep", "144", *extra])
+        with out.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return run, asked
+
+
+def test_a_second_run_asks_only_what_is_missing(measured):
+    run, asked = measured
+    first = run()
+    assert len(asked) == 3  # plain, pitome, tome
+    assert run() == first and len(asked) == 3
+    run("288")  # another keep: two runs more
+    assert len(asked) == 5
+
+
+def test_rows_name_what_they_compare(measured):
+    run, _ = measured
+    rows = run()
+    kinds = {(row["method"], row["against"]) for row in rows if row["group"] == "all"}
+    assert kinds == {
+        ("plain", ""),
+        ("pitome", ""),
+        ("pitome", "plain"),
+        ("tome", ""),
+        ("tome", "plain"),
+        ("pitome", "tome"),
+    }
+    figure = {(row["method"], row["against"]): float(row["value"]) for row in rows if row["group"] == "all"}
+    assert figure["pitome", "tome"] == pytest.approx(figure["pitome", ""] - figure["tome", ""], abs=2e-4)
+    assert figure["tome", "plain"] == pytest.approx(figure["tome", ""] - figure["plain", ""], abs=2e-4)
+    assert all(row["weights"] and row["torch"] and row["date"] for row in rows)
+
+
+def test_the_table_is_made_from_the_file(measured, tmp_path):
+    run, _ = measured
+    rows = run()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    report.put_in(readme, report.table(rows))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    value = next(r["value"] for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", ""))
+    assert f"| tome | tower | {100 * float(value):.1f} (" in text
+    report.put_in(readme, report.table(rows))
+    assert readme.read_text() == text
+
+
+def test_a_readme_without_marks_is_refused(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="once"):
+        report.put_in(readme, "table")
+
+
+def test_missing_results_say_how_to_measure(tmp_path):
+    with pytest.raises(ValueError, match=r"pitome_mllm_eval\.curves"):
+        report.read(tmp_path / "none.csv")
