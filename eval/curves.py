@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark import PER_SCENE, SCENES, questions
+from .benchmark import PER_SCENE, SCENES, blind_answer, questions
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
-from .scenes import TIERS
+from .scenes import GRID, TIERS
 from .score import score
 
 KEEPS = (288, 144, 72, 36, 16)
 PLACES = ("tower", "projector", "both")
-PLAIN = "plain"
+PLAIN, BLIND = "plain", "blind"
 DRAWS = 2000
 RESULTS = Path(__file__).parent / "results" / "curves.csv"
 
@@ -108,22 +108,23 @@ class Bootstrap:
         return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def rows(runs: dict[Setting, np.ndarray], plain: np.ndarray, asked: list[tuple[int, Question]]) -> Iterator[Row]:
+def rows(
+    runs: dict[Setting, np.ndarray], plain: np.ndarray, blind: np.ndarray, asked: list[tuple[int, Question]]
+) -> Iterator[Row]:
     """Accuracies, differences to the plain model, and differences between methods at the same place and keep."""
     bootstrap, masks = Bootstrap(np.array([scene for scene, _ in asked])), groups(asked)
-    whole = Setting(PLAIN, "none", 576)
-    for setting, right in {whole: plain, **runs}.items():
-        for name, mask in masks.items():
-            for against, values in (("", right.astype(float)), (PLAIN, right.astype(float) - plain)):
-                if not (setting == whole and against):
-                    figures = bootstrap(values, mask)
-                    yield Row(
-                        **asdict(setting), group=name, against=against, questions=int(mask.sum()), **_named(figures)
-                    )
+    references = {Setting(PLAIN, "none", GRID * GRID): plain, Setting(BLIND, "none", 0): blind}
+    for setting, right in {**references, **runs}.items():
+        compared = {"": right.astype(float)}
+        if setting in runs:
+            compared[PLAIN] = right.astype(float) - plain
+        for (name, mask), (against, values) in product(masks.items(), compared.items()):
+            figures = _named(bootstrap(values, mask))
+            yield Row(**asdict(setting), group=name, against=against, questions=int(mask.sum()), **figures)
     for one, other in combinations(runs, 2):
         if (one.where, one.keep) == (other.where, other.keep):
-            figures = bootstrap(runs[one].astype(float) - runs[other], masks["all"])
-            yield Row(**asdict(one), group="all", against=other.method, questions=len(asked), **_named(figures))
+            figures = _named(bootstrap(runs[one].astype(float) - runs[other], masks["all"]))
+            yield Row(**asdict(one), group="all", against=other.method, questions=len(asked), **figures)
 
 
 def _named(figures: tuple[float, float, float]) -> dict[str, float]:
@@ -229,7 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     wanted = list(settings(args.methods, args.where, args.keep, geometry(model.config)))
     found = measure(args, model, processor, wanted)
     plain = found.pop(None)
-    write(args.out, rows(found, plain, questions(args.split)[: len(plain)]), about)
+    asked = questions(args.split)[: len(plain)]
+    blind = np.array([blind_answer(question) == question.answer for _, question in asked])
+    write(args.out, rows(found, plain, blind, asked), about)
 
 
 if __name__ == "__main__":

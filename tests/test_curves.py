@@ -11,6 +11,8 @@ import pytest
 from pitome_mllm.specs import Geometry
 from pitome_mllm_eval import curves, report
 from pitome_mllm_eval.curves import Bootstrap, Setting
+from pitome_mllm_eval.gates import gates
+from pitome_mllm_eval.questions import CATEGORIES
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
 
@@ -93,6 +95,7 @@ def test_rows_name_what_they_compare(measured):
     kinds = {(row["method"], row["against"]) for row in rows if row["group"] == "all"}
     assert kinds == {
         ("plain", ""),
+        ("blind", ""),
         ("pitome", ""),
         ("pitome", "plain"),
         ("tome", ""),
@@ -129,3 +132,23 @@ def test_a_readme_without_marks_is_refused(tmp_path):
 def test_missing_results_say_how_to_measure(tmp_path):
     with pytest.raises(ValueError, match=r"pitome_mllm_eval\.curves"):
         report.read(tmp_path / "none.csv")
+
+
+def result(method: str, where: str, keep: int, group: str, value: float) -> dict[str, str]:
+    figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02)}
+    return {"method": method, "where": where, "keep": str(keep), "group": group, "against": "", **figures}
+
+
+@pytest.mark.parametrize("random,passes", [(0.5, True), (0.85, False)])
+def test_gates_fail_where_a_bad_reducer_does_not_show(random, passes):
+    names = ["all", *CATEGORIES]
+    rows = [result("plain", "none", 576, name, 0.92) for name in names]
+    rows += [result("blind", "none", 0, name, 0.4) for name in names]
+    rows += [result("tome", "tower", 72, name, 0.86) for name in names]
+    rows += [result("random", "tower", 72, name, random + 0.2 * (name == "colour")) for name in names]
+    rows += [result("random", "tower", 288, name, 0.8) for name in names]
+    checked = list(gates(rows))
+    assert len(checked) == 1 + 7 + 1 + 3 + 7
+    assert all(gate.passed for gate in checked) is passes
+    rows[-1]["low"] = "0.3"  # at chance
+    assert not list(gates(rows))[-1].passed
