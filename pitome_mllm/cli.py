@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from . import __version__
 from .commands import ask, groups, methods
 
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    The exit code: 0, 2 after a mistake of the user (one line on stderr says which), 130 when interrupted.
+    The exit code: 0; 2 after a mistake of the user, 1 without enough memory (one line on stderr says which); 130 when
+    interrupted.
     """
     options = build_parser().parse_args(arguments)
     _set_up_logging(options.debug)
@@ -58,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
         return 2
+    except torch.cuda.OutOfMemoryError as error:
+        advice = "choose --bits 4 or 8, --dtype float16, or --device auto or cpu"
+        sys.stderr.write(f"pitome-mllm: out of memory; {advice} ({str(error).split('.')[0]})\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("pitome-mllm: interrupted\n")
         return 130

@@ -42,9 +42,8 @@ def load(
     _check_bits(bits)
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
+    config = read_config(name_or_path)
     source = _source(name_or_path)
-    config = _config(source)
-    geometry(config)  # raises for families and towers that cannot be merged in
     options: dict[str, Any] = {"dtype": dtype, "device_map": placement}
     if bits is not None:
         options["quantization_config"] = _quantisation(bits, dtype)
@@ -116,10 +115,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _config(source: str) -> Any:
-    """The configuration, once it is clear that its weights are laid out as transformers expects."""
+def read_config(name_or_path: str | Path) -> Any:
+    """The configuration of a model that `load` can load; from the hub, this small file is all that is fetched.
+
+    Raises
+    ------
+    ValueError : no such folder or checkpoint, or an unsupported family or vision tower.
+    """
     from transformers import AutoConfig
 
+    source = _source(name_or_path)
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
@@ -135,6 +140,7 @@ def _config(source: str) -> Any:
             f"unsupported family {', '.join(config.architectures)} in {source!r}; supported: "
             f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints"
         )
+    geometry(config)  # raises for families and towers that cannot be merged in
     return config
 
 

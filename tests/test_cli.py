@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import build
 from models import picture as textured
 from models import processor as plain_processor
 from PIL import Image
 
-from pitome_mllm import METHODS, __version__, cli, load
-from pitome_mllm.commands.inputs import read_picture, unknown_words
+from pitome_mllm import METHODS, __version__, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -249,42 +249,19 @@ def test_a_truncated_picture(run, tmp_path):
     assert (code, out) == (2, "") and "cannot read the picture" in err and err.count("\n") == 1
 
 
+def test_too_little_memory_is_one_line_with_advice(run, monkeypatch):
+    def fail(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("pitome_mllm.loading.load", fail)
+    code, out, err = run("ask")
+    assert (
+        (code, out) == (1, "")
+        and err.startswith("pitome-mllm: out of memory; choose --bits 4")
+        and err.count("\n") == 1
+    )
+
+
 def test_debug_shows_where_an_error_came_from():
     with pytest.raises(ValueError, match="no picture file"):
         cli.main(["--debug", "ask", "nowhere.png", "what is there"])
-
-
-# ---- pictures and words ----------------------------------------------------------------------------------------------
-
-
-def saved(tmp_path, picture, name="p.png", **options):
-    picture.save(tmp_path / name, **options)
-    return read_picture(tmp_path / name)
-
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
-    for mode in ("1", "L", "P", "RGB", "RGBA", "LA"):
-        assert saved(tmp_path, textured(0).convert("RGB").convert(mode)).mode == "RGB"
-    assert saved(tmp_path, textured(0).convert("CMYK"), "p.jpg").mode == "RGB"
-    assert saved(tmp_path, Image.new("RGB", (1, 1))).size == (1, 1)
-
-
-def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
-    deep = Image.new("I;16", (2, 1))
-    deep.putpixel((0, 0), 65535)
-    deep.putpixel((1, 0), 32768)
-    assert [saved(tmp_path, deep).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
-
-
-def test_transparency_is_white_and_the_camera_decides_what_is_up(tmp_path):
-    assert saved(tmp_path, Image.new("RGBA", (1, 1), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    lying = Image.new("RGB", (40, 20))
-    exif = lying.getexif()
-    exif[0x0112] = 6  # taken with the camera turned
-    assert saved(tmp_path, lying, "p.jpg", exif=exif).size == (20, 40)
-
-
-def test_unknown_words_are_found_once_and_in_order():
-    tokenizer = load("tiny")[1].tokenizer
-    assert unknown_words(tokenizer, "What colour is the star?") == []
-    assert unknown_words(tokenizer, "is the zebra, or ZEBRA, or a (zebra) here?") == ["zebra", "or", "ZEBRA", "here"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -88,18 +90,27 @@ def progress(text: str, total: int | None = None) -> Iterator[Callable[[], None]
 
 def open_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load the model and processor that the options name."""
-    with progress(f"Loading {options.model}"):
-        import torch
+    import torch
+
+    device = options.device
+    if device is None and options.bits is None and torch.cuda.is_available():
+        device = "cuda"
+    with progress(f"Looking for {options.model}"):
+        from huggingface_hub.utils import enable_progress_bars
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging as transformers_logging
 
-        from ..loading import load
+        from ..loading import load, read_config
 
         if not options.debug:
             transformers_logging.set_verbosity_error()
             transformers_logging.disable_progress_bar()
-        device = options.device
-        if device is None and options.bits is None and torch.cuda.is_available():
-            device = "cuda"
+            hub_logging.set_verbosity_error()
+        read_config(options.model)
+    here = options.model == "tiny" or Path(options.model).expanduser().is_dir()
+    if not here and sys.stderr.isatty():
+        enable_progress_bars()  # a download shows its own, which a spinner would garble
+    with progress(f"Loading {options.model}") if here else nullcontext():
         return load(options.model, bits=options.bits, dtype=options.dtype, device=device)
 
 
