@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .benchmark import SCENES, blind_answer, scene
+from .benchmark import PER_SCENE, SCENES, blind_answer, scene
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
 from .scenes import TIERS
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         keep = int(args.keep) if args.keep > 1 else args.keep
         pitome_mllm.attach(model, *filter(None, [args.method]), keep=keep)
         title = f"{args.model}, {args.split}, {args.method or 'default'} keep={keep}"
-    total = args.limit or len(TIERS) * SCENES * 16 // 3
+    total = args.limit or SCENES * PER_SCENE
     records = list(track(score(model, processor, args.split, args.limit), "questions", total=total))
     _show(table(records), title)
     if args.save:

@@ -152,9 +152,8 @@ def _matching(vision: Any, plan: Plan, tokens: int, left: int, depth: float) -> 
     blank = partial(torch.zeros, device="cpu")
     protected, width = plan.geometry.class_tokens, vision.hidden_size
     metric = blank(1, protected + tokens, width // vision.num_attention_heads if plan.metric == "keys" else width)
-    given = {"grid": plan.geometry.grid} if "grid" in plan.reducer.needs else {}
     with torch.no_grad(), _Counter() as counter:
-        merge = plan.reducer.match(metric, tokens - left, protected=protected, depth=depth, **given)
+        merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context)
         merge.reduce(blank(1, protected + tokens, width))
     return counter.flops
 

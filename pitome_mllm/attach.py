@@ -20,7 +20,7 @@ from . import prompt, tower
 from .methods import Reducer
 from .plan import Plan, Settings, make_plan
 from .prompt import Call
-from .specs import FAMILIES, TOWERS, FamilySpec, geometry
+from .specs import FAMILIES, TOWERS, FamilySpec, TowerSpec, geometry
 from .stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.plans: list[Plan | None] = []  # of `using`, innermost last
-        self.generating = 0
+        self.generating: Call | None = None  # the prompt of the generate() that is running
         self.call: Call | None = None
         self.stats: Stats | None = None
 
@@ -60,7 +60,7 @@ class Attachment:
     Attributes
     ----------
     model : the model.
-    plan : what happens to every picture; in a `using` block the plan of that block.
+    plan : what happens to every picture; within ``using(keep=72)`` what that asks for.
     stats : this thread's last run, None before it or if the plain model ran.
     """
 
@@ -116,14 +116,14 @@ class Attachment:
             yield self
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
+    def generating(self, call: Call) -> Iterator[None]:
         """Within generate(): prompts are short already, and the plan stays what it was at its start."""
-        with self._pinned(self.active):
-            self.state.generating += 1
-            try:
+        outer, self.state.generating = self.state.generating, call
+        try:
+            with self._pinned(self.active):
                 yield
-            finally:
-                self.state.generating -= 1
+        finally:
+            self.state.generating = outer
 
     def _check_attached(self) -> None:
         if Attachment.of(self.model) is not self:
@@ -138,7 +138,10 @@ class Attachment:
             self.state.plans.pop()
 
     def remove(self) -> None:
-        """Restore the model exactly. A second call does nothing."""
+        """Restore the model exactly. A second call does nothing.
+
+        A KV cache that a merged turn filled goes with merging: the plain model cannot continue it.
+        """
         if Attachment.of(self.model) is not self:
             return
         if self._own_generate is None:
@@ -178,7 +181,7 @@ class Attachment:
                 f"expected {self.geometry.blocks}"
             )
         for index, layer in enumerate(layers):
-            spec = TOWERS[type(layer).__name__]
+            spec = _tower_spec(layer)
             layer._pitome = (index, spec)
             getattr(getattr(layer, spec.attention), spec.key).register_forward_hook(tower.catch_keys)
             _swap_class(layer, tower.merging_class(type(layer)))
@@ -256,9 +259,14 @@ def _carried(model: nn.Module) -> Attachment | None:
     return next((a for a in map(Attachment.of, model.modules()) if isinstance(a, Attachment)), None)
 
 
+def _tower_spec(module: nn.Module) -> TowerSpec | None:
+    """The row of an encoder layer, by the name of its class or of one it derives from; None for other modules."""
+    return next((TOWERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in TOWERS), None)
+
+
 def _layers(root: nn.Module) -> list[nn.Module]:
     """The encoder layers of a tower, found by type: their paths differ between versions."""
-    return [m for m in root.modules() if any(cls.__name__ in TOWERS for cls in type(m).__mro__)]
+    return [module for module in root.modules() if _tower_spec(module)]
 
 
 def _swap_class(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
 from .specs import FAMILY_OF_CONFIG, geometry
 
@@ -120,7 +122,8 @@ def read_config(name_or_path: str | Path) -> Any:
 
     Raises
     ------
-    ValueError : no such folder or checkpoint, or an unsupported family or vision tower.
+    ValueError : no such folder or checkpoint, a configuration that cannot be read, or an unsupported family or vision
+        tower.
     """
     from transformers import AutoConfig
 
@@ -128,9 +131,18 @@ def read_config(name_or_path: str | Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
+        if Path(source).is_dir():
+            raise ValueError(
+                f"cannot read config.json in folder {source!r} ({_first_line(error)}); "
+                f"copy it again, or write the folder anew with save_pretrained()"
+            ) from error
         raise ValueError(
             f"cannot load {source!r}: it is neither a folder here nor a checkpoint that the Hugging Face hub gave "
             f"({_first_line(error)}); give 'tiny', an existing folder, or a hub name like 'owner/model'"
+        ) from error
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"config.json of {source!r} holds a value that is not possible ({' '.join(str(error).split())}); correct it"
         ) from error
     except ValueError as error:
         supported = ", ".join(sorted(FAMILY_OF_CONFIG))
@@ -154,13 +166,32 @@ def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
 
 
 def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
+    """The model with all its weights.
+
+    Raises
+    ------
+    ValueError : weights that cannot be read, are missing, or have other shapes than the configuration says.
+    """
     import transformers
 
     family = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])
+    # Weights of another shape are ignored at first so that the report names them; then they are refused here.
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **options}
     try:
-        model, report = family.from_pretrained(source, config=config, output_loading_info=True, **options)
+        model, report = family.from_pretrained(source, config=config, **options)
     except OSError as error:
         raise ValueError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"cannot read the weights {_broken_file(source)!r}: the file is damaged or was cut short "
+            f"({_first_line(error)}); copy or download it again"
+        ) from error
+    if report["mismatched_keys"]:  # they would be random numbers
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise ValueError(
+            f"the weights in {source!r} do not fit its config.json: {name} has the shape {tuple(found)}, the "
+            f"configuration says {tuple(expected)}; take config.json and weights from the same checkpoint"
+        )
     if report["missing_keys"]:  # they would be random numbers
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -168,6 +199,17 @@ def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
             f"expected the layout that save_pretrained() writes"
         )
     return model
+
+
+def _broken_file(source: str) -> str:
+    """The first file of weights in a folder that cannot be opened; the source itself if it is a name on the hub."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return source
 
 
 def _processor(source: str, config: Any) -> Any:

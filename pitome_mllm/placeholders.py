@@ -8,7 +8,7 @@ everything with a column per token (ids, mask, labels, embeddings, positions) mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ class Layout:
     index : (B, S) int64, the caller's column at each place.
     real : (B, S) bool, False at padding places.
     width : number of columns of the caller, T.
+    original : position ids count the caller's columns, not the places.
     """
 
     index: Tensor
     real: Tensor
     width: int
+    original: bool = False
 
     def take(self, x: Tensor, fill: int) -> Tensor:
         """``x`` (B, T) or (B, T, C) in this layout, with ``fill`` at padding places."""
@@ -47,13 +49,31 @@ class Layout:
             torch.cat([self.index, later.index + self.width], 1),
             torch.cat([self.real, later.real], 1),
             self.width + later.width,
+            self.original,
         )
+
+    def repeated(self, rows: int) -> Layout:
+        """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt.
+
+        Raises
+        ------
+        ValueError : ``rows`` is no multiple of the layout's rows.
+        """
+        times, rest = divmod(rows, len(self.index))
+        if rest or not times:
+            raise ValueError(
+                f"a KV cache of {len(self.index)} rows does not go with {rows} rows; "
+                "continue it with as many rows, or with a multiple of them"
+            )
+        return replace(self, index=self.index.repeat_interleave(times, 0), real=self.real.repeat_interleave(times, 0))
 
     def fitted_to(self, places: int) -> Layout:
         """This layout for a cache of ``places`` places: what follows or was cropped off the prompt is one to one."""
         rows, have = self.index.shape
         if places < have:
-            return Layout(self.index[:, :places], self.real[:, :places], self.width - (have - places))
+            return replace(
+                self, index=self.index[:, :places], real=self.real[:, :places], width=self.width - (have - places)
+            )
         extra = torch.arange(places - have, device=self.index.device).expand(rows, -1)
         return self.then(Layout(extra, torch.ones_like(extra, dtype=torch.bool), places - have))
 

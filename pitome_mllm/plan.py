@@ -22,6 +22,7 @@ CHOICES = {
 # What a setting is when neither the caller nor the method's preset says anything.
 DEFAULTS = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
 DEFAULT_METHOD = "pitome-tuned"
+SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Settings:
     def changed(self, **given: Any) -> Settings:
         """These settings with ``given`` in place; what is no setting counts as an option of the method.
 
-        A new method starts from its own preset, and a new keep, ratio or counts replaces the old one.
+        A new method starts from its own preset, a new keep, ratio or counts replaces the old one, and a new place
+        forgets tower_keep.
         """
         if given.get("method", "") is None:
             given["method"] = DEFAULT_METHOD
@@ -59,6 +61,8 @@ class Settings:
             settings = {**dict.fromkeys(DEFAULTS), "options": options, **settings}
         else:
             settings["options"] = {**self.options, **options}
+        if settings.get("where", self.where) != self.where:
+            settings = {"tower_keep": None, **settings}
         if any(settings.get(k) is not None for k in ("keep", "ratio", "counts")):
             settings = {**dict.fromkeys(("keep", "ratio", "counts")), **settings}
         return replace(self, **settings)
@@ -107,6 +111,12 @@ class Plan:
         return before - self.counts[block]
 
     @property
+    def context(self) -> dict[str, Any]:
+        """What every `Reducer.match` gets besides metric, number, sizes and depth."""
+        given = {"grid": self.geometry.grid} if "grid" in self.reducer.needs else {}
+        return {"protected": self.geometry.class_tokens, **given}
+
+    @property
     def merging(self) -> tuple[int, ...]:
         """Indices of the blocks that remove tokens."""
         return tuple(block for block in range(len(self.counts)) if self.removed(block))
@@ -121,8 +131,12 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
     """
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
-        if value is not None and value not in choices:
+        if value not in choices and not (value is None and name in DEFAULTS):
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    for name in SWITCHES:
+        value = getattr(settings, name)
+        if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
+            raise ValueError(f"{name}={value!r} is not possible; choose True or False")
     if settings.llm_size_bias:
         raise ValueError("llm_size_bias=True is not available yet; leave it at False")
     reducer, name, preset = _resolve(settings)
@@ -150,6 +164,8 @@ def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
             raise ValueError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
     else:
         name = settings.method
+        if not isinstance(name, str):
+            raise ValueError(f"method={name!r} is neither a name nor a Reducer; names: {', '.join(METHODS)}")
         if name in METHODS:
             known = [*names, *(f.name for f in fields(METHODS[name].reducer))]
             for option in settings.options:

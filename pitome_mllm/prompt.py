@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +29,13 @@ class Call:
     kwargs : the arguments, with every per-token tensor shortened.
     image : (B, S) bool, the placeholders among the tokens of this call.
     layout : the caller's column at every place of the KV cache after this call; None if they are the same.
+    move : visual tokens take their original positions as soon as the tower has run.
     """
 
     kwargs: dict[str, Any]
     image: Tensor
     layout: Layout | None = None
+    move: bool = False
 
 
 def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole: bool) -> Call | None:
@@ -42,11 +44,11 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
     """
     pictures, kept = _pictures(handle, kwargs)
-    past = kwargs.get("past_key_values")
-    if not pictures and getattr(past, CACHE_MARK, None) is None:
+    marked = getattr(kwargs.get("past_key_values"), CACHE_MARK, None)
+    if not pictures and marked is None:
         return None
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
-    seen = _seen(past, image)
+    seen = _seen(kwargs.get("past_key_values"), image)
     if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit; pass the processor's (B, T) mask")
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
@@ -54,29 +56,42 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     real = _inferred_mask(model, kwargs, image) if mask is None else mask
     real = real[:, real.shape[1] - fresh.shape[1] :]
     full, count = handle.geometry.available, int(fresh.sum())
-    original = handle.active is not None and handle.active.positions == "original" and kept < full
+    original = handle.plan.positions == "original" if marked is None else marked.original
+    move = original and pictures > 0 and count > 0 and kept < full
+    if move and kwargs.get("pixel_values") is None:  # features only: which patch a token started at is not known
+        if kwargs.get("position_ids") is None or count != pictures * kept:
+            raise ValueError(
+                "positions='original' with mm_encoder_outputs needs a short prompt and its position_ids; "
+                "or pass the pictures themselves as pixel_values"
+            )
+        move = False
 
     if pictures and kept < full and count == pictures * full:
         new = shorten(fresh, real, full, kept)
-    elif getattr(past, CACHE_MARK, None) is not None:
+    elif marked is not None:
         new = unchanged(fresh)
     else:  # already short; or wrong, and left for the model to refuse
-        if original and count == pictures * kept:
+        if move and count == pictures * kept:
             kwargs = {**kwargs, "position_ids": caller_positions(real, image, kept, gap=full - kept)}
-        return Call(kwargs, image)
+        return Call(kwargs, image, move=move)
+    layout = replace(new if seen is None else seen.then(new), original=original)
+    return _shortened(model, Call(kwargs, image, layout, move), new)
 
-    layout = new if seen is None else seen.then(new)
-    short = take_all(kwargs, _pad_id(model), layout, new)
+
+def _shortened(model: nn.Module, call: Call, new: Layout) -> Call:
+    """The call with its per-token tensors in its layout, or in ``new`` where they hold the tokens of this call only."""
+    layout, mask = call.layout, call.kwargs.get("attention_mask")
+    short = take_all(call.kwargs, _pad_id(model), layout, new)
     for name in ("position_ids", "cache_position"):  # they count the caller's columns
         short.pop(name, None)
     if mask is None and not bool(layout.real.all()):
         short["attention_mask"] = layout.real.long()
-    image = (layout if image.shape[1] == layout.width else new).take(image, False)
-    if original:
+    image = (layout if call.image.shape[1] == layout.width else new).take(call.image, False)
+    if layout.original:
         real = torch.ones_like(layout.index[:, :1]).expand(-1, layout.width) if mask is None else mask
-        positions = layout.take(caller_positions(real, torch.zeros_like(real), kept, gap=0), 0)
+        positions = layout.take(caller_positions(real, torch.zeros_like(real), kept=1, gap=0), 0)
         short["position_ids"] = positions[:, positions.shape[1] - image.shape[1] :]
-    return Call(short, image, layout)
+    return Call(short, image, layout, call.move)
 
 
 def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -106,8 +121,9 @@ def _placeholders(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
 def _inferred_mask(model: nn.Module, kwargs: dict[str, Any], image: Tensor) -> Tensor:
     """(B, T), 0 at pad tokens, where there is no attention mask: generate() infers it in the same way."""
     config = kwargs.get("generation_config") or model.generation_config
-    ids, pad = kwargs.get("input_ids"), config.pad_token_id
-    if ids is None or pad is None or pad == config.eos_token_id:
+    ids = kwargs.get("input_ids")
+    pad, eos = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+    if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones_like(image)
     return ids != pad
 
@@ -118,7 +134,9 @@ def _seen(past: Any, image: Tensor) -> Layout | None:
     if not length:
         return None
     layout = getattr(past, CACHE_MARK, None)
-    return unchanged(image[:, :1].expand(-1, length)) if layout is None else layout.fitted_to(length)
+    if layout is None:
+        return unchanged(image[:, :1].expand(-1, length))
+    return layout.fitted_to(length).repeated(len(image))
 
 
 def _pad_id(model: nn.Module) -> int:
@@ -153,13 +171,13 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
         return plain(**kwargs)
     short = call.kwargs
     if call.layout is not None:
-        short = {**short, **_lengths(model, kwargs, _width(kwargs) - _width(short))}
-    with handle.generating():
+        short = {**short, **_lengths(model, kwargs, _width(short)), **_callbacks(kwargs, _width(short))}
+    with handle.generating(call):
         out = plain(**short)
     if call.layout is None:
         return out
     sequences = out if isinstance(out, Tensor) else out.sequences
-    layout = _repeated(call.layout, len(sequences))
+    layout = call.layout.repeated(len(sequences))
     _mark(kwargs.get("past_key_values"), layout)
     _mark(getattr(out, "past_key_values", None), layout)
     if kwargs.get("input_ids") is None:  # from embeddings: sequences hold the new ids only
@@ -176,24 +194,46 @@ def _width(kwargs: dict[str, Any]) -> int:
     return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
 
 
-def _repeated(layout: Layout, rows: int) -> Layout:
-    """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt."""
-    times = rows // len(layout.index)
-    return replace(layout, index=layout.index.repeat_interleave(times, 0), real=layout.real.repeat_interleave(times, 0))
-
-
-def _lengths(model: nn.Module, kwargs: dict[str, Any], removed: int) -> dict[str, int]:
-    """max_length and min_length, which count the caller's prompt, for a prompt with ``removed`` columns fewer."""
+def _lengths(model: nn.Module, kwargs: dict[str, Any], short: int) -> dict[str, int]:
+    """max_length and min_length, which count the caller's prompt, for a prompt of ``short`` columns."""
     configs = [c for c in (kwargs.get("generation_config"), model.generation_config) if c is not None]
-    fitted = {}
+    width, fitted = _width(kwargs), {}
     for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if any(v is not None for v in (kwargs.get(new_tokens), *(getattr(c, new_tokens, None) for c in configs))):
             continue  # counts new tokens only, and takes precedence
         asked = [kwargs.get(name), *(getattr(c, name, None) for c in configs)]
         length = next((v for v in asked if v is not None), None)
+        if name == "max_length" and length is not None and length <= width:
+            raise ValueError(
+                f"max_length={length} leaves no room behind a prompt of {width} tokens; give max_new_tokens"
+            )
         if length:
-            fitted[name] = max(length - removed, 0)
+            fitted[name] = max(length - width + short, 0)
     return fitted
+
+
+def _callbacks(kwargs: dict[str, Any], short: int) -> dict[str, Any]:
+    """The caller's stopping criteria and logits processors, made to see the caller's prompt and not the short one."""
+    prompt, wrapped = kwargs.get("input_ids"), {}
+    if prompt is None:  # from embeddings: they see the new ids only, as always
+        return wrapped
+
+    def seeing(callback: Callable) -> Callable:
+        @wraps(callback, assigned=())  # attributes such as eos_token_id, which transformers looks for
+        def call(ids: Tensor, scores: Any, **more: Any) -> Any:
+            return callback(restore_prompt(ids, prompt, short), scores, **more)
+
+        return call
+
+    for name in ("stopping_criteria", "logits_processor"):
+        if kwargs.get(name) is not None:
+            wrapped[name] = type(kwargs[name])(map(seeing, kwargs[name]))
+    allowed = kwargs.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        wrapped["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, restore_prompt(ids[None], prompt[row : row + 1], short)[0]
+        )
+    return wrapped
 
 
 # forward(): hooks
@@ -205,10 +245,14 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     state = handle.state
     state.call = None
     kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
-    if state.generating:  # generate() shortened the prompt; only the positions of visual tokens are still open
-        if _pictures(handle, kwargs)[0]:
-            state.call = Call(kwargs, _placeholders(model, kwargs))
-        return None
+    if state.generating is not None:
+        pictures, kept = _pictures(handle, kwargs)
+        if not pictures:
+            return None
+        image, full = _placeholders(model, kwargs), handle.geometry.available
+        if kept == full or int(image.sum()) != pictures * full:  # the prompt that generate() shortened
+            state.call = Call(kwargs, image, move=state.generating.move)
+            return None
     state.call = rewrite(model, handle, kwargs, whole=False)
     return None if state.call is None else ((), state.call.kwargs)
 
@@ -216,10 +260,8 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the LLM: the tower has run, so visual tokens can take their original positions."""
     handle = language._pitome
-    call, plan, positions = handle.state.call, handle.active, kwargs.get("position_ids")
-    if call is None or plan is None or plan.positions != "original" or plan.keep == plan.available:
-        return None
-    if positions is None or not bool(call.image.any()):
+    call, positions = handle.state.call, kwargs.get("position_ids")
+    if call is None or not call.move or positions is None or not bool(call.image.any()):
         return None
     if language.config._attn_implementation not in PLAIN_BACKENDS:
         raise ValueError(

@@ -169,7 +169,7 @@ def _check_keep(keep: object, name: str = "keep") -> None:
     fits = _is_number(keep) and (keep >= 1 if isinstance(keep, numbers.Integral) else 0 < keep <= 1)
     if not fits:
         raise ValueError(
-            f"keep={keep!r} is not possible; choose an int from 1 (a count) or a float in (0, 1] (a share)"
+            f"{name}={keep!r} is not possible; choose an int from 1 (a count) or a float in (0, 1] (a share)"
         )
 
 

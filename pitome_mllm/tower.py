@@ -90,9 +90,7 @@ class Run:
         self, x: Tensor, metric: Tensor, keys: Tensor | None, size: Tensor | None, r: int, depth: float
     ) -> tuple[Merge, Tensor, Tensor, Tensor | None]:
         plan = self.plan
-        context = {"grid": plan.geometry.grid} if "grid" in plan.reducer.needs else {}
-        protected = plan.geometry.class_tokens
-        merge = plan.reducer.match(metric, r, size=size, protected=protected, depth=depth, **context)
+        merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context)
         if plan.order == "source":
             merge = merge.in_source_order()
         merged, total = merge.reduce(x, size if plan.weighted else None)
@@ -173,6 +171,10 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         )
     merges = [run.merges[block] for block in run.plan.merging]
     size = run.sizes.get(run.plan.geometry.merging_blocks)
+    if isinstance(output, tuple):
+        raise ValueError(
+            "the vision tower was called with return_dict=False; leave it at True while merging is attached"
+        )
     if run.plan.rounds and output.hidden_states is None:  # no features for a projector were asked for
         handle.state.stats = None
         return

@@ -73,16 +73,16 @@ def encode(
 
 
 def attention(module: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention with log(size) added for every key, and the keys' mean over heads (B, N, head width)."""
+    """Softmax attention with log(size) added for every key, and the keys' mean over heads (B, N, head width).
+
+    Through the same kernel as the model's "sdpa": differences of rounding would turn near-ties into other groups.
+    """
     batch, tokens, width = x.shape
-    heads = module.num_heads
-    shape = (batch, tokens, heads, width // heads)
+    shape = (batch, tokens, module.num_heads, width // module.num_heads)
     q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (module.q_proj, module.k_proj, module.v_proj))
-    scores = q @ k.transpose(-1, -2) * (width // heads) ** -0.5
-    if size is not None:
-        scores = scores + size.log().view(batch, 1, 1, tokens)
-    mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
-    return module.out_proj(mixed), k.mean(1)
+    bias = None if size is None else size.log().to(x.dtype).view(batch, 1, 1, tokens).expand(-1, -1, tokens, -1)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return module.out_proj(mixed.transpose(1, 2).reshape(x.shape)), k.mean(1)
 
 
 class Reference:

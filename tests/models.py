@@ -28,6 +28,7 @@ from transformers import (
 GRID = 24
 PATCHES = GRID * GRID
 SIDE, PATCH = 96, 4  # pixels
+SEEDS = (16, 14, 4, 11, 1, 7)  # of 24 pictures those whose merges change least often when noise of 1e-6 is added
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 WORDS = (
@@ -69,9 +70,9 @@ def processor(strategy: str = "default", padding_side: str = "left", class_token
     )
 
 
-def picture(seed: int) -> Image.Image:
+def picture(number: int) -> Image.Image:
     """Blocks of colour at four scales plus fine noise: structure to merge along, and no two patches alike."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEEDS[number])
     canvas = np.zeros((SIDE, SIDE, 3))
     for cells, weight in ((3, 1.0), (6, 0.8), (24, 0.5), (96, 0.35)):
         coarse = rng.normal(size=(cells, cells, 3))

@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 import transformers
-from checks import assert_merged_like, assert_row, logits, new_ids, reference
-from models import BOS, IMAGE, PAD, PATCHES, QUESTION, build, build_text_model, picture, processor
+from checks import assert_merged_like, assert_row, assert_works, logits, new_ids, reference
+from models import BOS, EOS, IMAGE, PAD, PATCHES, QUESTION, build, build_text_model, picture, processor
 from packaging.version import Version
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
 from pitome_mllm import attach
 
@@ -22,6 +22,8 @@ ROWS = [  # pictures and text of each row: 1, 0, 2 adjacent, 2 apart, 1 again
     ([3, 4], "USER: <image> look <image> is the star above or below the circle ASSISTANT:"),
     ([5], "USER: tell me how many big red digit are in the <image> picture here? ASSISTANT:"),
 ]
+# Before 5.18 transformers repeats pictures one by one for beams, so that rows with several get each other's.
+REPEATS_PICTURES = Version(transformers.__version__) < Version("5.18")
 PLACES = ["tower", "projector", "both"]
 
 
@@ -35,6 +37,9 @@ def make(rows, padding_side="left"):
 @pytest.fixture(scope="module")
 def batch():
     return make(ROWS)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
 
 @pytest.fixture
@@ -99,12 +104,14 @@ def test_inputs_that_are_already_short(model, one, where):
         torch.testing.assert_close(logits(model, short), logits(model, one))
 
 
-def test_any_other_number_of_placeholders_is_an_error(model, one, handle):
+def test_any_other_number_of_placeholders_is_an_error(model, plain, one, handle):
     for wrong in (500, 145, 72):
         with pytest.raises(ValueError, match="(?i)image"):
             model.generate(**shorten(one, wrong), max_new_tokens=2)
         with pytest.raises(ValueError, match="(?i)image"):
             logits(model, shorten(one, wrong))
+    assert_works(handle, model, plain, one)  # nothing of the failed calls stays behind
+    assert new_ids(model, one) == [reference(plain, one, handle.plan.counts).greedy()]
 
 
 def test_text_alone_is_the_plain_model(model, plain, process, handle):
@@ -150,6 +157,21 @@ def test_batch_without_attention_mask(model, batch, handle):
     assert new_ids(model, bare) == new_ids(model, batch)
 
 
+@pytest.mark.parametrize("said_in", ["call", "config"])
+def test_a_pad_token_that_also_ends_answers_is_no_padding(model, plain, one, handle, said_in):
+    """Where the pad token may be part of a prompt, transformers infers no mask from it, and neither do we."""
+    ids = torch.cat([one["input_ids"], torch.tensor([[PAD]]), one["input_ids"][:, -4:]], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": one["pixel_values"]}
+    expected = [reference(plain, inputs, handle.plan.counts).greedy()]
+    bare = {key: inputs[key] for key in ("input_ids", "pixel_values")}
+    stop = {"eos_token_id": [EOS, PAD]}
+    assert new_ids(plain, bare, **stop) == new_ids(plain, inputs, **stop), "no longer true of the plain model"
+    if said_in == "config":
+        model.generation_config.eos_token_id = [EOS, PAD]
+        stop = {}
+    assert new_ids(model, bare, **stop) == expected
+
+
 def test_rows_of_equal_length_with_different_numbers_of_pictures(model, plain, handle):
     """No padding before shortening, but some after it."""
     with_picture = make([ROWS[0]])
@@ -186,8 +208,9 @@ def test_a_row_that_stops_early(model, plain, pair, handle):
     ],
     ids=str,
 )
-def test_beams_and_samples_equal_the_plain_model_on_merged_features(model, plain, batch, handle, options):
+def test_beams_and_samples_equal_the_plain_model_on_merged_features(model, plain, handle, options):
     """The plain model's own generate, given the merged features as embeddings, is the reference."""
+    batch = make([row for row in ROWS if len(row[0]) < 2 or not REPEATS_PICTURES])
     options = {"do_sample": False, "max_new_tokens": 6, **options}
     padded = reference(plain, batch, handle.plan.counts).padded()
     torch.manual_seed(0)
@@ -219,7 +242,7 @@ def test_caches_with_a_batch(model, batch, handle, options):
 
 
 NEEDS_FEATURES = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"),
+    REPEATS_PICTURES,
     reason="before 5.18 transformers hands the pixels to the assistant, which a text model refuses",
 )
 
@@ -359,6 +382,15 @@ def test_labels_give_the_loss_of_the_merged_prompt(model, plain, handle, side):
     torch.testing.assert_close(seen, torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)
 
 
+def test_hidden_states_have_the_length_of_the_merged_prompt(model, one, handle):
+    with torch.no_grad():
+        out = model(**one, output_hidden_states=True)
+    short = one["input_ids"].shape[1] - PATCHES + KEEP
+    assert [x.shape[1] for x in out.hidden_states] == [short] * 3
+    assert out.image_hidden_states.shape[0] == KEEP
+    torch.testing.assert_close(out.logits, logits(model, one))
+
+
 def test_position_ids_of_the_caller_are_recomputed(model, one, handle):
     positions = torch.arange(one["input_ids"].shape[1])[None]
     torch.testing.assert_close(logits(model, one, position_ids=positions), logits(model, one))
@@ -403,6 +435,40 @@ def test_three_turns_on_one_picture(model, plain, one, process, handle):
         answer = out.sequences[0, -4:]
         assert answer.tolist() == expected.greedy(0, 4, said)
         said = torch.cat([said, answer])
+
+
+@pytest.mark.parametrize("change", [{}, {"keep": 72}, {"keep": PATCHES}, {"where": "projector"}], ids=str)
+def test_a_cache_of_the_caller_keeps_its_layout(model, plain, one, process, handle, change):
+    """One cache object through all turns, and other settings for later pictures, which change nothing in it."""
+    past, expected = DynamicCache(), reference(plain, one, handle.plan.counts)
+    out = model.generate(**one, past_key_values=past, max_new_tokens=4, do_sample=False)
+    handle.update(**change)
+    text, _ = follow_up(process, "USER: how many are there ASSISTANT:")
+    second = say(model, out, text, past)
+    said = torch.cat([out[0, one["input_ids"].shape[1] :], text[0]])
+    assert second.sequences[0, -4:].tolist() == expected.greedy(0, 4, said)
+
+
+@pytest.mark.parametrize("words", [0, 2])
+def test_a_cropped_cache(model, plain, one, process, handle, words):
+    """Forget an answer, and ``words`` of the question, and say something else."""
+    short = {key: one[key][:, : one[key].shape[1] - words] for key in ("input_ids", "attention_mask")}
+    expected = reference(plain, {**one, **short}, handle.plan.counts)
+    out = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    out.past_key_values.crop(-3 - words)  # of the four new ids the last was never fed back
+    text, _ = follow_up(process, "USER: is it red ASSISTANT:")
+    second = say(model, short["input_ids"], text, out.past_key_values)
+    assert second.sequences[0, -4:].tolist() == expected.greedy(0, 4, text[0])
+
+
+def test_a_plain_first_turn_stays_plain(model, plain, one, process, handle):
+    text, _ = follow_up(process, "USER: how many are there ASSISTANT:")
+    answers = []
+    for asked in (plain, model):
+        with handle.using(None):
+            out = asked.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        answers.append(say(asked, out.sequences, text, out.past_key_values).sequences)
+    assert torch.equal(*answers)
 
 
 def test_a_new_picture_in_the_second_turn(model, plain, one, process, handle):

@@ -13,7 +13,10 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from pitome_mllm import attach
 from pitome_mllm.attach import Attachment
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
 SETTINGS = {
     "int8": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},

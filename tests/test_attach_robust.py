@@ -14,6 +14,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from pitome_mllm import METHODS, attach, get_method
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build
+from models import QUESTION, build
 from models import picture as textured
 from models import processor as plain_processor
 from PIL import Image
 
-from pitome_mllm import METHODS, __version__, cli
+from pitome_mllm import METHODS, __version__, attach, cli
+from pitome_mllm.accounting import MLP_MATRICES
+from pitome_mllm.commands.groups import drawing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,6 +96,25 @@ def test_compare_shows_both_side_by_side(run):
     assert re.search(r"visual tokens\W+576\W+144\W+0\.25", out)
 
 
+def test_compare_with_an_llm_of_unknown_flops_shows_the_rest(run, monkeypatch):
+    known = json.loads(run("ask", "--compare", "--json", "--repeats", 1)[1])["runs"]
+    for llm in list(MLP_MATRICES):
+        monkeypatch.delitem(MLP_MATRICES, llm)
+    code, out, err = run("ask", "--compare", "--repeats", 1)
+    assert (code, err) == (0, "") and "true answer" in out
+    assert re.search(r"GFLOPs\W+unknown\W+unknown\W+\n", out) and re.search(r"KV cache, MB\W+\d", out)
+    unknown = json.loads(run("ask", "--compare", "--json", "--repeats", 1)[1])["runs"]
+    for mode in ("plain", "merged"):
+        assert "gflops" in known[mode] and "gflops" not in unknown[mode]
+        assert unknown[mode]["kv_cache_mb"] == known[mode]["kv_cache_mb"]
+        assert set(known[mode]) - set(unknown[mode]) == {"gflops"}
+
+
+def test_the_table_says_what_its_costs_are_for(run):
+    out = " ".join(run("ask", "--compare", "--repeats", 1)[1].split())
+    assert "from the picture to new token 8. KV cache: calculated, for the prompt and 7 new tokens" in out
+
+
 def test_json_is_one_object_and_nothing_else(run):
     code, out, err = run("ask", "--compare", "--json", "--repeats", 1)
     said = json.loads(out)
@@ -144,6 +165,32 @@ def test_groups_draws_one_panel_for_each_method(run, tmp_path, photo):
         assert drawn.width > 2.5 * drawn.height > 500
     code, out, _ = run("groups", "--scene", 2, "--style", "mean", "--side", 336, "--out", tmp_path / "one.jpg")
     assert code == 0 and out.startswith(str(tmp_path / "one.jpg")) and (tmp_path / "one.jpg").is_file()
+
+
+def test_groups_leaves_out_a_class_token_that_the_llm_sees(run, tmp_path, photo):
+    """With feature selection "full" the first of 577 labels is that of the class token."""
+    build(strategy="full").save_pretrained(tmp_path / "full")
+    plain_processor(strategy="full").save_pretrained(tmp_path / "full")
+    for method in ("pitome", "random"):
+        out = tmp_path / f"{method}.png"
+        code, said, err = run("groups", photo, "--model", tmp_path / "full", "--method", method, "--out", out)
+        assert (code, err) == (0, "") and f"{method}: 144 of 577 tokens" in said
+        assert out.is_file()
+
+
+def test_the_drawing_numbers_the_groups_of_patches_only(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("pitome_mllm.visualize.seen_by", lambda processor, picture: picture)
+    monkeypatch.setattr("pitome_mllm.visualize.draw_groups", lambda picture, *given, **_: drawn.update(given=given))
+    model = build(strategy="full")
+    process = plain_processor(strategy="full")
+    inputs = process(images=textured(0), text=QUESTION, return_tensors="pt")
+    with attach(model, "pitome", keep=144) as handle:
+        model.generate(**inputs, max_new_tokens=1)
+        drawing(process, textured(0), handle.stats)
+    groups, sizes = drawn["given"]
+    assert groups.shape == (576,) and torch.equal(groups.unique(), torch.arange(143))
+    assert torch.equal(groups.bincount().float(), sizes)
 
 
 def test_ask_saves_the_groups_too(run, tmp_path):
@@ -212,6 +259,8 @@ MISTAKES = [
     (["ask", "--model", "nobody/nothing"], "cannot load 'nobody/nothing'"),
     (["ask", "--save-groups", "groups.xyz"], "'groups.xyz' does not end like a picture file"),
     (["ask", "--save-groups", "nowhere/groups.png"], "no folder 'nowhere' to write 'groups.png' into"),
+    (["ask", "--max-new-tokens", "100000"], "do not fit: the model holds 2048; ask for at most 1"),
+    (["groups", "a.png", "--scene", "0"], "got the picture 'a.png' and --scene 0; give one of them"),
     (["groups", "--method", "pitome", "tom"], "unknown method 'tom'; did you mean"),
     (["groups", "--style", "baroque"], "unknown style 'baroque'"),
     (["groups", "--side", "3"], "3"),

@@ -1,10 +1,13 @@
 """What the command line makes of picture files and of words."""
 
+import re
+
+import pytest
 from models import picture as textured
 from PIL import Image
 
 from pitome_mllm import load
-from pitome_mllm.commands.inputs import read_picture, unknown_words
+from pitome_mllm.commands.inputs import Subject, encode, read_picture, unknown_words
 
 
 def saved(tmp_path, picture, name="p.png", **options):
@@ -38,3 +41,17 @@ def test_unknown_words_are_found_once_and_in_order():
     tokenizer = load("tiny")[1].tokenizer
     assert unknown_words(tokenizer, "What colour is the star?") == []
     assert unknown_words(tokenizer, "is the zebra, or ZEBRA, or a (zebra) here?") == ["zebra", "or", "ZEBRA", "here"]
+
+
+def test_the_advice_for_too_long_a_text_is_one_that_helps():
+    model, processor = load("tiny")
+    subject, question = Subject(textured(0), "a picture"), "what colour is the star?"
+    with pytest.raises(ValueError, match=r"ask for at most (\d+) new tokens$") as caught:
+        encode(model, processor, subject, question, 100000)
+    most = int(re.search(r"at most (\d+) new", str(caught.value)).group(1))
+    length = encode(model, processor, subject, question, most)["input_ids"].shape[1]
+    assert length + most == model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=r"shorten the question to \d+ tokens at most$"):
+        encode(model, processor, subject, question, most + 1)
+    with pytest.raises(ValueError, match="shorten the question and ask for fewer new tokens$"):
+        encode(model, processor, subject, "what " * 2000, 100000)

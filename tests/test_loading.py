@@ -152,6 +152,43 @@ def test_missing_parts_are_named(copy):
         load(copy)
 
 
+def test_weights_that_are_no_weights_are_named(copy):
+    (copy / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"cannot read the weights '.*copy/model.safetensors': .*damaged.* again$"):
+        load(copy)
+
+
+def test_weights_that_were_cut_short_are_named(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"cannot read the weights '.*copy/model.safetensors': .*cut short .* again$"):
+        load(copy)
+
+
+@pytest.mark.parametrize("part, weight", [("text_config", "mlp.down_proj"), ("vision_config", "mlp.fc1")])
+def test_weights_of_other_shapes_than_the_configuration_says(copy, part, weight):
+    config = json.loads((copy / "config.json").read_text())
+    config[part]["intermediate_size"] += 8
+    spoil(copy, **{part: config[part]})
+    shapes = rf"{weight}\S* has the shape \(.*128.*\), the configuration says \(.*136.*\)"
+    with pytest.raises(ValueError, match=rf"do not fit its config.json: .*{shapes}; take config.json and weights"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{junk", b"\xff\xfe\x00"])
+def test_a_configuration_that_cannot_be_read(copy, content):
+    (copy / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read config.json in folder '.*copy' .*; copy it again") as caught:
+        load(copy)
+    assert "neither a folder" not in str(caught.value)
+
+
+def test_a_configuration_with_an_impossible_value(copy):
+    spoil(copy, vision_feature_select_strategy="nonsense")
+    with pytest.raises(ValueError, match="config.json of .*vision_feature_select_strategy.*'full'.*got nonsense"):
+        load(copy)
+
+
 def test_weights_that_are_not_there_are_not_made_up(copy):
     weights = load_file(copy / "model.safetensors")
     dropped = next(k for k in weights if "multi_modal_projector" in k)

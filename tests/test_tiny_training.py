@@ -2,15 +2,18 @@
 
 import ast
 import inspect
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import pitome_mllm
 from pitome_mllm_eval import muon, tiny_batch, tiny_forward
-from pitome_mllm_eval.benchmark import scene_questions
+from pitome_mllm_eval.benchmark import scene, scene_questions
 from pitome_mllm_eval.scenes import GRID
-from pitome_mllm_eval.score import PROMPT, answers
+from pitome_mllm_eval.score import PROMPT, answers, score
 from pitome_mllm_eval.tiny_batch import IGNORE, Phase, encode_scene, patch_ids, row_length, stack, training_batch
 from pitome_mllm_eval.tiny_forward import answer_loss, language_states, tower_features
 from pitome_mllm_eval.tiny_model import build_model, build_processor, save_release, word_ids
@@ -117,6 +120,35 @@ def test_scoring_gives_the_answers_of_generate(model, processor):
         inputs = processor(images=made.pixels, text=PROMPT.format(text), return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=1)[0, -1]
         assert processor.tokenizer.convert_ids_to_tokens(int(out)) == answer
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return pitome_mllm.load("tiny")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"positions": "original"}, {"positions": "compact"}, {"where": "projector"}], ids=str
+)
+def test_scoring_follows_an_attached_reducer(tiny, settings):
+    model, processor = tiny
+    picture, asked = scene(5)
+    texts = [q.text for q in asked[:3]]
+    with pitome_mllm.attach(model, keep=36, **settings):
+        scored = answers(model, processor, picture, texts)
+        for text, answer in zip(texts, scored, strict=True):
+            inputs = processor(images=picture, text=PROMPT.format(text), return_tensors="pt")
+            out = model.generate(**inputs)[0, inputs.input_ids.shape[1] :]
+            assert processor.tokenizer.convert_ids_to_tokens(out.tolist()) == [answer, "</s>"]
+
+
+def test_the_embedded_model_answers_as_recorded(tiny):
+    """Within two points on the recorded sample, whatever the machine."""
+    recorded = json.loads((Path(pitome_mllm.__file__).parent / "tiny" / "accuracy.json").read_text())["sample"]
+    records = list(score(*tiny, recorded["split"], recorded["questions"]))
+    accuracy = sum(r.right for r in records) / len(records)
+    assert abs(accuracy - recorded["accuracy"]) <= 0.02
+    assert accuracy >= 0.75 and accuracy > sum(r.blind == r.answer for r in records) / len(records) + 0.3
 
 
 def test_release_loads_and_ignores_case_and_punctuation(model, processor, tmp_path):

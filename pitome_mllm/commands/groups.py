@@ -78,7 +78,10 @@ def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outl
 
     if stats.groups is None:
         raise ValueError(f"{stats.method} forms no groups, so there is nothing to draw; choose another --method")
-    return draw_groups(seen_by(processor, picture), stats.groups[0], stats.sizes[0], style=style, side=side)
+    ahead = stats.plan.geometry.visible_class_tokens  # in front of the patches, never merged, and not in the picture
+    groups, sizes = stats.groups[0, ahead:], stats.sizes[0, ahead:]
+    groups = (groups - ahead).where(groups >= 0, groups)  # -1 stays: a dropped patch
+    return draw_groups(seen_by(processor, picture), groups, sizes, style=style, side=side)
 
 
 def check_picture_file(path: str) -> None:

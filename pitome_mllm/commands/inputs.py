@@ -33,9 +33,10 @@ def read_subject(options: argparse.Namespace) -> Subject:
     ------
     ValueError : a picture that cannot be read, a scene that does not exist, both, or a question without a picture.
     """
-    picture, question = options.picture, getattr(options, "question", None)
+    picture, takes_question = options.picture, hasattr(options, "question")
+    question = options.question if takes_question else None
     if options.scene is not None:
-        if question is not None:
+        if picture is not None and (question is not None or not takes_question):  # else it is the question
             raise ValueError(f"got the picture {picture!r} and --scene {options.scene}; give one of them")
         return _scene(options.scene, question=picture)
     if picture is None:
@@ -106,9 +107,16 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
     length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     if length + new_tokens > most:
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        text = most - new_tokens - visual
+        if text > 0:
+            advice = f"shorten the question to {text} tokens at most"
+        elif length < most:
+            advice = f"ask for at most {most - length} new tokens"
+        else:
+            advice = "shorten the question and ask for fewer new tokens"
         raise ValueError(
             f"the prompt of {length} tokens ({visual} visual, {length - visual} text) and {new_tokens} new ones do not "
-            f"fit: the model holds {most}; shorten the question to {max(0, most - new_tokens - visual)} tokens at most"
+            f"fit: the model holds {most}; {advice}"
         )
     return inputs.to(model.device, dtype=model.dtype)
 

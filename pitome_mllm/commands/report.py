@@ -14,12 +14,12 @@ from rich.table import Table
 
 from .options import progress
 
-TIMED_TOKENS = 8  # that every timed run writes, and that FLOPs and KV cache are calculated for
+TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache are calculated for as many
 
 
 @dataclass(frozen=True)
 class Run:
-    """One answer and its cost; what was not measured is None.
+    """One answer and its cost; what was not measured, or cannot be known, is None.
 
     Attributes
     ----------
@@ -29,8 +29,10 @@ class Run:
     prompt_tokens : length of the prompt that the LLM reads, visual tokens included.
     tower_ms, prefill_ms, per_token_ms : wall clock: the vision tower alone; from the picture to the first new token,
         tower included; each new token after that.
-    kv_cache_mb : keys and values of the prompt and `TIMED_TOKENS` new tokens, in 10^6 bytes (calculated).
-    gflops : from the picture to the last of those tokens, in 10^9 floating-point operations (calculated).
+    kv_cache_mb : keys and values when the last of `TIMED_TOKENS` new tokens is out, in 10^6 bytes (calculated): those
+        of the prompt and of every new token but that last one, which no later token looks at.
+    gflops : from the picture to that last token, in 10^9 floating-point operations (calculated); None for an LLM whose
+        FLOPs `accounting` does not know.
     """
 
     mode: str
@@ -83,9 +85,15 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
 
 
 def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
-    """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model)."""
-    from ..accounting import estimate
+    """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model).
 
+    The FLOPs of an LLM that `accounting` does not know stay None.
+    """
+    from ..accounting import MLP_MATRICES, _kv_bytes, estimate
+
+    if model.config.text_config.model_type not in MLP_MATRICES:
+        cached = run.prompt_tokens + TIMED_TOKENS - 1
+        return replace(run, kv_cache_mb=cached * _kv_bytes(model.config.text_config, model.dtype) / 1e6)
     text_tokens = run.prompt_tokens - run.visual_tokens
     cost = estimate(model, **settings, text_tokens=text_tokens, new_tokens=TIMED_TOKENS)
     return replace(run, kv_cache_mb=cost.kv_bytes / 1e6, gflops=cost.flops / 1e9)
@@ -117,17 +125,21 @@ def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> No
     table.add_row("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")
     for field, title in ROWS.items():
         before, after = getattr(plain, field), getattr(merged, field)
-        table.add_row(title, _number(before), _number(after), f"{after / before:.2f}")
+        known = before is not None and after is not None
+        table.add_row(title, _number(before), _number(after), f"{after / before:.2f}" if known else "")
     console.print(table)
     console.print(
         f"Times: wall clock on this device ({about['device']}), medians of {repeats} runs in turns after a warm-up. "
-        f"KV cache and FLOPs: calculated, for prompt and {TIMED_TOKENS} new tokens.",
+        f"FLOPs: calculated, from the picture to new token {TIMED_TOKENS}. KV cache: calculated, for the prompt and "
+        f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}.",
         style="dim",
     )
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
     """Whole numbers as they are, others with three significant digits."""
+    if value is None:
+        return "unknown"
     return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 

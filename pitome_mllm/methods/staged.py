@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Merge, Reducer
+from .base import Merge, Reducer, check_number
 from .pitome import PiToMe
 from .tome import ToMe
 
@@ -22,6 +22,12 @@ class Staged(Reducer):
     early: Reducer = ToMe()
     late: Reducer = PiToMe(energy="elu")
     switch: float = 13 / 24
+
+    def __post_init__(self) -> None:
+        check_number("switch", self.switch, 0, 1)
+        for name in ("early", "late"):
+            if not isinstance(getattr(self, name), Reducer):
+                raise ValueError(f"{name}={getattr(self, name)!r} is no Reducer; pass one, such as get_method('tome')")
 
     def match(
         self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
