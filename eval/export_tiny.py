@@ -37,9 +37,10 @@ not say what they cost on LLaVA-1.5 or any other large model.
 ## Training
 
 `python -m pitome_mllm_eval.train_tiny --out DIR{phases}`, seed 0, on {device}:
-{pictures:,} generated pictures in {steps:,} steps, no picture twice. `training_log.csv` holds the whole course. First the tower learns what each patch shows, then questions are asked on 96-pixel windows of the canvas, then
-on whole pictures with all 576 visual tokens. No visual token is ever left out because of what it shows. Auxiliary
-targets (what a patch shows, where a named object is) are used in training only.
+{pictures:,} generated pictures in {steps:,} steps, no picture twice. `training_log.csv` holds the whole course.
+First the tower learns what each patch shows, then questions are asked on 96-pixel windows of the canvas, then on whole
+pictures with all 576 visual tokens. No visual token is ever left out because of what it shows. Auxiliary targets (what
+a patch shows, where a named object is) are used in training only.
 {note}
 Data: handwritten digits of scikit-learn (UCI), photographs and textures of scikit-image (CC0 or public domain) as
 backgrounds; `eval/data/README.md` names each. Digit scans and background regions of validation and test never occur in

@@ -114,7 +114,7 @@ def estimate(
         projector_flops=batch * images * plan.keep * 2 * text.hidden_size * (vision.hidden_size + text.hidden_size),
         prefill_flops=batch * (_llm(text, prompt, prompt**2) + head * (prompt if logits == "all" else 1)),
         decode_flops=batch * (_llm(text, last - prompt, sum(range(prompt + 1, last + 1))) + head * (last - prompt)),
-        kv_bytes=batch * last * _kv_bytes(text, dtype or getattr(model_or_config, "dtype", None)),
+        kv_bytes=batch * last * kv_bytes_per_token(text, dtype or getattr(model_or_config, "dtype", None)),
         visual_tokens=plan.keep,
         prompt_tokens=prompt,
     )
@@ -193,7 +193,7 @@ def _heads(text: Any) -> tuple[int, int, int]:
     )
 
 
-def _kv_bytes(text: Any, dtype: torch.dtype | str | None) -> int:
+def kv_bytes_per_token(text: Any, dtype: torch.dtype | str | None) -> int:
     """Bytes of keys and values of one token in all blocks."""
     dtype = dtype or getattr(text, "dtype", None) or torch.float16
     if isinstance(dtype, str):
@@ -204,4 +204,4 @@ def _kv_bytes(text: Any, dtype: torch.dtype | str | None) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_width * dtype.itemsize
 
 
-__all__ = ["MLP_MATRICES", "Estimate", "Latency", "Timing", "estimate", "measure"]
+__all__ = ["MLP_MATRICES", "Estimate", "Latency", "Timing", "estimate", "kv_bytes_per_token", "measure"]

@@ -89,11 +89,11 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
 
     The FLOPs of an LLM that `accounting` does not know stay None.
     """
-    from ..accounting import MLP_MATRICES, _kv_bytes, estimate
+    from ..accounting import MLP_MATRICES, estimate, kv_bytes_per_token
 
     if model.config.text_config.model_type not in MLP_MATRICES:
         cached = run.prompt_tokens + TIMED_TOKENS - 1
-        return replace(run, kv_cache_mb=cached * _kv_bytes(model.config.text_config, model.dtype) / 1e6)
+        return replace(run, kv_cache_mb=cached * kv_bytes_per_token(model.config.text_config, model.dtype) / 1e6)
     text_tokens = run.prompt_tokens - run.visual_tokens
     cost = estimate(model, **settings, text_tokens=text_tokens, new_tokens=TIMED_TOKENS)
     return replace(run, kv_cache_mb=cost.kv_bytes / 1e6, gflops=cost.flops / 1e9)
