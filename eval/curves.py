@@ -123,8 +123,10 @@ def rows(
             yield Row(**asdict(setting), group=name, against=against, questions=int(mask.sum()), **figures)
     for one, other in combinations(runs, 2):
         if (one.where, one.keep) == (other.where, other.keep):
-            figures = _named(bootstrap(runs[one].astype(float) - runs[other], masks["all"]))
-            yield Row(**asdict(one), group="all", against=other.method, questions=len(asked), **figures)
+            difference = runs[one].astype(float) - runs[other]
+            for name, mask in masks.items():
+                figures = _named(bootstrap(difference, mask))
+                yield Row(**asdict(one), group=name, against=other.method, questions=int(mask.sum()), **figures)
 
 
 def _named(figures: tuple[float, float, float]) -> dict[str, float]:

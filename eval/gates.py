@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .benchmark import PER_SCENE, SCENES
 from .curves import BLIND, PLAIN, RESULTS
 from .questions import CATEGORIES
 from .report import read
@@ -18,12 +19,13 @@ from .report import read
 
 @dataclass(frozen=True)
 class Gate:
-    """One requirement and what was measured."""
+    """One requirement and what was measured, where it is one figure of the CSV with its 95 % interval."""
 
     name: str
     value: float
     bound: float
     at_least: bool = True
+    interval: tuple[float, float] | None = None
 
     @property
     def passed(self) -> bool:
@@ -34,26 +36,51 @@ class Gate:
 def gates(found: list[dict[str, str]]) -> Iterator[Gate]:
     """Every gate, in per cent or points."""
     figure = {
-        (row["method"], row["where"], int(row["keep"]), row["group"]): 100 * float(row["value"])
+        (row["method"], row["where"], int(row["keep"]), row["group"], row["against"]): [
+            100 * float(row[name]) for name in ("value", "low", "high")
+        ]
         for row in found
-        if not row["against"]
     }
-    plain = {group: value for (method, _, _, group), value in figure.items() if method == PLAIN}
-    blind = {group: value for (method, _, _, group), value in figure.items() if method == BLIND}
-    yield Gate("plain, all", plain["all"], 90)
-    for category in CATEGORIES:
-        yield Gate(f"plain, {category}", plain[category], 85)
-    yield Gate("blind, all", blind["all"], 45, at_least=False)
-    random, tome = figure["random", "tower", 72, "all"], figure["tome", "tower", 72, "all"]
-    yield Gate("plain - random, tower, keep 72", plain["all"] - random, 10)
+    plain, blind = (
+        {group: figures for (method, _, _, group, against), figures in figure.items() if method == name and not against}
+        for name in (PLAIN, BLIND)
+    )
+    for group, bound in (("all", 90), *((category, 85) for category in CATEGORIES)):
+        yield _gate(f"plain, {group}", plain[group], bound)
+    yield _gate("blind, all", blind["all"], 45, at_least=False)
+    lost = {group: [-f for f in figure["random", "tower", 72, group, PLAIN]] for group in ("all", *CATEGORIES)}
+    yield _gate("plain - random, tower, keep 72", [lost["all"][i] for i in (0, 2, 1)], 10)
+    random, tome = (figure[name, "tower", 72, "all", ""][0] for name in ("random", "tome"))
     yield Gate("tome - random, tower, keep 72", tome - random, 5)
-    losses = {c: plain[c] - figure["random", "tower", 72, c] for c in CATEGORIES}
-    most, least = max(losses, key=losses.get), min(losses, key=losses.get)
-    yield Gate(f"loss of {most} - loss of {least}, random, tower, keep 72", losses[most] - losses[least], 10)
-    for row in found:  # nothing may be at chance: the whole interval lies above what not looking gives
-        if int(row["keep"]) == 288 and row["group"] in CATEGORIES and not row["against"]:
-            name = f"{row['method']} - blind, {row['where']}, keep 288, {row['group']}"
-            yield Gate(name, 100 * float(row["low"]) - blind[row["group"]], 0)
+    by_loss = sorted(CATEGORIES, key=lambda category: lost[category][0])
+    least, most = by_loss[0], by_loss[-1]
+    spread = lost[most][0] - lost[least][0]
+    yield Gate(f"loss of {most} - loss of {least}, random, tower, keep 72", spread, 10)
+    for (method, where, keep, group, against), (_, low, _) in figure.items():
+        if keep == 288 and group != "all" and not against:  # nothing at chance: the whole interval lies above blind
+            yield Gate(f"low end of {method} - blind, {where}, keep 288, {group}", low - blind[group][0], 0)
+
+
+def _gate(name: str, figures: list[float], bound: float, at_least: bool = True) -> Gate:
+    value, low, high = figures
+    return Gate(name, value, bound, at_least, (low, high))
+
+
+def check_whole(found: list[dict[str, str]]) -> None:
+    """Refuse results that the gates are not about.
+
+    Raises
+    ------
+    ValueError : another split than test, a part of its questions, or no run at keep 288 or 72.
+    """
+    whole = [row for row in found if row["group"] == "all" and not row["against"]]
+    splits, counts = {row["split"] for row in whole}, {int(row["questions"]) for row in whole}
+    keeps = {int(row["keep"]) for row in whole}
+    if splits != {"test"} or counts != {SCENES * PER_SCENE} or not {72, 288} <= keeps:
+        raise ValueError(
+            f"the gates need the whole test set at keep 288 and 72, got split {', '.join(sorted(splits))}, "
+            f"questions {sorted(counts)}, keep {sorted(keeps)}; run python -m pitome_mllm_eval.curves"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,13 +92,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     try:
-        checked = list(gates(read(args.results)))
+        found = read(args.results)
+        check_whole(found)
+        checked = list(gates(found))
     except ValueError as error:
         parser.error(str(error))
-    view = Table("gate", "measured", "bound", "")
+    view = Table("gate", "measured", "95 % interval", "bound", "")
     for gate in checked:
         sign = "at least" if gate.at_least else "at most"
-        view.add_row(gate.name, f"{gate.value:.1f}", f"{sign} {gate.bound:g}", "passes" if gate.passed else "FAILS")
+        span = "{:.1f} - {:.1f}".format(*gate.interval) if gate.interval else ""
+        view.add_row(
+            gate.name, f"{gate.value:.1f}", span, f"{sign} {gate.bound:g}", "passes" if gate.passed else "FAILS"
+        )
     Console().print(view)
     sys.exit(not all(gate.passed for gate in checked))
 

@@ -11,7 +11,7 @@ import pytest
 from pitome_mllm.specs import Geometry
 from pitome_mllm_eval import curves, report
 from pitome_mllm_eval.curves import Bootstrap, Setting
-from pitome_mllm_eval.gates import gates
+from pitome_mllm_eval.gates import check_whole, gates
 from pitome_mllm_eval.questions import CATEGORIES
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
@@ -134,21 +134,40 @@ def test_missing_results_say_how_to_measure(tmp_path):
         report.read(tmp_path / "none.csv")
 
 
-def result(method: str, where: str, keep: int, group: str, value: float) -> dict[str, str]:
+def result(method: str, where: str, keep: int, group: str, value: float, against: str = "") -> dict[str, str]:
     figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02)}
-    return {"method": method, "where": where, "keep": str(keep), "group": group, "against": "", **figures}
+    about = {"split": "test", "questions": "3360"}
+    return {"method": method, "where": where, "keep": str(keep), "group": group, "against": against, **figures, **about}
 
 
-@pytest.mark.parametrize("random,passes", [(0.5, True), (0.85, False)])
-def test_gates_fail_where_a_bad_reducer_does_not_show(random, passes):
+def results(random: float) -> list[dict[str, str]]:
     names = ["all", *CATEGORIES]
     rows = [result("plain", "none", 576, name, 0.92) for name in names]
     rows += [result("blind", "none", 0, name, 0.4) for name in names]
     rows += [result("tome", "tower", 72, name, 0.86) for name in names]
-    rows += [result("random", "tower", 72, name, random + 0.2 * (name == "colour")) for name in names]
-    rows += [result("random", "tower", 288, name, 0.8) for name in names]
+    for name in names:
+        right = random + 0.2 * (name == "colour")
+        rows += [result("random", "tower", 72, name, right), result("random", "tower", 72, name, right - 0.92, "plain")]
+    return rows + [result("random", "tower", 288, name, 0.8) for name in names]
+
+
+@pytest.mark.parametrize("random,passes", [(0.5, True), (0.85, False)])
+def test_gates_fail_where_a_bad_reducer_does_not_show(random, passes):
+    rows = results(random)
     checked = list(gates(rows))
     assert len(checked) == 1 + 7 + 1 + 3 + 7
     assert all(gate.passed for gate in checked) is passes
     rows[-1]["low"] = "0.3"  # at chance
     assert not list(gates(rows))[-1].passed
+
+
+def test_gates_show_the_interval_the_right_way_round():
+    gate = next(gate for gate in gates(results(0.5)) if gate.name.startswith("plain - random"))
+    assert gate.value == pytest.approx(42) and gate.interval == pytest.approx((40, 44))
+
+
+@pytest.mark.parametrize("change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}])
+def test_gates_refuse_part_of_the_results(change):
+    check_whole(results(0.5))
+    with pytest.raises(ValueError, match="whole test set"):
+        check_whole([row | change for row in results(0.5)])

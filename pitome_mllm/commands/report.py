@@ -105,7 +105,7 @@ def in_mode(handle: Any, mode: str) -> AbstractContextManager[Any]:
 
 
 def describe_device(model: Any) -> str:
-    """Such as "cpu, threads: 2, float32" or "NVIDIA H200, float16"."""
+    """Such as "cpu, threads: 2, float32" or "NVIDIA A100, float16"."""
     import torch
 
     kind = model.device.type
