@@ -2,7 +2,7 @@
 
 Yes and no are drawn by a fair coin before the question is made up, and counts are drawn before what is counted, so that
 the wording says little about the answer. A draft that does not fit the scene is drawn anew, coin included, so the share
-of yes strays from half by some points, most where objects are many; `benchmark.blind_answer` measures what that is worth.
+of yes strays from half by some points, most where objects are many; `benchmark.blind_answer` says what that is worth.
 """
 
 from collections.abc import Sequence
