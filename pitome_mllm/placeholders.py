@@ -74,8 +74,7 @@ class Layout:
             return replace(
                 self, index=self.index[:, :places], real=self.real[:, :places], width=self.width - (have - places)
             )
-        extra = torch.arange(places - have, device=self.index.device).expand(rows, -1)
-        return self.then(Layout(extra, torch.ones_like(extra, dtype=torch.bool), places - have))
+        return self.then(unchanged(rows, places - have, self.index.device))
 
 
 def shorten(image: Tensor, mask: Tensor, full: int, kept: int) -> Layout:
@@ -109,10 +108,9 @@ def shorten(image: Tensor, mask: Tensor, full: int, kept: int) -> Layout:
     return Layout(index.gather(1, (place - shift).clamp(min=0)), place >= shift, image.shape[1])
 
 
-def unchanged(like: Tensor, start: int = 0) -> Layout:
-    """The layout that keeps the columns of ``like`` (B, T) from ``start`` on."""
-    width = like.shape[1] - start
-    index = torch.arange(width, device=like.device).expand(len(like), -1)
+def unchanged(rows: int, width: int, device: torch.device) -> Layout:
+    """The layout that keeps all of ``width`` columns as they are."""
+    index = torch.arange(width, device=device).expand(rows, -1)
     return Layout(index, torch.ones_like(index, dtype=torch.bool), width)
 
 

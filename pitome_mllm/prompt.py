@@ -48,7 +48,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     if not pictures and marked is None:
         return None
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
-    seen = _seen(kwargs.get("past_key_values"), image)
+    seen = _seen(kwargs.get("past_key_values"), marked, image)
     if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit; pass the processor's (B, T) mask")
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
@@ -69,7 +69,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     if pictures and kept < full and count == pictures * full:
         new = shorten(fresh, real, full, kept)
     elif marked is not None:
-        new = unchanged(fresh)
+        new = unchanged(*fresh.shape, fresh.device)
     else:  # already short; or wrong, and left for the model to refuse
         if move and count == pictures * kept:
             kwargs = {**kwargs, "position_ids": caller_positions(real, image, kept, gap=full - kept)}
@@ -128,15 +128,14 @@ def _inferred_mask(model: nn.Module, kwargs: dict[str, Any], image: Tensor) -> T
     return ids != pad
 
 
-def _seen(past: Any, image: Tensor) -> Layout | None:
-    """The layout of what a KV cache holds; None if it holds nothing."""
+def _seen(past: Any, marked: Layout | None, image: Tensor) -> Layout | None:
+    """The layout of what a KV cache with the mark ``marked`` holds; None if it holds nothing."""
     length = 0 if past is None else int(past.get_seq_length())
     if not length:
         return None
-    layout = getattr(past, CACHE_MARK, None)
-    if layout is None:
-        return unchanged(image[:, :1].expand(-1, length))
-    return layout.fitted_to(length).repeated(len(image))
+    if marked is None:
+        return unchanged(len(image), length, image.device)
+    return marked.fitted_to(length).repeated(len(image))
 
 
 def _pad_id(model: nn.Module) -> int:

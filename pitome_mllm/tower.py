@@ -66,9 +66,8 @@ class Run:
         r = self.plan.removed(block)
         size = self.sizes.get(block)
         if r:
-            metric = keys if self.plan.metric == "keys" else x
             depth = block / self.plan.geometry.merging_blocks
-            merge, x, size, keys = self._merge(x, metric, keys, size, r, depth)
+            merge, x, size, keys = self._merge(x, keys, size, r, depth)
             self.merges[block] = merge
         if size is not None:
             self.sizes[block + 1] = size
@@ -81,15 +80,15 @@ class Run:
         size, keys, merges = self.sizes.get(self.plan.geometry.merging_blocks), self.keys, []
         for count in self.plan.rounds:
             r = x.shape[1] - self.plan.geometry.class_tokens - count
-            metric = keys if self.plan.metric == "keys" else x
-            merge, x, size, keys = self._merge(x, metric, keys, size, r, depth=1.0)
+            merge, x, size, keys = self._merge(x, keys, size, r, depth=1.0)
             merges.append(merge)
         return x, merges, size
 
     def _merge(
-        self, x: Tensor, metric: Tensor, keys: Tensor | None, size: Tensor | None, r: int, depth: float
+        self, x: Tensor, keys: Tensor | None, size: Tensor | None, r: int, depth: float
     ) -> tuple[Merge, Tensor, Tensor, Tensor | None]:
         plan = self.plan
+        metric = keys if plan.metric == "keys" else x
         merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context)
         if plan.order == "source":
             merge = merge.in_source_order()
