@@ -1,8 +1,8 @@
 """Questions about a scene: seven categories, one-word answers, no answer guessable from the text.
 
-Yes and no are drawn by a fair coin before the question is made up, and counts are drawn before what is counted, so that
-the wording says little about the answer. A draft that does not fit the scene is drawn anew, coin included, so the share
-of yes strays from half by some points, most where objects are many; `benchmark.blind_answer` says what that is worth.
+Yes or no is drawn by a fair coin before the question is made up, and stays when a draft does not fit the scene and is
+drawn anew; counts are drawn before what is counted. So the wording says little about the answer:
+`benchmark.blind_answer` measures how little.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from .scenes import CANVAS, COLOURS, KINDS, PATCH, Object
 
 CATEGORIES = ("existence", "colour", "shape", "digit", "count", "location", "relation")
 SHARES = {
-    "existence": 0.14, "colour": 0.12, "shape": 0.12, "digit": 0.15, "count": 0.13, "location": 0.14, "relation": 0.20,
+    "existence": 0.12, "colour": 0.10, "shape": 0.11, "digit": 0.15, "count": 0.18, "location": 0.13, "relation": 0.21,
 }  # fmt: skip
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 HALVES = ("left", "right", "top", "bottom")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-MOST = 5  # largest count asked for
-COUNT_WEIGHTS = (0.5, 0.7, 1.0, 1.6, 2.2, 2.8)  # large counts are rare among scenes, so they are asked for when there
+MOST = 4  # largest count asked for
+COUNT_WEIGHTS = (0.15, 0.25, 0.6, 2.0, 8.0)  # large counts are rare among scenes, so they are asked for when there
 APART = 2 * PATCH  # least distance along the axis a relation speaks of
 OFF_CENTRE = PATCH  # least distance from the middle line that "half" and corner questions need
 
@@ -73,8 +73,7 @@ def _named(rng, objects) -> list[tuple[str, Object]]:
     return [(o.kind if id(o) in kinds else f"{o.colour} {o.kind}", o) for o in objects if id(o) in pairs]
 
 
-def _existence(rng, objects) -> Draft | None:
-    yes = _coin(rng)
+def _existence(rng, objects, yes: bool) -> Draft | None:
     digit = rng.random() < 0.35
     there = [o for o in objects if o.is_digit == digit]
     if not there:
@@ -98,7 +97,7 @@ def _existence(rng, objects) -> Draft | None:
     return text, "yes" if yes else "no", ((key, found[0]),) if len(found) == 1 else ()
 
 
-def _colour(rng, objects) -> Draft | None:
+def _colour(rng, objects, yes: bool) -> Draft | None:
     alone = _alone(objects, lambda o: o.kind)
     if not alone:
         return None
@@ -128,15 +127,15 @@ def _what(rng, objects, noun: str) -> Draft | None:
     return f"what {noun} is in the {corner}?", near[0].kind, ((corner.split()[1], near[0]),)
 
 
-def _shape(rng, objects) -> Draft | None:
+def _shape(rng, objects, yes: bool) -> Draft | None:
     return _what(rng, [o for o in objects if not o.is_digit], "shape")
 
 
-def _digit(rng, objects) -> Draft | None:
+def _digit(rng, objects, yes: bool) -> Draft | None:
     return _what(rng, [o for o in objects if o.is_digit], "digit")
 
 
-def _count(rng, objects) -> Draft | None:
+def _count(rng, objects, yes: bool) -> Draft | None:
     u = rng.random()
     if u < 0.45:
         options = {f"how many {c} objects are there?": sum(o.colour == c for o in objects) for c in COLOURS}
@@ -152,8 +151,8 @@ def _count(rng, objects) -> Draft | None:
     return pick(rng, [text for text, n in options.items() if n == count]), str(count), ()
 
 
-def _location(rng, objects) -> Draft | None:
-    yes, vertical = _coin(rng), int(rng.integers(2))
+def _location(rng, objects, yes: bool) -> Draft | None:
+    vertical = int(rng.integers(2))
     named = [(n, o) for n, o in _named(rng, objects) if abs(o.centre[vertical] - CANVAS / 2) >= OFF_CENTRE]
     if not named:
         return None
@@ -163,8 +162,8 @@ def _location(rng, objects) -> Draft | None:
     return f"is the {name} in the {half} half?", "yes" if yes else "no", ((o.kind, o),)
 
 
-def _relation(rng, objects) -> Draft | None:
-    yes, vertical, swap = _coin(rng), int(rng.integers(2)), _coin(rng)
+def _relation(rng, objects, yes: bool) -> Draft | None:
+    vertical, swap = int(rng.integers(2)), _coin(rng)
     named = _named(rng, objects)
     pairs = [
         (first, second)
@@ -194,9 +193,10 @@ def _finish(draft: Draft, category: str, tier: str) -> Question:
 
 
 def _draft(rng, category: str, objects, seen: set[str], tries: int = 8) -> Draft | None:
-    """A question of one category that was not asked yet, if the objects allow one."""
+    """A question of one category that was not asked yet, if the objects allow one; `yes` is its answer if it has one."""
+    yes = _coin(rng)
     for _ in range(tries):
-        draft = _MAKERS[category](rng, objects)
+        draft = _MAKERS[category](rng, objects, yes)
         if draft is not None and draft[0] not in seen:
             return draft
     return None

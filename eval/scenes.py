@@ -46,7 +46,7 @@ class Tier:
 TIERS = {
     "easy": Tier((3, 6), (16, 32), (36, 64), 0.30, (0, 3), 0.3, (3, 10), (15, 50)),
     "medium": Tier((5, 9), (12, 24), (26, 64), 0.20, (4, 9), 0.5, (5, 15), (15, 60)),
-    "hard": Tier((7, 12), (10, 18), (20, 48), 0.12, (8, 16), 0.6, (8, 20), (20, 70)),
+    "hard": Tier((7, 12), (8, 18), (20, 48), 0.12, (8, 16), 0.6, (8, 20), (20, 70)),
 }
 SMALLEST_DIGIT = 13
 LARGEST_IN_WINDOW = 40
@@ -147,7 +147,7 @@ def lay_out(rng: np.random.Generator, tier: Tier, window: tuple[int, int, int] =
     if small_window:
         wanted = max(2, round(wanted * 0.5))
     kind_again, colour_again = pick(rng, SHAPES), pick(rng, tuple(COLOURS))
-    repeat, digit_share = 0.35 * rng.random(), 0.25 + 0.35 * rng.random()
+    repeat, digit_share = 0.5 * rng.random(), 0.25 + 0.35 * rng.random()
     boxes, out = [], []
     for _ in range(wanted):
         kind = pick(rng, DIGITS) if rng.random() < digit_share else pick(rng, SHAPES)

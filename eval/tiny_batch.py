@@ -153,6 +153,7 @@ def training_batch(
     A picture depends on the seed, the phase, the step and its number alone, which is what makes resuming exact and the
     batch the same for any number of processes.
     """
-    turns = 4 if np.random.default_rng((seed, phase_index, step)).random() < phase.chat_share else 1
+    coin = np.random.default_rng((seed, phase_index, step, phase.pictures))  # one past the pictures' own streams
+    turns = 4 if coin.random() < phase.chat_share else 1
     generators = (np.random.default_rng((seed, phase_index, step, n)) for n in range(part, phase.pictures, parts))
     return stack([_training_item(rng, phase, turns) for rng in generators])

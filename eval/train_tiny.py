@@ -45,13 +45,18 @@ def save(state: dict, path: Path) -> None:
 
 
 class Log:
-    """The training log, one CSV row per stretch of training or evaluation."""
+    """The training log, one CSV row per stretch of training or evaluation, continued after `step`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, step: int = 0):
         self.path, self.fields = path, (*COLUMNS, *CATEGORIES)
-        if not path.exists():
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerow(self.fields)
+        kept = []
+        if step:  # what an interrupted run logged after its last checkpoint is done again
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writeheader()
+            writer.writerows(kept)
 
     def write(self, trainer: Trainer, split: str, phase: str, values: dict) -> None:
         """Append a row."""
@@ -85,7 +90,7 @@ def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
         for batch in batches(trainer, args.workers):
             trainer.advance(batch)
         return
-    log, checkpoint = Log(out / "log.csv"), out / "checkpoint.pt"
+    log, checkpoint = Log(out / "log.csv", trainer.step), out / "checkpoint.pt"
     held_out = validation_batches(args.validation)
     saved = evaluated = time.monotonic()
     sums, hits = {}, torch.zeros(2, len(CATEGORIES))
