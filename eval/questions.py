@@ -193,7 +193,7 @@ def _finish(draft: Draft, category: str, tier: str) -> Question:
 
 
 def _draft(rng, category: str, objects, seen: set[str], tries: int = 8) -> Draft | None:
-    """A question of one category that was not asked yet, if the objects allow one; `yes` is its answer if it has one."""
+    """A question of one category that was not asked yet, if the objects allow one; its coin is tossed once."""
     yes = _coin(rng)
     for _ in range(tries):
         draft = _MAKERS[category](rng, objects, yes)

@@ -14,7 +14,7 @@ from .tiny_model import EOS, build_model, vision_tower
 PHASES = (
     Phase("see", steps=700, pictures=24, rows=0, side=96, ask=False, warmup=60, auxiliary=1.0, chat_share=0.0),
     Phase("ask-small", steps=960, pictures=24, rows=16, side=96, warmup=60),
-    Phase("ask-full", steps=3000, pictures=12, rows=20, rate=(0.7, 0.01)),
+    Phase("ask-full", steps=2000, pictures=12, rows=20, rate=(0.7, 0.01)),
 )
 MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 

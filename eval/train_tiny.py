@@ -109,12 +109,13 @@ def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
                 means = {name: value / count for name, value in sums.items()}
                 log.write(trainer, "train", phase, means | (accuracies(hits) if hits[1].sum() else {}))
                 sums, hits = {}, torch.zeros_like(hits)
-            if last or phase_ends or time.monotonic() - saved > args.save_seconds:
-                save(trainer.state(), checkpoint)
-                saved = time.monotonic()
             if last or (phase != "see" and time.monotonic() - evaluated > args.evaluate_seconds):
                 log.write(trainer, "validation", phase, trainer.evaluate(held_out))
                 evaluated = time.monotonic()
+            if last or phase_ends or time.monotonic() - saved > args.save_seconds:
+                # last, since a resumed run logs nothing of this step again
+                save(trainer.state(), checkpoint)
+                saved = time.monotonic()
 
 
 def _phases(overrides: list[str]) -> tuple[Phase, ...]:

@@ -1,8 +1,8 @@
 """The training recipe of the embedded model: exact batches, exact resuming, and the ordinary model's sums."""
 
-import ast
-import inspect
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import pitome_mllm
-from pitome_mllm_eval import muon, tiny_batch, tiny_forward
+from pitome_mllm_eval import muon, tiny_batch, tiny_forward, train_tiny
 from pitome_mllm_eval.benchmark import scene, scene_questions
-from pitome_mllm_eval.scenes import GRID
+from pitome_mllm_eval.scenes import GRID, PATCH
 from pitome_mllm_eval.score import PROMPT, answers, score
 from pitome_mllm_eval.tiny_batch import IGNORE, Phase, encode_scene, patch_ids, row_length, stack, training_batch
-from pitome_mllm_eval.tiny_forward import answer_loss, language_states, tower_features
+from pitome_mllm_eval.tiny_forward import Heads, answer_loss, language_states, losses, tower_features
 from pitome_mllm_eval.tiny_model import build_model, build_processor, save_release, word_ids
 from pitome_mllm_eval.tiny_trainer import Trainer
 
@@ -24,6 +24,9 @@ PHASES = (
     Phase("ask-small", 2, 2, 4, side=96, chat_share=0.5),
     Phase("ask-full", 1, 1, 2),
 )
+
+
+INPUTS = ("pixels", "patches", "tokens")  # the only parts of a batch that the model itself is given
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,97 @@ def test_resuming_continues_exactly(tmp_path):
     assert second.pictures == straight.pictures
 
 
+@pytest.fixture(scope="module")
+def command():
+    """The command line with short phases, evaluating on one picture after every step with questions."""
+    held_out = [{name: value[:1] for name, value in batch.items()} for batch in train_tiny.validation_batches(16)]
+    options = "--threads 1 --log-every 1 --evaluate-seconds 0".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tiny, "PHASES", PHASES)
+        patch.setattr(train_tiny, "validation_batches", lambda count: held_out)
+        yield lambda out, *more: train_tiny.main(["--out", str(out), *options, *more])
+
+
+def outcome(out: Path) -> tuple[dict, list[dict]]:
+    """Weights of the last checkpoint, and rows of the log without the time."""
+    with (out / "log.csv").open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
+    return torch.load(out / "checkpoint.pt")["model"], rows
+
+
+@pytest.fixture(scope="module")
+def straight(command, tmp_path_factory):
+    """Folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("straight")
+    command(out)
+    return out
+
+
+def interrupt(patch, owner, name: str, call: int) -> None:
+    """Let a function be stopped by the keyboard when it is called for the `call`-th time."""
+    real, calls = getattr(owner, name), []
+
+    def stopped(*args):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    patch.setattr(owner, name, stopped)
+
+
+@pytest.mark.parametrize("save_seconds", ["0", "1e9"])
+@pytest.mark.parametrize(
+    "owner, name, call", [(Trainer, "advance", 3), (train_tiny, "save", 2), (Trainer, "evaluate", 3)], ids=lambda v: v
+)
+def test_an_interrupted_command_resumes_exactly(owner, name, call, save_seconds, command, straight, tmp_path):
+    """Wherever it stops, and whether it saved after every step or only after phases."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, owner, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            command(tmp_path, "--save-seconds", save_seconds)
+    command(tmp_path, "--save-seconds", save_seconds, "--resume")
+    (expected, rows), (got, resumed) = outcome(straight), outcome(tmp_path)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert resumed == rows
+    assert [row["step"] for row in rows if row["split"] == "train"] == ["1", "2", "3", "4"]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == ["2", "3", "4"]
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(command, straight, tmp_path, capsys):
+    before = (straight / "checkpoint.pt").read_bytes(), (straight / "log.csv").read_bytes()
+    for out, options, message in (
+        (straight, (), "add --resume to continue it"),
+        (tmp_path, ("--resume",), "nothing to resume"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command(out, *options)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"unknown phase \['look'\]; choices: see, ask-small, ask-full"):
+        command(tmp_path, "--phases", "see=1", "look=2")
+    assert before == ((straight / "checkpoint.pt").read_bytes(), (straight / "log.csv").read_bytes())
+    assert not list(tmp_path.iterdir())
+
+
+def test_step_counts_can_be_given(command, tmp_path):
+    command(tmp_path, "--phases", "see=0", "ask-full=0", "ask-small=1")
+    assert [(row["phase"], row["step"]) for row in outcome(tmp_path)[1]] == [("ask-small", "1")] * 2
+
+
+def test_two_processes_train_like_one(command, monkeypatch, tmp_path):
+    """Auxiliary losses are left out: each process takes their means over its own pictures."""
+    phases = tuple(replace(phase, auxiliary=0.0, pictures=2) for phase in PHASES[1:])
+    monkeypatch.setattr(train_tiny, "PHASES", phases)
+    weights = {}
+    for processes in (1, 2):
+        command(tmp_path / str(processes), "--validation", "0", "--processes", str(processes))
+        state = torch.load(tmp_path / str(processes) / "checkpoint.pt")
+        weights[processes] = torch.cat([value.flatten() for value in state["model"].values()])
+        assert state["progress"][:2] == (3, 6)
+    start = torch.cat([value.flatten() for value in Trainer(phases).model.state_dict().values()])
+    assert (weights[2] - weights[1]).norm() < 1e-3 * (weights[1] - start).norm()
+
+
 def test_a_step_learns():
     trainer = Trainer((Phase("see", 8, 4, 0, side=96, ask=False, warmup=1),))
     batch = trainer.batch(0)
@@ -80,9 +174,88 @@ def test_every_patch_is_trained_on():
     window = training_batch(0, 0, PHASES[0], 0)["patches"]
     assert window.shape == (2, 144) and torch.equal(window, window.sort(1).values)
     assert np.array_equal(patch_ids((0, 0, 192)), np.arange(GRID * GRID))
-    tree = ast.parse(inspect.getsource(tiny_forward.tower_features) + inspect.getsource(tiny_forward.language_states))
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert not names & {"kind", "colour", "centre", "labels", "batch_labels", "objects"}
+
+
+def test_objects_choose_no_tokens():
+    """Labels made from the objects of another scene leave what is given to the model as it was."""
+    (made, asked), (other, _) = scene_questions(2), scene_questions(1)
+    relabelled = replace(made, objects=other.objects), [[replace(q, mentions=())] for q in asked]
+    one = encode_scene(made, [[q] for q in asked], row_length(1))
+    two = encode_scene(*relabelled, row_length(1))
+    for name in one:
+        assert np.array_equal(one[name], two[name]) == (name in (*INPUTS, "labels", "category")), name
+
+
+def heed(batch: dict, step: int) -> list[torch.Tensor]:
+    """Features and hidden states that a fresh trainer computes of a batch as it learns from it."""
+    kept = []
+
+    def recorded(function):
+        def call(*args):
+            out = function(*args)
+            kept.extend(out if isinstance(out, tuple) else (out,))
+            return out
+
+        return call
+
+    trainer = Trainer(PHASES)
+    trainer.step = step
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (tower_features, language_states):
+            patch.setattr(tiny_forward, function.__name__, recorded(function))
+        trainer.advance(batch)
+    return kept
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["windows", "whole"])
+def test_labels_choose_no_tokens(step):
+    index, number = Trainer(PHASES).locate(step)
+    batch = training_batch(0, index, replace(PHASES[index], rows=8), number)
+    order = torch.Generator().manual_seed(0)
+    mixed = {n: v.flatten()[torch.randperm(v.numel(), generator=order)].view_as(v) for n, v in batch.items()}
+    mixed["category"].clamp_(min=0)  # every label has one
+    mixed |= {name: batch[name] for name in INPUTS}
+    assert {name for name in batch if torch.equal(batch[name], mixed[name])} == set(INPUTS)
+    expected, got = heed(batch, step), heed(mixed, step)
+    assert len(expected) == 4 and expected[0].shape[:2] == batch["patches"].shape
+    assert all(map(torch.equal, expected, got))
+
+
+@pytest.mark.parametrize("index", [1, 2], ids=["windows", "whole"])
+def test_every_patch_takes_part_in_the_answers(model, index, monkeypatch):
+    batch = training_batch(0, index, PHASES[index], 0)
+    count = batch["patches"].shape[1]
+    pixels, features = batch["pixels"].float().requires_grad_(), []
+
+    def kept(*args):
+        features.append(tower_features(*args))
+        return features[0]
+
+    monkeypatch.setattr(tiny_forward, "tower_features", kept)
+    heads = Heads(model.config.vision_config.hidden_size)
+    loss = losses(model, heads, batch | {"pixels": pixels}, True)["answer"]
+    of_pixels, of_features = torch.autograd.grad(loss, [pixels, features[0]])
+    per_patch = torch.nn.functional.avg_pool2d(of_pixels.abs(), PATCH).sum(1)
+    assert count == (576 if index == 2 else 144) == per_patch[0].numel()
+    assert of_features.shape[1] == count and (of_features.abs().sum(-1) > 0).all()
+    assert (per_patch > 0).all()
+
+
+def test_conversations_depend_on_no_picture(monkeypatch):
+    """Whether a batch holds conversations is drawn apart from its pictures, and the same in all of its parts."""
+
+    def item(rng, phase, turns):
+        return {"draw": np.array(rng.random()), "turns": np.array(turns)}
+
+    monkeypatch.setattr(tiny_batch, "_training_item", item)
+    phase, steps = Phase("ask", 600, 4, 4, chat_share=0.5), range(600)
+    drawn = [training_batch(0, 1, phase, step) for step in steps]
+    chat = torch.stack([batch["turns"] for batch in drawn]) == 4
+    low = torch.stack([batch["draw"] for batch in drawn]) < 0.5
+    assert abs(chat[:, 0].double().mean() - 0.5) < 4 * 0.5 / len(steps) ** 0.5
+    assert ((chat == low).double().mean(0) - 0.5).abs().max() < 4 * 0.5 / len(steps) ** 0.5  # of each picture
+    parts = [torch.stack([training_batch(0, 1, phase, s, n, 4)["turns"][0] for s in steps]) for n in range(4)]
+    assert torch.equal(torch.stack(parts, 1) == 4, chat)
 
 
 def test_labels_sit_where_the_answer_is_predicted():
