@@ -7,28 +7,24 @@ run goes on where it stopped. The results go to one CSV; `report` draws the plot
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from datetime import date
-from itertools import combinations, product
+from dataclasses import asdict, dataclass
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .benchmark import PER_SCENE, SCENES, blind_answer, questions
+from .benchmark import blind_answer, questions
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
+from .runs import PLAIN, load, measure, provenance, work_folder, write_csv
 from .scenes import GRID, TIERS
-from .score import score
 
 KEEPS = (288, 144, 72, 36, 16)
 PLACES = ("tower", "projector", "both")
-PLAIN, BLIND = "plain", "blind"
+BLIND = "blind"
 DRAWS = 2000
 RESULTS = Path(__file__).parent / "results" / "curves.csv"
 
@@ -41,10 +37,8 @@ class Setting:
     where: str
     keep: int
 
-    @property
-    def file(self) -> str:
-        """Name of the file that holds the run's hits."""
-        return f"{self.method}-{self.where}-{self.keep}.npy"
+    def __str__(self) -> str:
+        return f"{self.method}-{self.where}-{self.keep}"
 
 
 @dataclass(frozen=True)
@@ -63,24 +57,18 @@ class Row:
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
-    """Every combination that exists; a method that makes no sense at a place is left out."""
+    """Every combination that exists; a method with a place of its own is measured there, others at all of them."""
+    from pitome_mllm import METHODS
     from pitome_mllm.plan import Settings, make_plan
 
     for method, where, keep in product(methods, places, keeps):
+        if where != METHODS[method].settings.get("where", where):
+            continue
         try:
             make_plan(Settings().changed(method=method, where=where, keep=keep), geometry)
         except ValueError:
             continue
         yield Setting(method, where, keep)
-
-
-def hits(model: Any, processor: Any, split: str, limit: int | None, advance: Any) -> np.ndarray:
-    """Whether each question of the split is answered right, in the benchmark's order."""
-    right = []
-    for record in score(model, processor, split, limit):
-        right.append(record.right)
-        advance()
-    return np.array(right)
 
 
 def groups(asked: list[tuple[int, Question]]) -> dict[str, np.ndarray]:
@@ -111,7 +99,8 @@ class Bootstrap:
 def rows(
     runs: dict[Setting, np.ndarray], plain: np.ndarray, blind: np.ndarray, asked: list[tuple[int, Question]]
 ) -> Iterator[Row]:
-    """Accuracies, differences to the plain model, and differences between methods at the same place and keep."""
+    """Accuracies, and differences: to the plain model, between methods at the same place and keep, and between the
+    default method and every other, wherever that merges, at the same keep."""
     bootstrap, masks = Bootstrap(np.array([scene for scene, _ in asked])), groups(asked)
     references = {Setting(PLAIN, "none", GRID * GRID): plain, Setting(BLIND, "none", 0): blind}
     for setting, right in {**references, **runs}.items():
@@ -121,82 +110,27 @@ def rows(
         for (name, mask), (against, values) in product(masks.items(), compared.items()):
             figures = _named(bootstrap(values, mask))
             yield Row(**asdict(setting), group=name, against=against, questions=int(mask.sum()), **figures)
-    for one, other in combinations(runs, 2):
-        if (one.where, one.keep) == (other.where, other.keep):
+    for one, other in permutations(runs, 2):
+        if against := _opponent(one, other):
             difference = runs[one].astype(float) - runs[other]
             for name, mask in masks.items():
                 figures = _named(bootstrap(difference, mask))
-                yield Row(**asdict(one), group=name, against=other.method, questions=int(mask.sum()), **figures)
+                yield Row(**asdict(one), group=name, against=against, questions=int(mask.sum()), **figures)
+
+
+def _opponent(one: Setting, other: Setting) -> str:
+    """What to call ``other`` where ``one`` is compared with it; empty where it is not."""
+    from pitome_mllm.plan import DEFAULT_METHOD
+
+    if one.keep != other.keep or other.method == DEFAULT_METHOD:
+        return ""
+    if one.method == DEFAULT_METHOD:
+        return f"{other.method} {other.where}"
+    return other.method if one.where == other.where and one.method < other.method else ""
 
 
 def _named(figures: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip(("value", "low", "high"), (round(f, 4) for f in figures), strict=True))
-
-
-def provenance(model_name: str, split: str, model: Any) -> dict[str, str]:
-    """What every row says about where it comes from."""
-    import transformers
-
-    import pitome_mllm
-
-    sha = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(weight.float().numpy().tobytes())
-    return {
-        "model": model_name,
-        "weights": sha.hexdigest()[:12],
-        "split": split,
-        "date": date.today().isoformat(),
-        "device": str(model.device),
-        "pitome_mllm": pitome_mllm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def measure(args: argparse.Namespace, model: Any, processor: Any, wanted: list[Setting]) -> dict[Setting | None, Any]:
-    """The hits of the plain model (key None) and of every setting, from ``--work`` where they are there already."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from pitome_mllm import attach
-
-    columns = (
-        TextColumn("{task.description:32}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    total = min(args.limit or sys.maxsize, SCENES * PER_SCENE)
-    found: dict[Setting | None, Any] = {}
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=total * (len(wanted) + 1))
-        for setting in (None, *wanted):
-            file = args.work / (setting.file if setting else f"{PLAIN}.npy")
-            progress.update(task, description=file.stem)
-            if file.exists():
-                found[setting] = np.load(file)
-                progress.advance(task, total)
-                continue
-            handle = setting and attach(model, setting.method, keep=setting.keep, where=setting.where)
-            found[setting] = hits(model, processor, args.split, args.limit, lambda: progress.advance(task))
-            if handle:
-                handle.remove()
-            part = file.with_suffix(".part.npy")
-            np.save(part, found[setting])
-            part.rename(file)
-    return found
-
-
-def write(path: Path, made: Iterable[Row], about: dict[str, str]) -> None:
-    """Write the CSV; a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *about])
-        writer.writeheader()
-        writer.writerows(asdict(row) | about for row in made)
-    part.rename(path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,35 +140,31 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     made.add_argument("--split", default="test", choices=SPLITS[1:])
-    made.add_argument(
-        "--methods", nargs="+", default=[m for m in METHODS if m != "pitome-tuned"], choices=list(METHODS)
-    )
+    made.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     made.add_argument("--where", nargs="+", default=list(PLACES), choices=PLACES)
     made.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
     made.add_argument("--limit", type=int, help="only the first so many questions")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--work", type=Path, help="folder for finished runs (default: runs/curves-MODEL-SPLIT-LIMIT)")
+    made.add_argument("--processes", type=int, default=2, help="settings measured at a time, one thread each")
+    made.add_argument("--work", type=Path, help="folder for finished runs (default: one in runs/)")
     made.add_argument("--out", type=Path, default=RESULTS)
     return made
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write the CSV."""
-    import pitome_mllm
     from pitome_mllm.specs import geometry
 
     args = parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
-    model, processor = pitome_mllm.load(args.model, dtype="float32")
-    about = provenance(args.model, args.split, model)
-    args.work = args.work or Path("runs") / f"curves-{about['weights']}-{args.split}-{args.limit or 'all'}"
-    args.work.mkdir(parents=True, exist_ok=True)
-    wanted = list(settings(args.methods, args.where, args.keep, geometry(model.config)))
-    found = measure(args, model, processor, wanted)
-    plain = found.pop(None)
-    asked = questions(args.split)[: len(plain)]
+    torch.set_num_threads(1)
+    about = provenance(args.model, args.split)
+    work = args.work or work_folder("curves", args.model, args.split, args.limit)
+    wanted = list(settings(args.methods, args.where, args.keep, geometry(load(args.model)[0].config)))
+    jobs = {PLAIN: None, **{str(setting): asdict(setting) for setting in wanted}}
+    found = measure(jobs, args.model, args.split, args.limit, work, args.processes)
+    asked = questions(args.split)[: len(found[PLAIN])]
     blind = np.array([blind_answer(question) == question.answer for _, question in asked])
-    write(args.out, rows(found, plain, blind, asked), about)
+    runs = {setting: found[str(setting)] for setting in wanted}
+    write_csv(args.out, rows(runs, found[PLAIN], blind, asked), about)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .benchmark import PER_SCENE, SCENES
-from .curves import BLIND, PLAIN, RESULTS
+from .curves import BLIND, RESULTS
 from .questions import CATEGORIES
 from .report import read
+from .runs import PLAIN
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def estimate(
     keep: int | float | None = None,
     ratio: float | None = None,
     counts: Sequence[int] | None = None,
-    schedule: str = "equal",
-    where: str = "tower",
+    schedule: str | None = None,
+    where: str | None = None,
     tower_keep: int | float | None = None,
     batch: int = 1,
     images: int = 1,
@@ -110,8 +110,8 @@ def estimate(
     head = 2 * text.hidden_size * text.vocab_size
     return Estimate(
         tower_flops=batch * images * _tower(vision, plan),
-        merging_flops=batch * images * _merging(vision, plan),
-        projector_flops=batch * images * plan.keep * 2 * text.hidden_size * (vision.hidden_size + text.hidden_size),
+        merging_flops=batch * images * _merging(config, plan),
+        projector_flops=batch * images * plan.keep * _projector(config),
         prefill_flops=batch * (_llm(text, prompt, prompt**2) + head * (prompt if logits == "all" else 1)),
         decode_flops=batch * (_llm(text, last - prompt, sum(range(prompt + 1, last + 1))) + head * (last - prompt)),
         kv_bytes=batch * last * kv_bytes_per_token(text, dtype or getattr(model_or_config, "dtype", None)),
@@ -120,11 +120,17 @@ def estimate(
     )
 
 
+def _projector(config: Any) -> int:
+    """FLOPs of the projector for one token."""
+    vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
+    return 2 * text * (vision + text)
+
+
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one picture."""
     shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
-    flops = 2 * shape.patches * width * vision.num_channels * vision.patch_size**2
-    tokens = shape.patches + shape.class_tokens
+    flops = 2 * plan.entering * width * vision.num_channels * vision.patch_size**2
+    tokens = plan.entering + shape.class_tokens
     for block in range(shape.blocks):
         left = tokens - plan.removed(block)
         flops += 8 * tokens * width**2 + 4 * tokens**2 * width
@@ -135,27 +141,34 @@ def _tower(vision: Any, plan: Plan) -> int:
     return flops
 
 
-def _merging(vision: Any, plan: Plan) -> int:
-    """FLOPs of the merges in tower and projector for one picture."""
-    tokens, steps = plan.geometry.patches, []
-    for block, left in enumerate(plan.counts):
-        steps.append((tokens, left, block / len(plan.counts)))
-        tokens = left
-    for left in plan.rounds:
-        steps.append((tokens, left, 1.0))
-        tokens = left
-    return sum(_matching(vision, plan, *step) for step in steps if step[0] > step[1])
+def _merging(config: Any, plan: Plan) -> int:
+    """FLOPs of the merges in tower and projector for one picture, and of the attention that they look at."""
+    flops = sum(_matching(config, plan, *step) for step in plan.steps)
+    if "attention" in plan.clues:  # the class token's row of the attention matrix
+        entering = [plan.entering, *plan.counts]
+        blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.rounds else [])}
+        tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
+        flops += 2 * tokens * config.vision_config.hidden_size
+    return flops
 
 
-def _matching(vision: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
+def _matching(config: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
-    blank = partial(torch.zeros, device="cpu")
-    protected, width = plan.geometry.class_tokens, vision.hidden_size
-    metric = blank(1, protected + tokens, width // vision.num_attention_heads if plan.metric == "keys" else width)
+    vision, blank = config.vision_config, partial(torch.zeros, device="cpu")
+    everything, width = plan.geometry.class_tokens + tokens, vision.hidden_size
+    head = width // vision.num_attention_heads
+    widths = {
+        "keys": head,
+        "history": head,
+        "hidden": width,
+        "projected": config.text_config.hidden_size,
+    }
+    attention = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
     with torch.no_grad(), _Counter() as counter:
-        merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context)
-        merge.reduce(blank(1, protected + tokens, width))
-    return counter.flops
+        metric = blank(1, everything, widths[plan.metric])
+        merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context, **attention)
+        merge.reduce(blank(1, everything, width))
+    return counter.flops + (everything * _projector(config) if plan.metric == "projected" else 0)
 
 
 class _Counter(TorchDispatchMode):

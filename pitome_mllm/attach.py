@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import prompt, tower
 from .methods import Reducer
@@ -31,6 +31,7 @@ _HOOKS = (
     tower.start_run,
     tower.finish_run,
     tower.catch_keys,
+    tower.catch_query,
     prompt.before_forward,
     prompt.after_forward,
     prompt.before_language,
@@ -45,6 +46,7 @@ class _Thread:
         self.generating: Call | None = None  # the prompt of the generate() that is running
         self.call: Call | None = None
         self.stats: Stats | None = None
+        self.log_size: Tensor | None = None  # of the places of the KV cache, while a call runs
 
 
 class _Threads(threading.local):
@@ -71,6 +73,7 @@ class Attachment:
         self.settings = settings
         self._plan = make_plan(settings, self.geometry)
         self._threads = _Threads()
+        self.projector: nn.Module = operator.attrgetter(family.projector)(model)
         self._tower: nn.Module = operator.attrgetter(family.tower)(model)
         self._language: nn.Module = operator.attrgetter(family.language)(model)
         self._own_generate = vars(model).get("generate")
@@ -149,8 +152,8 @@ class Attachment:
         else:
             self.model.generate = self._own_generate
         for layer in _layers(self._tower):
-            key = getattr(getattr(layer, layer._pitome[1].attention), layer._pitome[1].key)
-            _unhook(key)
+            for projection in _projections(layer, layer._pitome[1]):
+                _unhook(projection)
             _swap_class(layer, type(layer).__bases__[1])
             del layer._pitome
         for module in (self.model, self._tower, self._language):
@@ -183,7 +186,9 @@ class Attachment:
         for index, layer in enumerate(layers):
             spec = _tower_spec(layer)
             layer._pitome = (index, spec)
-            getattr(getattr(layer, spec.attention), spec.key).register_forward_hook(tower.catch_keys)
+            key, query = _projections(layer, spec)
+            key.register_forward_hook(tower.catch_keys)
+            query.register_forward_hook(tower.catch_query)
             _swap_class(layer, tower.merging_class(type(layer)))
         for module in (self.model, self._tower, self._language):
             module._pitome = self
@@ -208,15 +213,19 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
 
     If you want to tinker
     ---------------------
-    schedule : shape of the way down to keep over the blocks: "equal", "constant", "linear", "late", "last".
+    These are the method's own choice unless given; `METHODS` says which.
+    schedule : shape of the way down to keep over the blocks: "equal", "constant", "linear", "late", "early",
+        "delayed", "last".
     where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
         tower, by default the geometric mean of all and keep).
-    metric : "keys" of the block's attention, or "hidden" states.
+    metric : "keys" of the block's attention; "history", these and, halved from block to block, those of the blocks
+        before; "hidden" states; or, in front of the projector, what it "projected".
     place : "mid" (between attention and MLP) or "end" of a block.
     weighted : mean weighted by the patches that tokens stand for.
     proportional_attention : add log(size) to the attention logits of merged tokens.
     order : "reading", or "source" as the reference code of a method leaves the tokens.
     positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
+    llm_size_bias : add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
     energies : keep the energy of every token in ``handle.stats``.
     Anything else is an option of the method, such as ``margin=0.45``.
 
@@ -267,6 +276,12 @@ def _tower_spec(module: nn.Module) -> TowerSpec | None:
 def _layers(root: nn.Module) -> list[nn.Module]:
     """The encoder layers of a tower, found by type: their paths differ between versions."""
     return [module for module in root.modules() if _tower_spec(module)]
+
+
+def _projections(layer: nn.Module, spec: TowerSpec) -> tuple[nn.Module, nn.Module]:
+    """The key and the query projection of an encoder layer."""
+    attention = getattr(layer, spec.attention)
+    return getattr(attention, spec.key), getattr(attention, spec.query)
 
 
 def _swap_class(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -155,15 +155,19 @@ def place_pictures(positions: Tensor, image: Tensor, first: Tensor) -> Tensor:
         rows that the pictures were given for (beams): then every row is repeated in place.
     first : (images, K) index of the first patch of every visual token, counted within its picture.
     """
-    kept = first.shape[1]
+    shift = first - torch.arange(first.shape[1], device=first.device)
+    return positions + at_placeholders(image, shift.to(positions.device))
+
+
+def at_placeholders(image: Tensor, values: Tensor) -> Tensor:
+    """(B, S) with ``values`` (images, K) of visual tokens at their placeholders, 0 elsewhere; see `place_pictures`."""
+    kept = values.shape[1]
     pictures = image.sum(1) // kept
-    repeats = max(1, int(pictures.sum()) // max(1, len(first)))
+    repeats = max(1, int(pictures.sum()) // max(1, len(values)))
     row_start = pictures[::repeats].cumsum(0) - pictures[::repeats]
     rank = (image.long().cumsum(1) - 1).clamp(min=0)
     picture = row_start.repeat_interleave(repeats)[:, None] + rank // kept
-    token = rank % kept
-    moved = positions - token + first.to(positions.device)[picture.clamp(max=len(first) - 1), token]
-    return moved.where(image, positions)
+    return values[picture.clamp(max=len(values) - 1), rank % kept].masked_fill(~image, 0)
 
 
 def restore_prompt(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:

@@ -13,14 +13,17 @@ from .specs import Geometry
 
 CHOICES = {
     "where": ("tower", "projector", "both"),
-    "metric": ("keys", "hidden"),
+    "metric": ("keys", "history", "hidden", "projected"),
     "place": ("mid", "end"),
     "order": ("reading", "source"),
     "positions": ("compact", "original"),
     "schedule": tuple(SHAPES),
 }
-# What a setting is when neither the caller nor the method's preset says anything.
-DEFAULTS = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
+# What a setting is when neither the caller nor the method's preset says anything. How tokens merge goes with the
+# method: choosing another one resets it. Where they merge does not.
+HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
+WHERE = {"where": "tower", "schedule": "equal", "positions": "compact", "llm_size_bias": False}
+DEFAULTS = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
 SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
 
@@ -33,16 +36,16 @@ class Settings:
     keep: int | float | None = None
     ratio: float | None = None
     counts: Sequence[int] | None = None
-    schedule: str = "equal"
-    where: str = "tower"
+    schedule: str | None = None
+    where: str | None = None
     tower_keep: int | float | None = None
     metric: str | None = None
     place: str | None = None
     weighted: bool | None = None
     proportional_attention: bool | None = None
     order: str | None = None
-    positions: str = "compact"
-    llm_size_bias: bool = False
+    positions: str | None = None
+    llm_size_bias: bool | None = None
     energies: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,7 +61,7 @@ class Settings:
         settings = {k: v for k, v in given.items() if k in known}
         options = {k: v for k, v in given.items() if k not in known}
         if settings.get("method", self.method) != self.method:
-            settings = {**dict.fromkeys(DEFAULTS), "options": options, **settings}
+            settings = {**dict.fromkeys(HOW), "options": options, **settings}
         else:
             settings["options"] = {**self.options, **options}
         if settings.get("where", self.where) != self.where:
@@ -76,12 +79,14 @@ class Plan:
     ----------
     counts : patch tokens left after each merging block, class tokens not counted.
     rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
+    entering : patches of the picture that the tower gets.
     """
 
     method: str
     reducer: Reducer
     geometry: Geometry
     where: str
+    entering: int
     counts: tuple[int, ...]
     rounds: tuple[int, ...]
     metric: str
@@ -90,6 +95,7 @@ class Plan:
     proportional_attention: bool
     order: str
     positions: str
+    llm_size_bias: bool
     energies: bool
 
     @property
@@ -100,21 +106,35 @@ class Plan:
     @property
     def keep(self) -> int:
         """Visual tokens per picture that reach the LLM."""
-        patches = [self.geometry.patches, *self.counts, *self.rounds][-1]
+        patches = [self.entering, *self.counts, *self.rounds][-1]
         return patches + self.geometry.visible_class_tokens
 
     def removed(self, block: int) -> int:
         """Tokens that block ``block`` removes; 0 for blocks behind the feature layer."""
         if block >= len(self.counts):
             return 0
-        before = self.counts[block - 1] if block else self.geometry.patches
+        before = self.counts[block - 1] if block else self.entering
         return before - self.counts[block]
 
     @property
+    def clues(self) -> tuple[str, ...]:
+        """What merging needs to know of the attention of a block: "keys", "attention"."""
+        needed = {"keys": self.metric in ("keys", "history"), "attention": "attention" in self.reducer.needs}
+        return tuple(name for name, wanted in needed.items() if wanted)
+
+    @property
     def context(self) -> dict[str, Any]:
-        """What every `Reducer.match` gets besides metric, number, sizes and depth."""
+        """What every `Reducer.match` gets besides metric, number, sizes, depth and attention."""
         given = {"grid": self.geometry.grid} if "grid" in self.reducer.needs else {}
         return {"protected": self.geometry.class_tokens, **given}
+
+    @property
+    def steps(self) -> tuple[tuple[int, int, float], ...]:
+        """Patch tokens before and after every merge, and its depth; blocks first, then those before the projector."""
+        after = [(left, block / len(self.counts)) for block, left in enumerate(self.counts)]
+        after += [(left, 1.0) for left in self.rounds]
+        before = [self.entering, *(left for left, _ in after)]
+        return tuple((n, left, depth) for n, (left, depth) in zip(before, after) if left < n)
 
     @property
     def merging(self) -> tuple[int, ...]:
@@ -137,21 +157,19 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         value = getattr(settings, name)
         if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
             raise ValueError(f"{name}={value!r} is not possible; choose True or False")
-    if settings.llm_size_bias:
-        raise ValueError("llm_size_bias=True is not available yet; leave it at False")
     reducer, name, preset = _resolve(settings)
-    chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
-    counts, steps = _token_counts(settings, reducer, name, geometry)
+    settings = _complete(settings, preset)
+    _check_needs(settings, reducer, name, geometry)
+    entering, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
         method=name,
         reducer=reducer,
         geometry=geometry,
-        where=settings.where,
+        entering=entering,
         counts=tuple(counts),
         rounds=tuple(steps),
-        positions=settings.positions,
         energies=settings.energies,
-        **{**DEFAULTS, **preset, **chosen},
+        **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
     )
 
 
@@ -159,27 +177,56 @@ def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
     """The reducer, its name, and the settings that its preset brings."""
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
-        reducer, name, preset = settings.method, type(settings.method).__name__, {}
         for option in settings.options:
             raise ValueError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
-    else:
-        name = settings.method
-        if not isinstance(name, str):
-            raise ValueError(f"method={name!r} is neither a name nor a Reducer; names: {', '.join(METHODS)}")
-        if name in METHODS:
-            known = [*names, *(f.name for f in fields(METHODS[name].reducer))]
-            for option in settings.options:
-                if option not in known:
-                    raise ValueError(unknown(f"setting or option of {name}", option, known))
-        reducer, preset = get_method(name, **settings.options), METHODS[name].settings
-    lacking = reducer.needs - {"grid"}
-    if lacking:
-        raise ValueError(f"{name} needs {', '.join(sorted(lacking))}, which cannot be provided here")
-    return reducer, name, preset
+        return settings.method, type(settings.method).__name__, {}
+    name = settings.method
+    if not isinstance(name, str):
+        raise ValueError(f"method={name!r} is neither a name nor a Reducer; names: {', '.join(METHODS)}")
+    if name in METHODS:
+        known = [*names, *(f.name for f in fields(METHODS[name].reducer))]
+        for option in settings.options:
+            if option not in known:
+                raise ValueError(unknown(f"setting or option of {name}", option, known))
+    return get_method(name, **settings.options), name, METHODS[name].settings
 
 
-def _token_counts(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> tuple[list[int], list[int]]:
-    """Patch tokens after each merging block, and after each step in front of the projector."""
+def _complete(settings: Settings, preset: Mapping[str, Any]) -> Settings:
+    """Every setting that the caller left open, by the method's preset, else by default.
+
+    Ratio and counts say themselves what every block of the tower keeps, so there the preset's place gives way; and a
+    place of the caller's own takes no metric from the preset that exists in another place only.
+    """
+    preset = dict(preset)
+    if settings.ratio is not None or settings.counts is not None:
+        preset = {k: v for k, v in preset.items() if k not in ("where", "schedule", "tower_keep")}
+    chosen = {k: getattr(settings, k) for k in (*DEFAULTS, "tower_keep") if getattr(settings, k) is not None}
+    if chosen.get("where", preset.get("where")) != preset.get("where"):
+        preset.pop("tower_keep", None)
+    merged = {**DEFAULTS, **preset, **chosen}
+    if merged["where"] != "projector" and merged["metric"] == "projected" and "metric" not in chosen:
+        merged["metric"] = "hidden"
+    return replace(settings, **merged)
+
+
+def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
+    """ValueError where the model, or the place, lacks something that the method needs."""
+    if settings.metric == "projected" and settings.where != "projector":
+        raise ValueError(
+            f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
+            "where='projector', or metric='hidden' or 'keys'"
+        )
+    if "attention" in reducer.needs and not geometry.class_tokens:
+        raise ValueError(
+            f"{name} needs the attention of a class token, and this vision tower has none; "
+            f"choose another method, such as {DEFAULT_METHOD}"
+        )
+
+
+def _token_counts(
+    settings: Settings, reducer: Reducer, name: str, geometry: Geometry
+) -> tuple[int, list[int], list[int]]:
+    """Patches that enter the tower, and those left after each merging block and each step before the projector."""
     patches, blocks, limit = geometry.patches, geometry.merging_blocks, reducer.max_removable
     if settings.where != "tower" and (settings.ratio is not None or settings.counts is not None):
         raise ValueError(f"ratio and counts say what tower blocks keep; with where={settings.where!r} give keep")
@@ -190,13 +237,19 @@ def _token_counts(settings: Settings, reducer: Reducer, name: str, geometry: Geo
             f"{name} reduces in one step, got where={settings.where!r}, ratio={settings.ratio}, "
             f"counts={settings.counts}; choose where='tower' or 'projector', and give keep"
         )
+    if reducer.shrinks_picture and settings.where != "tower":
+        raise ValueError(
+            f"{name} scales the picture, which the tower gets; choose where='tower', got {settings.where!r}"
+        )
     if settings.where == "tower":
-        shape = "last" if reducer.once else settings.schedule
         keep = None if settings.keep is None else _patch_keep(settings, reducer, name, geometry)
-        return Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
+        if reducer.shrinks_picture:
+            return keep, [keep] * blocks, []
+        shape = "last" if reducer.once else settings.schedule
+        return patches, Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
     keep = _patch_keep(settings, reducer, name, geometry)
     if settings.where == "projector":
-        return [patches] * blocks, rounds(patches, keep, limit)
+        return patches, [patches] * blocks, rounds(patches, keep, limit)
     tower = (
         round(math.sqrt(patches * keep))
         if settings.tower_keep is None
@@ -204,7 +257,8 @@ def _token_counts(settings: Settings, reducer: Reducer, name: str, geometry: Geo
     )
     if tower < keep:
         raise ValueError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
-    return Schedule(tower, shape=settings.schedule).counts(patches, blocks, limit), rounds(tower, keep, limit)
+    counts = Schedule(tower, shape=settings.schedule).counts(patches, blocks, limit)
+    return patches, counts, rounds(tower, keep, limit)
 
 
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:

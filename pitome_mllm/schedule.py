@@ -20,6 +20,8 @@ SHAPES: dict[str, Callable[[float, int, int], float]] = {
     "constant": lambda t, first, last: first - (first - last) * t,  # ... the same number
     "linear": lambda t, first, last: first - (first - last) * (2 * t - t * t),  # ... a number that falls to zero
     "late": lambda t, first, last: first - (first - last) * t * t,  # ... a number that grows from zero
+    "early": lambda t, first, last: first * (last / first) ** min(1.5 * t, 1),  # equal in the first two thirds
+    "delayed": lambda t, first, last: first * (last / first) ** max(1.5 * t - 0.5, 0),  # equal in the last two thirds
     "last": lambda t, first, last: first if t < 1 else last,  # as late as possible
 }
 

@@ -17,7 +17,8 @@ class TowerSpec:
     attention: str = "self_attn"
     norm2: str = "layer_norm2"
     mlp: str = "mlp"
-    key: str = "k_proj"  # on the attention module
+    query: str = "q_proj"  # on the attention module
+    key: str = "k_proj"
     class_tokens: int = 1
 
 
@@ -26,6 +27,7 @@ class FamilySpec:
     """Where a multimodal model keeps its parts (dotted paths from the model)."""
 
     tower: str = "model.vision_tower"
+    projector: str = "model.multi_modal_projector"
     language: str = "model.language_model"
 
 

@@ -11,21 +11,29 @@ import threading
 from functools import lru_cache
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .methods import Merge
+from .methods.pooling import cells
 from .plan import Plan
 from .specs import PLAIN_BACKENDS, TowerSpec
 from .stats import Stats
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
 
+# What a block tells about its tokens: "keys" (B, N, C / heads), mean over heads; "attention" (B, N, 1) that they get
+# from the class token, mean over heads. Merged tokens carry their means.
+Clues = dict[str, Tensor]
+
 
 class _Inbox(threading.local):
-    """Where the key projection leaves its output for the layer that called it, within one thread."""
+    """Where the projections of an attention leave their outputs for the layer that called it, within one thread."""
 
     wanted: bool = False
     keys: Tensor | None = None
+    query: Tensor | None = None  # of the class token
 
 
 _inbox = _Inbox()
@@ -37,6 +45,12 @@ def catch_keys(module: nn.Module, args: tuple, output: Tensor) -> None:
         _inbox.keys = output.detach()
 
 
+def catch_query(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook of the query projection."""
+    if _inbox.wanted:
+        _inbox.query = output[:, 0].detach()
+
+
 class Run:
     """One call of a vision tower: what was merged so far, by block, so that recomputing one changes nothing."""
 
@@ -44,60 +58,67 @@ class Run:
         self.plan = plan
         self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
         self.merges: dict[int, Merge] = {}
-        self.keys: Tensor | None = None  # keys (B, N, C) of the features, for the projector
+        self.clues: dict[int, Clues] = {}  # of the tokens that leave a block
 
-    def wants_keys(self, block: int) -> bool:
-        """Whether the keys of this block decide anything: in it, or in front of the projector."""
-        if self.plan.metric != "keys":
+    def wants_clues(self, block: int) -> bool:
+        """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
+        if not self.plan.clues:
             return False
         last = block == self.plan.geometry.merging_blocks - 1
-        return self.plan.removed(block) > 0 or (last and len(self.plan.rounds) > 0)
+        later = self.plan.metric == "history" and block < self.plan.geometry.merging_blocks
+        return self.plan.removed(block) > 0 or later or (last and len(self.plan.rounds) > 0)
+
+    def weights(self, block: int) -> Tensor | None:
+        """How many tokens each one counts for in the attention of a block (B, N, 1); None = one each."""
+        return self.sizes.get(block) if self.plan.proportional_attention else None
 
     def bias(self, block: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The attention mask of a block, with log(size) of every key token added (proportional attention)."""
-        size = self.sizes.get(block)
-        if size is None or not self.plan.proportional_attention:
+        size = self.weights(block)
+        if size is None:
             return mask
         bias = size.log().to(x.dtype).mT[:, None].expand(-1, -1, x.shape[1], -1)
         return bias if mask is None else mask + bias
 
-    def leave(self, block: int, x: Tensor, keys: Tensor | None) -> Tensor:
+    def leave(self, block: int, x: Tensor, clues: Clues) -> Tensor:
         """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
         r = self.plan.removed(block)
         size = self.sizes.get(block)
+        if self.plan.metric == "history" and clues:
+            before = self.clues[block - 1]["keys"] / 2 if block else 0
+            clues = {**clues, "keys": F.normalize(clues["keys"].float(), dim=-1) + before}
         if r:
             depth = block / self.plan.geometry.merging_blocks
-            merge, x, size, keys = self._merge(x, keys, size, r, depth)
-            self.merges[block] = merge
+            metric = clues.get("keys", x)
+            self.merges[block], x, size, clues = self._merge(x, metric, clues, size, r, depth)
         if size is not None:
             self.sizes[block + 1] = size
-        if block == self.plan.geometry.merging_blocks - 1:
-            self.keys = keys
+        self.clues[block] = clues
         return x
 
-    def before_projector(self, x: Tensor) -> tuple[Tensor, list[Merge], Tensor | None]:
+    def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
         """The rounds in front of the projector: features, merges, and patches per token."""
-        size, keys, merges = self.sizes.get(self.plan.geometry.merging_blocks), self.keys, []
+        feature = self.plan.geometry.merging_blocks
+        size, clues, merges = self.sizes.get(feature), self.clues.get(feature - 1, {}), []
         for count in self.plan.rounds:
             r = x.shape[1] - self.plan.geometry.class_tokens - count
-            merge, x, size, keys = self._merge(x, keys, size, r, depth=1.0)
+            metric = projector(x) if self.plan.metric == "projected" else clues.get("keys", x)
+            merge, x, size, clues = self._merge(x, metric, clues, size, r, depth=1.0)
             merges.append(merge)
         return x, merges, size
 
     def _merge(
-        self, x: Tensor, keys: Tensor | None, size: Tensor | None, r: int, depth: float
-    ) -> tuple[Merge, Tensor, Tensor, Tensor | None]:
+        self, x: Tensor, metric: Tensor, clues: Clues, size: Tensor | None, r: int, depth: float
+    ) -> tuple[Merge, Tensor, Tensor, Clues]:
         plan = self.plan
-        metric = keys if plan.metric == "keys" else x
-        merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context)
+        attention = {"attention": clues["attention"][..., 0]} if "attention" in clues else {}
+        merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context, **attention)
         if plan.order == "source":
             merge = merge.in_source_order()
         merged, total = merge.reduce(x, size if plan.weighted else None)
         if not plan.weighted and size is not None:
             total = merge.reduce(size, size)[1]
-        if keys is not None:
-            keys = merge.reduce(keys, size)[0]
-        return merge, merged, total, keys
+        return merge, merged, total, {name: merge.reduce(clue, size)[0] for name, clue in clues.items()}
 
 
 class MergingLayer:
@@ -111,28 +132,55 @@ class MergingLayer:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         block, spec = self._pitome
         attention_mask = run.bias(block, attention_mask, hidden_states)
-        _inbox.wanted = run.wants_keys(block)
+        _inbox.wanted = run.wants_clues(block)
         if run.plan.place == "mid" and run.plan.removed(block):
             attention, mlp = getattr(self, spec.attention), getattr(self, spec.mlp)
             normed = getattr(self, spec.norm1)(hidden_states)
             x = hidden_states + attention(normed, attention_mask, *args, **kwargs)[0]
-            x = run.leave(block, x, self._taken_keys(run, block))
+            x = run.leave(block, x, self._clues(run, block))
             return x + mlp(getattr(self, spec.norm2)(x))
         x = super().forward(hidden_states, attention_mask, *args, **kwargs)
-        return run.leave(block, x, self._taken_keys(run, block))
+        return run.leave(block, x, self._clues(run, block))
 
-    def _taken_keys(self, run: Run, block: int) -> Tensor | None:
-        """The keys (B, N, C / heads) that this layer's attention just computed, mean over heads."""
-        keys, _inbox.keys, _inbox.wanted = _inbox.keys, None, False
-        if not run.wants_keys(block):
-            return None
-        if keys is None:
+    def _clues(self, run: Run, block: int) -> Clues:
+        """What the attention that just ran tells about its tokens, as far as the plan asks for it."""
+        keys, query = _inbox.keys, _inbox.query
+        _inbox.keys = _inbox.query = None
+        _inbox.wanted = False
+        if not run.wants_clues(block):
+            return {}
+        if keys is None or query is None:
             raise RuntimeError(
                 f"block {block} computed no keys through its key projection: something replaced the attention after "
                 "attach; call handle.remove() and attach again"
             )
-        heads = getattr(self, self._pitome[1].attention).num_heads
-        return keys.unflatten(-1, (heads, -1)).mean(2)
+        attention = getattr(self, self._pitome[1].attention)
+        keys = keys.unflatten(-1, (attention.num_heads, -1))  # (B, N, heads, C / heads)
+        made = {
+            "keys": lambda: keys.mean(2),
+            "attention": lambda: class_attention(query.view_as(keys[:, 0]), keys, run.weights(block)),
+        }
+        return {name: made[name]() for name in run.plan.clues}
+
+
+def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
+    """What every token receives from the class token: its one row of the attention matrix, mean over heads.
+
+    Parameters
+    ----------
+    query : (B, H, C) of the class token.
+    keys : (B, N, H, C).
+    size : (B, N, 1) patches per token, which count as many times (proportional attention); None = one each.
+
+    Returns
+    -------
+    (B, N, 1) float32.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        logits = torch.einsum("bhc,bnhc->bnh", query.float(), keys.float()) * query.shape[-1] ** -0.5
+    if size is not None:
+        logits = logits + size.log()
+    return logits.softmax(1).mean(-1, keepdim=True)
 
 
 @lru_cache
@@ -153,34 +201,50 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own), "
             "or attach with proportional_attention=False"
         )
+    if plan.entering < plan.geometry.patches:
+        args, kwargs = smaller_picture(plan, args, kwargs)
     return args, {**kwargs, RUN: Run(plan)}
+
+
+def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The tower's arguments with pictures scaled to ``plan.entering`` patches, antialiased as a processor scales."""
+    pixels, args = (args[0], args[1:]) if args else (kwargs["pixel_values"], args)
+    rows, columns = cells(*plan.geometry.grid, plan.entering)
+    patch = pixels.shape[-2] // plan.geometry.grid[0]
+    size = (rows * patch, columns * patch)
+    scaled = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+    return args, {**kwargs, "pixel_values": scaled, "interpolate_pos_encoding": True}
 
 
 def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the tower: merge in front of the projector, check that all merges happened, keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
+    handle.state.stats = None
     if run is None:
-        handle.state.stats = None
         return
-    missing = [block for block in run.plan.merging if block not in run.merges]
+    plan = run.plan
+    missing = [block for block in plan.merging if block not in run.merges]
     if missing:
         raise RuntimeError(
             f"blocks {missing} of the vision tower did not merge as planned: something replaced their forward after "
             "attach; call handle.remove() and attach again"
         )
-    merges = [run.merges[block] for block in run.plan.merging]
-    size = run.sizes.get(run.plan.geometry.merging_blocks)
     if isinstance(output, tuple):
         raise ValueError(
             "the vision tower was called with return_dict=False; leave it at True while merging is attached"
         )
-    if run.plan.rounds and output.hidden_states is None:  # no features for a projector were asked for
-        handle.state.stats = None
-        return
-    if run.plan.rounds:
-        states, feature = list(output.hidden_states), run.plan.geometry.merging_blocks
-        states[feature], late, size = run.before_projector(states[feature])
+    x = output.last_hidden_state
+    merges = [run.merges[block] for block in plan.merging]
+    size = run.sizes.get(plan.geometry.merging_blocks)
+    if plan.rounds:
+        if output.hidden_states is None:  # no features for a projector were asked for
+            return
+        states, feature = list(output.hidden_states), plan.geometry.merging_blocks
+        states[feature], late, size = run.before_projector(states[feature], handle.projector)
         output.hidden_states = tuple(states)
         merges += late
-    x = output.last_hidden_state
-    handle.state.stats = Stats(run.plan, x.shape[0], tuple(merges), size, x.device)
+    if plan.entering < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
+        blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)
+        merges = [plan.reducer.match(blank, plan.geometry.patches - plan.entering, **plan.context)]
+        size = merges[0].reduce(blank)[1]
+    handle.state.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)

@@ -94,11 +94,15 @@ class Reference:
     inputs : the caller's inputs (input_ids, attention_mask, pixel_values).
     tokens : merged features of all pictures in reading order over the batch.
     positions : "compact" = 0, 1, 2, ...; "original" = each survivor keeps the place of its group's first token.
+    llm_size_bias : every query of the LLM adds log(size) to its logit for a visual token.
     """
 
-    def __init__(self, model: Any, inputs: Any, tokens: Tokens, positions: str = "compact") -> None:
+    def __init__(
+        self, model: Any, inputs: Any, tokens: Tokens, positions: str = "compact", llm_size_bias: bool = False
+    ) -> None:
         self.model = model
         self.tokens = tokens
+        self.bias: list[Tensor] = []  # (n,) log(size) of each token, if they count
         self.rows: list[tuple[Tensor, Tensor]] = []  # (n, C) embeddings and (n,) positions
         self.caller: list[Tensor] = []  # (n,) index of each token in the caller's row
         image = 0
@@ -116,6 +120,9 @@ class Reference:
             if number:
                 features = tokens.features[image : image + number].flatten(0, 1)
                 embeddings[ids[at] == IMAGE] = features.detach()
+            self.bias.append(torch.zeros(len(at)))
+            if llm_size_bias and number:
+                self.bias[-1][ids[at] == IMAGE] = tokens.sizes[image : image + number].flatten().log()
             image += number
             self.rows.append((embeddings, at if positions == "original" else torch.arange(len(at))))
             self.caller.append(columns[at])
@@ -127,10 +134,13 @@ class Reference:
         if text is not None and len(text):
             embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(text)])
             positions = torch.cat([positions, positions[-1] + 1 + torch.arange(len(text))])
+        length = len(positions)
+        bias = torch.cat([self.bias[row], torch.zeros(length - len(self.bias[row]))])
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None],
             position_ids=positions[None],
-            attention_mask=torch.ones_like(positions)[None],  # else gaps between positions pass for packed sequences
+            attention_mask=bias.expand(length, -1).masked_fill(later, -torch.inf)[None, None],
             use_cache=False,
         )
         return self.model.lm_head(hidden.last_hidden_state)[0]

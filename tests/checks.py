@@ -32,10 +32,17 @@ def merged_by_hand(plain: nn.Module, inputs: Any, counts: list[int], method: str
 
 
 def reference(
-    plain: nn.Module, inputs: Any, counts: list[int], method: str = "pitome", positions: str = "compact", **options: Any
+    plain: nn.Module,
+    inputs: Any,
+    counts: list[int],
+    method: str = "pitome",
+    positions: str = "compact",
+    llm_size_bias: bool = False,
+    **options: Any,
 ) -> Reference:
     """What must come out, from the plain twin and a merge written out by hand."""
-    return Reference(plain, inputs, merged_by_hand(plain, inputs, counts, method, **options), positions)
+    tokens = merged_by_hand(plain, inputs, counts, method, **options)
+    return Reference(plain, inputs, tokens, positions, llm_size_bias)
 
 
 def assert_merged_like(handle: Any, tokens: Tokens) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pitome_mllm.methods import METHODS, Merge, Reducer
 
-BLIND = {"random", "pool"}  # decide without looking at the metric
-RESCALING: set[str] = set()  # combine a group otherwise than by its size-weighted mean
-GROUPLESS: set[str] = set()  # merge.group is None
+BLIND = {"random", "uniform", "pool", "downsample", "dct"}  # decide without looking at the metric
+RESCALING = {"tofu", "visionzip", "prumerge", "prumerge-plus"}  # combine otherwise than by the size-weighted mean
+GROUPLESS = {"dct"}  # merge.group is None
 
 NAMES = sorted(METHODS)
 GROUPING = [name for name in NAMES if name not in GROUPLESS]

@@ -225,14 +225,21 @@ def test_settings_differ_from_each_other(model, one):
         assert all((a - b).abs().max() > 1e-3 for b in seen[i + 1 :])
 
 
-def test_llm_size_bias_matters_or_is_refused(model, one):
-    try:
-        plan, stats, seen = run(model, one, "pitome", keep=72, llm_size_bias=True)
-    except ValueError as error:
-        assert "llm_size_bias" in str(error)
-        return
+def test_llm_size_bias_weighs_tokens(model, one):
+    plan, stats, seen = run(model, one, "pitome", keep=72, llm_size_bias=True)
     assert_consistent(plan, stats, images=1, keep=72)
     assert (seen - run(model, one, "pitome", keep=72)[2]).abs().max() > 1e-3
+
+
+def test_llm_size_bias_is_refused_where_attention_takes_no_mask(model, one):
+    with attach(model, "pitome", keep=72, llm_size_bias=True):
+        model.model.language_model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="llm_size_bias=True needs full attention.*flash_attention_2"):
+            logits(model, one)
+        model.model.language_model.config._attn_implementation = "sdpa"
+        model.model.language_model.config.layer_types = ["sliding_attention", "full_attention"]
+        with pytest.raises(ValueError, match="sliding_attention"):
+            logits(model, one)
 
 
 def test_tokens_leave_in_reading_order(model, pair):

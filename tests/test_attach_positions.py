@@ -1,4 +1,4 @@
-"""positions="original": every survivor keeps the place in the prompt that its group's first token had."""
+"""What merged tokens are to the LLM: each at the place that its group's first token had, each weighing its size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def handle(model):
-    with attach(model, "pitome", keep=144, positions="original") as handle:
+SETTINGS = [
+    {"positions": "original"},
+    {"llm_size_bias": True},
+    {"positions": "original", "llm_size_bias": True},
+]
+
+
+@pytest.fixture(params=SETTINGS, ids=str)
+def handle(model, request):
+    with attach(model, "pitome", keep=144, **request.param) as handle:
         yield handle
 
 
@@ -31,7 +38,8 @@ def make(rows, side="left"):
 
 
 def expect(plain, inputs, handle):
-    return reference(plain, inputs, handle.plan.counts, positions="original")
+    plan = handle.plan
+    return reference(plain, inputs, plan.counts, positions=plan.positions, llm_size_bias=plan.llm_size_bias)
 
 
 def test_forward_and_generate(model, plain, one, handle):
@@ -71,15 +79,16 @@ def test_beams_repeat_the_positions_of_their_row(model, plain, handle):
     assert three[::3, -5:].tolist() == together
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("method,where", [("pitome", "projector"), ("pitome", "both"), ("random", "tower")])
-def test_other_places_and_dropping(model, plain, one, method, where):
+def test_other_places_and_dropping(model, plain, one, method, where, settings):
     """The reference takes groups from the stats here, and features from the model itself."""
-    with attach(model, method, keep=144, where=where, positions="original") as handle:
+    with attach(model, method, keep=144, where=where, **settings) as handle:
         seen = logits(model, one)
         with torch.no_grad():
             features = model.model.get_image_features(one["pixel_values"], return_dict=True).pooler_output
         tokens = Tokens(torch.stack(list(features)), handle.stats.groups, handle.stats.sizes)
-        expected = Reference(plain, one, tokens, "original")
+        expected = Reference(plain, one, tokens, **settings)
         assert_row(seen[0], expected.logits())
         assert new_ids(model, one) == [expected.greedy()]
 
@@ -132,8 +141,43 @@ def test_a_decoding_loop_written_by_hand(model, plain, one, handle):
     assert torch.cat(said, 1)[0].tolist() == expect(plain, one, handle).greedy()
 
 
-def test_keeping_all_is_the_plain_model(model, plain):
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+def test_caches_do_not_change_the_answer(model, handle, options):
     inputs = make(ROWS)
-    with attach(model, keep=PATCHES, positions="original"):
+    assert new_ids(model, inputs, **options) == new_ids(model, inputs)
+
+
+@pytest.mark.parametrize("words", [0, 2])
+def test_a_cropped_cache(model, plain, one, process, handle, words):
+    """Forget an answer, and ``words`` of the question, and say something else."""
+    short = {key: one[key][:, : one[key].shape[1] - words] for key in ("input_ids", "attention_mask")}
+    expected = expect(plain, {**one, **short}, handle)
+    out = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    out.past_key_values.crop(-3 - words)  # of the four new ids the last was never fed back
+    text = process(text="USER: is it red ASSISTANT:", return_tensors="pt")["input_ids"][:, 1:]
+    ids = torch.cat([short["input_ids"], text], 1)
+    second = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=out.past_key_values,
+        max_new_tokens=4,
+        do_sample=False,
+    )
+    assert second[0, -4:].tolist() == expected.greedy(0, 4, text[0])
+
+
+def test_a_text_only_call_between_pictures_is_plain(model, plain, one, process, handle):
+    """What weighs in one call must not reach the cache of the next."""
+    text = process(text="USER: how many are there ASSISTANT:", return_tensors="pt")
+    logits(model, one)
+    model.model.language_model(inputs_embeds=model.get_input_embeddings()(text["input_ids"]))
+    assert torch.equal(logits(model, text), logits(plain, text))
+    assert new_ids(model, text) == new_ids(plain, text)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_keeping_all_is_the_plain_model(model, plain, settings):
+    inputs = make(ROWS)
+    with attach(model, keep=PATCHES, **settings):
         assert torch.equal(logits(model, inputs), logits(plain, inputs))
         assert new_ids(model, inputs) == new_ids(plain, inputs)

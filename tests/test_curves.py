@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pitome_mllm.specs import Geometry
-from pitome_mllm_eval import curves, report
+from pitome_mllm_eval import curves, report, runs
 from pitome_mllm_eval.curves import Bootstrap, Setting
 from pitome_mllm_eval.gates import check_whole, gates
 from pitome_mllm_eval.questions import CATEGORIES
@@ -68,11 +68,11 @@ def measured(tmp_path, monkeypatch):
         rng = np.random.default_rng(len(asked))
         yield from (Record(bool(rng.random() < 0.6)) for _ in range(limit))
 
-    monkeypatch.setattr(curves, "score", score)
+    monkeypatch.setattr(runs, "score", score)
     out = tmp_path / "curves.csv"
 
     def run(*extra: str) -> list[dict[str, str]]:
-        common = ["--limit", "32", "--work", str(tmp_path / "work"), "--out", str(out), "--threads", "1"]
+        common = ["--limit", "32", "--work", str(tmp_path / "work"), "--out", str(out), "--processes", "1"]
         curves.main([*common, "--methods", "pitome", "tome", "--where", "tower", "--keep", "144", *extra])
         with out.open(newline="") as file:
             return list(csv.DictReader(file))
@@ -113,12 +113,12 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     rows = run()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.put_in(readme, report.table(rows))
+    report.put_in(readme, report.table(rows, {}))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     value = next(r["value"] for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", ""))
-    assert f"| tome | tower | {100 * float(value):.1f} (" in text
-    report.put_in(readme, report.table(rows))
+    assert f"| tome | tower | no | not measured | {100 * float(value):.1f} (" in text
+    report.put_in(readme, report.table(rows, {}))
     assert readme.read_text() == text
 
 

@@ -26,10 +26,20 @@ RECORDED = {
     "pitome": ("pitome", lambda case: {"margin": case["margin"], "alpha": case["alpha"], "energy": "elu"}),
     "pitome_bsm": ("pitome-bsm", lambda case: {"margin": case["margin"], "alpha": case["alpha"], "energy": "elu"}),
     "tome": ("tome", lambda case: {}),
+    "tofu": ("tofu", lambda case: {"reference": "target"}),
+    "mctf": (
+        "mctf",
+        lambda case: {"tau_sim": case["tau_sim"], "tau_size": case["tau_size"], "bidirectional": case["bidirection"]},
+    ),
 }
 CASES = {
     name: case for name, case in json.loads((DATA / "golden.json").read_text()).items() if case["method"] in RECORDED
 }
+
+
+TOFU = [name for name, case in CASES.items() if case["method"] == "tofu"]  # recorded with its own combination only
+# What is merged from both sides was recorded as a mean of means.
+PLAIN_MEANS = [name for name, case in CASES.items() if name not in TOFU and not case.get("bidirection")]
 
 
 @cache
@@ -55,7 +65,7 @@ def recorded(request):
 
 def test_all_recorded_cases_are_there():
     per_method = {method: sum(case["method"] == method for case in CASES.values()) for method in RECORDED}
-    assert per_method == {"pitome": 32, "pitome_bsm": 8, "tome": 8}
+    assert per_method == {"pitome": 32, "pitome_bsm": 8, "tome": 8, "tofu": 8, "mctf": 16}
 
 
 def test_same_partition(recorded):
@@ -64,6 +74,7 @@ def test_same_partition(recorded):
     assert torch.equal(smallest_index(merge.group), tensors()[f"{name}/group_of"].long())
 
 
+@pytest.mark.parametrize("recorded", [name for name in CASES if name not in TOFU], indirect=True)
 def test_same_weighted_mean_and_sizes(recorded):
     merge, x, size, name, _ = recorded
     features, sizes = merge.reduce(x, size)
@@ -71,10 +82,17 @@ def test_same_weighted_mean_and_sizes(recorded):
     torch.testing.assert_close(sizes, tensors()[f"{name}/wavg_size"], **TOLERANCE)
 
 
+@pytest.mark.parametrize("recorded", PLAIN_MEANS, indirect=True)
 def test_same_plain_mean(recorded):
     merge, x, size, name, _ = recorded
     features, _ = merge.reduce(x, torch.ones_like(size))
     torch.testing.assert_close(features, tensors()[f"{name}/mean"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("recorded", TOFU, indirect=True)
+def test_tofu_combines_as_recorded(recorded):
+    merge, x, _, name, _ = recorded
+    torch.testing.assert_close(merge.reduce(x)[0], tensors()[f"{name}/norm_preserving"], **TOLERANCE)
 
 
 # The formulas, slowly.

@@ -28,6 +28,9 @@ def test_every_method_is_described(name):
     assert set(method.options) <= known
     assert method.reducer.needs <= {"attention", "query", "grid"}
     settings_of_attach = {
+        "where",
+        "schedule",
+        "tower_keep",
         "metric",
         "place",
         "weighted",

@@ -61,7 +61,7 @@ def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
         "--keep", type=keep, metavar="K", help="visual tokens left, a number or a share (default: 0.25, a quarter)"
     )
     amount.add_argument("--ratio", type=float, metavar="R", help="share of its tokens that every block keeps, e.g. 0.9")
-    group.add_argument("--where", default="tower", metavar="W", help="tower, projector or both (%(default)s)")
+    group.add_argument("--where", metavar="W", help="tower, projector or both (default: the method's own)")
 
 
 def merging(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,27 +8,46 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .base import Merge, Reducer
-from .baselines import GridPool, RandomDrop
+from .baselines import RandomDrop, Uniform
+from .cdpruner import CDPruner
+from .crossget import CrossGET
+from .dart import DART
+from .dct import DCT
+from .diffrate import DiffRate
+from .divprune import DivPrune
+from .mctf import MCTF
 from .pitome import PiToMe
+from .pooling import Downsample, GridPool
+from .prumerge import PruMerge
 from .staged import Staged
+from .tofu import ToFu
 from .tome import ToMe
+from .visionzip import VisionZip
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named preset: a reducer, its options, and the settings of `attach` that belong to it."""
+    """A named preset: a reducer, its options, and the settings of `attach` that belong to it.
+
+    ``spectral`` says whether its paper proves that merging keeps the spectrum of the token graph.
+    """
 
     reducer: type[Reducer]
     summary: str
     reference: str
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    spectral: bool = False
 
 
 _PITOME = "arXiv 2405.16148"
+_BEFORE_PROJECTOR = {"where": "projector"}  # where methods that reduce once belong
+_PROJECTED = {"where": "projector", "metric": "projected"}
 
 METHODS: dict[str, Method] = {
-    "pitome": Method(PiToMe, "merge inside large clusters, protect the rare tokens (the paper)", _PITOME),
+    "pitome": Method(
+        PiToMe, "merge inside large clusters, protect the rare tokens (the paper)", _PITOME, spectral=True
+    ),
     "pitome-bsm": Method(
         PiToMe, "split by energy, most similar pairs first, nothing protected", _PITOME, {"protect": 0.0}
     ),
@@ -46,8 +65,35 @@ METHODS: dict[str, Method] = {
     ),
     "pitome-tuned": Method(PiToMe, "the default; equal to pitome until it is tuned by measurement", _PITOME),
     "tome": Method(ToMe, "alternate by position, most similar pairs first", "arXiv 2210.09461"),
+    "tofu": Method(
+        ToFu, "ToMe's matching, means keep the largest norm", "arXiv 2312.01026", settings={"weighted": False}
+    ),
+    "mctf": Method(MCTF, "alike, of little attention, small; from both sides", "arXiv 2403.10030"),
+    "crossget": Method(CrossGET, "match on the complete graph", "arXiv 2305.17455"),
+    "diffrate": Method(DiffRate, "keep what the class token looks at, merge the rest into it", "arXiv 2305.17997"),
+    "dct": Method(DCT, "drop high frequencies of the token sequence", "arXiv 2305.15099"),
+    "visionzip": Method(
+        VisionZip,
+        "dominant tokens by class attention, few others",
+        "arXiv 2412.04467",
+        settings=_BEFORE_PROJECTOR,
+    ),
+    "prumerge": Method(
+        PruMerge,
+        "keep what the class token looks at, absorb by attention",
+        "arXiv 2403.15388",
+        settings=_BEFORE_PROJECTOR,
+    ),
+    "prumerge-plus": Method(
+        PruMerge, "prumerge, half of it from equal distances", "arXiv 2403.15388", {"uniform": 0.5}, _BEFORE_PROJECTOR
+    ),
+    "divprune": Method(DivPrune, "keep the most diverse tokens (max-min)", "arXiv 2503.02175", settings=_PROJECTED),
+    "dart": Method(DART, "keep what duplicates a few pivots least", "arXiv 2502.11494", settings=_BEFORE_PROJECTOR),
+    "cdpruner": Method(CDPruner, "keep the most diverse tokens (determinant)", "arXiv 2506.10967", settings=_PROJECTED),
     "random": Method(RandomDrop, "drop a random subset (control)", "control"),
+    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control"),
     "pool": Method(GridPool, "mean of neighbouring patches (control)", "control"),
+    "downsample": Method(Downsample, "a smaller picture, fewer patches from the start (control)", "control"),
 }
 
 

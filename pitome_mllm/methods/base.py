@@ -35,7 +35,7 @@ def unit_metric(metric: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Similarities (B, S, T) of unit rows (B, S, C) and (B, T, C), in float32 also under autocast."""
+    """Products (B, S, T) of rows (B, S, C) and (B, T, C), cosines if they are unit, in float32 also under autocast."""
     kind = a.device.type
     if not torch.amp.is_autocast_available(kind):
         return a @ b.mT
@@ -49,6 +49,12 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     if not fits or not low <= value <= high:
         bounds = "" if math.isinf(low) else f" from {low:g} to {high:g}"
         raise ValueError(f"{name}={value!r} is not possible; choose a number{bounds}")
+
+
+def check_count(name: str, value: object) -> None:
+    """ValueError unless the option ``name`` is a whole number from 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} is not possible; choose a whole number from 1")
 
 
 def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,10 +74,24 @@ def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return similarity.amax(-1), targets.gather(1, similarity.argmax(-1))
 
 
+def ranked(score: Tensor) -> Tensor:
+    """Token indices (B, n) by ``score`` (B, n), highest first; the first of equals first."""
+    return score.argsort(dim=1, descending=True, stable=True)
+
+
+def spread(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` of the ``tokens`` (B, M) at equal distances, and the others, both in their order."""
+    total = tokens.shape[1]
+    place = torch.arange(count, device=tokens.device) * total // max(count, 1)
+    taken = torch.zeros(total, dtype=torch.int8, device=tokens.device).index_fill(0, place, 1)
+    order = taken.argsort(descending=True, stable=True)
+    return tokens[:, order[:count]], tokens[:, order[count:]]
+
+
 def most_similar_first(unit: Tensor, sources: Tensor, targets: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The ``r`` sources that are most similar to their nearest target, and those targets, each (B, r)."""
     similarity, target = nearest(unit, sources, targets)
-    chosen = similarity.argsort(dim=1, descending=True, stable=True)[:, :r]
+    chosen = ranked(similarity)[:, :r]
     return sources.gather(1, chosen), target.gather(1, chosen)
 
 
@@ -87,13 +107,22 @@ class Merge:
     Groups are numbered in reading order: by the smallest index among their tokens.
     """
 
-    def __init__(self, root: Tensor, count: int, *, source: Tensor | None = None, energy: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        root: Tensor,
+        count: int,
+        *,
+        weight: Tensor | None = None,
+        source: Tensor | None = None,
+        energy: Tensor | None = None,
+    ) -> None:
         """Group tokens by a common root.
 
         Parameters
         ----------
         root : (B, N) int64, the index of one token of the group, the same for all its tokens; -1 = dropped.
         count : how many different roots every row has.
+        weight : (B, N) float32 factor of each token in its group's value; None = its share of the group's size.
         source : (B, K) int64, one token of each group, in the order in which the reference code leaves the groups.
         """
         batch, tokens = root.shape
@@ -110,6 +139,7 @@ class Merge:
         self.energy = energy
         self.group: Tensor | None = number.gather(1, smallest.clamp(max=tokens - 1)).where(kept, -1)
         self._source = source
+        self._weight = weight
         self._first = order[:, :count]  # the first token of each group ...
         self._rest = order[:, count:]  # ... and all the others
 
@@ -120,8 +150,21 @@ class Merge:
         root = torch.arange(tokens, device=sources.device).repeat(batch, 1)
         return cls(root.scatter(1, sources, targets), tokens - r, **extra)
 
+    @classmethod
+    def select(cls, tokens: int, kept: Tensor, protected: int = 0) -> Merge:
+        """Only the tokens ``kept`` (B, K) and the first ``protected`` ones stay; all others are dropped."""
+        index = torch.arange(tokens, device=kept.device).repeat(len(kept), 1)
+        root = torch.full_like(index, -1).scatter(1, kept, kept)
+        return cls(index.where(index < protected, root), kept.shape[1] + protected)
+
+    def weighted_by(self, value: Tensor) -> Merge:
+        """This merge with means weighted by ``value`` (B, N), above zero, in place of sizes. In place; no dropping."""
+        total = torch.zeros_like(value).scatter_add(1, self.group, value).gather(1, self.group)
+        self._weight = value / total
+        return self
+
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Combine the tokens of each group: their size-weighted mean, and the sum of their sizes.
+        """Combine the tokens of each group, by default their size-weighted mean, and sum up their sizes.
 
         Parameters
         ----------
@@ -143,9 +186,12 @@ class Merge:
         first_size = rows(size, self._first)
         total = first_size.scatter_add(1, slot, rest_size)
 
+        first_share, rest_share = first_size / total, rest_size / total.gather(1, slot)
+        if self._weight is not None:
+            first_share, rest_share = (rows(self._weight[..., None], index) for index in (self._first, self._rest))
         wide = torch.promote_types(x.dtype, torch.float32)
-        first = rows(x, self._first).to(wide) * (first_size / total)
-        rest = rows(x, self._rest).to(wide) * (rest_size / total.gather(1, slot))
+        first = rows(x, self._first).to(wide) * first_share
+        rest = rows(x, self._rest).to(wide) * rest_share
         rest = rest.masked_fill(dropped, 0.0)  # a NaN that is dropped must not come back as 0 * NaN
         return first.scatter_add(1, slot.expand_as(rest), rest).to(x.dtype), total
 
@@ -199,12 +245,17 @@ class Reducer(ABC):
 
     Class attributes
     ----------------
-    needs : what `match` requires beyond the metric, of "attention" (B, N), "query" (B, C) and "grid" (rows, columns).
+    needs : what `match` requires beyond the metric: "attention" (B, N), what each token receives from the class token
+        (mean over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
+    bipartite : one step removes at most half of the tokens; else all but one.
     once : the method reduces in one step, at one place; it does not make sense a little in every block.
+    shrinks_picture : the method is a smaller picture; its groups only say which patches share a token.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    bipartite: ClassVar[bool] = True
     once: ClassVar[bool] = False
+    shrinks_picture: ClassVar[bool] = False
 
     @abstractmethod
     def match(
@@ -230,8 +281,8 @@ class Reducer(ABC):
         """
 
     def max_removable(self, n: int) -> int:
-        """The most tokens that one `match` can remove of ``n`` unprotected ones: half, for bipartite methods."""
-        return n // 2
+        """The most tokens that one `match` can remove of ``n`` unprotected ones."""
+        return n // 2 if self.bipartite else max(n - 1, 0)
 
     def allowed(self, n: int) -> Collection[int]:
         """The token counts that repeated matching can reach from ``n`` unprotected tokens."""

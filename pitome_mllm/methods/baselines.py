@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +25,8 @@ def _shuffled(n: int, seed: int, device: torch.device) -> Tensor:
 class RandomDrop(Reducer):
     """Drop a seeded random subset, the same for every picture; nothing merges."""
 
+    bipartite: ClassVar[bool] = False
+
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -38,84 +38,20 @@ class RandomDrop(Reducer):
         self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
     ) -> Merge:
         n = self.check(metric, r, protected)
-        dropped = _shuffled(n, self.seed, metric.device)[:r] + protected
-        root = torch.arange(n + protected, device=metric.device).index_fill(0, dropped, -1)
-        return Merge(root.repeat(metric.shape[0], 1), n + protected - r)
-
-    def max_removable(self, n: int) -> int:
-        return max(n - 1, 0)
-
-
-def _cells(height: int, width: int, count: int) -> tuple[int, int] | None:
-    """Rows and columns of ``count`` cells over a grid, with cells as square as possible; None if there are none."""
-    best, least = None, math.inf
-    for a in range(1, height + 1):
-        b = count // a
-        if a * b == count and b <= width:
-            skew = max(height * b, width * a) / min(height * b, width * a)
-            if skew < least:
-                best, least = (a, b), skew
-    return best
+        kept = _shuffled(n, self.seed, metric.device)[r:] + protected
+        return Merge.select(n + protected, kept.repeat(metric.shape[0], 1), protected)
 
 
 @dataclass(frozen=True)
-class GridPool(Reducer):
-    """Mean of neighbouring patches: the grid is cut into a x b cells of (nearly) equal size.
+class Uniform(Reducer):
+    """Keep tokens at equal distances in reading order; nothing merges."""
 
-    Only counts a * b with a <= rows and b <= columns exist.
-    """
-
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
-    once: ClassVar[bool] = True
+    bipartite: ClassVar[bool] = False
 
     @torch.no_grad()
     def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        grid: tuple[int, int] | None = None,
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
     ) -> Merge:
         n = self.check(metric, r, protected)
-        height, width = grid or square(n)
-        if height * width != n:
-            raise ValueError(f"grid {height} x {width} does not hold {n} tokens; pool whole, unmerged grids only")
-        cells = _cells(height, width, n - r)
-        if cells is None:
-            raise ValueError(
-                f"cannot pool {height} x {width} patches to {n - r} tokens; possible are products a * b with "
-                f"a <= {height}, b <= {width}, such as {_closest(self.allowed(n), n - r)}"
-            )
-        top = _corners(height, cells[0], metric.device)[:, None] * width
-        left = _corners(width, cells[1], metric.device)
-        front = torch.arange(protected, device=metric.device)
-        root = torch.cat([front, (top + left).flatten() + protected])
-        return Merge(root.repeat(metric.shape[0], 1), n + protected - r)
-
-    def max_removable(self, n: int) -> int:
-        return max(n - 1, 0)
-
-    def allowed(self, n: int) -> Collection[int]:
-        height, width = square(n)
-        return sorted({a * b for a in range(1, height + 1) for b in range(1, width + 1)})
-
-
-def _corners(size: int, count: int, device: torch.device) -> Tensor:
-    """For each of ``size`` indices, the first index of its cell when they are cut into ``count`` cells."""
-    cell = torch.arange(size, device=device) * count // size
-    return (cell * size + count - 1) // count
-
-
-def _closest(allowed: Collection[int], count: int) -> str:
-    return " or ".join(str(c) for c in sorted(sorted(allowed, key=lambda c: abs(c - count))[:2]))
-
-
-def square(n: int) -> tuple[int, int]:
-    """The side lengths of a square of ``n`` patches; ValueError if it is none."""
-    side = math.isqrt(n)
-    if side * side != n:
-        raise ValueError(f"{n} tokens are not a square grid; pass grid=(rows, columns)")
-    return side, side
+        kept = torch.arange(n - r, device=metric.device) * n // (n - r) + protected
+        return Merge.select(n + protected, kept.repeat(metric.shape[0], 1), protected)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number, cosine, most_similar_first, unit_metric
+from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
 
 ENERGIES = ("paper", "elu")
 
@@ -34,12 +34,16 @@ class PiToMe(Reducer):
     energy : "paper" as above, or "elu", where f(c) = c - m above the margin (the authors' code).
     protect : share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more
         candidates than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
+    steps : 1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left.
+    smooth : share of a token's energy that comes from the tokens it resembles, their mean by similarity; 0 = the paper.
     """
 
     margin: float | None = None
     alpha: float = 1.0
     energy: str = "paper"
     protect: float = 1.0
+    steps: int = 1
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
@@ -48,15 +52,28 @@ class PiToMe(Reducer):
             check_number("margin", self.margin)
         check_number("alpha", self.alpha)
         check_number("protect", self.protect, 0, 1)
+        check_number("smooth", self.smooth, 0, 1)
+        check_count("steps", self.steps)
 
     @torch.no_grad()
     def match(
         self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
     ) -> Merge:
-        n = self.check(metric, r, protected)
+        self.check(metric, r, protected)
+        parts = [r * (step + 1) // self.steps - r * step // self.steps for step in range(self.steps)]
+        whole = merge = self._step(metric, parts[0], protected, depth)
+        for part in parts[1:]:
+            metric, size = merge.reduce(metric, size)
+            merge = self._step(metric, part, protected, depth)
+            whole = whole.then(merge)
+        return whole
+
+    def _step(self, metric: Tensor, r: int, protected: int, depth: float) -> Merge:
+        """Merge ``r`` tokens by the energies of all of ``metric``."""
+        n = metric.shape[1] - protected
         unit = unit_metric(metric)
         energy = self._energy(unit[:, protected:], depth)
-        order = energy.argsort(dim=1, descending=True, stable=True) + protected
+        order = ranked(energy) + protected
         if r == 0:
             return Merge.join(metric.shape[1], order[:, :0], order[:, :0], energy=energy)
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
@@ -75,4 +92,9 @@ class PiToMe(Reducer):
         value = F.elu(similarity - margin, alpha=self.alpha)
         if self.energy == "paper":
             value = similarity.where(similarity >= margin, value)
-        return value.mean(-1)
+        energy = value.mean(-1)
+        if self.smooth:
+            weight = similarity.clamp_min(0.0)
+            around = cosine(weight, energy[:, None])[..., 0] / weight.sum(-1).clamp_min(1e-6)
+            energy = energy.lerp(around, self.smooth)
+        return energy

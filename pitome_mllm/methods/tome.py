@@ -10,6 +10,12 @@ from torch import Tensor
 from .base import Merge, Reducer, most_similar_first, unit_metric
 
 
+def alternate(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
+    """The unprotected tokens of ``metric`` (B, N, C) at even and at odd places, as indices (B, ...) each."""
+    index = torch.arange(metric.shape[1], device=metric.device).expand(len(metric), -1)
+    return index[:, protected + protected % 2 :: 2], index[:, protected + 1 - protected % 2 :: 2]
+
+
 @dataclass(frozen=True)
 class ToMe(Reducer):
     """Bipartite soft matching: tokens alternate between A and B by position; of A, the r most similar to B merge.
@@ -22,12 +28,12 @@ class ToMe(Reducer):
         self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
     ) -> Merge:
         self.check(metric, r, protected)
-        batch, tokens = metric.shape[:2]
-        index = torch.arange(tokens, device=metric.device).expand(batch, tokens)
-        a, b = index[:, protected + protected % 2 :: 2], index[:, protected + 1 - protected % 2 :: 2]
+        tokens = metric.shape[1]
+        a, b = alternate(metric, protected)
         if r == 0:
             return Merge.join(tokens, a[:, :0], a[:, :0])
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
+        index = torch.arange(tokens, device=metric.device).expand(len(metric), tokens)
         # The authors' code leaves the class token, what is left of A, and then B.
         place = index.where(index < protected, index + tokens * (1 + index % 2))
         source = place.scatter(1, merged, 3 * tokens).argsort(dim=1)[:, : tokens - r]

@@ -1,0 +1,144 @@
+"""Answer the benchmark under many settings, several at a time; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .score import score
+
+PLAIN = "plain"
+Jobs = Mapping[str, Mapping[str, Any] | None]  # name of a run -> keywords of `attach`; None = the plain model
+
+_loaded: dict[str, tuple[Any, Any]] = {}  # by name, once per process
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model and processor, in float32, once per process."""
+    import pitome_mllm
+
+    if name not in _loaded:
+        _loaded[name] = pitome_mllm.load(name, dtype="float32")
+    return _loaded[name]
+
+
+def hits(model_name: str, settings: Mapping[str, Any] | None, split: str, limit: int | None) -> np.ndarray:
+    """Whether each question of the split is answered right, in the benchmark's order."""
+    from pitome_mllm import attach
+
+    model, processor = load(model_name)
+    handle = None if settings is None else attach(model, **settings)
+    try:
+        return np.array([record.right for record in score(model, processor, split, limit)])
+    finally:
+        if handle:
+            handle.remove()
+
+
+def measure(
+    jobs: Jobs, model_name: str, split: str, limit: int | None, work: Path, processes: int = 1
+) -> dict[str, np.ndarray]:
+    """The hits of every job, from ``work`` where they are there already.
+
+    Parameters
+    ----------
+    limit : only the first so many questions; None = all.
+    work : folder for finished runs, one file each; see `work_folder`.
+    processes : how many jobs run at a time, one thread each.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    work.mkdir(parents=True, exist_ok=True)
+    files = {name: work / f"{name}.npy" for name in jobs}
+    missing = [name for name in jobs if not files[name].exists()]
+    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=len(jobs), completed=len(jobs) - len(missing))
+
+        def keep(name: str, found: np.ndarray) -> None:
+            part = files[name].with_suffix(".part.npy")
+            np.save(part, found)
+            part.rename(files[name])
+            progress.update(task, advance=1, description=name)
+
+        _run({name: (model_name, jobs[name], split, limit) for name in missing}, processes, keep)
+    return {name: np.load(file) for name, file in files.items()}
+
+
+def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, np.ndarray], None]) -> None:
+    """Call `hits` with each of ``calls``, in this process or in several, and give each result to ``keep``."""
+    if processes == 1:
+        for name, arguments in calls.items():
+            keep(name, hits(*arguments))
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(hits, *arguments): name for name, arguments in calls.items()}
+        for done in as_completed(running):
+            keep(running[done], done.result())
+
+
+def work_folder(kind: str, model_name: str, split: str, limit: int | None) -> Path:
+    """Where finished runs are kept: a folder for these weights, this split and limit, and this very code."""
+    import pitome_mllm
+
+    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
+    sources = [*package.glob("*.py"), *(package / "methods").glob("*.py")]
+    sources += [here / f"{name}.py" for name in ("benchmark", "glyphs", "questions", "scenes", "score")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:8]
+    weights = provenance(model_name, split)["weights"]
+    return Path("runs") / f"{kind}-{weights}-{split}-{limit or 'all'}-{code}"
+
+
+def write_csv(path: Path, made: Iterable[Any], about: dict[str, str]) -> None:
+    """Write dataclass rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
+    rows = [asdict(row) | about for row in made]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    part.rename(path)
+
+
+def provenance(model_name: str, split: str) -> dict[str, str]:
+    """What every row of a CSV says about where it comes from."""
+    import transformers
+
+    import pitome_mllm
+
+    model = load(model_name)[0]
+    sha = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(weight.float().numpy().tobytes())
+    return {
+        "model": model_name,
+        "weights": sha.hexdigest()[:12],
+        "split": split,
+        "date": date.today().isoformat(),
+        "device": processor_name(),
+        "pitome_mllm": pitome_mllm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def processor_name() -> str:
+    """What this machine calls its processor, and how many cores of it there are."""
+    path = Path("/proc/cpuinfo")  # where the operating system has it
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

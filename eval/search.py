@@ -1,0 +1,159 @@
+"""The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.search``.
+
+One factor after the other: every alternative is measured with all others as they are by then, and the best stays. A
+second sweep asks again, now that the rest has changed. What is found becomes the preset `pitome-tuned`; the CSV is the
+ablation. The test set plays no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pitome_mllm.schedule import SHAPES
+
+from .benchmark import questions
+from .curves import Bootstrap
+from .runs import measure, provenance, work_folder, write_csv
+
+KEEPS = (144, 72, 36, 16)
+RESULTS = Path(__file__).parent / "results" / "search.csv"
+START: dict[str, Any] = {"method": "pitome"}
+
+# What is tried, factor by factor; the paper's choice is always among it. None of an option is the paper's.
+FACTORS: dict[str, list[dict[str, Any]]] = {
+    "where": [
+        {"where": "tower"},
+        {"where": "projector"},
+        {"where": "both"},
+        {"where": "both", "tower_keep": 0.5},
+        {"where": "both", "tower_keep": 0.35},
+        {"where": "both", "tower_keep": 0.75},
+    ],
+    "positions": [{"positions": "compact"}, {"positions": "original"}],
+    "size bias in the LLM": [{"llm_size_bias": False}, {"llm_size_bias": True}],
+    "schedule": [{"schedule": shape} for shape in SHAPES],
+    "order": [{"order": "reading"}, {"order": "source"}],
+    "protected share": [{"protect": share} for share in (1.0, 0.75, 0.5, 0.25, 0.0)],
+    "metric": [{"metric": "keys"}, {"metric": "history"}, {"metric": "hidden"}],
+    "place": [{"place": "mid"}, {"place": "end"}],
+    "weighted mean": [{"weighted": True}, {"weighted": False}],
+    "proportional attention": [{"proportional_attention": True}, {"proportional_attention": False}],
+    "energy": [{"energy": "paper"}, {"energy": "elu"}],
+    "alpha": [{"alpha": alpha} for alpha in (1.0, 0.5, 0.0)],
+    "margin": [{"margin": margin} for margin in (None, 0.9, 0.6, 0.3, 0.0)],
+    "smoothed energy": [{"smooth": share} for share in (0.0, 0.5, 1.0)],
+    "steps per merge": [{"steps": steps} for steps in (1, 2, 3)],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One alternative at one keep: accuracy, and the difference to the setting before this factor, with intervals.
+
+    ``keep`` 0 stands for the mean over all keeps, which decides.
+    """
+
+    sweep: int
+    factor: str
+    alternative: str
+    chosen: bool
+    keep: int
+    questions: int
+    value: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    settings: str
+
+
+class Search:
+    """Measures settings and remembers what came out."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work = args.work or work_folder("search", args.model, "validation", args.limit)
+        asked = questions("validation")[: args.limit]
+        self.bootstrap = Bootstrap(np.array([scene for scene, _ in asked]))
+        self.everything = np.ones(len(asked), bool)
+
+    def measured(self, candidates: list[Mapping[str, Any]]) -> list[np.ndarray]:
+        """Hits (keeps, questions) of every candidate."""
+        jobs: dict[str, Mapping[str, Any] | None] = {}
+        for candidate in candidates:
+            jobs |= {name(candidate, keep): {**candidate, "keep": keep} for keep in self.args.keep}
+        found = measure(jobs, self.args.model, "validation", self.args.limit, self.work, self.args.processes)
+        return [np.stack([found[name(c, keep)] for keep in self.args.keep]).astype(float) for c in candidates]
+
+    def factor(
+        self, sweep: int, factor: str, alternatives: list[dict[str, Any]], current: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[Row]]:
+        """The best alternative in place, and the rows of all."""
+        candidates = [merged(current, alternative) for alternative in alternatives]
+        *found, before = self.measured([*candidates, current])
+        best = max(range(len(found)), key=lambda i: (found[i].mean(), candidates[i] == current))
+        rows = [
+            row
+            for i, (alternative, hits) in enumerate(zip(alternatives, found, strict=True))
+            for row in self.rows((sweep, factor, label(alternative), i == best), candidates[i], hits, before)
+        ]
+        return candidates[best], rows
+
+    def rows(self, key: tuple, candidate: Mapping[str, Any], hits: np.ndarray, before: np.ndarray) -> Iterator[Row]:
+        """The row of the mean over keeps, and one row per keep."""
+        said = json.dumps(candidate, sort_keys=True)
+        for keep, mine, theirs in ((0, hits.mean(0), before.mean(0)), *zip(self.args.keep, hits, before, strict=True)):
+            figures = [*self.bootstrap(mine, self.everything), *self.bootstrap(mine - theirs, self.everything)]
+            yield Row(*key, keep, hits.shape[1], *(round(f, 4) for f in figures), settings=said)
+
+
+def merged(current: dict[str, Any], alternative: dict[str, Any]) -> dict[str, Any]:
+    """``current`` with an alternative in place; a place brings its own tower_keep, or none."""
+    kept = {k: v for k, v in current.items() if not ("where" in alternative and k == "tower_keep")}
+    return {**kept, **alternative}
+
+
+def label(alternative: Mapping[str, Any]) -> str:
+    """How a table names an alternative."""
+    return ", ".join(f"{key}={value}" for key, value in alternative.items())
+
+
+def name(candidate: Mapping[str, Any], keep: int) -> str:
+    """The name of a run: readable keep, hashed settings."""
+    said = json.dumps(candidate, sort_keys=True)
+    return f"{keep}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Search, and write the CSV after every factor."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
+    parser.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
+    parser.add_argument("--sweeps", type=int, default=2)
+    parser.add_argument("--factors", nargs="+", default=list(FACTORS), choices=list(FACTORS))
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--processes", type=int, default=2, help="settings measured at a time, one thread each")
+    parser.add_argument("--work", type=Path, help="folder for finished runs (default: one in runs/)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    search, about = Search(args), provenance(args.model, "validation")
+    current, found = dict(START), []
+    for sweep in range(1, args.sweeps + 1):
+        for factor in args.factors:
+            current, rows = search.factor(sweep, factor, FACTORS[factor], current)
+            found += rows
+            write_csv(args.out, found, about)
+            print(f"sweep {sweep}, {factor}: {json.dumps(current)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""CrossGET: "Cross-Guided Ensemble of Tokens" (ICML 2024, arXiv 2305.17455), complete-graph soft matching."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, cosine, most_similar_first, ranked, unit_metric
+
+
+@dataclass(frozen=True)
+class CrossGET(Reducer):
+    """Match on the complete graph instead of between two halves.
+
+    Tokens are ranked by their best similarity to any other. Each one looks at those ranked behind it only; the r with
+    the best similarity there are the sources, and join their most similar token among the rest.
+
+    The paper's learned cross tokens, which guide the matching by the other modality, need training: left out.
+    """
+
+    bipartite: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        n = self.check(metric, r, protected)
+        unit = unit_metric(metric)
+        similarity = cosine(unit[:, protected:], unit[:, protected:])
+        similarity.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+        rank = ranked(similarity.amax(-1)).argsort(1)  # (B, n): place of every token
+        behind = similarity.masked_fill(rank[:, None] <= rank[:, :, None], -math.inf)
+        order = ranked(behind.amax(-1)) + protected
+        sources, targets = order[:, :r], order[:, r:].sort(1).values
+        if r == 0:
+            return Merge.join(n + protected, sources, sources)
+        return Merge.join(n + protected, *most_similar_first(unit, sources, targets, r))

@@ -1,0 +1,54 @@
+"""DART: "Stop Looking for Important Tokens: Duplication Matters More" (EMNLP 2025, arXiv 2502.11494)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, check_count, cosine, ranked, rows, unit_metric
+
+
+@dataclass(frozen=True)
+class DART(Reducer):
+    """Keep a few pivots, and what duplicates them least (section 3.3).
+
+    Pivots are the tokens with the largest L1 norm of their keys. Each pivot in turn keeps its share of the others:
+    those least similar to it that are not kept yet. The rest is dropped.
+
+    The paper works behind the LLM's second layer, where text tokens are pivots too; in front of the projector there are
+    visual tokens only, and keys are the metric of both norm and similarity.
+
+    Parameters
+    ----------
+    pivots : how many; 8 in the paper.
+    """
+
+    bipartite: ClassVar[bool] = False
+    once: ClassVar[bool] = True
+
+    pivots: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("pivots", self.pivots)
+
+    @torch.no_grad()
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        n = self.check(metric, r, protected)
+        unit = unit_metric(metric)[:, protected:]
+        count = min(self.pivots, n - r)
+        norm = metric.detach()[:, protected:].float().abs().sum(-1)
+        pivots = ranked(norm.where(norm.isfinite(), 0.0))[:, :count]
+        similarity = cosine(rows(unit, pivots), unit).scatter(2, pivots[:, None].expand(-1, count, -1), math.inf)
+        kept, others = [pivots], n - r - count
+        for number in range(count):
+            share = others // count + (number < others % count)
+            least = ranked(-similarity[:, number])[:, :share]
+            kept.append(least)
+            similarity = similarity.scatter(2, least[:, None].expand(-1, count, -1), math.inf)
+        return Merge.select(n + protected, torch.cat(kept, 1) + protected, protected)

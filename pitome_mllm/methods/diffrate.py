@@ -1,0 +1,41 @@
+"""DiffRate: "Differentiable Compression Rate for Efficient Vision Transformers" (ICCV 2023, arXiv 2305.17997)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, most_similar_first, ranked, unit_metric
+
+
+@dataclass(frozen=True)
+class DiffRate(Reducer):
+    """Keep the tokens that the class token looks at; every other one joins its most similar kept token (section 3).
+
+    The paper learns how many tokens every block prunes and merges; here the schedule says how many, and all merge.
+    Groups take the size-weighted mean.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    bipartite: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def match(
+        self,
+        metric: Tensor,
+        r: int,
+        *,
+        size: Tensor | None = None,
+        protected: int = 0,
+        depth: float = 0.0,
+        attention: Tensor | None = None,
+    ) -> Merge:
+        n = self.check(metric, r, protected)
+        order = ranked(attention[:, protected:]) + protected
+        kept, others = order[:, : n - r].sort(1).values, order[:, n - r :]
+        if r == 0:
+            return Merge.join(n + protected, others, others)
+        return Merge.join(n + protected, *most_similar_first(unit_metric(metric), others, kept, r))

@@ -1,0 +1,58 @@
+"""LLaVA-PruMerge: "Adaptive Token Reduction for Efficient Large Multimodal Models" (ICCV 2025, arXiv 2403.15388)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_metric
+
+
+@dataclass(frozen=True)
+class PruMerge(Reducer):
+    """Keep the tokens that the class token looks at most, and let each absorb the dropped ones like it (section 3).
+
+    The paper takes as many as are outliers of the attention; here ``keep`` says how many. It averages each kept token
+    with its k nearest others, weighted by their class attention; these may overlap, and what is nobody's neighbour is
+    lost. Here each token joins its most similar kept one, by keys, so that groups exist and no token is lost; a group's
+    mean is weighted by class attention, the kept token included.
+
+    Parameters
+    ----------
+    uniform : share of the kept tokens that are taken at equal distances in reading order from those that attention
+        left (the "+" variant, which spreads its samples as the picture needs; half of them here).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    bipartite: ClassVar[bool] = False
+    once: ClassVar[bool] = True
+
+    uniform: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("uniform", self.uniform, 0, 1)
+
+    @torch.no_grad()
+    def match(
+        self,
+        metric: Tensor,
+        r: int,
+        *,
+        size: Tensor | None = None,
+        protected: int = 0,
+        depth: float = 0.0,
+        attention: Tensor | None = None,
+    ) -> Merge:
+        keep = self.check(metric, r, protected) - r
+        uniform = round(self.uniform * keep)
+        order = ranked(attention[:, protected:]) + protected
+        samples, sources = spread(order[:, keep - uniform :].sort(1).values, uniform)
+        if r == 0:
+            return Merge.join(metric.shape[1], sources, sources)
+        kept = torch.cat([order[:, : keep - uniform], samples], 1).sort(1).values
+        target = nearest(unit_metric(metric), sources, kept)[1]
+        merge = Merge.join(metric.shape[1], sources, target)
+        return merge.weighted_by(attention.float().clamp_min(1e-12))

@@ -1,0 +1,73 @@
+"""ToFu: "Token Fusion: Bridging the Gap between Token Pruning and Token Merging" (WACV 2024, arXiv 2312.01026)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, most_similar_first, rows, unit_metric
+from .tome import alternate
+
+REFERENCES = ("mean", "target")
+
+
+class NormPreserving(Merge):
+    """A group's mean, rescaled so that the largest norm among its tokens survives.
+
+    ``reference`` says to what length the mean is set in relation: its own, or that of the group's target.
+    """
+
+    reference: str = "mean"
+
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, total = super().reduce(x, size)
+        norm = x.float().norm(dim=-1)
+        largest = rows(norm[..., None], self._first)[..., 0].scatter_reduce(
+            1, self.group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
+        )
+        own = mean.float().norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
+        alone = torch.zeros_like(largest).scatter_add(1, self.group, torch.ones_like(norm)) == 1
+        scale = (largest / own).masked_fill(alone | (own == 0), 1.0)
+        return (mean.float() * scale[..., None]).to(x.dtype), total
+
+    def aimed_at(self, targets: Tensor) -> NormPreserving:
+        """This merge with the norm of ``targets`` (B, r), the tokens that others joined, as reference."""
+        self.reference = "target"
+        self._target = self._first.scatter(1, self.group.gather(1, targets), targets)
+        return self
+
+
+@dataclass(frozen=True)
+class ToFu(Reducer):
+    r"""ToMe's matching, and a group that keeps the largest norm of its tokens (MLERP, section 3).
+
+    .. math:: x = \bar x \cdot \max_i \|x_i\| \,/\, n
+
+    Means are shorter than what they are the means of, which later layers were not trained on. The paper drops the
+    merged tokens instead in early layers, up to a depth that it gives for no CLIP tower: that is left out here.
+
+    Parameters
+    ----------
+    reference : what n is: "mean" = the norm of the mean (the paper), "target" = that of the token which the others
+        joined (the published code).
+    """
+
+    reference: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.reference not in REFERENCES:
+            raise ValueError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
+
+    @torch.no_grad()
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        self.check(metric, r, protected)
+        a, b = alternate(metric, protected)
+        if r == 0:
+            return Merge.join(metric.shape[1], a[:, :0], a[:, :0])
+        merged, target = most_similar_first(unit_metric(metric), a, b, r)
+        merge = NormPreserving.join(metric.shape[1], merged, target)
+        return merge if self.reference == "mean" else merge.aimed_at(target)

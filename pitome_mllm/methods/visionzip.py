@@ -1,0 +1,68 @@
+"""VisionZip: "Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025, arXiv 2412.04467)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_metric
+
+COMBINATIONS = ("add", "mean")
+
+
+@dataclass(frozen=True)
+class VisionZip(Reducer):
+    """Keep the dominant tokens, and merge the rest into a few contextual ones (sections 2.2 and 2.3).
+
+    Dominant are the tokens that the class token looks at most. Of the rest, tokens at equal distances in reading order
+    are targets (at least one); every other one joins its most similar target, by the keys of the block that the
+    features come from. The published code hands on the class token too; here a model's own selection of features
+    decides that.
+
+    Parameters
+    ----------
+    dominant : share of the kept tokens that are dominant; 54 of 64 in the paper.
+    combine : what a contextual token is: "add" = the target plus the mean of the tokens that joined it, "mean" = the
+        mean of all of them; the paper's words allow both.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    bipartite: ClassVar[bool] = False
+    once: ClassVar[bool] = True
+
+    dominant: float = 54 / 64
+    combine: str = "add"
+
+    def __post_init__(self) -> None:
+        check_number("dominant", self.dominant, 0, 1)
+        if self.combine not in COMBINATIONS:
+            raise ValueError(f"unknown combine {self.combine!r}; choose one of {', '.join(COMBINATIONS)}")
+
+    @torch.no_grad()
+    def match(
+        self,
+        metric: Tensor,
+        r: int,
+        *,
+        size: Tensor | None = None,
+        protected: int = 0,
+        depth: float = 0.0,
+        attention: Tensor | None = None,
+    ) -> Merge:
+        keep = self.check(metric, r, protected) - r
+        contextual = max(1, keep - round(self.dominant * keep))
+        order = ranked(attention[:, protected:]) + protected
+        rest = order[:, keep - contextual :].sort(1).values
+        targets, sources = spread(rest, contextual)
+        if r == 0:
+            return Merge.join(metric.shape[1], sources, sources)
+        target = nearest(unit_metric(metric), sources, targets)[1]
+        weight = None
+        if self.combine == "add":
+            ones = torch.ones(metric.shape[:2], device=metric.device)
+            joined = torch.zeros_like(ones).scatter_add(1, target, ones[:, :r])
+            weight = ones.scatter(1, sources, 1 / joined.gather(1, target))
+        return Merge.join(metric.shape[1], sources, target, weight=weight)
