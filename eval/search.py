@@ -29,14 +29,7 @@ START: dict[str, Any] = {"method": "pitome"}
 
 # What is tried, factor by factor; the paper's choice is always among it. None of an option is the paper's.
 FACTORS: dict[str, list[dict[str, Any]]] = {
-    "where": [
-        {"where": "tower"},
-        {"where": "projector"},
-        {"where": "both"},
-        {"where": "both", "tower_keep": 0.5},
-        {"where": "both", "tower_keep": 0.35},
-        {"where": "both", "tower_keep": 0.75},
-    ],
+    "where": [{"where": place} for place in ("tower", "projector", "both")],
     "positions": [{"positions": "compact"}, {"positions": "original"}],
     "size bias in the LLM": [{"llm_size_bias": False}, {"llm_size_bias": True}],
     "schedule": [{"schedule": shape} for shape in SHAPES],
@@ -98,7 +91,7 @@ class Search:
         self, sweep: int, factor: str, alternatives: list[dict[str, Any]], current: dict[str, Any]
     ) -> tuple[dict[str, Any], list[Row]]:
         """The best alternative in place, and the rows of all."""
-        candidates = [merged(current, alternative) for alternative in alternatives]
+        candidates = [{**current, **alternative} for alternative in alternatives]
         *found, before = self.measured([*candidates, current])
         best = max(range(len(found)), key=lambda i: (found[i].mean(), candidates[i] == current))
         rows = [
@@ -114,12 +107,6 @@ class Search:
         for keep, mine, theirs in ((0, hits.mean(0), before.mean(0)), *zip(self.args.keep, hits, before, strict=True)):
             figures = [*self.bootstrap(mine, self.everything), *self.bootstrap(mine - theirs, self.everything)]
             yield Row(*key, keep, hits.shape[1], *(round(f, 4) for f in figures), settings=said)
-
-
-def merged(current: dict[str, Any], alternative: dict[str, Any]) -> dict[str, Any]:
-    """``current`` with an alternative in place; a place brings its own tower_keep, or none."""
-    kept = {k: v for k, v in current.items() if not ("where" in alternative and k == "tower_keep")}
-    return {**kept, **alternative}
 
 
 def label(alternative: Mapping[str, Any]) -> str:

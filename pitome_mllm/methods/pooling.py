@@ -72,8 +72,8 @@ class GridPool(Reducer):
 class Downsample(GridPool):
     """A smaller picture instead of fewer tokens: as many patches as ``keep``, positions interpolated.
 
-    The picture is scaled before the tower to a x b patches, which stay as square as the count allows. `match` says which
-    of the original patches lie under each of the new ones; nothing is merged by it.
+    The picture is scaled before the tower to a x b patches, as square as the count allows. `match` says which of the
+    original patches lie under each of the new ones; nothing is merged by it.
     """
 
     shrinks_picture: ClassVar[bool] = True
