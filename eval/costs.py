@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
 
     config = config_of(shape)
     for setting in wanted:
-        plan = make_plan(Settings().changed(**asdict(setting)), geometry(config))
+        plan = make_plan(Settings().changed(**setting.keywords()), geometry(config))
         taken = milliseconds(plan, config, repeats)
         low, middle, high = (round(float(q), 3) for q in np.quantile(taken, (0.2, 0.5, 0.8)))
         yield Cost(shape, setting.method, setting.where, setting.keep, len(plan.steps), middle, low, high, repeats)
@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     about = {"processor": processor_name(), "torch": torch.__version__, "date": date.today().isoformat()}
     found = []
     for shape in args.shapes:
-        wanted = list(settings(args.methods, args.where, args.keep, geometry(config_of(shape))))
+        every = settings(args.methods, args.where, args.keep, geometry(config_of(shape)))
+        wanted = [setting for setting in every if not setting.like]
         found += track(costs(shape, wanted, args.repeats), shape, total=len(wanted))
     write_csv(args.out, found, about)
 

@@ -31,14 +31,24 @@ RESULTS = Path(__file__).parent / "results" / "curves.csv"
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a method at a place, keeping so many tokens."""
+    """One run: a method at a place, keeping so many tokens; ``like`` another method in the schedule and in the LLM."""
 
     method: str
     where: str
     keep: int
+    like: str = ""
 
     def __str__(self) -> str:
-        return f"{self.method}-{self.where}-{self.keep}"
+        return f"{self.method}-{self.where}-{self.keep}{self.like and '-like-' + self.like}"
+
+    def keywords(self) -> dict[str, Any]:
+        """What `attach` is called with."""
+        from pitome_mllm import METHODS
+        from pitome_mllm.plan import WHERE
+
+        borrowed = METHODS[self.like].settings if self.like else {}
+        borrowed = {name: value for name, value in borrowed.items() if name in WHERE}
+        return {**borrowed, "method": self.method, "where": self.where, "keep": self.keep}
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Row:
     method: str
     where: str
     keep: int
+    like: str
     group: str
     against: str
     questions: int
@@ -57,18 +68,25 @@ class Row:
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
-    """Every combination that exists; a method with a place of its own is measured there, others at all of them."""
-    from pitome_mllm import METHODS
-    from pitome_mllm.plan import Settings, make_plan
+    """Every combination that exists; a method with a place of its own is measured there, others at all of them.
 
+    What works where the default method does is measured once more with the default's schedule and its settings in the
+    LLM, which are no part of any method: so it shows what comes from them and what from the method.
+    """
+    from pitome_mllm import METHODS
+    from pitome_mllm.plan import DEFAULT_METHOD, Settings, make_plan
+
+    default = METHODS[DEFAULT_METHOD].settings.get("where", "tower")
     for method, where, keep in product(methods, places, keeps):
         if where != METHODS[method].settings.get("where", where):
             continue
-        try:
-            make_plan(Settings().changed(method=method, where=where, keep=keep), geometry)
-        except ValueError:
-            continue
-        yield Setting(method, where, keep)
+        for like in ("", DEFAULT_METHOD) if where == default and method != DEFAULT_METHOD else ("",):
+            setting = Setting(method, where, keep, like)
+            try:
+                make_plan(Settings().changed(**setting.keywords()), geometry)
+            except ValueError:
+                continue
+            yield setting
 
 
 def groups(asked: list[tuple[int, Question]]) -> dict[str, np.ndarray]:
@@ -125,8 +143,8 @@ def _opponent(one: Setting, other: Setting) -> str:
     if one.keep != other.keep or other.method == DEFAULT_METHOD:
         return ""
     if one.method == DEFAULT_METHOD:
-        return f"{other.method} {other.where}"
-    return other.method if one.where == other.where and one.method < other.method else ""
+        return f"{other.method} {other.where}{other.like and ' like ' + other.like}"
+    return other.method if (one.where, one.like) == (other.where, other.like) and one.method < other.method else ""
 
 
 def _named(figures: tuple[float, float, float]) -> dict[str, float]:
@@ -159,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     about = provenance(args.model, args.split)
     work = args.work or work_folder("curves", args.model, args.split, args.limit)
     wanted = list(settings(args.methods, args.where, args.keep, geometry(load(args.model)[0].config)))
-    jobs = {PLAIN: None, **{str(setting): asdict(setting) for setting in wanted}}
+    jobs = {PLAIN: None, **{str(setting): setting.keywords() for setting in wanted}}
     found = measure(jobs, args.model, args.split, args.limit, work, args.processes)
     asked = questions(args.split)[: len(found[PLAIN])]
     blind = np.array([blind_answer(question) == question.answer for _, question in asked])

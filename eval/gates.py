@@ -41,6 +41,7 @@ def gates(found: list[dict[str, str]]) -> Iterator[Gate]:
             100 * float(row[name]) for name in ("value", "low", "high")
         ]
         for row in found
+        if not row["like"]
     }
     plain, blind = (
         {group: figures for (method, _, _, group, against), figures in figure.items() if method == name and not against}

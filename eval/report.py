@@ -41,12 +41,22 @@ Cells = dict[tuple[str, str, int], dict[str, str]]
 Spent = dict[tuple[str, str], dict[str, str]]  # by method and place
 COST_SHAPE, COST_KEEP = "llava-1.5-7b", 144  # of which costs the tables speak
 NOT_MEASURED = "not measured"
+ALIKE = f"""## All methods with the settings of `{DEFAULT_METHOD}`
+
+Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here all have those of
+`{DEFAULT_METHOD}`, so that what is left between the rows comes from the methods."""
+LEAD = f"""## `{DEFAULT_METHOD}` against the closest others
+
+Differences in points, paired over the same questions, at each keep: the three that come closest."""
 
 
-def parts(found: list[dict[str, str]]) -> tuple[dict[str, str], dict[str, str], Cells]:
-    """The accuracies over all questions: of the plain model, without looking, and of every (method, where, keep)."""
+def parts(found: list[dict[str, str]], like: str = "") -> tuple[dict[str, str], dict[str, str], Cells]:
+    """The accuracies over all questions: of the plain model, without looking, and of every (method, where, keep).
+
+    ``like`` another method in the schedule and in the LLM, or each with its own settings.
+    """
     chosen = [row for row in found if row["group"] == "all" and not row["against"]]
-    cells = {(row["method"], row["where"], int(row["keep"])): row for row in chosen}
+    cells = {(row["method"], row["where"], int(row["keep"])): row for row in chosen if row["like"] == like}
     plain, blind = (next(row for row in chosen if row["method"] == name) for name in (PLAIN, BLIND))
     return plain, blind, {key: row for key, row in cells.items() if key[0] not in (PLAIN, BLIND)}
 
@@ -99,13 +109,26 @@ def _percent(row: dict[str, str]) -> str:
     return f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 
+def alike(found: list[dict[str, str]]) -> str:
+    """A Markdown table of the methods with the default method's schedule and settings in the LLM, and of itself."""
+    _, _, own = parts(found)
+    _, _, cells = parts(found, like=DEFAULT_METHOD)
+    cells |= {key: row for key, row in own.items() if key[0] == DEFAULT_METHOD}
+    keeps = sorted({keep for _, _, keep in cells}, reverse=True)
+    lines = [f"| method | {' | '.join(f'keep {k}' for k in keeps)} |", f"|---|{'---|' * len(keeps)}"]
+    for method, where in dict.fromkeys((m, w) for m, w, _ in cells):
+        figures = (cells.get((method, where, keep)) for keep in keeps)
+        lines.append(f"| {method} | {' | '.join(_percent(f) if f else NOT_MEASURED for f in figures)} |")
+    return "\n".join(lines)
+
+
 def lead(found: list[dict[str, str]]) -> str:
     """A Markdown table of the default method against every other, at each keep: the closest ones first."""
     rows = [row for row in found if row["method"] == DEFAULT_METHOD and row["group"] == "all" and " " in row["against"]]
     lines = ["| keep | points ahead of | difference | 95 % interval |", "|---|---|---|---|"]
     for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
         closest = sorted((row for row in rows if int(row["keep"]) == keep), key=lambda row: float(row["value"]))
-        for row in closest[:3]:
+        for row in closest[:3]:  # what is negative leads
             value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
             lines.append(f"| {keep} | {row['against']} | {value:+.1f} | {low:+.1f} to {high:+.1f} |")
     return "\n".join(lines)
@@ -218,8 +241,9 @@ def main(argv: list[str] | None = None) -> None:
     spent = spending(args.costs)
     try:
         found = read(args.results)
-        put_in(args.readme, f"{table(found, spent)}\n\n{lead(found)}")
-        put_in(args.docs / "accuracy.md", table(found, spent, everywhere=True))
+        put_in(args.readme, table(found, spent))
+        everything = [table(found, spent, everywhere=True), ALIKE, alike(found), LEAD, lead(found)]
+        put_in(args.docs / "accuracy.md", "\n\n".join(everything))
         put_in(args.docs / "search.md", ablation(read(args.search, "search")))
     except ValueError as error:
         parser.error(str(error))

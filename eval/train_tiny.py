@@ -8,6 +8,7 @@ the state is saved whole, so an interrupted run continues as if nothing had happ
 import argparse
 import csv
 import os
+import re
 import tempfile
 import time
 from dataclasses import replace
@@ -53,10 +54,12 @@ class Log:
         if step:  # what an interrupted run logged after its last checkpoint is done again
             with path.open(newline="") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with path.open("w", newline="") as file:
+        part = path.with_suffix(".part")
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields)
             writer.writeheader()
             writer.writerows(kept)
+        os.replace(part, path)
 
     def write(self, trainer: Trainer, split: str, phase: str, values: dict) -> None:
         """Append a row."""
@@ -120,7 +123,9 @@ def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
 
 def _phases(overrides: list[str]) -> tuple[Phase, ...]:
     """`PHASES` with step counts replaced as "name=steps" says."""
-    wanted = dict(item.split("=", 1) for item in overrides)
+    if bad := [item for item in overrides if not re.fullmatch(r"[a-z-]+=\d+", item)]:
+        raise SystemExit(f"got --phases {' '.join(bad)}; give NAME=STEPS, such as ask-full=500")
+    wanted = dict(item.split("=") for item in overrides)
     if unknown := set(wanted) - {phase.name for phase in PHASES}:
         raise SystemExit(f"unknown phase {sorted(unknown)}; choices: {', '.join(p.name for p in PHASES)}")
     return tuple(replace(phase, steps=int(wanted.get(phase.name, phase.steps))) for phase in PHASES)
@@ -134,7 +139,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--phases", nargs="*", default=[], metavar="NAME=STEPS", help="other numbers of steps")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="processor threads in all")
-    parser.add_argument("--processes", type=int, default=1, help="share each batch (2 for a busy 2-core machine)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="share each batch; auxiliary losses are then means over each share, so other weights come out",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches (16 for a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=512, help="validation questions per evaluation")
@@ -142,13 +152,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save-seconds", type=float, default=180)
     parser.add_argument("--evaluate-seconds", type=float, default=300)
     args = parser.parse_args(argv)
+    phases = _phases(args.phases)
+    if uneven := [phase.name for phase in phases if phase.pictures % args.processes]:
+        parser.error(f"--processes {args.processes} does not divide the pictures of {', '.join(uneven)}; choose 1 or 2")
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
     if args.resume and not checkpoint.exists():
         parser.error(f"{checkpoint} does not exist: there is nothing to resume")
     if checkpoint.exists() and not args.resume:
         parser.error(f"{checkpoint} exists; add --resume to continue it, or choose another --out")
-    phases = _phases(args.phases)
     if args.processes == 1:
         train(0, args, phases)
         return

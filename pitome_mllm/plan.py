@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,6 +11,8 @@ from typing import Any
 from .methods import METHODS, Reducer, get_method, unknown
 from .schedule import SHAPES, Schedule, rounds, target_count
 from .specs import Geometry
+
+logger = logging.getLogger(__name__)
 
 CHOICES = {
     "where": ("tower", "projector", "both"),
@@ -158,7 +161,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
             raise ValueError(f"{name}={value!r} is not possible; choose True or False")
     reducer, name, preset = _resolve(settings)
-    settings = _complete(settings, preset)
+    settings = _complete(settings, name, preset, geometry)
     _check_needs(settings, reducer, name, geometry)
     entering, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
@@ -191,22 +194,24 @@ def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
     return get_method(name, **settings.options), name, METHODS[name].settings
 
 
-def _complete(settings: Settings, preset: Mapping[str, Any]) -> Settings:
+def _complete(settings: Settings, name: str, preset: Mapping[str, Any], geometry: Geometry) -> Settings:
     """Every setting that the caller left open, by the method's preset, else by default.
 
-    Ratio and counts say themselves what every block of the tower keeps, so there the preset's place gives way; and a
-    place of the caller's own takes no metric from the preset that exists in another place only.
+    A preset gives way where it cannot hold: its place where ratio or counts say what every block of the tower keeps, a
+    metric that exists in another place than the caller's only, and what this LLM does not take (with a warning).
     """
-    preset = dict(preset)
+    chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
+    left = {k: v for k, v in preset.items() if k not in chosen}
     if settings.ratio is not None or settings.counts is not None:
-        preset = {k: v for k, v in preset.items() if k not in ("where", "schedule", "tower_keep")}
-    chosen = {k: getattr(settings, k) for k in (*DEFAULTS, "tower_keep") if getattr(settings, k) is not None}
-    if chosen.get("where", preset.get("where")) != preset.get("where"):
-        preset.pop("tower_keep", None)
-    merged = {**DEFAULTS, **preset, **chosen}
-    if merged["where"] != "projector" and merged["metric"] == "projected" and "metric" not in chosen:
-        merged["metric"] = "hidden"
-    return replace(settings, **merged)
+        left = {k: v for k, v in left.items() if k not in ("where", "schedule")}
+    for setting in ("positions", "llm_size_bias"):
+        if geometry.llm_obstacle and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
+            value = left.pop(setting)
+            logger.warning("%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_obstacle)
+    complete = {**DEFAULTS, **left, **chosen}
+    if left.get("metric") == "projected" and complete["where"] != "projector":
+        complete["metric"] = "hidden"
+    return replace(settings, **complete)
 
 
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:

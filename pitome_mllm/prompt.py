@@ -271,8 +271,8 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     state, past = language._pitome.state, kwargs.get("past_key_values")
     call = state.call
     pictures = call is not None and bool(call.image.any())
-    plan = language._pitome.plan
-    weighed = pictures and plan.llm_size_bias and plan.keep < plan.available
+    plan = language._pitome.active
+    weighed = pictures and plan is not None and plan.llm_size_bias and plan.keep < plan.available
     bias = weighed or size_bias.marked(past) is not None
     move = pictures and call.move and kwargs.get("position_ids") is not None
     if not move and not bias:

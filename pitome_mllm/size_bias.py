@@ -12,19 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .specs import PLAIN_BACKENDS
+from .specs import llm_obstacle
 
 SIZE_MARK = "_pitome_log_size"  # on a KV cache: (B, P) float32, log(size) of what stands at each of its places
 
 
 def check(config: Any) -> None:
     """ValueError if the LLM of ``config`` takes no bias: another attention than sdpa or eager, or sliding windows."""
-    backend = config._attn_implementation
-    windows = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if backend not in PLAIN_BACKENDS or windows:
+    obstacle = llm_obstacle(config)
+    if obstacle:
         raise ValueError(
-            f"llm_size_bias=True needs full attention by {' or '.join(PLAIN_BACKENDS)} in the LLM, got {backend!r}"
-            f"{' with ' + ', '.join(sorted(windows)) if windows else ''}; leave it at False, or load with "
+            f"llm_size_bias=True is not possible with this LLM: {obstacle}; leave it at False, or load with "
             "attn_implementation='sdpa'"
         )
 

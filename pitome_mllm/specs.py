@@ -59,6 +59,7 @@ class Geometry:
     visible_class_tokens : class tokens that reach the LLM (feature selection "full").
     merging_blocks : blocks whose output, or an ancestor of it, feeds the projector; merging happens only there.
     blocks : all blocks of the tower; those after ``merging_blocks`` run without effect on the LLM.
+    llm_obstacle : why the LLM takes neither gaps between positions nor a bias of sizes; empty if it takes both.
     """
 
     grid: tuple[int, int]
@@ -66,6 +67,7 @@ class Geometry:
     visible_class_tokens: int
     merging_blocks: int
     blocks: int
+    llm_obstacle: str = ""
 
     @property
     def patches(self) -> int:
@@ -105,7 +107,19 @@ def geometry(config: Any) -> Geometry:
         visible_class_tokens=class_tokens if full else 0,
         merging_blocks=feature_index(config),
         blocks=vision.num_hidden_layers,
+        llm_obstacle=llm_obstacle(config.text_config),
     )
+
+
+def llm_obstacle(text: Any) -> str:
+    """What of an LLM's configuration stands in the way of an attention mask of our own; empty if nothing does."""
+    backend, kinds = text._attn_implementation, getattr(text, "layer_types", None)
+    if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
+        return f"its attention is {backend!r}, not {' or '.join(PLAIN_BACKENDS)}"
+    if kinds is None:
+        kinds = ["full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"]
+    partial = sorted({*kinds} - {"full_attention"})
+    return f"it has {' and '.join(partial)}" if partial else ""
 
 
 def feature_index(config: Any) -> int:

@@ -123,9 +123,9 @@ def test_a_max_length_within_the_prompt_names_the_callers_numbers(model, one):
 @pytest.mark.parametrize(
     "settings,said",
     [
-        ({"where": None}, "where"),
-        ({"positions": None}, "positions"),
-        ({"schedule": None}, "schedule"),
+        ({"where": 3}, "where"),
+        ({"positions": True}, "positions"),
+        ({"schedule": 1.5}, "schedule"),
         ({"weighted": "no"}, "weighted"),
         ({"proportional_attention": "off"}, "proportional_attention"),
         ({"energies": 1}, "energies"),

@@ -128,11 +128,38 @@ def test_the_tower_merges_as_defined(model, plain, pair):
     assert list(plan.rounds) == [] and plan.where == "tower"
 
 
-def test_the_default_is_pitome_tuned_in_the_tower(model, one):
+def test_the_default_is_pitome_tuned(model, one):
     plan, stats, seen = run(model, one, keep=144)
-    assert (plan.method, plan.where) == ("pitome-tuned", "tower")
+    assert plan.method == "pitome-tuned"
+    preset = METHODS["pitome-tuned"].settings
+    assert {name: getattr(plan, name) for name in preset if name != "schedule"} == {
+        name: value for name, value in preset.items() if name != "schedule"
+    }
     again = run(model, one, "pitome-tuned", keep=144)
     assert torch.equal(stats.groups, again[1].groups) and torch.equal(seen, again[2])
+
+
+@pytest.mark.parametrize("amount", [{"ratio": 0.9}, {"counts": [500, 400, 300, 300, 200, 144]}], ids=str)
+def test_the_default_leaves_ratio_and_counts_to_the_tower(model, one, amount):
+    plan, stats, _ = run(model, one, **amount)
+    assert (plan.method, plan.where, plan.rounds) == ("pitome-tuned", "tower", ())
+    assert list(plan.counts) == list(run(model, one, "pitome", **amount)[0].counts)
+    assert_consistent(plan, stats, images=1, keep=plan.counts[-1])
+
+
+@pytest.mark.parametrize(
+    "text", [{"_attn_implementation": "flash_attention_2"}, {"layer_types": ["sliding_attention", "full_attention"]}]
+)
+def test_the_default_goes_without_what_the_llm_does_not_take(model, caplog, text):
+    for name, value in text.items():
+        setattr(model.config.text_config, name, value)
+    with caplog.at_level("WARNING"), attach(model, keep=144) as handle:
+        assert (handle.plan.positions, handle.plan.llm_size_bias) == ("compact", False)
+        assert handle.plan.keep == 144
+    assert {"positions", "llm_size_bias"} <= {word.split("=")[0] for word in caplog.text.split()}
+    assert "in this LLM" in caplog.text
+    handle = attach(model, keep=144, llm_size_bias=True)  # what the caller asks for is not taken away in silence
+    assert handle.plan.llm_size_bias
 
 
 def test_a_reducer_instance_is_a_method(model, plain, one):
@@ -234,7 +261,7 @@ def test_llm_size_bias_weighs_tokens(model, one):
 def test_llm_size_bias_is_refused_where_attention_takes_no_mask(model, one):
     with attach(model, "pitome", keep=72, llm_size_bias=True):
         model.model.language_model.config._attn_implementation = "flash_attention_2"
-        with pytest.raises(ValueError, match="llm_size_bias=True needs full attention.*flash_attention_2"):
+        with pytest.raises(ValueError, match="llm_size_bias=True is not possible.*flash_attention_2"):
             logits(model, one)
         model.model.language_model.config._attn_implementation = "sdpa"
         model.model.language_model.config.layer_types = ["sliding_attention", "full_attention"]

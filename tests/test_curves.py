@@ -137,7 +137,8 @@ def test_missing_results_say_how_to_measure(tmp_path):
 def result(method: str, where: str, keep: int, group: str, value: float, against: str = "") -> dict[str, str]:
     figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02)}
     about = {"split": "test", "questions": "3360"}
-    return {"method": method, "where": where, "keep": str(keep), "group": group, "against": against, **figures, **about}
+    place = {"method": method, "where": where, "keep": str(keep), "like": ""}
+    return {**place, "group": group, "against": against, **figures, **about}
 
 
 def results(random: float) -> list[dict[str, str]]:

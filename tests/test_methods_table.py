@@ -30,7 +30,6 @@ def test_every_method_is_described(name):
     settings_of_attach = {
         "where",
         "schedule",
-        "tower_keep",
         "metric",
         "place",
         "weighted",

@@ -63,7 +63,21 @@ METHODS: dict[str, Method] = {
             "order": "source",
         },
     ),
-    "pitome-tuned": Method(PiToMe, "the default; equal to pitome until it is tuned by measurement", _PITOME),
+    "pitome-tuned": Method(
+        PiToMe,
+        "the default: what measured best on the embedded benchmark's validation set",
+        _PITOME,
+        {"protect": 0.75, "alpha": 0.0, "margin": 0.6, "steps": 2},
+        {
+            "where": "both",
+            "schedule": "delayed",
+            "positions": "original",
+            "llm_size_bias": True,
+            "metric": "hidden",
+            "place": "end",
+            "weighted": False,
+        },
+    ),
     "tome": Method(ToMe, "alternate by position, most similar pairs first", "arXiv 2210.09461"),
     "tofu": Method(
         ToFu, "ToMe's matching, means keep the largest norm", "arXiv 2312.01026", settings={"weighted": False}
