@@ -1,6 +1,7 @@
 """Attach merging to a model, change it, and take it off again without a trace.
 
-Read next: `plan` for what a setting means, `tower` for merging inside the blocks, `prompt` for the placeholders.
+Read next: `plan` for what a setting means, `tower` for merging inside the blocks, `prompt` for the placeholders,
+`language` for what the LLM is told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import prompt, tower
+from . import language, prompt, tower
 from .methods import Reducer
 from .plan import Plan, Settings, make_plan
 from .prompt import Call
@@ -34,7 +35,7 @@ _HOOKS = (
     tower.catch_query,
     prompt.before_forward,
     prompt.after_forward,
-    prompt.before_language,
+    language.before_language,
 )
 
 
@@ -196,7 +197,7 @@ class Attachment:
         self._tower.register_forward_hook(tower.finish_run, with_kwargs=True)
         self.model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
         self.model.register_forward_hook(prompt.after_forward, with_kwargs=True)
-        self._language.register_forward_pre_hook(prompt.before_language, with_kwargs=True)
+        self._language.register_forward_pre_hook(language.before_language, with_kwargs=True)
         self.model.generate = MethodType(_generate_like(self.model), self.model)
 
 

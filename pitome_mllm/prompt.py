@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import size_bias
-from .placeholders import (
-    Layout,
-    at_placeholders,
-    caller_positions,
-    place_pictures,
-    restore_prompt,
-    shorten,
-    take_all,
-    unchanged,
-)
-from .specs import PLAIN_BACKENDS
+from . import language
+from .placeholders import Layout, caller_positions, restore_prompt, shorten, take_all, unchanged
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -75,6 +65,12 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
                 "or pass the pictures themselves as pixel_values"
             )
         move = False
+
+    if pictures and count and kept < full and handle.plan.llm_size_bias and kwargs.get("pixel_values") is None:
+        raise ValueError(
+            "llm_size_bias=True does not go with mm_encoder_outputs, whose sizes are not known; pass the pictures "
+            "themselves as pixel_values, or attach with llm_size_bias=False"
+        )
 
     if pictures and kept < full and count == pictures * full:
         new = shorten(fresh, real, full, kept)
@@ -266,61 +262,11 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     return None if state.call is None else ((), state.call.kwargs)
 
 
-def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the LLM: the tower has run, so visual tokens can take their positions and their sizes."""
-    state, past = language._pitome.state, kwargs.get("past_key_values")
-    call = state.call
-    pictures = call is not None and bool(call.image.any())
-    plan = language._pitome.active
-    weighed = pictures and plan is not None and plan.llm_size_bias and plan.keep < plan.available
-    bias = weighed or size_bias.marked(past) is not None
-    move = pictures and call.move and kwargs.get("position_ids") is not None
-    if not move and not bias:
-        return None
-    if move:
-        kwargs = _moved(language, call, state.stats.first, kwargs)
-    if bias:
-        kwargs = _biased(language, call if weighed else None, kwargs)
-    return args, kwargs
-
-
-def _moved(language: nn.Module, call: Call, first: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Visual tokens at the positions of the first patches (images, K) of their groups."""
-    if language.config._attn_implementation not in PLAIN_BACKENDS:
-        raise ValueError(
-            f"positions='original' does not go with {language.config._attn_implementation!r} in the LLM, which takes "
-            "gaps between positions for borders of packed sequences; load with attn_implementation='sdpa'"
-        )
-    positions = kwargs["position_ids"]
-    image = call.image.to(positions.device)
-    kwargs = {**kwargs, "position_ids": place_pictures(positions, image, first)}
-    if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-        kwargs["attention_mask"] = torch.ones_like(image, dtype=torch.long)  # else sdpa sees packed sequences too
-    return kwargs
-
-
-def _biased(language: nn.Module, call: Call | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keys of visual tokens with log(size) in the attention mask; ``call`` brings new ones, or is None."""
-    size_bias.check(language.config)
-    state, past = language._pitome.state, kwargs.get("past_key_values")
-    embeds = kwargs.get("inputs_embeds")
-    tokens = kwargs["input_ids"] if embeds is None else embeds
-    fresh = torch.zeros(tokens.shape[:2], device=tokens.device)
-    if call is not None:
-        fresh = at_placeholders(call.image.to(tokens.device), state.stats.sizes.to(tokens.device).log())
-    log_size = size_bias.continued(past, fresh)
-    size_bias.mark(past, log_size)
-    state.log_size = log_size  # for the cache that the model makes itself
-    dtype = language.dtype if embeds is None else embeds.dtype
-    mask = size_bias.biased_mask(log_size, tokens.shape[1], past, kwargs.get("attention_mask"), dtype)
-    return {**kwargs, "attention_mask": mask}
-
-
 def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the model: remember layout and sizes on the KV cache that the call filled."""
     state, past = model._pitome.state, getattr(output, "past_key_values", None)
     if state.call is not None:
         _mark(past, state.call.layout)
-    if state.log_size is not None and size_bias.marked(past) is None:
-        size_bias.mark(past, state.log_size)
+    if state.log_size is not None and language.marked(past) is None:
+        language.mark(past, state.log_size)
     state.call = state.log_size = None

@@ -63,16 +63,17 @@ def test_allowed_tokens_see_the_callers_prompt(model, pair):
 
 
 @NEEDS_FEATURES
-def test_features_of_other_pictures_get_no_positions(model, process, one):
-    """With original positions the pictures must be known; features may come from any earlier run."""
+@pytest.mark.parametrize("told", [{"positions": "original"}, {"llm_size_bias": True}], ids=str)
+def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process, one, told):
+    """What the LLM is told needs the pictures themselves; features may come from any earlier run."""
     other = process(images=[picture(1)], text=[QUESTION], return_tensors="pt")
     text = {key: value for key, value in one.items() if key != "pixel_values"}
-    with attach(model, "pitome", keep=144, positions="original") as handle, torch.no_grad():
+    with attach(model, "pitome", keep=144, **told) as handle, torch.no_grad():
         features = model.model.get_image_features(one["pixel_values"], return_dict=True)
         model.model.get_image_features(other["pixel_values"], return_dict=True)
         with pytest.raises(ValueError, match="mm_encoder_outputs"):
             model(**text, mm_encoder_outputs={"image": features})
-        handle.update(positions="compact")
+        handle.update(positions="compact", llm_size_bias=False)
         expected = model(**one).logits
         assert torch.equal(model(**text, mm_encoder_outputs={"image": features}).logits, expected)
 

@@ -13,8 +13,8 @@ from models import PATCH, PATCHES, QUESTION, build, picture, processor
 from torch import Tensor
 
 from pitome_mllm import METHODS, attach, get_method
+from pitome_mllm.language import biased_mask
 from pitome_mllm.methods import Merge, Reducer
-from pitome_mllm.size_bias import biased_mask
 
 NEEDING_ATTENTION = [name for name, method in METHODS.items() if "attention" in method.reducer.needs]
 
