@@ -89,14 +89,18 @@ def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, np.ndarra
             keep(running[done], done.result())
 
 
-def work_folder(kind: str, model_name: str, split: str, limit: int | None) -> Path:
-    """Where finished runs are kept: a folder for these weights, this split and limit, and this very code."""
+def sources() -> list[Path]:
+    """The files that decide what is answered."""
     import pitome_mllm
 
     package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
-    sources = [*package.glob("*.py"), *(package / "methods").glob("*.py")]
-    sources += [here / f"{name}.py" for name in ("benchmark", "glyphs", "questions", "scenes", "score")]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:8]
+    asking = [here / f"{name}.py" for name in ("benchmark", "glyphs", "questions", "scenes", "score")]
+    return sorted([*package.glob("*.py"), *(package / "methods").glob("*.py"), *asking])
+
+
+def work_folder(kind: str, model_name: str, split: str, limit: int | None) -> Path:
+    """Where finished runs are kept: a folder for these weights, this split and limit, and this very code."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
     weights = provenance(model_name, split)["weights"]
     return Path("runs") / f"{kind}-{weights}-{split}-{limit or 'all'}-{code}"
 

@@ -333,6 +333,39 @@ def test_every_method_merges_everywhere_or_says_why_not(model, pair, method, whe
     assert_row(seen[1], second[0])
 
 
+@pytest.fixture(scope="module")
+def towers():
+    """A model with each kind of tower, and one picture for it."""
+    siglip = build(tower="siglip", strategy="full", feature_layer=-1)
+    inputs = [processor(), processor(strategy="full", class_token=False)]
+    inputs = [make(images=[picture(0)], text=QUESTION, return_tensors="pt") for make in inputs]
+    return dict(zip(("clip", "siglip"), zip((build(), siglip), inputs, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("where", ["tower", "projector", "both"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_keep_is_reached_exactly(towers, method, tower, where):
+    """METHODS x towers x where x keep; what cannot be says why."""
+    model, inputs = towers[tower]
+    needs = get_method(method).needs
+    try:
+        handle = attach(model, method, keep=288, where=where)
+    except ValueError as error:
+        lacking = tower == "siglip" and "attention" in needs
+        assert ("class token" if lacking else where) in str(error) and method in str(error)
+        assert lacking or get_method(method).once
+        return
+    with handle:
+        for keep in (288, 144, 72, 36, 16):
+            handle.update(keep=keep)
+            seen = logits(model, inputs)
+            assert seen.isfinite().all() and seen.shape[1] == inputs.input_ids.shape[1] - PATCHES + keep
+            assert handle.stats.tokens_after == keep and handle.stats.sizes.shape == (1, keep)
+            if handle.stats.groups is not None:
+                assert handle.stats.groups.unique().tolist()[-keep:] == list(range(keep))
+
+
 def test_methods_differ(model, one):
     methods = [name for name in METHODS if name != "pitome-tuned"]
     seen = {name: run(model, one, name, keep=144, where="tower")[2] for name in methods}

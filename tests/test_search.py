@@ -1,0 +1,167 @@
+"""The search for the best PiToMe, what merging costs, and measuring several settings at a time."""
+
+from __future__ import annotations
+
+import csv
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pitome_mllm import METHODS
+from pitome_mllm.plan import DEFAULT_METHOD, Settings, make_plan
+from pitome_mllm.specs import Geometry
+from pitome_mllm_eval import costs, report, runs, search
+from pitome_mllm_eval.curves import Setting, settings
+
+GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
+QUESTIONS = 64
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """Run the search where an answer is right with a chance that the settings decide; ``better`` says by how much."""
+
+    def run(better: dict[str, float]) -> list[dict[str, str]]:
+        def measure(jobs, model, split, limit, work, processes):
+            assert split == "validation"
+            gains = {
+                name: sum(better.get(search.label({key: value}), 0.0) for key, value in job.items())
+                for name, job in jobs.items()
+            }
+            return {name: np.arange(QUESTIONS) < QUESTIONS * (0.5 + gain) for name, gain in gains.items()}
+
+        monkeypatch.setattr(search, "measure", measure)
+        monkeypatch.setattr(search, "provenance", lambda model, split: {"split": split, "weights": "none"})
+        out = tmp_path / "search.csv"
+        search.main(["--limit", str(QUESTIONS), "--work", str(tmp_path), "--out", str(out)])
+        with out.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def chosen(rows: list[dict[str, str]]) -> dict[str, str]:
+    """The alternative that stays of every factor, the second sweep last."""
+    return {row["factor"]: row["alternative"] for row in rows if row["chosen"] == "True"}
+
+
+def test_the_best_alternative_stays(searched):
+    stays = chosen(searched({"where=both": 0.1, "steps=2": 0.05, "margin=0.3": 0.2}))
+    assert (stays["where"], stays["steps per merge"], stays["margin"]) == ("where=both", "steps=2", "margin=0.3")
+    assert stays["metric"] == "metric=keys"  # nothing better: the paper's
+
+
+def test_of_the_nearly_best_the_first_stays(searched, monkeypatch):
+    monkeypatch.setattr(search, "TIE", 0.05)
+    assert chosen(searched({"schedule=late": 0.04}))["schedule"] == "schedule=equal"
+    assert chosen(searched({"schedule=late": 0.08}))["schedule"] == "schedule=late"
+
+
+def test_rows_tell_the_gain_over_the_setting_before(searched):
+    rows = searched({"where=both": 0.25})
+    assert len([row for row in rows if row["factor"] == "where"]) == 3 * (1 + len(search.KEEPS))
+    row = next(r for r in rows if (r["factor"], r["alternative"], r["keep"]) == ("where", "where=both", "0"))
+    assert (float(row["value"]), float(row["difference"])) == (0.75, 0.25)
+    assert {row["sweep"] for row in rows} == {"1", "2"}
+    assert "| 1 | where | where=both | yes | 75.0 | +25.0 |" in report.ablation(rows)
+
+
+@pytest.mark.parametrize("factor", search.FACTORS)
+def test_every_alternative_can_be_planned_at_every_keep(factor):
+    for alternative in search.FACTORS[factor]:
+        for keep in (*search.KEEPS, 288):
+            assert make_plan(Settings().changed(**search.START, **alternative, keep=keep), GEOMETRY).keep == keep
+
+
+def test_the_default_is_what_the_search_found():
+    """The preset says no more and no less than the recorded search."""
+    with search.RESULTS.open(newline="") as file:
+        final = [row for row in csv.DictReader(file) if row["chosen"] == "True"][-1]
+    found = search.json.loads(final["settings"])
+    found.pop("method")
+    preset = METHODS[DEFAULT_METHOD]
+    tuned = {**preset.options, **preset.settings}
+    plain = make_plan(Settings().changed(method="pitome", keep=144), GEOMETRY)
+    for name, value in found.items():
+        usual = getattr(plain.reducer, name) if hasattr(plain.reducer, name) else getattr(plain, name, "equal")
+        assert tuned.pop(name, usual) == value, name
+    assert not tuned
+
+
+# ---- several settings at a time --------------------------------------------------------------------------------------
+
+
+def test_in_several_processes_as_in_one(tmp_path):
+    jobs = {"plain": None, "tome": {"method": "tome", "keep": 36}, "random": {"method": "random", "keep": 36}}
+    alone = runs.measure(jobs, "tiny", "test", 48, tmp_path / "alone", processes=1)
+    together = runs.measure(jobs, "tiny", "test", 48, tmp_path / "together", processes=2)
+    assert all(np.array_equal(alone[name], together[name]) for name in jobs)
+    assert len({found.tobytes() for found in alone.values()}) == 3
+
+
+def test_a_failing_job_is_an_error_and_leaves_no_file(tmp_path):
+    with pytest.raises((ValueError, BrokenProcessPool), match="pitom"):
+        runs.measure({"wrong": {"method": "pitom", "keep": 36}}, "tiny", "test", 16, tmp_path, processes=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_finished_runs_belong_to_weights_split_limit_and_code(monkeypatch, tmp_path):
+    one = runs.work_folder("curves", "tiny", "test", None)
+    assert one == runs.work_folder("curves", "tiny", "test", None)
+    assert len({one, *(runs.work_folder("curves", "tiny", *rest) for rest in (("test", 9), ("validation", None)))}) == 3
+    monkeypatch.setattr(runs, "sources", lambda: [tmp_path / "changed.py"])
+    (tmp_path / "changed.py").write_text("changed")
+    assert runs.work_folder("curves", "tiny", "test", None) != one
+
+
+# ---- costs, and who is measured where --------------------------------------------------------------------------------
+
+
+def test_methods_are_measured_at_their_places_and_like_the_default():
+    made = list(settings(["tome", "visionzip", DEFAULT_METHOD], ["tower", "projector", "both"], [144], GEOMETRY))
+    default = METHODS[DEFAULT_METHOD].settings["where"]
+    assert [s.where for s in made if s.method == "visionzip"] == ["projector"]
+    assert [(s.where, s.like) for s in made if s.method == DEFAULT_METHOD] == [(default, "")]
+    alike = [s for s in made if s.like]
+    assert alike == [Setting("tome", default, 144, DEFAULT_METHOD)]
+    plan = make_plan(Settings().changed(**alike[0].keywords()), GEOMETRY)
+    mine = make_plan(Settings().changed(method=DEFAULT_METHOD, keep=144), GEOMETRY)
+    assert (plan.counts, plan.rounds, plan.positions, plan.llm_size_bias) == (
+        (mine.counts, mine.rounds, mine.positions, mine.llm_size_bias)
+    )
+    assert (plan.metric, plan.weighted) == ("keys", True)  # how tome merges is its own
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A thread clock that advances by one millisecond a look."""
+
+    looks: list[int]
+
+    def __call__(self) -> float:
+        self.looks.append(1)
+        return len(self.looks) / 1000
+
+
+def test_costs_name_what_was_timed(monkeypatch):
+    monkeypatch.setattr(costs.time, "thread_time", Clock([]))
+    wanted = [
+        Setting("tome", "tower", 144),
+        Setting("visionzip", "projector", 144),
+        Setting("downsample", "tower", 144),
+    ]
+    found = list(costs.costs("tiny", wanted, 3))
+    assert [cost.merges for cost in found] == [6, 1, 0]
+    assert all((cost.ms, cost.p20, cost.p80, cost.repeats) == (1.0, 1.0, 1.0, 3) for cost in found)
+
+
+def test_every_method_can_be_timed_with_published_widths():
+    config = costs.config_of("llava-1.5-7b")
+    from pitome_mllm.specs import geometry
+
+    assert geometry(config).patches == 576 and geometry(config).merging_blocks == 23
+    for setting in settings(["pitome-tuned", "mctf", "divprune"], ["projector", "both"], [64], geometry(config)):
+        (cost,) = costs.costs("llava-1.5-7b", [setting], 1)
+        assert cost.ms > 0 and cost.merges >= 1
