@@ -85,8 +85,12 @@ def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, np.ndarra
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         running = {pool.submit(hits, *arguments): name for name, arguments in calls.items()}
-        for done in as_completed(running):
-            keep(running[done], done.result())
+        try:
+            for done in as_completed(running):
+                keep(running[done], done.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else all others would be answered first, for nothing
+            raise
 
 
 def sources() -> list[Path]:

@@ -221,6 +221,11 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
+    if settings.positions == "original" and not reducer.forms_groups:
+        raise ValueError(
+            f"{name} has no groups, so its tokens have no original position; choose positions='compact', "
+            "or a method that merges or drops tokens"
+        )
     if "attention" in reducer.needs and not geometry.class_tokens:
         raise ValueError(
             f"{name} needs the attention of a class token, and this vision tower has none; "

@@ -107,6 +107,12 @@ def test_projected_exists_in_front_of_the_projector_only(model, where):
         attach(model, "tome", keep=144, metric="projected", where=where)
 
 
+def test_tokens_without_groups_have_no_original_position(model):
+    with pytest.raises(ValueError, match="dct has no groups.*positions='compact'"):
+        attach(model, "dct", keep=144, positions="original")
+    assert {name for name in METHODS if not get_method(name).forms_groups} == {"dct"}
+
+
 def test_a_method_brings_its_place_and_gives_way(model):
     with attach(model, "visionzip", keep=144) as handle:
         assert (handle.plan.where, handle.plan.counts[-1], handle.plan.rounds) == ("projector", PATCHES, (144,))

@@ -249,6 +249,7 @@ class Reducer(ABC):
         (mean over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
     bipartite : one step removes at most half of the tokens; else all but one.
     once : the method reduces in one step, at one place; it does not make sense a little in every block.
+    forms_groups : every token left stands for certain patches; else `Merge.group` is None.
     shrinks_picture : the method is a smaller picture; its groups only say which patches share a token.
     """
 
@@ -256,6 +257,7 @@ class Reducer(ABC):
     bipartite: ClassVar[bool] = True
     once: ClassVar[bool] = False
     shrinks_picture: ClassVar[bool] = False
+    forms_groups: ClassVar[bool] = True
 
     @abstractmethod
     def match(

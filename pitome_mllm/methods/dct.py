@@ -59,6 +59,7 @@ class DCT(Reducer):
     """
 
     bipartite: ClassVar[bool] = False
+    forms_groups: ClassVar[bool] = False
 
     @torch.no_grad()
     def match(
