@@ -21,6 +21,7 @@ from pitome_mllm.methods import METHODS, Merge, Reducer
 BLIND = {"random", "uniform", "pool", "downsample", "dct"}  # decide without looking at the metric
 RESCALING = {"tofu", "visionzip", "prumerge", "prumerge-plus"}  # combine otherwise than by the size-weighted mean
 GROUPLESS = {"dct"}  # merge.group is None
+SELECTING = {"random", "uniform", "divprune", "dart", "cdpruner"}  # drop tokens and merge none
 
 NAMES = sorted(METHODS)
 GROUPING = [name for name in NAMES if name not in GROUPLESS]

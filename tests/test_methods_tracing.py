@@ -29,29 +29,27 @@ class Recorder(TorchDispatchMode):
 
 
 def hot_case(name: str, device: str = "cpu"):
-    """match, reduce, expand and then, as a function of tensors alone; and three tensors for it."""
+    """match, reduce, expand and then, as a function of tensors alone; and the tensors for it."""
     reducer = get_method(name)
     t = Tokens("normal", 2, 16, 1, 4, 0.75, 0.6, seed=5).make(reducer)
     left = t.patches - t.r
-    options, later = (
-        {
-            key: value.to(device) if isinstance(value, Tensor) else value
-            for key, value in options.items()
-            if key != "size"
-        }
-        for options in (t.options, t.options | ({} if reducer.once else extras(reducer, 2, left + 1, left)))
-    )
+    later = t.options | ({} if reducer.once else extras(reducer, 2, left + 1, left))
+    attention = [given["attention"] for given in (t.options, later) if "attention" in given]
+    fixed = {"protected": t.options["protected"], "depth": t.options["depth"]}
+    if "grid" in t.options:
+        fixed["grid"] = t.options["grid"]
 
-    def run(metric: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, ...]:
-        merge = reducer.match(metric, t.r, size=size, **options)
+    def run(metric: Tensor, x: Tensor, size: Tensor, *attention: Tensor) -> tuple[Tensor, ...]:
+        first, second = ({"attention": value} for value in attention) if attention else ({}, {})
+        merge = reducer.match(metric, t.r, size=size, **fixed, **first)
         features, sizes = merge.reduce(x, size)
         if merge.group is None or reducer.once:
             return features, sizes
-        whole = merge.then(reducer.match(features, min(1, reducer.max_removable(left)), size=sizes, **later))
+        whole = merge.then(reducer.match(features, min(1, reducer.max_removable(left)), size=sizes, **fixed, **second))
         features, sizes = whole.reduce(x, size)
         return features, sizes, whole.group, whole.expand(features)
 
-    return run, tuple(value.to(device) for value in (t.metric, t.x, t.size))
+    return run, tuple(value.to(device) for value in (t.metric, t.x, t.size, *attention))
 
 
 @each(NAMES)
@@ -87,6 +85,6 @@ def test_a_trace_serves_other_values(name):
     graph = make_fx(run, tracing_mode="fake")(*inputs)
     random = torch.Generator().manual_seed(11)
     for _ in range(3):
-        other = (*(torch.randn(value.shape, generator=random) for value in inputs[:2]), inputs[2] + 1)
+        other = (*(torch.randn(value.shape, generator=random) for value in inputs[:2]), inputs[2] + 1, *inputs[3:])
         for traced, eager in zip(graph(*other), run(*other), strict=True):
             torch.testing.assert_close(traced, eager)

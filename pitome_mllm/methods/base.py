@@ -232,7 +232,9 @@ class _Chain(Merge):
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         earlier, later = self._steps
-        return later.reduce(*earlier.reduce(x, size))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once, at the end
+        reduced, total = later.reduce(*earlier.reduce(wide, size))
+        return reduced.to(x.dtype), total
 
     def expand(self, y: Tensor) -> Tensor:
         earlier, later = self._steps

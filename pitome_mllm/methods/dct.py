@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer
+from .base import Merge, Reducer, cosine
 
 
 def cosines(n: int, device: torch.device) -> Tensor:
@@ -46,8 +46,7 @@ class LowPass(Merge):
     def _apply(self, matrix: Tensor, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         front, rest = x[:, : self._protected], x[:, self._protected :]
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.cat([front, (matrix.to(wide) @ rest.to(wide)).to(x.dtype)], 1)
+        return torch.cat([front, cosine(matrix.to(wide), rest.to(wide).mT).to(x.dtype)], 1)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class PiToMe(Reducer):
         parts = [r * (step + 1) // self.steps - r * step // self.steps for step in range(self.steps)]
         whole = merge = self._step(metric, parts[0], protected, depth)
         for part in parts[1:]:
-            metric, size = merge.reduce(metric, size)
+            metric, size = merge.reduce(metric.float(), size)
             merge = self._step(metric, part, protected, depth)
             whole = whole.then(merge)
         return whole

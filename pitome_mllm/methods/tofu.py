@@ -22,15 +22,16 @@ class NormPreserving(Merge):
     reference: str = "mean"
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mean, total = super().reduce(x, size)
-        norm = x.float().norm(dim=-1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, total = super().reduce(wide, size)
+        norm = wide.norm(dim=-1)
         largest = rows(norm[..., None], self._first)[..., 0].scatter_reduce(
             1, self.group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
         )
-        own = mean.float().norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
+        own = mean.norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
         alone = torch.zeros_like(largest).scatter_add(1, self.group, torch.ones_like(norm)) == 1
         scale = (largest / own).masked_fill(alone | (own == 0), 1.0)
-        return (mean.float() * scale[..., None]).to(x.dtype), total
+        return (mean * scale[..., None]).to(x.dtype), total
 
     def aimed_at(self, targets: Tensor) -> NormPreserving:
         """This merge with the norm of ``targets`` (B, r), the tokens that others joined, as reference."""
