@@ -8,6 +8,7 @@ from .attach import Attachment, attach
 from .loading import load
 from .methods import METHODS, get_method
 from .schedule import Schedule
+from .spectral import spectral_distance
 from .visualize import draw_groups
 
 __version__ = "0.1.0"
@@ -22,4 +23,5 @@ __all__ = [
     "estimate",
     "get_method",
     "load",
+    "spectral_distance",
 ]
