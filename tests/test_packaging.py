@@ -25,6 +25,7 @@ ALLOWED = {
     "stats": {"methods", "plan"},
     "accounting": {"latency", "methods", "plan", "schedule", "specs"},
     "latency": {"specs"},
+    "features": {"specs"},
     "prompt": {"language", "placeholders", "plan", "specs", "stats"},
     "language": {"placeholders", "specs"},
     "tower": {"methods", "plan", "specs", "stats"},

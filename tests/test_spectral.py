@@ -76,7 +76,7 @@ def test_merging_identical_tokens_is_zero_and_others_is_not():
 
 def test_only_tokens_alike_means_zero_by_definition():
     metric = tokens(2, 12, 7)
-    metric[0] = metric[0, 0] * torch.arange(1, 13)[:, None].sqrt()  # cosines that round to 1 up to a few 1e-8
+    metric[0] = metric[0, 0] * torch.arange(1, 13)[:, None].sqrt()  # of one direction, up to rounding
     merge = merged(metric, r=4)
     distance = spectral_distance(metric, merge)
     assert distance[0] == 0 and distance[1] > 0.01

@@ -1,0 +1,170 @@
+"""``pitome-mllm spectrum``: how far merging changes the graph of a picture's tokens, by method and keep."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .groups import check_picture_file
+from .inputs import read_subject
+from .options import add_model, add_subject, check_method, keep, open_model, progress
+
+KEEPS = (0.5, 0.25, 0.125, 0.0625)
+# Colours of Okabe and Ito, which colour-blind readers can tell apart; further methods get other lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":")
+WHAT = (
+    "Between the features of the plain model and their groups: sum of |change| over the spectrum of the normalised "
+    "Laplacian; 0 = nothing changed. A dropped token keeps its place without edges."
+)
+
+
+@dataclass
+class Comparison:
+    """Spectral distances by method, in the order of ``keeps``; None where there is none, for the reason in ``why``."""
+
+    keeps: list[int]
+    distances: dict[str, list[float | None]] = field(default_factory=dict)
+    why: list[str] = field(default_factory=list)
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "spectrum",
+        help="compare how far methods change the graph of tokens",
+        description="The spectral distance between a picture's tokens before and after merging, by method and keep.",
+    )
+    add_subject(parser, question=False)
+    add_model(parser)
+    group = parser.add_argument_group("merging")
+    group.add_argument("--method", nargs="+", metavar="M", help="of `pitome-mllm methods` (default: all but the tuned)")
+    group.add_argument(
+        "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
+    )
+    group.add_argument("--where", default="tower", metavar="W", help="tower, projector or both (%(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="also draw a plot (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare methods on one picture.
+
+    Raises
+    ------
+    ValueError : a mistake the user can mend, in one sentence.
+    """
+    from ..features import pixel_values
+    from ..methods import METHODS
+
+    methods = options.method or [name for name in METHODS if name != "pitome-tuned"]
+    for method in methods:
+        check_method(method)
+    if options.out:
+        check_picture_file(options.out)
+        check_matplotlib()
+    subject = read_subject(options)
+    model, processor = open_model(options)
+    found = compare(model, pixel_values(processor, subject.picture), methods, options.keep, options.where)
+    if options.out:
+        plot(found, options.out, f"{subject.name}, {options.where}")
+    if options.json:
+        about = {"model": options.model, "picture": subject.name, "where": options.where, "keep": found.keeps}
+        sys.stdout.write(json.dumps({**about, "spectral_distance": found.distances, "impossible": found.why}) + "\n")
+        return
+    show(found, f"{subject.name}, {options.model}, {options.where}")
+
+
+def compare(model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int | float], where: str) -> Comparison:
+    """Spectral distances of the plain model's features, over what the methods make of them.
+
+    Parameters
+    ----------
+    model : not attached.
+    pixels : (I, 3, H, W); distances are means over the pictures.
+    methods, keeps, where : as for `attach`.
+
+    Raises
+    ------
+    ValueError : a keep out of range, or settings of which none is possible.
+    """
+    from ..features import tower_features
+    from ..schedule import target_count
+    from ..specs import geometry
+    from ..spectral import TokenGraph
+
+    counts = [target_count(keep, geometry(model.config).available) for keep in keeps]
+    found = Comparison(sorted(set(counts), reverse=True))
+    with progress("Computing spectra", total=1 + len(methods) * len(found.keeps)) as advance:
+        graph = TokenGraph(tower_features(model, pixels).float().cpu())
+        for method in methods:
+            advance()
+            found.distances[method] = [_distance(found, model, pixels, graph, method, n, where) for n in found.keeps]
+    if all(value is None for values in found.distances.values() for value in values):
+        raise ValueError(found.why[0])
+    return found
+
+
+def _distance(
+    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, where: str
+) -> float | None:
+    """One figure; where it does not exist, None, and the reason goes to ``found.why``."""
+    from ..attach import attach
+    from ..features import tower_features
+
+    try:
+        with attach(model, method, keep=keep, where=where) as handle:
+            tower_features(model, pixels)
+            return float(graph.distance(handle.stats.merges).mean())
+    except ValueError as error:
+        reason = f"{method}: {error}"
+        found.why += [reason] * (reason not in found.why)
+        return None
+
+
+def show(found: Comparison, title: str) -> None:
+    """A table: methods down, keeps across."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Spectral distance: {title}", title_justify="left")
+    table.add_column("method")
+    for count in found.keeps:
+        table.add_column(f"keep {count}", justify="right")
+    for method, values in found.distances.items():
+        table.add_row(method, *("-" if value is None else f"{value:.4g}" for value in values))
+    console = Console()
+    console.print(table)
+    console.print("\n".join([WHAT, *found.why]), style="dim")
+
+
+def check_matplotlib() -> None:
+    """ValueError without matplotlib, which draws the plots."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib; leave out --out, or: pip install 'pitome-mllm[eval]'")
+
+
+def plot(found: Comparison, path: str, title: str) -> None:
+    """Spectral distance over visual tokens, a line for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for number, (method, values) in enumerate(found.distances.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+        axis.plot(found.keeps, [float("nan") if v is None else v for v in values], marker="o", label=method, **style)
+    axis.set(xscale="log", xlabel="visual tokens", ylabel="spectral distance", title=title, ylim=(0, None))
+    axis.set_xticks(found.keeps, [str(count) for count in found.keeps])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write {path!r}: {error}") from error

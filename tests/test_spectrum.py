@@ -1,0 +1,153 @@
+"""``pitome-mllm spectrum``: the figures are those of the definition, and mistakes are one clear line."""
+
+import json
+import re
+
+import pytest
+import torch
+from models import PATCHES, build, picture, processor
+from PIL import Image
+
+from pitome_mllm import METHODS, attach, cli, spectral_distance
+from pitome_mllm.commands import spectrum
+from pitome_mllm.features import pixel_values, tower_features
+from pitome_mllm.methods import Merge, Method, Reducer
+
+
+@pytest.fixture
+def run(capsys):
+    """Run ``pitome-mllm spectrum``; returns the exit code, stdout and stderr."""
+
+    def call(*arguments):
+        try:
+            code = cli.main(["spectrum", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def pixels(*numbers):
+    return pixel_values(processor(), [picture(number) for number in numbers])
+
+
+def test_features_are_what_the_projector_reads():
+    model, seen = build(layers=4), []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs = processor()(images=picture(0), text="<image> what", return_tensors="pt")
+    model(**inputs)
+    plain = tower_features(model, inputs["pixel_values"])
+    assert (plain[:, 1:] - seen[0]).abs().max() < 1e-5 and plain.shape[1] == 1 + PATCHES
+    with attach(model, "tome", keep=100, where="both") as handle:
+        model(**inputs)
+        groups = handle.stats.groups
+        assert (tower_features(model, inputs["pixel_values"])[:, 1:] - seen[1]).abs().max() < 1e-5
+        assert (handle.stats.groups == groups).all()
+
+
+def test_distances_are_those_of_the_plain_model_s_features():
+    model = build(layers=4)
+    found = spectrum.compare(model, pixels(0, 1), ["tome", "pitome"], [100, 0.5, 288], "tower")
+    assert found.keeps == [288, 100] and list(found.distances) == ["tome", "pitome"] and not found.why
+    plain = tower_features(model, pixels(0, 1))
+    with attach(model, "pitome", keep=100) as handle:
+        tower_features(model, pixels(0, 1))
+        expected = spectral_distance(plain, handle.stats.merges).mean()
+    assert found.distances["pitome"][1] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_keeping_all_changes_nothing():
+    found = spectrum.compare(build(layers=4), pixels(0), ["pitome", "random"], [PATCHES, 288], "tower")
+    assert [values[0] < 1e-9 < values[1] for values in found.distances.values()] == [True, True]
+
+
+def test_what_cannot_be_is_left_out_with_its_reason():
+    found = spectrum.compare(build(layers=4), pixels(0), ["pool", "tome"], [144, 7], "tower")
+    assert found.distances["pool"][0] > 0 and found.distances["pool"][1] > 0
+    assert (
+        found.distances["tome"][1] is None and len(found.why) == 1 and found.why[0].startswith("tome: cannot reach 7")
+    )
+    with pytest.raises(ValueError, match="cannot reach 7 of 576"):
+        spectrum.compare(build(layers=4), pixels(0), ["tome"], [7], "tower")
+
+
+class Cut(Merge):
+    """The first tokens only, as if no group existed."""
+
+    def __init__(self, count):
+        self.group, self.count, self.energy = None, count, None
+
+    def reduce(self, x, size=None):
+        return x[:, : self.count], torch.ones_like(x[:, : self.count, :1])
+
+
+class Groupless(Reducer):
+    def match(self, metric, r, **_):
+        return Cut(metric.shape[1] - r)
+
+
+def test_a_method_without_groups_says_so(monkeypatch):
+    monkeypatch.setitem(METHODS, "cut", Method(Groupless, "cut", "here"))
+    found = spectrum.compare(build(layers=4), pixels(0), ["cut", "tome"], [144, 72], "projector")
+    assert found.distances["cut"] == [None, None] and None not in found.distances["tome"]
+    assert found.why == ["cut: this method forms no groups, so there is no graph of groups; choose one that merges"]
+
+
+def test_the_table_names_every_method_and_keep(run):
+    code, out, err = run("--keep", 288, 144)
+    said = " ".join(out.split())
+    assert (code, err) == (0, "") and "test scene 0, tiny, tower" in said and "A dropped token" in said
+    for name in METHODS:
+        assert (re.search(rf"│ {name} +│ +\d\S* │ +\d\S* │", out) is None) == (name == "pitome-tuned")
+
+
+def test_json_is_one_object(run):
+    code, out, err = run("--method", "tome", "--keep", 0.25, "--where", "projector", "--json", "--scene", 2)
+    said = json.loads(out)
+    assert (code, err) == (0, "") and said["keep"] == [144] and said["where"] == "projector"
+    assert said["picture"] == "test scene 2" and said["spectral_distance"]["tome"][0] > 0 and said["impossible"] == []
+
+
+def test_a_plot_is_written(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _, err = run("--method", "tome", "random", "--keep", 144, 72, "--out", tmp_path / "plot.png")
+    assert (code, err) == (0, "")
+    with Image.open(tmp_path / "plot.png") as drawn:
+        assert drawn.width > drawn.height > 300
+    code, out, err = run("--method", "tome", "--keep", 144, "--out", tmp_path / "plot.bmp")
+    assert (code, out) == (2, "") and "cannot write" in err and err.count("\n") == 1
+
+
+def test_many_methods_are_drawn_apart(tmp_path):
+    pytest.importorskip("matplotlib")
+    styles = {(spectrum.COLOURS[i % 7], spectrum.LINES[i // 7 % 3]) for i in range(21)}
+    assert len(styles) == 21
+    found = spectrum.Comparison([144, 72], {f"method {i}": [0.1 * i, None] for i in range(20)})
+    spectrum.plot(found, str(tmp_path / "many.png"), "many")
+    assert (tmp_path / "many.png").is_file()
+
+
+def test_a_missing_matplotlib_names_its_extra_before_any_work(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(spectrum, "open_model", lambda options: pytest.fail("loaded a model first"))
+    code, out, err = run("--out", tmp_path / "plot.png")
+    assert (code, out) == (2, "") and "pip install 'pitome-mllm[eval]'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--method", "tom"], "did you mean 'tome'"),
+        (["--keep", "577"], "keep=577 is more than the 576 tokens there are"),
+        (["--keep", "few"], "'few' is neither"),
+        (["--where", "kitchen"], "unknown where 'kitchen'"),
+        (["--out", "plot.xyz"], "does not end like a picture file"),
+        (["nowhere.png"], "no picture file 'nowhere.png'"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
