@@ -147,7 +147,7 @@ def show(found: Comparison, title: str) -> None:
 def check_matplotlib() -> None:
     """ValueError without matplotlib, which draws the plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib; leave out --out, or: pip install 'pitome-mllm[eval]'")
+        raise ValueError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
 
 
 def plot(found: Comparison, path: str, title: str) -> None:
