@@ -7,8 +7,9 @@ Attention counts every query with every key, causal or not, as that tool does. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from .latency import Latency, Timing, at_least, measure
 from .methods import Reducer
 from .plan import Plan, Settings, make_plan
-from .specs import geometry
+from .specs import Geometry, geometry
 
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {
@@ -42,7 +43,7 @@ class Estimate:
     decode_flops : the LLM over the new tokens after the first, which the prefill already gives.
     kv_bytes : key-value cache of all rows when the last token is out.
     visual_tokens : per picture, what reaches the LLM.
-    prompt_tokens : per row, visual and text tokens.
+    prompt_tokens : per row, visual and text tokens; 0 for a tower alone.
     """
 
     tower_flops: int
@@ -83,7 +84,8 @@ def estimate(
 
     Parameters
     ----------
-    model_or_config : a LLaVA model or its configuration; nothing runs and no weights are needed.
+    model_or_config : a LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there
+        is no text, and nothing but the tower costs); nothing runs and no weights are needed.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings : as for `attach`.
     batch : rows.
     images : pictures per row.
@@ -100,18 +102,19 @@ def estimate(
     at_least(batch=(batch, 1), images=(images, 0), text_tokens=(text_tokens, 0), new_tokens=(new_tokens, 0))
     if logits not in LOGITS:
         raise ValueError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
-    config = getattr(model_or_config, "config", model_or_config)
-    vision, text = config.vision_config, config.text_config
     settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
-    plan = make_plan(Settings().changed(method=method, tower_keep=tower_keep, **settings), geometry(config))
-
+    vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
+    tower = batch * images * _tower(vision, plan)
+    merging = batch * images * _merging(vision, text, plan)
+    if text is None:
+        return Estimate(tower, merging, 0, 0, 0, 0, plan.keep, 0)
     prompt = images * plan.keep + text_tokens
     last = prompt + max(new_tokens - 1, 0)  # the prompt's last position gives the first new token
     head = 2 * text.hidden_size * text.vocab_size
     return Estimate(
-        tower_flops=batch * images * _tower(vision, plan),
-        merging_flops=batch * images * _merging(config, plan),
-        projector_flops=batch * images * plan.keep * _projector(config),
+        tower_flops=tower,
+        merging_flops=merging,
+        projector_flops=batch * images * plan.keep * _projector(vision, text),
         prefill_flops=batch * (_llm(text, prompt, prompt**2) + head * (prompt if logits == "all" else 1)),
         decode_flops=batch * (_llm(text, last - prompt, sum(range(prompt + 1, last + 1))) + head * (last - prompt)),
         kv_bytes=batch * last * kv_bytes_per_token(text, dtype or getattr(model_or_config, "dtype", None)),
@@ -120,10 +123,31 @@ def estimate(
     )
 
 
-def _projector(config: Any) -> int:
+def resolve(model_or_config: Any, method: str | Reducer | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
+    """The configurations of vision tower and LLM (None: a tower alone), and what the settings of `attach` mean there.
+
+    Raises
+    ------
+    ValueError : an unsupported model; settings that `attach` refuses.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
+    shape = _of_tower(config) if text is None else geometry(config)
+    plan = make_plan(Settings().changed(method=method, **settings), shape)
+    if text is None and plan.where != "tower":
+        raise ValueError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
+    return vision, text, plan
+
+
+def _of_tower(vision: Any) -> Geometry:
+    """Token counts of a vision tower alone: all its blocks merge, and its patches are what it gives."""
+    family = {"model_type": "llava", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    return replace(geometry(SimpleNamespace(vision_config=vision, **family)), visible_class_tokens=0)
+
+
+def _projector(vision: Any, text: Any) -> int:
     """FLOPs of the projector for one token."""
-    vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
-    return 2 * text * (vision + text)
+    return 2 * text.hidden_size * (vision.hidden_size + text.hidden_size)
 
 
 def _tower(vision: Any, plan: Plan) -> int:
@@ -141,34 +165,34 @@ def _tower(vision: Any, plan: Plan) -> int:
     return flops
 
 
-def _merging(config: Any, plan: Plan) -> int:
+def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one picture, and of the attention that they look at."""
-    flops = sum(_matching(config, plan, *step) for step in plan.steps)
+    flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.clues:  # the class token's row of the attention matrix
         entering = [plan.entering, *plan.counts]
         blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.rounds else [])}
         tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
-        flops += 2 * tokens * config.vision_config.hidden_size
+        flops += 2 * tokens * vision.hidden_size
     return flops
 
 
-def _matching(config: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
+def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
-    vision, blank = config.vision_config, partial(torch.zeros, device="cpu")
+    blank = partial(torch.zeros, device="cpu")
     everything, width = plan.geometry.class_tokens + tokens, vision.hidden_size
     head = width // vision.num_attention_heads
     widths = {
         "keys": head,
         "history": head,
         "hidden": width,
-        "projected": config.text_config.hidden_size,
+        "projected": getattr(text, "hidden_size", None),
     }
     attention = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
     with torch.no_grad(), _Counter() as counter:
         metric = blank(1, everything, widths[plan.metric])
         merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context, **attention)
         merge.reduce(blank(1, everything, width))
-    return counter.flops + (everything * _projector(config) if plan.metric == "projected" else 0)
+    return counter.flops + (everything * _projector(vision, text) if plan.metric == "projected" else 0)
 
 
 class _Counter(TorchDispatchMode):
@@ -206,15 +230,19 @@ def _heads(text: Any) -> tuple[int, int, int]:
     )
 
 
+def itemsize(dtype: torch.dtype | str) -> int:
+    """Bytes of one number; ValueError for what names no dtype."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; give a torch dtype or its name, such as 'float16'")
+    return found.itemsize
+
+
 def kv_bytes_per_token(text: Any, dtype: torch.dtype | str | None) -> int:
     """Bytes of keys and values of one token in all blocks."""
     dtype = dtype or getattr(text, "dtype", None) or torch.float16
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"unknown dtype {dtype!r}; give a torch dtype or its name, such as 'float16'")
-        dtype = getattr(torch, dtype)
     _, kv_heads, head_width = _heads(text)
-    return 2 * text.num_hidden_layers * kv_heads * head_width * dtype.itemsize
+    return 2 * text.num_hidden_layers * kv_heads * head_width * itemsize(dtype)
 
 
-__all__ = ["MLP_MATRICES", "Estimate", "Latency", "Timing", "estimate", "kv_bytes_per_token", "measure"]
+__all__ = ["MLP_MATRICES", "Estimate", "Latency", "Timing", "estimate", "kv_bytes_per_token", "measure", "resolve"]

@@ -25,6 +25,8 @@ ALLOWED = {
     "stats": {"methods", "plan"},
     "accounting": {"latency", "methods", "plan", "schedule", "specs"},
     "latency": {"specs"},
+    "memory": {"accounting", "methods", "plan", "specs"},
+    "shapes": {"methods"},
     "features": {"specs"},
     "prompt": {"language", "placeholders", "plan", "specs", "stats"},
     "language": {"placeholders", "specs"},

@@ -1,0 +1,78 @@
+"""Models by their published sizes, for `accounting`: no weights, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .methods import unknown
+
+_CLIP_L_336 = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+    patch_size=14, projection_dim=768,
+)  # fmt: skip
+_MAE_H = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
+    patch_size=14, projection_dim=1280,
+)  # fmt: skip
+_VICUNA_7B = dict(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
+)  # fmt: skip
+_VICUNA_13B = dict(
+    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32064,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes.
+
+    Attributes
+    ----------
+    vision, text : keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
+    images : times that the tower runs for one picture.
+    paper_ratio : the share kept per block in the PiToMe paper's table of this model, where it names one.
+    about : what the table takes for granted.
+    """
+
+    title: str
+    vision: Mapping[str, Any]
+    text: Mapping[str, Any] | None = None
+    images: int = 1
+    paper_ratio: float | None = None
+    about: str = ""
+
+    def config(self) -> Any:
+        """A LLaVA configuration, or that of the vision tower alone."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+        vision = CLIPVisionConfig(**self.vision)
+        if self.text is None:
+            return vision
+        return LlavaConfig(vision_config=vision, text_config=LlamaConfig(**self.text), dtype="float16")
+
+
+_TILES = (
+    "a picture of 672 x 672 pixels: an overview and 2 x 2 tiles, 5 times 576 tokens, every tile merged by itself; the "
+    "newline tokens at the ends of rows are left out"
+)
+
+SHAPES = {
+    "llava-1.5-7b": Shape("LLaVA-1.5-7B", _CLIP_L_336, _VICUNA_7B, paper_ratio=0.9),
+    "llava-1.5-13b": Shape("LLaVA-1.5-13B", _CLIP_L_336, _VICUNA_13B, paper_ratio=0.925),
+    "llava-next-7b": Shape("LLaVA-NeXT-7B (Vicuna)", _CLIP_L_336, _VICUNA_7B, images=5, about=_TILES),
+    "clip-l-336": Shape(
+        "CLIP ViT-L/14 at 336 pixels, the vision tower alone", _CLIP_L_336, about="all 24 blocks merge"
+    ),
+    "vit-mae-h": Shape(
+        "ViT-MAE-H/14 at 224 pixels", _MAE_H, about="a class token and 256 patches; the classifier is left out"
+    ),
+}
+
+
+def get_shape(name: str) -> Shape:
+    """The shape called ``name``; ValueError names what there is."""
+    if name not in SHAPES:
+        raise ValueError(unknown("shape", name, SHAPES))
+    return SHAPES[name]
