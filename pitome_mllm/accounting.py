@@ -99,17 +99,16 @@ def estimate(
     ValueError : an unsupported model; settings that `attach` refuses; a number out of range; an unknown ``logits`` or
         ``dtype``.
     """
-    at_least(batch=(batch, 1), images=(images, 0), text_tokens=(text_tokens, 0), new_tokens=(new_tokens, 0))
+    at_least(batch=(batch, 1))
     if logits not in LOGITS:
         raise ValueError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
     settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
     vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
+    prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
     tower = batch * images * _tower(vision, plan)
     merging = batch * images * _merging(vision, text, plan)
     if text is None:
         return Estimate(tower, merging, 0, 0, 0, 0, plan.keep, 0)
-    prompt = images * plan.keep + text_tokens
-    last = prompt + max(new_tokens - 1, 0)  # the prompt's last position gives the first new token
     head = 2 * text.hidden_size * text.vocab_size
     return Estimate(
         tower_flops=tower,
@@ -137,6 +136,13 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
     if text is None and plan.where != "tower":
         raise ValueError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
     return vision, text, plan
+
+
+def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> tuple[int, int]:
+    """Tokens of a row's prompt, and keys in its cache when the last new token is out; ValueError out of range."""
+    at_least(images=(images, 0), text_tokens=(text_tokens, 0), new_tokens=(new_tokens, 0))
+    prompt = images * plan.keep + text_tokens
+    return prompt, prompt + max(new_tokens - 1, 0)  # the prompt's last position gives the first new token
 
 
 def _of_tower(vision: Any) -> Geometry:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .accounting import estimate, itemsize, resolve
+from .accounting import itemsize, kv_bytes_per_token, resolve, row_lengths
+from .latency import at_least
 from .methods import Reducer
 from .plan import Plan
 from .specs import FAMILY_OF_CONFIG
@@ -55,9 +56,9 @@ def footprint(
 
     Activations are bounded by the sum of
     (1) the hidden states of all tower blocks, which transformers keeps until the LLM is through;
-    (2) the largest working set: of attention or MLP in a tower block (8 rows of its width for every token, or 3 rows and
-    3 intermediates), of a merge (3 rows, every pair of tokens four times in float32, and the size bias), or of
-    an LLM block (8 rows, or 3 rows and 4 intermediates; the mask; the logits of one position, twice more in float32);
+    (2) the largest working set: of attention or MLP in a tower block (8 rows of its width for every token, or 3 rows
+    and 3 intermediates), of a merge (3 rows, every pair of tokens four times in float32, and the size bias), or of an
+    LLM block (8 rows, or 3 rows and 4 intermediates; the mask; the logits of one position, twice more in float32);
     (3) one block's cache, which is copied when it grows, and, where weights are quantised, one matrix unpacked.
 
     Parameters
@@ -73,17 +74,18 @@ def footprint(
     vision, text, plan = resolve(model_or_config, method, **settings)
     if text is None:
         raise ValueError(f"{type(vision).__name__} is a vision tower alone; pass the configuration of a whole model")
+    at_least(batch=(batch, 1))
     size = itemsize(dtype)
-    counts = {"batch": batch, "images": images, "text_tokens": text_tokens, "new_tokens": new_tokens}
-    cost = estimate(model_or_config, method, dtype=dtype, **counts, **settings)
+    prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
+    kv = batch * last * kv_bytes_per_token(text, dtype)
     states, working = _tower_bytes(vision, plan, size)
-    llm = batch * _llm_bytes(text, cost.prompt_tokens, size)
+    llm = batch * _llm_bytes(text, prompt, size)
     config = getattr(model_or_config, "config", model_or_config)
     unpacked = text.hidden_size * max(text.intermediate_size, text.hidden_size) * size if bits else 0
-    copied = -(-cost.kv_bytes // text.num_hidden_layers)
+    copied = -(-kv // text.num_hidden_layers)
     return Footprint(
         weights=weight_bytes(config, dtype, bits),
-        kv=cost.kv_bytes,
+        kv=kv,
         activations=batch * images * states + max(batch * images * working, llm) + copied + unpacked,
     )
 

@@ -33,7 +33,8 @@ class Shape:
     vision, text : keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
     images : times that the tower runs for one picture.
     paper_ratio : the share kept per block in the PiToMe paper's table of this model, where it names one.
-    about : what the table takes for granted.
+    about : what its figures take for granted.
+    is_mae_h : the model whose FLOPs the paper gives.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Shape:
     images: int = 1
     paper_ratio: float | None = None
     about: str = ""
+    is_mae_h: bool = False
 
     def config(self) -> Any:
         """A LLaVA configuration, or that of the vision tower alone."""
@@ -54,8 +56,8 @@ class Shape:
 
 
 _TILES = (
-    "a picture of 672 x 672 pixels: an overview and 2 x 2 tiles, 5 times 576 tokens, every tile merged by itself; the "
-    "newline tokens at the ends of rows are left out"
+    "A picture of 672 x 672 pixels: an overview and 2 x 2 tiles, 5 times 576 tokens, every tile merged by itself; the "
+    "newline tokens at the ends of rows are left out."
 )
 
 SHAPES = {
@@ -63,10 +65,13 @@ SHAPES = {
     "llava-1.5-13b": Shape("LLaVA-1.5-13B", _CLIP_L_336, _VICUNA_13B, paper_ratio=0.925),
     "llava-next-7b": Shape("LLaVA-NeXT-7B (Vicuna)", _CLIP_L_336, _VICUNA_7B, images=5, about=_TILES),
     "clip-l-336": Shape(
-        "CLIP ViT-L/14 at 336 pixels, the vision tower alone", _CLIP_L_336, about="all 24 blocks merge"
+        "CLIP ViT-L/14 at 336 pixels, the vision tower alone", _CLIP_L_336, about="All 24 blocks merge."
     ),
     "vit-mae-h": Shape(
-        "ViT-MAE-H/14 at 224 pixels", _MAE_H, about="a class token and 256 patches; the classifier is left out"
+        "ViT-MAE-H/14 at 224 pixels",
+        _MAE_H,
+        about="A class token and 256 patches; the classifier is left out.",
+        is_mae_h=True,
     ),
 }
 

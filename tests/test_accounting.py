@@ -9,7 +9,7 @@ from models import PATCHES, QUESTION, build, config, picture, processor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionModel
 
-from pitome_mllm import attach
+from pitome_mllm import attach, load
 from pitome_mllm.accounting import MLP_MATRICES, Timing, estimate, measure
 
 TEXT = len(QUESTION.split())  # the placeholder left out, <s> added
@@ -124,6 +124,35 @@ def test_fused_attention_with_and_without_a_size_bias_costs_the_same(keep):
     with attach(own, keep=keep), FlopCounterMode(display=False, custom_mapping=fused) as counter:
         own(**inputs())
     assert close(estimate(own, keep=keep, text_tokens=TEXT, logits="all").flops, counter.get_total_flops())
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded model with a question about a picture, and the tokens of its text."""
+    own, process = load("tiny")
+    own.set_attn_implementation("eager")
+    text = "USER: <image>\nwhat colour is the star ? ASSISTANT:"
+    prompt = dict(process(images=picture(0), text=text, return_tensors="pt"))
+    return own, prompt, prompt["input_ids"].shape[1] - PATCHES
+
+
+@pytest.mark.parametrize("keep", [PATCHES, 288, 144, 36])
+def test_the_embedded_model_costs_what_torch_counts(keep, embedded):
+    own, prompt, text = embedded
+    expected = estimate(own.config, "pitome", keep=keep, text_tokens=text, logits="all")
+    with attach(own, "pitome", keep=keep):
+        flops = counted(own, prompt)
+    assert close(expected.tower_flops + expected.merging_flops, flops["all"] - flops["llm"] - flops["projector"])
+    assert close(expected.prefill_flops, flops["llm"]) and close(expected.projector_flops, flops["projector"])
+
+
+def test_a_tower_alone_costs_what_it_costs_in_a_model_that_reads_its_last_block():
+    whole = config(feature_layer=-1)
+    for settings in ({}, {"keep": 100}, {"ratio": 0.9, "method": "tome"}):
+        alone, within = estimate(whole.vision_config, images=3, **settings), estimate(whole, images=3, **settings)
+        assert (alone.tower_flops, alone.merging_flops) == (within.tower_flops, within.merging_flops)
+        assert alone.flops == alone.tower_flops + alone.merging_flops and alone.kv_bytes == 0
+        assert alone.visual_tokens == within.visual_tokens
 
 
 def test_several_pictures_and_rows():

@@ -25,7 +25,7 @@ ALLOWED = {
     "stats": {"methods", "plan"},
     "accounting": {"latency", "methods", "plan", "schedule", "specs"},
     "latency": {"specs"},
-    "memory": {"accounting", "methods", "plan", "specs"},
+    "memory": {"accounting", "latency", "methods", "plan", "specs"},
     "shapes": {"methods"},
     "features": {"specs"},
     "prompt": {"language", "placeholders", "plan", "specs", "stats"},

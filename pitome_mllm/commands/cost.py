@@ -1,0 +1,123 @@
+"""``pitome-mllm cost``: FLOPs, key-value cache and batch size of published models over ratio and keep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .options import check_method, keep, progress
+
+RATIOS, KEEPS = (0.975, 0.95, 0.925, 0.9), (0.5, 0.25, 0.125)
+COLUMNS = {  # field of Row: its heading and how it is written; columns without any figure are left out
+    "setting": ("setting", "{}"),
+    "tokens": ("visual tokens", "{}"),
+    "tower_gflops": ("tower, GFLOPs", "{:.1f}"),
+    "llm_gflops": ("LLM, GFLOPs", "{:.0f}"),
+    "gflops": ("all, GFLOPs", "{:.1f}"),
+    "saved": ("saved", "{:.1%}"),
+    "kv_mb": ("KV cache, MB", "{:.1f}"),
+    "batch": ("largest batch", "{}"),
+}
+ABOUT = """Calculated from the models' published sizes; nothing is measured and no weights are needed. Method {method}.
+Every figure is for one picture with a prompt of {text_tokens} text tokens, up to new token {new_tokens}.
+
+A multiply-add counts as two FLOPs, and only matrix products and convolutions count. The column of the tower holds the
+merging, that of the LLM the projector. `ratio` is the share of its patches that every block keeps, `keep` the patches
+(of every tile) that are left in the end. The KV cache is in float16.
+
+The largest batch is what `pitome_mllm.memory.largest_batch` says for {memory:g} GB (10^9 bytes) and {weights} weights:
+weights, KV cache and a bound on activations, without what the driver of a GPU takes."""
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "cost",
+        help="FLOPs, KV cache and batch size of published models",
+        description="What published models cost with merged tokens, calculated from their sizes without weights.",
+    )
+    parser.add_argument("shape", nargs="*", metavar="SHAPE", help="such as llava-1.5-7b (default: all there are)")
+    parser.add_argument("--method", default="pitome", metavar="M", help="see `pitome-mllm methods` (%(default)s)")
+    parser.add_argument("--ratio", nargs="+", type=float, default=RATIOS, metavar="R", help="shares that blocks keep")
+    parser.add_argument(
+        "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="tokens left, numbers or shares"
+    )
+    parser.add_argument("--text-tokens", type=int, default=40, metavar="N", help="of the prompt (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=1, metavar="N", help="of the answer (%(default)s)")
+    parser.add_argument("--memory", type=float, default=40.0, metavar="GB", help="for the largest batch (%(default)s)")
+    parser.add_argument("--bits", type=int, metavar="4|8", help="of the weights, for the largest batch")
+    parser.add_argument("--markdown", action="store_true", help="print the page docs/cost.md instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the tables.
+
+    Raises
+    ------
+    ValueError : a mistake the user can mend, in one sentence.
+    """
+    from ..shapes import SHAPES, get_shape
+    from .cost_tables import Costs, section
+
+    check_method(options.method)
+    asked = {name: getattr(options, name) for name in ("method", "text_tokens", "new_tokens", "bits")}
+    shapes = {name: get_shape(name) for name in options.shape or SHAPES}
+    sections = {}
+    with progress("Calculating", total=len(shapes)) as advance:
+        for name, shape in shapes.items():
+            sections[name] = section(Costs(shape, memory=1e9 * options.memory, **asked), options.ratio, options.keep)
+            advance()
+    about = ABOUT.format(**vars(options), weights=f"{options.bits}-bit" if options.bits else "float16")
+    if options.json:
+        sys.stdout.write(json.dumps({name: asdict(found) for name, found in sections.items()}) + "\n")
+    elif options.markdown:
+        sys.stdout.write(markdown(list(sections.values()), about))
+    else:
+        show(list(sections.values()), about)
+
+
+def _cells(rows: Sequence[Any]) -> list[list[str]]:
+    """Headings, and the rows as text; without columns that have no figures."""
+    used = {name: c for name, c in COLUMNS.items() if any(getattr(row, name) is not None for row in rows)}
+    body = [[form.format(getattr(row, name)) for name, (_, form) in used.items()] for row in rows]
+    return [[heading for heading, _ in used.values()], *body]
+
+
+def markdown(sections: Sequence[Any], about: str) -> str:
+    """All of it as a page."""
+    lines = ["# What merging costs and saves", "", "Made by `pitome-mllm cost --markdown > docs/cost.md`.", "", about]
+    for found in sections:
+        heading, *body = _cells(found.rows)
+        lines += ["", f"## {found.title}", "", _line(heading), "|---" + "|---:" * (len(heading) - 1) + "|"]
+        lines += [*map(_line, body), "", *(f"- {note}" for note in found.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def show(sections: Sequence[Any], about: str) -> None:
+    """All of it in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for found in sections:
+        heading, *body = _cells(found.rows)
+        table = Table(title=found.title, title_justify="left")
+        for number, text in enumerate(heading):
+            table.add_column(text, justify="right" if number else "left")
+        for cells in body:
+            table.add_row(*cells)
+        console.print(table)
+        for note in found.notes:
+            console.print(note, markup=False)
+        console.print()
+    console.print(about, style="dim", markup=False)

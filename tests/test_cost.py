@@ -1,0 +1,114 @@
+"""``pitome-mllm cost``: its page is up to date, its figures are the estimate's, and the paper's are found again."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pitome_mllm import cli, estimate
+from pitome_mllm.commands.cost_tables import Costs, section
+from pitome_mllm.memory import largest_batch
+from pitome_mllm.shapes import SHAPES, get_shape
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cost.md"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run ``pitome-mllm cost``; returns the exit code, stdout and stderr."""
+
+    def call(*arguments):
+        try:
+            code = cli.main(["cost", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_the_page_is_what_the_command_prints(run):
+    code, out, err = run("--markdown")
+    assert (code, err) == (0, "")
+    assert out == PAGE.read_text(), "write it anew: pitome-mllm cost --markdown > docs/cost.md"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_their_published_sizes(name):
+    config = get_shape(name).config()
+    vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
+    patches = {"vit-mae-h": 256}.get(name, 576)
+    assert (vision.image_size // vision.patch_size) ** 2 == patches
+    assert (text is None) == (name in ("clip-l-336", "vit-mae-h"))
+    published = {"clip-l-336": 381.9, "vit-mae-h": 334.6}  # 2 * 12 * N * C^2 and so on, worked out by hand
+    if name in published:
+        assert estimate(config).flops / 1e9 == pytest.approx(published[name], rel=1e-3)
+
+
+def test_rows_are_the_estimate_s(run):
+    shape = SHAPES["llava-next-7b"]
+    config = shape.config()
+    code, out, _ = run("llava-next-7b", "--ratio", 0.95, "--keep", 72, "--new-tokens", 9, "--memory", 30, "--json")
+    plain, ratio, keep = json.loads(out)["llava-next-7b"]["rows"]
+    counts = {"images": 5, "text_tokens": 40, "new_tokens": 9}
+    expected = {
+        name: estimate(config, "pitome", **counts, **{name: value}) for name, value in (("ratio", 0.95), ("keep", 72))
+    }
+    whole = estimate(config, **counts)
+    assert code == 0 and [row["setting"] for row in (plain, ratio, keep)] == ["plain", "ratio 0.95", "keep 72"]
+    assert (plain["tokens"], ratio["tokens"], keep["tokens"]) == (2880, 5 * 183, 360)
+    for row, cost in ((ratio, expected["ratio"]), (keep, expected["keep"])):
+        assert (
+            row["gflops"] == pytest.approx(cost.flops / 1e9) == pytest.approx(row["tower_gflops"] + row["llm_gflops"])
+        )
+        assert row["saved"] == pytest.approx(1 - cost.flops / whole.flops) and row["kv_mb"] == cost.kv_bytes / 1e6
+    assert plain["saved"] == 0 and plain["batch"] == largest_batch(config, 30e9, **counts)
+    assert keep["batch"] == largest_batch(config, 30e9, "pitome", keep=72, **counts) > plain["batch"]
+
+
+def test_the_shares_of_the_abstract_are_where_the_notes_say():
+    costs = Costs(SHAPES["clip-l-336"], "pitome")
+    note = next(note for note in section(costs, [], []).notes if "abstract" in note)
+    found = re.findall(r"(\d+)% at ratio ([\d.]+) \(([\d.]+)%, (\d+) tokens\)", note)
+    assert [share for share, *_ in found] == ["40", "60"]
+    for share, ratio, saved, tokens in found:
+        assert f"{costs.saved(ratio=float(ratio)):.1%}" == f"{saved}%" and float(saved) >= int(share)
+        assert costs.saved(ratio=round(float(ratio) + 0.005, 3)) < int(share) / 100
+        assert costs(ratio=float(ratio)).visual_tokens == int(tokens)
+
+
+def test_the_paper_s_figures_for_mae_h():
+    config = SHAPES["vit-mae-h"].config()
+    assert estimate(config).flops / 2e9 == pytest.approx(167.4, rel=1e-3)
+    seven = estimate(config, "pitome", counts=[256 - 7 * (block + 1) for block in range(32)])
+    assert seven.tower_flops / 2e9 == pytest.approx(92.8, abs=0.05)
+    below, above = (estimate(config, "pitome", ratio=ratio).flops / 2e9 for ratio in (0.957, 0.958))
+    assert below < 92.5 and above > 93.1
+    notes = " ".join(section(Costs(SHAPES["vit-mae-h"], "pitome"), [], []).notes)
+    assert "they are 167.3 here, and 167.4 with 5 operations" in notes and "32 patches: 92.8" in notes
+
+
+def test_the_terminal_shows_table_notes_and_conventions(run):
+    code, out, err = run("vit-mae-h", "--ratio", 0.95, "--keep", 64)
+    said = " ".join(out.split())
+    assert (code, err) == (0, "") and "ViT-MAE-H/14" in said and re.search(r"ratio 0.95 +│ +57 │ +167.7 │ 49.9%", out)
+    assert "A multiply-add counts as two FLOPs" in said and "44.6% saved" in said and "LLM, GFLOPs" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["llava-1.5-8b"], "unknown shape 'llava-1.5-8b'; did you mean 'llava-1.5-7b'? Choices: llava-1.5-7b, "),
+        (["clip-l-336", "--method", "tom"], "did you mean 'tome'"),
+        (["clip-l-336", "--ratio", "1.5"], "ratio=1.5 is not possible"),
+        (["clip-l-336", "--keep", "577"], "keep=577 is more than the 576"),
+        (["llava-1.5-7b", "--memory", "0"], "memory=0.0 is not possible"),
+        (["llava-1.5-7b", "--bits", "3"], "bits=3 is not possible"),
+        (["llava-1.5-7b", "--text-tokens", "-1"], "text_tokens=-1 is not possible"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, words):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
