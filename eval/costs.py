@@ -42,17 +42,11 @@ class Cost:
 
 def config_of(shape: str) -> Any:
     """The configuration behind a name in `SHAPES`."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from pitome_mllm.shapes import get_shape
 
     from .tiny_model import build_config
 
-    if shape == "tiny":
-        return build_config()
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768,
-    )  # fmt: skip
-    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064), vision_feature_layer=-2)
+    return build_config() if shape == "tiny" else get_shape(shape).config()
 
 
 def inputs(plan: Any, config: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -7,9 +7,8 @@ loses, and their rank correlation. The points go to one CSV and one plot.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 
 from .benchmark import SCENES, scene
-from .curves import DRAWS, PLAIN, RESULTS, Setting, provenance
+from .curves import DRAWS, RESULTS, Setting
 from .report import COLOURS, read
+from .runs import PLAIN, load, provenance, write_csv
 
 LEAST_POINTS = 40
 BATCH = 10  # pictures whose graphs are in memory at once
@@ -91,7 +91,7 @@ def distances(
                 else:
                     sums[setting] += float(graph.distance(handle.stats.merges).sum())
             advance()
-    return {setting: total / len(pixels) for setting, total in sums.items()}
+    return {setting: round(total / len(pixels), 6) for setting, total in sums.items()}
 
 
 def points(distance: dict[Setting, float], lost: dict[Setting, Loss]) -> list[Point]:
@@ -145,18 +145,6 @@ def correlation(found: Sequence[Point], within_keep: bool = False, draws: int = 
     return Correlation(spearman(x, y, strata), float(low), float(high))
 
 
-def write(path: Path, found: Sequence[Point], about: dict[str, Any]) -> None:
-    """Write the CSV; a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Point)), *about])
-        writer.writeheader()
-        for point in found:
-            writer.writerow(asdict(point) | {"distance": f"{point.distance:.5g}"} | about)
-    part.rename(path)
-
-
 def plot(found: Sequence[Point], path: Path, title: str) -> None:
     """Loss over spectral distance: a colour and marker for each method, one panel for each place."""
     from matplotlib.figure import Figure
@@ -191,7 +179,6 @@ def check_same_model(rows: list[dict[str, str]], about: dict[str, str]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the CSV and the plot, and print the correlations."""
-    import pitome_mllm
     from pitome_mllm.commands.options import progress
     from pitome_mllm.commands.spectrum import check_matplotlib
     from pitome_mllm.features import pixel_values
@@ -203,15 +190,15 @@ def run(args: argparse.Namespace) -> None:
     points(dict.fromkeys(lost, 0.0), lost)  # too few: better said before hours than after
     check_matplotlib()
     torch.set_num_threads(args.threads)
-    model, processor = pitome_mllm.load(args.model, dtype="float32")
-    about = provenance(args.model, split, model) | {"pictures": args.pictures}
+    model, processor = load(args.model)
+    about = provenance(args.model, split) | {"pictures": args.pictures}
     check_same_model(rows, about)
     pixels = pixel_values(processor, [scene(number, split)[0] for number in range(args.pictures)])
     with progress("Computing spectra", total=len(lost) * -(-args.pictures // BATCH)) as advance:
         found = points(distances(model, pixels, lost, advance), lost)
     whole, within = correlation(found), correlation(found, within_keep=True)
     said = f"Spearman correlation over {len(found)} settings: {whole}; of methods at the same keep: {within}"
-    write(args.out, found, about)
+    write_csv(args.out, found, about)
     plot(found, args.plot, f"{said}; {args.pictures} {split} pictures")
     print(f"{said}; in brackets 95 % bootstrap intervals over settings.")
 

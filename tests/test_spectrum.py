@@ -98,9 +98,15 @@ def test_a_method_without_groups_says_so(monkeypatch):
 def test_the_table_names_every_method_and_keep(run):
     code, out, err = run("--keep", 288, 144)
     said = " ".join(out.split())
-    assert (code, err) == (0, "") and "test scene 0, tiny, tower" in said and "A dropped token" in said
+    assert (
+        (code, err) == (0, "")
+        and "test scene 0, tiny, every method at its own place" in said
+        and "A dropped token" in said
+    )
     for name in METHODS:
-        assert (re.search(rf"│ {name} +│ +\d\S* │ +\d\S* │", out) is None) == (name == "pitome-tuned")
+        cell = r"-" if name == "dct" else r"\d\S*"
+        assert (re.search(rf"│ {name} +│ +{cell} │ +{cell} │", out) is None) == (name == "pitome-tuned")
+    assert "dct: this method forms no groups" in said
 
 
 def test_json_is_one_object(run):

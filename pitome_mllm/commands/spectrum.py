@@ -47,7 +47,7 @@ def register(commands: Any) -> None:
     group.add_argument(
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
     )
-    group.add_argument("--where", default="tower", metavar="W", help="tower, projector or both (%(default)s)")
+    group.add_argument("--where", metavar="W", help="tower, projector or both (default: each method's own)")
     parser.add_argument("--out", metavar="FILE", help="also draw a plot (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
@@ -72,16 +72,19 @@ def run(options: argparse.Namespace) -> None:
     subject = read_subject(options)
     model, processor = open_model(options)
     found = compare(model, pixel_values(processor, subject.picture), methods, options.keep, options.where)
+    about = f"{subject.name}, {options.model}, {options.where or 'every method at its own place'}"
     if options.out:
-        plot(found, options.out, f"{subject.name}, {options.where}")
+        plot(found, options.out, about)
     if options.json:
-        about = {"model": options.model, "picture": subject.name, "where": options.where, "keep": found.keeps}
-        sys.stdout.write(json.dumps({**about, "spectral_distance": found.distances, "impossible": found.why}) + "\n")
+        asked = {"model": options.model, "picture": subject.name, "where": options.where, "keep": found.keeps}
+        sys.stdout.write(json.dumps({**asked, "spectral_distance": found.distances, "impossible": found.why}) + "\n")
         return
-    show(found, f"{subject.name}, {options.model}, {options.where}")
+    show(found, about)
 
 
-def compare(model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int | float], where: str) -> Comparison:
+def compare(
+    model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int | float], where: str | None
+) -> Comparison:
     """Spectral distances of the plain model's features, over what the methods make of them.
 
     Parameters
@@ -112,7 +115,7 @@ def compare(model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int
 
 
 def _distance(
-    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, where: str
+    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, where: str | None
 ) -> float | None:
     """One figure; where it does not exist, None, and the reason goes to ``found.why``."""
     from ..attach import attach
