@@ -180,17 +180,40 @@ def test_groups_leaves_out_a_class_token_that_the_llm_sees(run, tmp_path, photo)
 
 def test_the_drawing_numbers_the_groups_of_patches_only(monkeypatch):
     drawn = {}
-    monkeypatch.setattr("pitome_mllm.visualize.seen_by", lambda processor, picture: picture)
-    monkeypatch.setattr("pitome_mllm.visualize.draw_groups", lambda picture, *given, **_: drawn.update(given=given))
+    monkeypatch.setattr("pitome_mllm.visualize.run.draw_groups", lambda _, groups, **__: drawn.update(groups=groups))
     model = build(strategy="full")
     process = plain_processor(strategy="full")
     inputs = process(images=textured(0), text=QUESTION, return_tensors="pt")
     with attach(model, "pitome", keep=144) as handle:
         model.generate(**inputs, max_new_tokens=1)
         drawing(process, textured(0), handle.stats)
-    groups, sizes = drawn["given"]
+        sizes = handle.stats.sizes[0, 1:]
+    groups = drawn["groups"]
     assert groups.shape == (576,) and torch.equal(groups.unique(), torch.arange(143))
     assert torch.equal(groups.bincount().float(), sizes)
+
+
+def test_groups_draws_energies_steps_and_a_chart(run, tmp_path):
+    out = tmp_path / "g.png"
+    sheets = {}
+    for name, options in {"energy": ["--energy"], "steps": ["--steps"], "both": ["--energy", "--steps"]}.items():
+        code, said, err = run("groups", "--method", "pitome", "--keep", 144, "--side", 96, "--out", out, *options)
+        assert (code, err) == (0, "") and "pitome: 144 of 576 tokens" in said
+        with Image.open(out) as drawn:
+            sheets[name] = drawn.size
+    assert sheets["steps"][0] == sheets["energy"][0] == 4 * 96 + 5 * 16  # picture, six merges (and the chart): two rows
+    assert sheets["energy"][1] > sheets["steps"][1] > 2 * 96  # colour bars
+    code, out, err = run("groups", "--energy", "--method", "tome", "--out", tmp_path / "t.png")
+    assert (code, out) == (2, "") and "tome has no energies, so there is nothing to draw" in err
+
+
+def test_groups_stacks_the_steps_of_several_methods(run, tmp_path):
+    heights = []
+    for methods in (["tome"], ["tome", "random"]):
+        run("groups", "--steps", "--side", 96, "--style", "size", "--out", tmp_path / "g.png", "--method", *methods)
+        with Image.open(tmp_path / "g.png") as drawn:
+            heights.append(drawn.height)
+    assert heights[1] > 1.8 * heights[0]
 
 
 def test_ask_saves_the_groups_too(run, tmp_path):
@@ -209,8 +232,8 @@ def test_methods_lists_every_method(run):
 def test_version_and_help(run):
     assert run("--version") == (0, f"pitome-mllm {__version__}\n", "")
     code, out, _ = run("--help")
-    assert code == 0 and all(command in out for command in ("ask", "groups", "methods"))
-    for command in ("ask", "groups", "methods"):
+    assert code == 0 and all(command in out for command in ("ask", "groups", "spectrum", "cost", "methods"))
+    for command in ("ask", "groups", "spectrum", "cost", "methods"):
         assert run(command, "--help")[0] == 0
 
 
@@ -264,6 +287,8 @@ MISTAKES = [
     (["groups", "--method", "pitome", "tom"], "unknown method 'tom'; did you mean"),
     (["groups", "--style", "baroque"], "unknown style 'baroque'"),
     (["groups", "--side", "3"], "3"),
+    (["groups", "--method", "dct"], "dct forms no groups, so there is nothing to draw"),
+    (["groups", "--energy", "--style", "mean"], "not allowed with argument"),
 ]
 
 

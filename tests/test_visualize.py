@@ -3,9 +3,33 @@
 import numpy as np
 import pytest
 import torch
+from models import QUESTION, build
+from models import picture as textured
+from models import processor as plain_processor
 from PIL import Image
 
-from pitome_mllm.visualize import PALETTE, draw_groups, seen_by, side_by_side
+from pitome_mllm import attach
+from pitome_mllm.visualize import (
+    PALETTE,
+    below,
+    captioned,
+    draw_counts,
+    draw_energies,
+    draw_groups,
+    draw_run,
+    draw_step_energies,
+    draw_steps,
+    like,
+    patch_energies,
+    patch_groups,
+    protected_patches,
+    seen_by,
+    side_by_side,
+    step_names,
+    tiles_seen_by,
+    token_counts,
+)
+from pitome_mllm.visualize.heat import VIRIDIS, colours
 
 
 def gradient(width: int = 96, height: int = 96) -> Image.Image:
@@ -122,7 +146,7 @@ def test_the_inputs_are_left_as_they_were():
         ({"groups": [0.5] * 16}, "integers"),
         ({"groups": [-2] * 16}, "integers from 0"),
         ({"sizes": [1.0]}, "got 1 sizes for 6 tokens"),
-        ({"style": "outlines"}, "unknown style 'outlines'; choose from outline, mean"),
+        ({"style": "outlines"}, "unknown style 'outlines'; choose from outline, mean, size"),
         ({"side": 12}, "pass at least 16"),
         ({"picture": np.zeros((4, 4, 3))}, "expected a PIL picture, got ndarray"),
     ],
@@ -192,3 +216,207 @@ def test_side_by_side_shows_every_picture_at_one_height_under_its_title():
 def test_side_by_side_errors(count, titles):
     with pytest.raises(ValueError, match=f"got {count} pictures"):
         side_by_side([gradient()] * count, titles)
+
+
+def test_side_by_side_goes_on_in_further_rows():
+    sheet = side_by_side([gradient(100, 100)] * 5, gap=10, columns=2)
+    assert sheet.size == (230, 3 * 120)
+    assert (pixels(sheet)[250:350, 10:110] == pixels(gradient(100, 100))).all()
+    assert (pixels(sheet)[250:350, 120:] == 255).all()
+    with pytest.raises(ValueError, match="columns=0 is not possible"):
+        side_by_side([gradient()], columns=0)
+
+
+def test_a_caption_stands_below_and_wraps():
+    sheet = captioned(gradient(200, 50), "a caption of many words that does not fit one line at all")
+    assert sheet.width == 200 and sheet.height > 90 and (pixels(sheet)[:50] == pixels(gradient(200, 50))).all()
+    assert pixels(sheet)[50:].min() < 100
+
+
+def test_a_picture_beside_a_drawing_has_its_width():
+    drawing = below([gradient(300, 300), Image.new("RGB", (300, 40), "white")])
+    beside = like(gradient(90, 90), drawing)
+    assert beside.size == (300, 340) and (pixels(beside)[300:] == 255).all() and pixels(beside)[:300].min() < 50
+
+
+# ---- sizes, protection, energies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [336, 1000])
+def test_size_fills_tokens_with_the_colour_of_their_size(side):
+    drawn = draw_groups(gradient(), BLOCKS, style="size", side=side)
+    assert drawn.width == side and drawn.height > side
+    area, patch = pixels(drawn)[:side], side // 4
+    corner = area[patch // 8, patch // 8]  # sizes 4, 3, 2: off the number in the middle
+    assert np.abs(corner - VIRIDIS[-1]).max() <= 1
+    small = area[3 * patch + patch // 8, patch + patch // 8]
+    assert np.abs(small - colours(np.log2(2) / np.log2(4))).max() <= 1
+    assert (area[2 * patch + patch // 8, patch // 8] != VIRIDIS[0]).any()  # alone: its own pixels
+
+
+def test_sizes_are_written_where_they_can_be_read():
+    group = np.zeros(576, dtype=int)
+    white = [
+        (pixels(draw_groups(Image.new("RGB", (9, 9)), group, style="size", side=s))[:s] > 250).all(-1).any()
+        for s in (336, 672)
+    ]
+    assert white == [False, True]
+
+
+def test_protected_patches_get_a_diamond():
+    marked = np.zeros(16, dtype=bool)
+    marked[[0, 8]] = True  # patch 0 is part of a larger token, 8 is alone
+    plain, drawn = (pixels(draw_groups(gradient(), BLOCKS, protected=p, side=400)) for p in (None, marked))
+    changed = np.argwhere((plain != drawn).any(-1))
+    assert len(changed) and (changed.min(0) >= (200, 0)).all() and (changed.max(0) < (300, 100)).all()
+    assert (drawn[249, 49] == 0).all() and (plain[249, 49] > 250).all()
+
+
+def test_energies_are_colours_with_their_range_below():
+    energies = torch.linspace(-1, 1, 16)
+    drawn = draw_energies(Image.new("RGB", (8, 8), (128, 128, 128)), energies, side=400)
+    assert drawn.size[0] == 400 and drawn.size[1] > 400
+    first, last = pixels(drawn)[50, 50], pixels(drawn)[350, 350]
+    assert np.abs(first - VIRIDIS[0]).max() <= 1 and np.abs(last - VIRIDIS[-1]).max() <= 1
+    energies[3] = torch.nan
+    hatched = draw_energies(gradient(), energies, side=400)
+    assert np.ptp(pixels(hatched)[10:90, 310:390], axis=-1).max() == 0
+
+
+@pytest.mark.parametrize("energies", [torch.ones(16), torch.full((16,), torch.nan)])
+def test_energies_without_a_range_can_be_drawn(energies):
+    assert draw_energies(gradient(), energies).width == 112
+
+
+def test_colours_are_viridis():
+    assert (colours([0, 1, 2, -1]) == VIRIDIS[[0, -1, -1, 0]]).all()
+    lightness = colours(np.linspace(0, 1, 50)) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) > 0).all()  # reads the same in grey
+    expected = 255 * pytest.importorskip("matplotlib").colormaps["viridis"](np.linspace(0, 1, 33))[:, :3]
+    difference = np.abs(colours(np.linspace(0, 1, 33)) - expected).max(1)
+    assert difference[::4].max() < 2 and difference.max() < 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"energies": None}, "has no energies"),
+        ({"energies": [0.0] * 15}, "15 patches do not fill a square"),
+        ({"picture": None}, "expected a PIL picture"),
+        ({"side": 3}, "pass at least 16"),
+    ],
+)
+def test_errors_of_energies(change, words):
+    with pytest.raises(ValueError, match=words):
+        draw_energies(**{"picture": gradient(), "energies": [0.5] * 16, **change})
+
+
+def test_the_chart_shows_counts_in_proportion():
+    chart = pixels(draw_counts({"pitome": [100, 50], "tome": [100, 25]}, size=(400, 400)))
+    heights = [int((chart == PALETTE[i]).all(-1)[40:].any(1).sum()) for i in (0, 1)]
+    columns = (chart[350] == PALETTE[0]).all(-1)  # just above the line: both bars of the first name
+    assert heights[0] == heights[1] > 200 and 100 < columns.sum() < 200
+    second = (chart == PALETTE[1]).all(-1)[40:, 300:].any(1).sum()
+    assert second == pytest.approx(heights[1] / 4, abs=3)
+    for bad in ({}, {"a": []}, {str(i): [1] for i in range(8)}):
+        with pytest.raises(ValueError, match="got counts of"):
+            draw_counts(bad)
+
+
+# ---- from the stats of a run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_of():
+    """The stats of a run on two pictures, by settings."""
+    model, process = build(layers=4), plain_processor()
+    inputs = process(images=[textured(0), textured(1)], text=[QUESTION] * 2, return_tensors="pt")
+
+    def run(method, **settings):
+        with attach(model, method, **settings) as handle, torch.no_grad():
+            model(**inputs)
+        return handle.stats
+
+    return run
+
+
+def test_groups_after_every_step_end_in_those_of_the_run(run_of):
+    stats = run_of("pitome", keep=100, where="both")
+    assert token_counts(stats)[0] == 576 and token_counts(stats)[-1] == 100
+    assert (
+        step_names(stats)
+        == ["block 0", "block 1", "block 2", "before the projector, step 1", "before the projector, step 2"][
+            : len(stats.merges)
+        ]
+    )
+    for image in (0, 1):
+        assert torch.equal(patch_groups(stats, image), stats.groups[image])
+        for steps, count in enumerate(token_counts(stats)):
+            assert patch_groups(stats, image, steps).unique().tolist() == list(range(count))
+    drawings, titles = draw_steps(textured(0), stats, side=96)
+    assert len(drawings) == len(stats.merges) and titles[0] == f"after block 0: {stats.counts[0]} tokens"
+
+
+def test_energies_come_back_to_patches_through_the_groups(run_of):
+    stats = run_of("pitome", keep=100, energies=True)
+    found = patch_energies(stats, image=1)
+    assert torch.equal(found[0], stats.merges[0].energy[1])
+    for step, energy in enumerate(found):
+        groups = patch_groups(stats, 1, step)
+        for token in (0, 7, 50):
+            assert (energy[groups == token] == stats.merges[step].energy[1, token]).all()
+
+
+def test_protected_are_the_tokens_of_least_energy(run_of):
+    stats = run_of("pitome", keep=288)
+    counts = token_counts(stats)
+    first = protected_patches(stats, 0, 0)
+    assert int(first.sum()) == 576 - 2 * (576 - counts[1])
+    energy = stats.merges[0].energy[0]
+    assert energy[first].max() <= energy[~first].min()
+    always, alone = protected_patches(stats, 0), stats.sizes[0][stats.groups[0]] == 1
+    assert 0 < always.sum() and (alone | ~always).all()  # what is always protected stays alone
+    for method in ("tome", "pitome-bsm", "random"):
+        assert not protected_patches(run_of(method, keep=288), 0).any()
+
+
+def test_dropped_patches_stay_dropped(run_of):
+    stats = run_of("random", keep=100)
+    assert (patch_groups(stats, 0) < 0).sum() == 476
+    assert draw_run([textured(0), textured(1)], stats, side=96)[0].size == (96, 96)
+
+
+def test_what_a_run_does_not_have_is_said(run_of):
+    with pytest.raises(ValueError, match="attach with energies=True"):
+        patch_energies(run_of("pitome", keep=100))
+    with pytest.raises(ValueError, match="tome has no energies"):
+        draw_step_energies(textured(0), run_of("tome", keep=100, energies=True))
+    with pytest.raises(ValueError, match="dct forms no groups"):
+        draw_run([textured(0)] * 2, run_of("dct", keep=100))
+    with pytest.raises(ValueError, match="got 1 pictures for a run of 2"):
+        draw_run([textured(0)], run_of("tome", keep=100))
+
+
+def test_a_smaller_picture_is_one_step(run_of):
+    stats = run_of("downsample", keep=144)
+    assert step_names(stats) == ["a smaller picture"] and token_counts(stats) == [576, 144]
+    assert patch_groups(stats).bincount().tolist() == [4] * 144
+
+
+def test_a_run_that_merged_nothing_can_be_drawn(run_of):
+    stats = run_of("pitome", keep=576)
+    assert len(draw_run([textured(0), textured(1)], stats, side=96)) == 2 and draw_steps(textured(0), stats) == ([], [])
+
+
+def test_tiles_are_all_returned_in_their_order(clip_processor):
+    class Tiles(clip_processor):
+        def __call__(self, images, **options):
+            views = [images, images.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+            made = super().__call__(images=views, **options)
+            made["pixel_values"] = made["pixel_values"][None]
+            return made
+
+    processor = Tiles(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tiles = tiles_seen_by(processor, gradient(32, 32))
+    assert len(tiles) == 2 and (pixels(tiles[0]) == pixels(seen_by(processor, gradient(32, 32)))).all()
+    assert np.abs(pixels(tiles[1])[:, ::-1] - pixels(tiles[0])).max() <= 1

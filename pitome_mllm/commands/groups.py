@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from PIL import Image
 from .inputs import encode, read_subject
 from .options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
 
+CAPTIONS = {  # by what is drawn: what its marks mean
+    "outline": "An outline: patches of one visual token. Dot: stayed alone. Diamond: protected. Hatched: dropped.",
+    "mean": "A filled area: patches of one visual token, in their mean colour. Hatched: dropped.",
+    "size": "A filled area: patches of one visual token. Dot: stayed alone. Diamond: protected. Hatched: dropped.",
+    "energy": "Energy of every token before a merge: the highest merge first. Dot: left out. Hatched: dropped before.",
+}
 ANY_QUESTION = "what is there"  # the tower merges before the question is read, so that its wording does not matter
 
 
@@ -25,63 +32,85 @@ def register(commands: Any) -> None:
     add_subject(parser, question=False)
     add_model(parser)
     add_merging(parser, several=True)
-    parser.add_argument("--style", default="outline", help="outline or mean (%(default)s)")
+    show = parser.add_mutually_exclusive_group()
+    show.add_argument("--style", default="outline", help="outline, mean or size (%(default)s)")
+    show.add_argument("--energy", action="store_true", help="the energy of every token before every merge instead")
+    parser.add_argument("--steps", action="store_true", help="the groups after every merge, and a chart of the tokens")
     parser.add_argument("--side", type=int, metavar="PX", help="longer side of each panel in pixels")
     parser.add_argument("--out", default="groups.png", metavar="FILE", help="where to write it (%(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write one picture: what the tower saw, then one panel for each method.
+    """Write one picture: what the tower saw, then one panel for each method, or one for each of its merges.
 
     Raises
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    from ..visualize import seen_by, side_by_side
+    from ..visualize import below, captioned, like, seen_by, side_by_side
 
     for method in options.method or ():
         check_method(method)
     check_picture_file(options.out)
     subject = read_subject(options)
     model, processor = open_model(options)
-    panels, titles = [seen_by(processor, subject.picture)], ["picture"]
+    seen, drawn, said = seen_by(processor, subject.picture), [], []
     for method in options.method or [None]:
         with progress("Drawing"):
-            panel, title = _panel(options, model, processor, subject, method)
-        panels.append(panel)
-        titles.append(title)
-    write_picture(side_by_side(panels, titles), options.out)
-    sys.stdout.write(f"{options.out}: {subject.name}, {'; '.join(titles[1:])}\n")
+            panels, titles, title = _panels(options, model, processor, subject, method)
+        drawn.append((panels, titles))
+        said.append(title)
+    if options.energy or options.steps:
+        rows = [([like(seen, panels[0]), *panels], [title, *titles]) for (panels, titles), title in zip(drawn, said)]
+    else:
+        panels, titles = [panels[0] for panels, _ in drawn], said
+        rows = [([like(seen, panels[0]), *panels], ["picture", *titles])]
+    sheets = [side_by_side(panels, titles, columns=_columns(len(panels))) for panels, titles in rows]
+    caption = CAPTIONS["energy" if options.energy else options.style]
+    write_picture(captioned(below(sheets), caption), options.out)
+    sys.stdout.write(f"{options.out}: {subject.name}, {'; '.join(said)}\n")
 
 
-def _panel(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
-    """The drawing for one method and its title."""
+def _columns(panels: int) -> int:
+    """Panels per row: up to five in one row, more of them in a sheet a little wider than high."""
+    return panels if panels <= 5 else isqrt(panels - 1) + 2
+
+
+def _panels(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
+    """The drawings for one method, their titles, and what the method did."""
     from ..attach import attach
+    from ..visualize import draw_counts, draw_step_energies, draw_steps, seen_by, token_counts
 
-    with attach(model, method, **merging(options)) as handle:
+    with attach(model, method, energies=True, **merging(options)) as handle:
         inputs = encode(model, processor, subject, subject.question or ANY_QUESTION, 1)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
-        plan = handle.plan
+        plan, stats = handle.plan, handle.stats
         title = f"{plan.method}: {plan.keep} of {plan.available} tokens"
-        return drawing(processor, subject.picture, handle.stats, style=options.style, side=options.side), title
+        if not options.energy and not options.steps:
+            return [drawing(processor, subject.picture, stats, style=options.style, side=options.side)], [title], title
+        seen = seen_by(processor, subject.picture)
+        if options.energy:
+            panels, titles = draw_step_energies(seen, stats, side=options.side)
+        else:
+            panels, titles = draw_steps(seen, stats, style=options.style, side=options.side)
+        if options.steps:
+            panels.append(draw_counts({plan.method: token_counts(stats)}, size=panels[0].size))
+            titles.append("tokens")
+        return panels, titles, title
 
 
 def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outline", side: int | None = None) -> Any:
-    """The groups of the last run's only picture, drawn on what the tower saw.
+    """The groups of the last run's only picture, drawn on what the tower saw of it: one view, or its tiles.
 
     Raises
     ------
     ValueError : the method forms no groups.
     """
-    from ..visualize import draw_groups, seen_by
+    from ..visualize import draw_run, side_by_side, tiles_seen_by
 
-    if stats.groups is None:
-        raise ValueError(f"{stats.method} forms no groups, so there is nothing to draw; choose another --method")
-    ahead = stats.plan.geometry.visible_class_tokens  # in front of the patches, never merged, and not in the picture
-    groups, sizes = stats.groups[0, ahead:], stats.sizes[0, ahead:]
-    groups = (groups - ahead).where(groups >= 0, groups)  # -1 stays: a dropped patch
-    return draw_groups(seen_by(processor, picture), groups, sizes, style=style, side=side)
+    drawings = draw_run(tiles_seen_by(processor, picture), stats, style=style, side=side)
+    return drawings[0] if len(drawings) == 1 else side_by_side(drawings, columns=isqrt(len(drawings) - 1) + 1)
 
 
 def check_picture_file(path: str) -> None:

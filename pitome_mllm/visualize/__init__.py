@@ -1,0 +1,43 @@
+"""Draw what merging did to a picture: groups, sizes, energies, and tokens per step.
+
+Patches are labelled in reading order over the tower's grid, so the picture must be the one the tower saw:
+``seen_by`` undoes an image processor's resizing, cropping and normalisation, whatever the size of the original.
+Read `groups` first.
+"""
+
+from .groups import PALETTE, STYLES, draw_groups
+from .heat import draw_energies
+from .run import (
+    draw_run,
+    draw_step_energies,
+    draw_steps,
+    patch_energies,
+    patch_groups,
+    protected_patches,
+    step_names,
+    token_counts,
+)
+from .seen import seen_by, tiles_seen_by
+from .sheet import below, captioned, draw_counts, like, side_by_side
+
+__all__ = [
+    "PALETTE",
+    "STYLES",
+    "below",
+    "captioned",
+    "draw_counts",
+    "draw_energies",
+    "draw_groups",
+    "draw_run",
+    "draw_step_energies",
+    "draw_steps",
+    "like",
+    "patch_energies",
+    "patch_groups",
+    "protected_patches",
+    "seen_by",
+    "side_by_side",
+    "step_names",
+    "tiles_seen_by",
+    "token_counts",
+]

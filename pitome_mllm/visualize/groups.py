@@ -1,0 +1,206 @@
+"""Draw on a picture which of its patches share one visual token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .canvas import (
+    DROPPED,
+    array,
+    canvas,
+    check_picture,
+    diamonds,
+    dots,
+    hairline,
+    hatch,
+    on_grid,
+    per_pixel,
+    stretched,
+    to_picture,
+)
+from .heat import colours, with_bar
+
+STYLES = ("outline", "mean", "size")
+NUMBERED = 18  # pixels per patch from which numbers on patches can be read
+# The colours of Okabe and Ito without black: distinct for every common kind of colour blindness.
+PALETTE = np.array(
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)],
+    dtype=np.float32,
+)
+
+
+def draw_groups(
+    picture: Image.Image,
+    groups: Any,
+    sizes: Any = None,
+    *,
+    protected: Any = None,
+    grid: tuple[int, int] | None = None,
+    style: str = "outline",
+    side: int | None = None,
+) -> Image.Image:
+    """Show which patches were merged into one token.
+
+    Patches of one token share an outline (style "outline": the picture stays visible and neighbouring tokens get
+    different colours), are filled with their mean colour (style "mean": an impression of what is left), or with a
+    colour that says how many patches the token holds (style "size": with a colour bar below, and numbers where they
+    can be read). A patch that stayed alone keeps its pixels; except in style "mean" a small dot marks it, or, where the
+    method protects it, a diamond. Dropped patches are greyed and hatched.
+
+    Parameters
+    ----------
+    picture : what the tower saw (see `seen_by`); it is stretched to the grid's proportions.
+    groups : (N,) or (1, N) integers in reading order: the token of each patch, -1 = dropped.
+    sizes : (K,) patches per token, as `Stats.sizes` (size 1 = stayed alone); counted from `groups` when left out.
+    protected : (N,) bool, patches that the method keeps out of merging, as `protected_patches` finds them.
+    grid : rows and columns of the patches; needed unless N is a square number.
+    style : "outline", "mean" or "size".
+    side : length of the drawing's longer side in pixels; default: that of the picture, at least 28 per patch. A
+        colour bar comes on top.
+
+    Raises
+    ------
+    ValueError : no groups (a method without them), a wrong number of labels or sizes, an unknown style, a side too
+        small to show the patches.
+    """
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+    check_picture(picture)
+    labels = _labels(groups, grid)
+    sizes = _sizes(labels, sizes)
+    height, width = canvas(labels.shape, picture.size, side)
+    pixels, label_map = stretched(picture, height, width), per_pixel(labels, height, width)
+    cell = min(height // labels.shape[0], width // labels.shape[1])
+    kept = labels != DROPPED
+    alone = kept & (sizes[labels] <= 1)
+    draw = {"outline": _outline, "mean": _mean, "size": _size}[style]
+    drawn = draw(pixels, labels, label_map, sizes, cell)
+    drawing = to_picture(hatch(drawn, label_map == DROPPED, cell))
+    if style == "mean":
+        return drawing
+    diamond = alone & (False if protected is None else on_grid(array(protected).astype(bool), labels.shape))
+    dots(drawing, alone & ~diamond, max(min(2, cell // 4), cell // 10))
+    diamonds(drawing, diamond, cell)
+    if style == "outline":
+        return drawing
+    _numbers(drawing, labels, sizes, cell)
+    most = max(2, sizes[:-1].max(initial=1))
+    ticks = [2**power for power in range(int(np.log2(most)) + 1)]
+    return with_bar(drawing, "patches per token", [(_shade(tick, most), f"{tick}") for tick in ticks])
+
+
+def _labels(groups: Any, grid: tuple[int, int] | None) -> np.ndarray:
+    """Checked group labels (rows, columns), from 0; dropped patches -1."""
+    if groups is None:
+        raise ValueError(
+            "this method forms no groups, so there is nothing to draw; choose one that merges or drops tokens"
+        )
+    labels = array(groups)
+    if labels.dtype.kind not in "iu" or labels.min() < DROPPED:
+        raise ValueError("groups must be integers from 0, with -1 for dropped patches")
+    return on_grid(labels, grid)
+
+
+def _sizes(labels: np.ndarray, sizes: Any) -> np.ndarray:
+    """(K + 1,) patches per token; the last entry serves label -1."""
+    count = int(labels.max()) + 1
+    if sizes is None:
+        sizes = np.bincount(labels[labels != DROPPED], minlength=count)
+    else:
+        sizes = np.asarray(sizes.detach().float().cpu() if isinstance(sizes, torch.Tensor) else sizes).reshape(-1)
+        if len(sizes) != count:
+            raise ValueError(f"got {len(sizes)} sizes for {count} tokens; pass one for each token of `groups`")
+    return np.append(sizes, 0)
+
+
+def _framed(label_map: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels of tokens with more than one patch."""
+    return (label_map != DROPPED) & (sizes[label_map] > 1)
+
+
+def _outline(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
+    """The picture with a coloured line inside the border of every group and a dark hairline between groups."""
+    line = max(2, round(cell / 8))
+    framed = _framed(label_map, sizes)
+    tones = np.vstack([PALETTE[_colours(labels, _means(pixels, label_map))], np.zeros(3, np.float32)])
+    drawn = np.where((_border(label_map, line) & framed)[..., None], tones[label_map], pixels)
+    return np.where(hairline(label_map, max(1, line // 3))[..., None], 0.2 * drawn, drawn)
+
+
+def _mean(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
+    """Every group in its mean colour; the line around it is lighter than dark fillings and darker than light ones."""
+    means = np.vstack([_means(pixels, label_map), np.zeros(3, np.float32)])
+    keep = ~_framed(label_map, sizes)[..., None]
+    drawn = np.where(keep, pixels, means[label_map])
+    step = np.where(drawn.mean(-1, keepdims=True) < 128, 70.0, -70.0)
+    return np.where(hairline(label_map, max(1, cell // 20))[..., None], drawn + step, drawn)
+
+
+def _size(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
+    """Every token of several patches in the colour of its size, on a logarithmic scale."""
+    tones = colours(_shade(np.maximum(sizes, 1), max(2, sizes[:-1].max(initial=1))))
+    drawn = np.where(_framed(label_map, sizes)[..., None], tones[label_map], pixels)
+    return np.where(hairline(label_map, max(1, cell // 14))[..., None], 0.2 * drawn, drawn)
+
+
+def _shade(size: Any, most: float) -> Any:
+    """Where a size lies on the colour scale, from 0 for one patch to 1 for ``most``."""
+    return np.log2(size) / np.log2(most)
+
+
+def _numbers(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> None:
+    """The size of every token of several patches, on its patch nearest to their middle."""
+    if cell < NUMBERED:
+        return
+    brush, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=round(0.5 * cell))
+    for label in np.flatnonzero(sizes[:-1] > 1):
+        places = np.argwhere(labels == label)
+        if not len(places):
+            continue
+        row, column = places[np.abs(places - places.mean(0)).sum(1).argmin()]
+        middle = (column + 0.5) * drawing.width / labels.shape[1], (row + 0.5) * drawing.height / labels.shape[0]
+        style = {"fill": "white", "stroke_width": max(1, cell // 16), "stroke_fill": "black"}
+        brush.text(middle, f"{sizes[label]:.0f}", font=font, anchor="mm", **style)
+
+
+def _means(pixels: np.ndarray, label_map: np.ndarray) -> np.ndarray:
+    """Mean colour (K, 3) of each group."""
+    flat = (label_map + 1).ravel()  # dropped patches come first and are cut off
+    count = np.bincount(flat)
+    total = np.stack([np.bincount(flat, pixels[..., c].ravel()) for c in range(3)], -1)
+    return (total / np.maximum(count, 1)[:, None])[1:].astype(np.float32)
+
+
+def _border(label_map: np.ndarray, width: int) -> np.ndarray:
+    """(H, W) bool: pixels at most `width` away from another group or from the edge of the picture."""
+    height, length = label_map.shape
+    padded = np.pad(label_map, width, constant_values=DROPPED - 1)
+    border = np.zeros(label_map.shape, dtype=bool)
+    for down in (-width, 0, width):  # lines are thinner than patches, so the far end of each direction decides
+        for right in (-width, 0, width):
+            shifted = padded[width + down : width + down + height, width + right : width + right + length]
+            border |= shifted != label_map
+    return border
+
+
+def _colours(labels: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Palette index (K,) of each group: unlike its neighbours' where possible, then far from the group's own colour."""
+    pairs = [(labels[:, :-1], labels[:, 1:]), (labels[:-1], labels[1:])]
+    pairs += [(labels[:-1, :-1], labels[1:, 1:]), (labels[:-1, 1:], labels[1:, :-1])]
+    neighbours: list[set[int]] = [set() for _ in means]
+    for a, b in pairs:
+        touching = (a != b) & (a != DROPPED) & (b != DROPPED)
+        for i, j in np.unique(np.stack([a[touching], b[touching]], -1), axis=0).tolist():
+            neighbours[i].add(j)
+            neighbours[j].add(i)
+    chosen = np.full(len(means), -1)
+    distance = np.linalg.norm(means[:, None] - PALETTE[None], axis=-1)  # (K, colours)
+    order = np.argsort(-np.bincount(labels[labels != DROPPED], minlength=len(means)), kind="stable")
+    for i in order:  # large groups first: they have the most neighbours
+        taken = np.bincount([chosen[j] for j in neighbours[i] if chosen[j] >= 0], minlength=len(PALETTE))
+        chosen[i] = np.lexsort((-distance[i], taken))[0]
+    return chosen

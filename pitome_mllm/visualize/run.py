@@ -1,0 +1,162 @@
+"""What a run did to patches: groups, energies and protection, from ``handle.stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..methods import Merge
+from .groups import draw_groups
+from .heat import draw_energies
+
+
+def step_names(stats: Any) -> list[str]:
+    """What the merges of a run are called, in their order."""
+    plan = stats.plan
+    if len(stats.merges) != len(plan.merging) + len(plan.rounds):
+        return ["a smaller picture"]
+    blocks = [f"block {block}" for block in plan.merging]
+    return [*blocks, *(f"before the projector, step {step + 1}" for step in range(len(plan.rounds)))]
+
+
+def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor:
+    """(N,) the token of each patch after the first ``steps`` merges (None = all), from 0; -1 = dropped.
+
+    Class tokens are left out.
+
+    Raises
+    ------
+    ValueError : a method without groups.
+    """
+    merges = stats.merges[:steps]
+    ahead, patches = stats.plan.geometry.class_tokens, stats.plan.geometry.patches
+    if not merges:
+        return torch.arange(patches)
+    group = reduce(Merge.then, merges).group
+    if group is None:
+        raise ValueError(f"{stats.method} forms no groups, so there is nothing to draw; choose another method")
+    group = group[image, ahead:].cpu()
+    return (group - ahead).where(group >= 0, -1)
+
+
+def token_counts(stats: Any) -> list[int]:
+    """Patch tokens before the first merge and after each of them."""
+    ahead = stats.plan.geometry.class_tokens
+    return [stats.plan.geometry.patches, *(merge.count - ahead for merge in stats.merges)]
+
+
+def patch_energies(stats: Any, image: int = 0) -> list[Tensor | None]:
+    """Per merge, the energy (N,) of the token that each patch belongs to before it; NaN = dropped before.
+
+    None for a merge by a method without energies.
+
+    Raises
+    ------
+    ValueError : the run kept no energies; a method without groups.
+    """
+    if stats.energies is None:
+        raise ValueError("this run kept no energies; attach with energies=True")
+    found: list[Tensor | None] = []
+    for step, energy in enumerate(stats.energies):
+        if energy is None:
+            found.append(None)
+            continue
+        group = patch_groups(stats, image, step)
+        found.append(energy[image].cpu()[group.clamp(min=0)].where(group >= 0, torch.nan))
+    return found
+
+
+def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Tensor:
+    """(N,) bool: patches whose token the energy keeps out of a merge, by default of every merge that goes by energy.
+
+    Those are all but the first 2r tokens by energy, as far as ``protect`` says. There are none where nothing goes by
+    energy, or where one merge has several steps.
+    """
+    patches, wanted = stats.plan.geometry.patches, range(len(stats.merges)) if step is None else [step]
+    found = torch.ones(patches, dtype=torch.bool)
+    decided = False
+    reducer = getattr(stats.plan.reducer, "late", stats.plan.reducer)  # of two stages, the one that has energies
+    counts = token_counts(stats)
+    for number in wanted:
+        energy = stats.merges[number].energy
+        if energy is None or getattr(reducer, "steps", 1) > 1:
+            continue
+        decided = True
+        n, r = counts[number], counts[number] - counts[number + 1]
+        candidates = 2 * r + int((1.0 - getattr(reducer, "protect", 0.0)) * (n - 2 * r))
+        order = energy[image].cpu().argsort(descending=True, stable=True)
+        outside = torch.zeros(n + 1, dtype=torch.bool).index_fill(0, order[candidates:], True)
+        found &= outside[patch_groups(stats, image, number)]  # the last entry serves label -1
+    return found if decided else torch.zeros_like(found)
+
+
+def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> list[Image.Image]:
+    """The groups of a run on each of its pictures or tiles.
+
+    Parameters
+    ----------
+    pictures : what the tower saw, as `tiles_seen_by` gives it; one for each picture of the run.
+    options : as for `draw_groups`.
+
+    Raises
+    ------
+    ValueError : another number of pictures than the run has, a method without groups, or as `draw_groups`.
+    """
+    _check(pictures, stats)
+    return [
+        draw_groups(
+            picture,
+            patch_groups(stats, image),
+            protected=protected_patches(stats, image),
+            grid=stats.plan.geometry.grid,
+            **options,
+        )
+        for image, picture in enumerate(pictures)
+    ]
+
+
+def draw_steps(picture: Image.Image, stats: Any, image: int = 0, **options: Any) -> tuple[list[Image.Image], list[str]]:
+    """The groups after every merge of a run on one of its pictures, and a title for each; options as `draw_groups`."""
+    counts, grid = token_counts(stats), stats.plan.geometry.grid
+    drawings = [
+        draw_groups(picture, patch_groups(stats, image, step + 1), grid=grid, **options)
+        for step in range(len(stats.merges))
+    ]
+    return drawings, [
+        f"after {name}: {count} tokens" for name, count in zip(step_names(stats), counts[1:], strict=True)
+    ]
+
+
+def draw_step_energies(
+    picture: Image.Image, stats: Any, image: int = 0, side: int | None = None
+) -> tuple[list[Image.Image], list[str]]:
+    """The energies before every merge that has any on one picture of a run, and a title for each.
+
+    Dots mark what the merge leaves out.
+
+    Raises
+    ------
+    ValueError : the run kept no energies, or its method has none.
+    """
+    energies, grid = patch_energies(stats, image), stats.plan.geometry.grid
+    steps = [step for step, energy in enumerate(energies) if energy is not None]
+    if not steps:
+        raise ValueError(f"{stats.method} has no energies, so there is nothing to draw; choose one such as pitome")
+    names, counts = step_names(stats), token_counts(stats)
+    drawings = [
+        draw_energies(picture, energies[s], protected=protected_patches(stats, image, s), grid=grid, side=side)
+        for s in steps
+    ]
+    return drawings, [f"{names[s]}: {counts[s]} to {counts[s + 1]} tokens" for s in steps]
+
+
+def _check(pictures: Sequence[Image.Image], stats: Any) -> None:
+    if len(pictures) != stats.images:
+        raise ValueError(
+            f"got {len(pictures)} pictures for a run of {stats.images}; pass one for each picture or tile of the run"
+        )

@@ -1,0 +1,131 @@
+"""Several drawings on one sheet, and the chart of tokens per block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .groups import PALETTE
+
+
+def side_by_side(
+    pictures: Sequence[Image.Image],
+    titles: Sequence[str] | None = None,
+    *,
+    gap: int = 16,
+    columns: int | None = None,
+) -> Image.Image:
+    """Pictures at the height of the tallest, each under its title, on white; in one row, or in rows of ``columns``.
+
+    Raises
+    ------
+    ValueError : no picture, another number of titles than of pictures, or no column.
+    """
+    titles = [""] * len(pictures) if titles is None else list(titles)
+    if not pictures or len(titles) != len(pictures):
+        raise ValueError(f"got {len(pictures)} pictures and {len(titles)} titles; give one title for each picture")
+    columns = len(pictures) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns={columns} is not possible; give 1 or more")
+    height = max(picture.height for picture in pictures)
+    scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    starts = range(0, len(pictures), columns)
+    return below([_row(scaled[i : i + columns], titles[i : i + columns], gap) for i in starts])
+
+
+def below(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other on white, from the left edge on."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def captioned(sheet: Image.Image, text: str, gap: int = 16) -> Image.Image:
+    """The sheet above a line of text, in as many lines as it takes."""
+    font = ImageFont.load_default(size=max(12, min(sheet.width // 80, 28)))
+    lines = _wrap(text, font, sheet.width - 2 * gap)
+    box = ImageDraw.Draw(sheet).multiline_textbbox((0, 0), lines, font=font)
+    foot = Image.new("RGB", (sheet.width, int(box[3]) + gap), "white")
+    ImageDraw.Draw(foot).multiline_text((gap, 0), lines, fill="black", font=font)
+    return below([sheet, foot])
+
+
+def like(picture: Image.Image, drawing: Image.Image) -> Image.Image:
+    """The picture at the drawing's width, on white down to the drawing's height, to stand beside it."""
+    height = max(1, round(picture.height * drawing.width / picture.width))
+    sheet = Image.new("RGB", drawing.size, "white")
+    sheet.paste(picture.convert("RGB").resize((drawing.width, height)), (0, 0))
+    return sheet
+
+
+def _row(pictures: Sequence[Image.Image], titles: Sequence[str], gap: int) -> Image.Image:
+    """Pictures of one height in a row."""
+    height = pictures[0].height
+    font = ImageFont.load_default(size=max(12, height // 24))
+    texts = [_wrap(title, font, picture.width) for title, picture in zip(titles, pictures, strict=True)]
+    brush = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    head = max(brush.multiline_textbbox((0, 0), text, font=font)[3] for text in texts)
+    head = int(head) + gap if any(titles) else 0
+    width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)
+    sheet = Image.new("RGB", (width, height + head + 2 * gap), "white")
+    brush = ImageDraw.Draw(sheet)
+    left = gap
+    for picture, text in zip(pictures, texts, strict=True):
+        brush.multiline_text((left, gap), text, fill="black", font=font)
+        sheet.paste(picture, (left, gap + head))
+        left += picture.width + gap
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int) -> str:
+    """The text with line breaks between words so that it fits `width` pixels where its words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = (672, 672)) -> Image.Image:
+    """A chart of the tokens after every step: a group of bars per step, a colour per name, numbers where they fit.
+
+    Parameters
+    ----------
+    counts : by name (of a method), the tokens before the first step and after each of them.
+    size : width and height in pixels.
+
+    Raises
+    ------
+    ValueError : nothing to show, or more names than there are colours.
+    """
+    if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
+        raise ValueError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
+    font = ImageFont.load_default(size=max(11, size[1] // 32))
+    line = font.size + 4
+    drawing = Image.new("RGB", size, "white")
+    brush = ImageDraw.Draw(drawing)
+    most, steps = max(map(max, counts.values())), max(map(len, counts.values()))
+    slot, top, bottom = (size[0] - line) / steps, line * (len(counts) + 2), size[1] - 2 * line
+    bar = 0.8 * slot / len(counts)
+    for number, (name, values) in enumerate(counts.items()):
+        colour = tuple(map(int, PALETTE[number]))
+        brush.rectangle((line, line * (number + 0.25), 2 * line - 4, line * (number + 1) - 4), fill=colour)
+        brush.text((2 * line + 2, line * number), name, fill="black", font=font)
+        for step, value in enumerate(values):
+            left, upper = line / 2 + (step + 0.1) * slot + number * bar, bottom - (bottom - top) * value / most
+            brush.rectangle((left, upper, left + bar - 1, bottom), fill=colour)
+            if font.getlength(str(value)) <= bar + 0.1 * slot:
+                brush.text((left + bar / 2, upper - 2), str(value), fill="black", font=font, anchor="mb")
+    for step in range(0, steps, max(1, round(1.5 * font.getlength("00") / slot + 0.5))):
+        brush.text((line / 2 + (step + 0.5) * slot, bottom + 4), str(step), fill="black", font=font, anchor="mt")
+    brush.line((line / 2, bottom, size[0] - line / 2, bottom), fill="black")
+    brush.text((size[0] / 2, size[1] - 2), "tokens after so many steps", fill="black", font=font, anchor="mb")
+    return drawing
