@@ -249,8 +249,8 @@ def test_size_fills_tokens_with_the_colour_of_their_size(side):
     area, patch = pixels(drawn)[:side], side // 4
     corner = area[patch // 8, patch // 8]  # sizes 4, 3, 2: off the number in the middle
     assert np.abs(corner - VIRIDIS[-1]).max() <= 1
-    small = area[3 * patch + patch // 8, patch + patch // 8]
-    assert np.abs(small - colours(np.log2(2) / np.log2(4))).max() <= 1
+    middle = area[2 * patch + patch // 8, 2 * patch + patch // 8]
+    assert np.abs(middle - colours(np.log2(3) / np.log2(4))).max() <= 1
     assert (area[2 * patch + patch // 8, patch // 8] != VIRIDIS[0]).any()  # alone: its own pixels
 
 

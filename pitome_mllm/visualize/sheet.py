@@ -47,7 +47,7 @@ def below(sheets: Sequence[Image.Image]) -> Image.Image:
 
 def captioned(sheet: Image.Image, text: str, gap: int = 16) -> Image.Image:
     """The sheet above a line of text, in as many lines as it takes."""
-    font = ImageFont.load_default(size=max(12, min(sheet.width // 80, 28)))
+    font = ImageFont.load_default(size=max(12, min(sheet.width // 80, 40)))
     lines = _wrap(text, font, sheet.width - 2 * gap)
     box = ImageDraw.Draw(sheet).multiline_textbbox((0, 0), lines, font=font)
     foot = Image.new("RGB", (sheet.width, int(box[3]) + gap), "white")
