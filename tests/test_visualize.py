@@ -256,11 +256,10 @@ def test_size_fills_tokens_with_the_colour_of_their_size(side):
 
 def test_sizes_are_written_where_they_can_be_read():
     group = np.zeros(576, dtype=int)
-    white = [
-        (pixels(draw_groups(Image.new("RGB", (9, 9)), group, style="size", side=s))[:s] > 250).all(-1).any()
-        for s in (336, 672)
+    drawn = [
+        pixels(draw_groups(Image.new("RGB", (9, 9)), group, style="size", side=side))[:side] for side in (336, 672)
     ]
-    assert white == [False, True]
+    assert [np.ptp(area, axis=(0, 1)).max() > 200 for area in drawn] == [False, True]
 
 
 def test_protected_patches_get_a_diamond():
@@ -273,7 +272,7 @@ def test_protected_patches_get_a_diamond():
 
 
 def test_energies_are_colours_with_their_range_below():
-    energies = torch.linspace(-1, 1, 16)
+    energies = torch.linspace(-3, -2, 16)
     drawn = draw_energies(Image.new("RGB", (8, 8), (128, 128, 128)), energies, side=400)
     assert drawn.size[0] == 400 and drawn.size[1] > 400
     first, last = pixels(drawn)[50, 50], pixels(drawn)[350, 350]
@@ -376,8 +375,20 @@ def test_protected_are_the_tokens_of_least_energy(run_of):
     assert energy[first].max() <= energy[~first].min()
     always, alone = protected_patches(stats, 0), stats.sizes[0][stats.groups[0]] == 1
     assert 0 < always.sum() and (alone | ~always).all()  # what is always protected stays alone
-    for method in ("tome", "pitome-bsm", "random"):
+    for method in ("tome", "pitome-bsm", "random", "dct"):
         assert not protected_patches(run_of(method, keep=288), 0).any()
+
+
+def test_a_merge_in_several_steps_protects_what_every_step_leaves_out(run_of):
+    stats = run_of("pitome", keep=288, steps=2)
+    first, second = stats.merges[0].steps
+    found = protected_patches(stats, 1, 0)
+    outside = torch.zeros(576, dtype=torch.bool).index_fill(
+        0, first.energy[1].argsort()[: 576 - 2 * (577 - first.count)], True
+    )
+    assert (outside | ~found).all() and 0 < found.sum() < outside.sum()
+    groups = second.group[1, 1:][first.group[1, 1:] - 1]
+    assert (groups[found].bincount() <= 1).all()  # each of them is alone
 
 
 def test_dropped_patches_stay_dropped(run_of):
@@ -393,6 +404,8 @@ def test_what_a_run_does_not_have_is_said(run_of):
         draw_step_energies(textured(0), run_of("tome", keep=100, energies=True))
     with pytest.raises(ValueError, match="dct forms no groups"):
         draw_run([textured(0)] * 2, run_of("dct", keep=100))
+    with pytest.raises(ValueError, match="dct has no energies"):
+        draw_step_energies(textured(0), run_of("dct", keep=100, energies=True))
     with pytest.raises(ValueError, match="got 1 pictures for a run of 2"):
         draw_run([textured(0)], run_of("tome", keep=100))
 

@@ -43,7 +43,7 @@ def register(commands: Any) -> None:
     add_subject(parser, question=False)
     add_model(parser)
     group = parser.add_argument_group("merging")
-    group.add_argument("--method", nargs="+", metavar="M", help="of `pitome-mllm methods` (default: all but the tuned)")
+    group.add_argument("--method", nargs="+", metavar="M", help="of `pitome-mllm methods` (default: all)")
     group.add_argument(
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
     )
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     from ..features import pixel_values
     from ..methods import METHODS
 
-    methods = options.method or [name for name in METHODS if name != "pitome-tuned"]
+    methods = options.method or list(METHODS)
     for method in methods:
         check_method(method)
     if options.out:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -33,15 +32,20 @@ def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor
     ------
     ValueError : a method without groups.
     """
-    merges = stats.merges[:steps]
-    ahead, patches = stats.plan.geometry.class_tokens, stats.plan.geometry.patches
-    if not merges:
-        return torch.arange(patches)
-    group = reduce(Merge.then, merges).group
-    if group is None:
+    group = torch.arange(stats.plan.geometry.patches)
+    for merge in stats.merges[:steps]:
+        group = _onward(stats, image, group, merge)
+    return group
+
+
+def _onward(stats: Any, image: int, group: Tensor, merge: Merge) -> Tensor:
+    """Where a merge takes the tokens ``group`` (N,) of the patches."""
+    if merge.group is None:
         raise ValueError(f"{stats.method} forms no groups, so there is nothing to draw; choose another method")
-    group = group[image, ahead:].cpu()
-    return (group - ahead).where(group >= 0, -1)
+    ahead = stats.plan.geometry.class_tokens
+    after = merge.group[image, ahead:].cpu()
+    after = (after - ahead).where(after >= 0, -1)
+    return after[group.clamp(min=0)].where(group >= 0, -1)
 
 
 def token_counts(stats: Any) -> list[int]:
@@ -75,24 +79,27 @@ def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Te
     """(N,) bool: patches whose token the energy keeps out of a merge, by default of every merge that goes by energy.
 
     Those are all but the first 2r tokens by energy, as far as ``protect`` says. There are none where nothing goes by
-    energy, or where one merge has several steps.
+    energy.
     """
-    patches, wanted = stats.plan.geometry.patches, range(len(stats.merges)) if step is None else [step]
-    found = torch.ones(patches, dtype=torch.bool)
-    decided = False
+    wanted = stats.merges if step is None else stats.merges[step : step + 1]
+    parts = [part for merge in wanted for part in merge.steps]
+    if all(part.energy is None for part in parts):
+        return torch.zeros(stats.plan.geometry.patches, dtype=torch.bool)
+    group = patch_groups(stats, image, step or 0)
+    tokens = token_counts(stats)[step or 0]
     reducer = getattr(stats.plan.reducer, "late", stats.plan.reducer)  # of two stages, the one that has energies
-    counts = token_counts(stats)
-    for number in wanted:
-        energy = stats.merges[number].energy
-        if energy is None or getattr(reducer, "steps", 1) > 1:
-            continue
-        decided = True
-        n, r = counts[number], counts[number] - counts[number + 1]
-        candidates = 2 * r + int((1.0 - getattr(reducer, "protect", 0.0)) * (n - 2 * r))
-        order = energy[image].cpu().argsort(descending=True, stable=True)
-        outside = torch.zeros(n + 1, dtype=torch.bool).index_fill(0, order[candidates:], True)
-        found &= outside[patch_groups(stats, image, number)]  # the last entry serves label -1
-    return found if decided else torch.zeros_like(found)
+    protect = getattr(reducer, "protect", 0.0)
+    found = torch.ones_like(group, dtype=torch.bool)
+    for part in parts:
+        left = part.count - stats.plan.geometry.class_tokens
+        if part.energy is not None:
+            removed = tokens - left
+            candidates = 2 * removed + int((1.0 - protect) * (tokens - 2 * removed))
+            order = part.energy[image].cpu().argsort(descending=True, stable=True)
+            outside = torch.zeros(tokens + 1, dtype=torch.bool).index_fill(0, order[candidates:], True)
+            found &= outside[group]  # the last entry serves label -1
+        group, tokens = _onward(stats, image, group, part), left
+    return found
 
 
 def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> list[Image.Image]:
