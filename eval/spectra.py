@@ -61,8 +61,11 @@ class Correlation:
 
 
 def losses(found: list[dict[str, str]]) -> dict[Setting, Loss]:
-    """What every setting in a CSV of `curves` loses over all questions."""
-    chosen = [row for row in found if row["group"] == "all" and row["against"] == PLAIN]
+    """What every setting in a CSV of `curves` loses over all questions.
+
+    Those that borrow another method's schedule and settings in the LLM are left out: they are no method of their own.
+    """
+    chosen = [row for row in found if row["group"] == "all" and row["against"] == PLAIN and not row.get("like")]
     return {
         Setting(row["method"], row["where"], int(row["keep"])): Loss(
             *(-float(row[k]) for k in ("value", "high", "low"))
@@ -84,7 +87,7 @@ def distances(
     for batch in pixels.split(BATCH):
         graph = TokenGraph(tower_features(model, batch).float())
         for setting in wanted:
-            with attach(model, setting.method, keep=setting.keep, where=setting.where) as handle:
+            with attach(model, **setting.keywords()) as handle:
                 tower_features(model, batch)
                 if handle.stats.groups is None:
                     sums.pop(setting, None)
@@ -107,7 +110,7 @@ def points(distance: dict[Setting, float], lost: dict[Setting, Loss]) -> list[Po
             f"a rank correlation of {len(both)} settings says little; at least {LEAST_POINTS} are needed: measure more "
             "methods or keeps with python -m pitome_mllm_eval.curves"
         )
-    return [Point(**asdict(setting), distance=distance[setting], **asdict(lost[setting])) for setting in both]
+    return [Point(s.method, s.where, s.keep, distance[s], **asdict(lost[s])) for s in both]
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

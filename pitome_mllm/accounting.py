@@ -7,9 +7,8 @@ Attention counts every query with every key, causal or not, as that tool does. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from .latency import Latency, Timing, at_least, measure
 from .methods import Reducer
 from .plan import Plan, Settings, make_plan
-from .specs import Geometry, geometry
+from .specs import TOWER_OF_CONFIG, TOWERS, Geometry, geometry
 
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {
@@ -132,6 +131,8 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
     config = getattr(model_or_config, "config", model_or_config)
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
     shape = _of_tower(config) if text is None else geometry(config)
+    if text is None:  # whatever the place of the method's preset
+        settings["where"] = settings.get("where") or "tower"
     plan = make_plan(Settings().changed(method=method, **settings), shape)
     if text is None and plan.where != "tower":
         raise ValueError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
@@ -147,8 +148,13 @@ def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> t
 
 def _of_tower(vision: Any) -> Geometry:
     """Token counts of a vision tower alone: all its blocks merge, and its patches are what it gives."""
-    family = {"model_type": "llava", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    return replace(geometry(SimpleNamespace(vision_config=vision, **family)), visible_class_tokens=0)
+    if vision.model_type not in TOWER_OF_CONFIG:
+        raise ValueError(
+            f"unsupported model {vision.model_type!r}; give the configuration of a LLaVA model, or of a vision tower "
+            f"alone: {', '.join(sorted(TOWER_OF_CONFIG))}"
+        )
+    side, blocks = vision.image_size // vision.patch_size, vision.num_hidden_layers
+    return Geometry((side, side), TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens, 0, blocks, blocks)
 
 
 def _projector(vision: Any, text: Any) -> int:

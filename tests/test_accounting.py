@@ -148,11 +148,15 @@ def test_the_embedded_model_costs_what_torch_counts(keep, embedded):
 
 def test_a_tower_alone_costs_what_it_costs_in_a_model_that_reads_its_last_block():
     whole = config(feature_layer=-1)
-    for settings in ({}, {"keep": 100}, {"ratio": 0.9, "method": "tome"}):
+    for settings in ({}, {"keep": 100, "method": "pitome"}, {"ratio": 0.9, "method": "tome"}):
         alone, within = estimate(whole.vision_config, images=3, **settings), estimate(whole, images=3, **settings)
         assert (alone.tower_flops, alone.merging_flops) == (within.tower_flops, within.merging_flops)
         assert alone.flops == alone.tower_flops + alone.merging_flops and alone.kv_bytes == 0
         assert alone.visual_tokens == within.visual_tokens
+    with pytest.raises(ValueError, match="has no projector, got where='both'; choose where='tower'"):
+        estimate(whole.vision_config, keep=100, where="both")
+    with pytest.raises(ValueError, match="unsupported model 'llama'; give .* clip_vision_model, siglip_vision_model"):
+        estimate(whole.text_config)
 
 
 def test_several_pictures_and_rows():

@@ -16,9 +16,17 @@ from pitome_mllm_eval.spectra import Loss, Point, correlation, losses, points, r
 METHODS, PLACES, KEEPS = ("tome", "pitome", "random"), ("tower", "projector"), (400, 288, 200, 144, 100, 72, 36)
 
 
-def row(method, where, keep, value, group="all", against="plain"):
+def row(method, where, keep, value, group="all", against="plain", like=""):
     figures = {"value": str(value), "low": str(round(value - 0.01, 4)), "high": str(round(value + 0.02, 4))}
-    return {"method": method, "where": where, "keep": str(keep), "group": group, "against": against, **figures}
+    return {
+        "method": method,
+        "where": where,
+        "keep": str(keep),
+        "group": group,
+        "against": against,
+        "like": like,
+        **figures,
+    }
 
 
 def made_up(keeps=KEEPS, weights="0a"):
@@ -26,7 +34,8 @@ def made_up(keeps=KEEPS, weights="0a"):
     lost = {"tome": 0.02, "pitome": 0.03, "random": 0.1}
     rows = [row(m, w, k, -lost[m] * (1 - k / 576)) for m, w, k in product(METHODS, PLACES, keeps)]
     rows += [row(m, "tower", 72, 0.8, against="") for m in METHODS] + [row("tome", "tower", 72, -0.5, group="colour")]
-    rows += [row("tome", "tower", 72, 0.07, against="random"), row("plain", "none", 576, 0.95, against="")]
+    rows += [row("tome", "tower", 72, -0.4, like="pitome"), row("tome", "tower", 72, 0.07, against="random")]
+    rows += [row("plain", "none", 576, 0.95, against="")]
     return [r | {"split": "test", "questions": "3360", "weights": weights} for r in rows]
 
 
