@@ -151,20 +151,24 @@ def correlation(found: Sequence[Point], within_keep: bool = False, draws: int = 
 def plot(found: Sequence[Point], path: Path, title: str) -> None:
     """Loss over spectral distance: a colour and marker for each method, one panel for each place."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     methods = list(dict.fromkeys(p.method for p in found))
     places = list(dict.fromkeys(p.where for p in found))
-    figure = Figure(figsize=(4.6 * len(places), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(places) + 1.6, 4.4), layout="constrained")
+    lines = {}
     axes = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
     for axis, where in zip(axes, places, strict=True):
         for number, method in enumerate(methods):
             own = [p for p in found if (p.method, p.where) == (method, where)]
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            axis.plot([p.distance for p in own], [100 * p.loss for p in own], linewidth=0.6, label=method, **style)
+            if own:
+                (lines[method],) = axis.plot([p.distance for p in own], [100 * p.loss for p in own], lw=0.6, **style)
         axis.set(xscale="log", xlabel="spectral distance", title=where)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss against the plain model, points")
-    axes[0].legend(fontsize=8)
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

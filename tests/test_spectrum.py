@@ -117,7 +117,6 @@ def test_json_is_one_object(run):
 
 
 def test_a_plot_is_written(run, tmp_path):
-    pytest.importorskip("matplotlib")
     code, _, err = run("--method", "tome", "random", "--keep", 144, 72, "--out", tmp_path / "plot.png")
     assert (code, err) == (0, "")
     with Image.open(tmp_path / "plot.png") as drawn:
@@ -127,7 +126,6 @@ def test_a_plot_is_written(run, tmp_path):
 
 
 def test_many_methods_are_drawn_apart(tmp_path):
-    pytest.importorskip("matplotlib")
     styles = {(spectrum.COLOURS[i % 7], spectrum.LINES[i // 7 % 3]) for i in range(21)}
     assert len(styles) == 21
     found = spectrum.Comparison([144, 72], {f"method {i}": [0.1 * i, None] for i in range(20)})

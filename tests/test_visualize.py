@@ -1,5 +1,6 @@
 """Drawings of merged groups: right pixels in the right places, clear errors, and pictures as the tower saw them."""
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -291,7 +292,7 @@ def test_colours_are_viridis():
     assert (colours([0, 1, 2, -1]) == VIRIDIS[[0, -1, -1, 0]]).all()
     lightness = colours(np.linspace(0, 1, 50)) @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) > 0).all()  # reads the same in grey
-    expected = 255 * pytest.importorskip("matplotlib").colormaps["viridis"](np.linspace(0, 1, 33))[:, :3]
+    expected = 255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 33))[:, :3]
     difference = np.abs(colours(np.linspace(0, 1, 33)) - expected).max(1)
     assert difference[::4].max() < 2 and difference.max() < 20
 
