@@ -135,6 +135,7 @@ def test_the_command_writes_points_and_a_plot(tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_compared_is_refused(rows, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(spectra, "read", lambda path: rows)
     monkeypatch.setattr(spectra, "distances", lambda *given: pytest.fail("measured before checking"))
+    monkeypatch.setattr("pitome_mllm.commands.spectrum.check_matplotlib", lambda: None)
     with pytest.raises(SystemExit):
         spectra.main(arguments)
     assert words in " ".join(capsys.readouterr().err.split())
