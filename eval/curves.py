@@ -71,7 +71,7 @@ def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int]
     """Every combination that exists; a method with a place of its own is measured there, others at all of them.
 
     What works where the default method does is measured once more with the default's schedule and its settings in the
-    LLM, which are no part of any method: so it shows what comes from them and what from the method.
+    LLM, which are no part of any method; metric, mean and place within the block stay its own.
     """
     from pitome_mllm import METHODS
     from pitome_mllm.plan import DEFAULT_METHOD, Settings, make_plan

@@ -43,8 +43,9 @@ COST_SHAPE, COST_KEEP = "llava-1.5-7b", 144  # of which costs the tables speak
 NOT_MEASURED = "not measured"
 ALIKE = f"""## All methods with the settings of `{DEFAULT_METHOD}`
 
-Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here all have those of
-`{DEFAULT_METHOD}`, so that what is left between the rows comes from the methods."""
+Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here they are those of
+`{DEFAULT_METHOD}`; metric, mean and place within the block stay each method's own, so differences between the rows come
+from these too. Methods that reduce in one step, and dct, which has no groups, are not in it."""
 LEAD = f"""## `{DEFAULT_METHOD}` against the closest others
 
 Differences in points, paired over the same questions, at each keep: the three that come closest."""

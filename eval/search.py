@@ -1,8 +1,7 @@
 """The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.search``.
 
 One factor after the other: every alternative is measured with all others as they are by then, and the best stays; of
-those within `TIE` of the best the first, which is the paper's or the cheaper one. Then the closest calls are asked
-again, now that the rest has changed. What is found becomes the preset `pitome-tuned`; the CSV is the ablation. The test
+those within `TIE` of the best the first. Then the factors in `AGAIN` are asked again, now that the rest has changed. What is found becomes the preset `pitome-tuned`; the CSV is the ablation. The test
 set plays no part.
 """
 
@@ -47,7 +46,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "smoothed energy": [{"smooth": share} for share in (0.0, 0.5, 1.0)],
     "steps per merge": [{"steps": steps} for steps in (1, 2, 3)],
 }
-AGAIN = ("protected share", "place", "proportional attention", "margin")  # the closest calls of the first sweep
+AGAIN = ("protected share", "place", "proportional attention", "margin")
 
 
 @dataclass(frozen=True)
