@@ -1,8 +1,8 @@
 """The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.search``.
 
 One factor after the other: every alternative is measured with all others as they are by then, and the best stays; of
-those within `TIE` of the best the first. Then the factors in `AGAIN` are asked again, now that the rest has changed. What is found becomes the preset `pitome-tuned`; the CSV is the ablation. The test
-set plays no part.
+those within `TIE` of the best the first. Then the factors in `AGAIN` are asked again, now that the rest has changed.
+What is found becomes the preset `pitome-tuned`; the CSV is the ablation. The test set plays no part.
 """
 
 from __future__ import annotations
