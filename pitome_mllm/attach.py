@@ -224,7 +224,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     place : "mid" (between attention and MLP) or "end" of a block.
     weighted : mean weighted by the patches that tokens stand for.
     proportional_attention : add log(size) to the attention logits of merged tokens.
-    order : "reading", or "source" as the reference code of a method leaves the tokens.
+    order : "reading", or "source" as the authors' code of ToMe and of the paper's PiToMe leaves the tokens.
     positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
     llm_size_bias : add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
     energies : keep the energy of every token in ``handle.stats``.

@@ -100,7 +100,9 @@ def continued(past: Any, fresh: Tensor) -> Tensor:
     if before is None:
         before = fresh.new_zeros(len(fresh), 0)
     if len(before) != len(fresh):  # beams or several answers repeat each row of the prompt
-        before = before.repeat_interleave(len(fresh) // max(len(before), 1), 0)
+        if len(fresh) % len(before):
+            raise ValueError(f"the KV cache was filled with {len(before)} rows; got {len(fresh)}, no multiple of them")
+        before = before.repeat_interleave(len(fresh) // len(before), 0)
     before = F.pad(before[:, :length], (0, max(length - before.shape[1], 0)))  # cropped, or text since then
     return torch.cat([before, fresh], 1)
 

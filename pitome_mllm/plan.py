@@ -52,6 +52,20 @@ class Settings:
     energies: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def preset(self) -> Mapping[str, Any]:
+        """What the method's preset brings; not its place where ratio or counts say what the tower's blocks keep."""
+        known = isinstance(self.method, str) and self.method in METHODS
+        preset = METHODS[self.method].settings if known else {}
+        if self.ratio is None and self.counts is None:
+            return preset
+        return {k: v for k, v in preset.items() if k not in ("where", "schedule")}
+
+    @property
+    def place_of_merging(self) -> str:
+        """The ``where`` that these settings come to."""
+        return self.where or self.preset.get("where", DEFAULTS["where"])
+
     def changed(self, **given: Any) -> Settings:
         """These settings with ``given`` in place; what is no setting counts as an option of the method.
 
@@ -67,11 +81,11 @@ class Settings:
             settings = {**dict.fromkeys(HOW), "options": options, **settings}
         else:
             settings["options"] = {**self.options, **options}
-        if settings.get("where", self.where) != self.where:
-            settings = {"tower_keep": None, **settings}
         if any(settings.get(k) is not None for k in ("keep", "ratio", "counts")):
             settings = {**dict.fromkeys(("keep", "ratio", "counts")), **settings}
-        return replace(self, **settings)
+        changed = replace(self, **settings)
+        moved = changed.place_of_merging != self.place_of_merging
+        return replace(changed, tower_keep=None) if moved and "tower_keep" not in given else changed
 
 
 @dataclass(frozen=True)
@@ -160,8 +174,8 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         value = getattr(settings, name)
         if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
             raise ValueError(f"{name}={value!r} is not possible; choose True or False")
-    reducer, name, preset = _resolve(settings)
-    settings = _complete(settings, name, preset, geometry)
+    reducer, name = _resolve(settings)
+    settings = _complete(settings, name, geometry)
     _check_needs(settings, reducer, name, geometry)
     entering, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
@@ -176,13 +190,13 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
     )
 
 
-def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
-    """The reducer, its name, and the settings that its preset brings."""
+def _resolve(settings: Settings) -> tuple[Reducer, str]:
+    """The reducer and its name."""
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
         for option in settings.options:
             raise ValueError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
-        return settings.method, type(settings.method).__name__, {}
+        return settings.method, type(settings.method).__name__
     name = settings.method
     if not isinstance(name, str):
         raise ValueError(f"method={name!r} is neither a name nor a Reducer; names: {', '.join(METHODS)}")
@@ -191,19 +205,17 @@ def _resolve(settings: Settings) -> tuple[Reducer, str, Mapping[str, Any]]:
         for option in settings.options:
             if option not in known:
                 raise ValueError(unknown(f"setting or option of {name}", option, known))
-    return get_method(name, **settings.options), name, METHODS[name].settings
+    return get_method(name, **settings.options), name
 
 
-def _complete(settings: Settings, name: str, preset: Mapping[str, Any], geometry: Geometry) -> Settings:
+def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
     """Every setting that the caller left open, by the method's preset, else by default.
 
     A preset gives way where it cannot hold: its place where ratio or counts say what every block of the tower keeps, a
     metric that exists in another place than the caller's only, and what this LLM does not take (with a warning).
     """
     chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
-    left = {k: v for k, v in preset.items() if k not in chosen}
-    if settings.ratio is not None or settings.counts is not None:
-        left = {k: v for k, v in left.items() if k not in ("where", "schedule")}
+    left = {k: v for k, v in settings.preset.items() if k not in chosen}
     for setting in ("positions", "llm_size_bias"):
         if geometry.llm_obstacle and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
             value = left.pop(setting)
@@ -225,6 +237,11 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         raise ValueError(
             f"{name} has no groups, so its tokens have no original position; choose positions='compact', "
             "or a method that merges or drops tokens"
+        )
+    if settings.order == "source" and not reducer.source_order:
+        raise ValueError(
+            f"order='source' is known for ToMe and for PiToMe with protect=1 and steps=1, got {name}; "
+            "choose order='reading'"
         )
     if "attention" in reducer.needs and not geometry.class_tokens:
         raise ValueError(

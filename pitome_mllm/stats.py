@@ -91,7 +91,7 @@ class Stats:
 
     @property
     def energies(self) -> list[Tensor | None] | None:
-        """Per merge the energy (images, patch tokens before it), None for methods without one.
+        """Per merge the energy (images, patch tokens before it), None for methods without one; of its first step.
 
         None as a whole unless ``energies=True`` was asked for.
         """

@@ -68,6 +68,14 @@ class Run:
         later = self.plan.metric == "history" and block < self.plan.geometry.merging_blocks
         return self.plan.removed(block) > 0 or later or (last and len(self.plan.rounds) > 0)
 
+    def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
+        """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
+        made = {
+            "keys": lambda: keys.mean(2),
+            "attention": lambda: class_attention(query, keys, self.weights(block)),
+        }
+        return {name: made[name]() for name in self.plan.clues}
+
     def weights(self, block: int) -> Tensor | None:
         """How many tokens each one counts for in the attention of a block (B, N, 1); None = one each."""
         return self.sizes.get(block) if self.plan.proportional_attention else None
@@ -156,11 +164,7 @@ class MergingLayer:
             )
         attention = getattr(self, self._pitome[1].attention)
         keys = keys.unflatten(-1, (attention.num_heads, -1))  # (B, N, heads, C / heads)
-        made = {
-            "keys": lambda: keys.mean(2),
-            "attention": lambda: class_attention(query.view_as(keys[:, 0]), keys, run.weights(block)),
-        }
-        return {name: made[name]() for name in run.plan.clues}
+        return run.read(block, query.view_as(keys[:, 0]), keys)
 
 
 def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:

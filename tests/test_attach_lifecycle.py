@@ -115,6 +115,22 @@ def test_update_replans(model, plain, one):
     assert_works(handle, model, plain, one, "tome")
 
 
+def test_another_place_forgets_what_the_tower_keeps(model):
+    """Whether the place is the caller's, or changes with the method's preset or with the way to say how many."""
+    for change in ({"where": "tower"}, {"method": "tome"}, {"ratio": 0.9}):
+        with attach(model, keep=144) as handle:
+            handle.update(tower_keep=300)
+            assert handle.plan.counts[-1] == 300
+            handle.update(**change)
+            assert handle.plan.where == "tower" and handle.settings.tower_keep is None
+    with attach(model, keep=144) as handle:
+        handle.update(tower_keep=300)
+        handle.update(keep=72)
+        assert handle.plan.counts[-1] == 300 and handle.plan.keep == 72
+        with pytest.raises(ValueError, match="tower_keep=300 goes with where='both'"):
+            handle.update(method="tome", tower_keep=300)
+
+
 def test_a_plain_run_before_attaching_changes_nothing(model, plain, one):
     new_ids(model, one)
     with attach(model, "pitome", keep=144) as handle:
@@ -303,6 +319,9 @@ WRONG = [  # settings, words that the message must contain
     ({"keep": 144, "metric": "key"}, ["key", "keys", "hidden"]),
     ({"keep": 144, "place": "start"}, ["start", "mid", "end"]),
     ({"keep": 144, "order": "random"}, ["random", "reading", "source"]),
+    ({"method": "crossget", "keep": 144, "order": "source"}, ["source", "crossget", "reading"]),
+    ({"method": "pitome", "keep": 144, "order": "source", "steps": 2}, ["source", "steps", "reading"]),
+    ({"method": "pitome-bsm", "keep": 144, "order": "source"}, ["source", "protect", "reading"]),
     ({"keep": 144, "positions": "old"}, ["old", "compact", "original"]),
     ({"keep": 144, "schedule": "steep"}, ["steep", "equal", "linear"]),
     ({"method": "pitom", "keep": 144}, ["pitom", "did you mean", "pitome"]),

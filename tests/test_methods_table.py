@@ -10,6 +10,7 @@ import torch
 from drawn import NAMES, each, members
 
 from pitome_mllm.methods import METHODS, Reducer, get_method
+from pitome_mllm.methods.base import check_number
 
 # The table of methods.
 
@@ -149,3 +150,21 @@ def test_an_option_of_the_wrong_kind_is_refused_when_it_is_given(name, option, v
     with pytest.raises(ValueError, match=option) as caught:
         get_method(name, **{option: value})
     assert str(value) in str(caught.value)
+
+
+LOOKING = [name for name in METHODS if "attention" in METHODS[name].reducer.needs]
+
+
+@each([name for name in LOOKING if name != "mctf"])  # which says that it can do without
+def test_what_a_method_needs_is_asked_for_by_name(name):
+    metric = torch.rand(1, 17, 4)
+    with pytest.raises(ValueError, match="needs attention"):
+        get_method(name).match(metric, 4, protected=1)
+    assert get_method(name).match(metric, 4, protected=1, attention=torch.rand(1, 17)).count == 13
+
+
+@pytest.mark.parametrize("low,high,said", [(-math.inf, 2, " to 2"), (1, math.inf, " from 1"), (0, 1, " from 0 to 1")])
+def test_bounds_that_do_not_exist_are_not_named(low, high, said):
+    with pytest.raises(ValueError) as caught:
+        check_number("x", math.nan, low, high)
+    assert str(caught.value).endswith(f"choose a number{said}")

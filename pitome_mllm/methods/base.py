@@ -47,7 +47,7 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     """ValueError unless the option ``name`` is a finite number from ``low`` to ``high``."""
     fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not low <= value <= high:
-        bounds = "" if math.isinf(low) else f" from {low:g} to {high:g}"
+        bounds = "".join(f" {word} {bound:g}" for word, bound in (("from", low), ("to", high)) if math.isfinite(bound))
         raise ValueError(f"{name}={value!r} is not possible; choose a number{bounds}")
 
 
@@ -260,6 +260,7 @@ class Reducer(ABC):
         (mean over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
     bipartite : one step removes at most half of the tokens; else all but one.
     once : the method reduces in one step, at one place; it does not make sense a little in every block.
+    source_order : the reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives.
     forms_groups : every token left stands for certain patches; else `Merge.group` is None.
     shrinks_picture : the method is a smaller picture; its groups only say which patches share a token.
     """
@@ -267,6 +268,7 @@ class Reducer(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     bipartite: ClassVar[bool] = True
     once: ClassVar[bool] = False
+    source_order: ClassVar[bool] = False
     shrinks_picture: ClassVar[bool] = False
     forms_groups: ClassVar[bool] = True
 
@@ -290,7 +292,7 @@ class Reducer(ABC):
 
         Raises
         ------
-        ValueError : r is negative or beyond ``max_removable``.
+        ValueError : r is negative or beyond ``max_removable``; something of ``needs`` is missing.
         """
 
     def max_removable(self, n: int) -> int:
@@ -301,8 +303,14 @@ class Reducer(ABC):
         """The token counts that repeated matching can reach from ``n`` unprotected tokens."""
         return range(1, n + 1)
 
-    def check(self, metric: Tensor, r: int, protected: int) -> int:
-        """The number of unprotected tokens of ``metric``; ValueError if ``r`` of them cannot be removed."""
+    def check(self, metric: Tensor, r: int, protected: int, **needed: Tensor | None) -> int:
+        """The number of unprotected tokens of ``metric``.
+
+        ValueError if ``r`` of them cannot be removed, or if one of ``needed`` is None.
+        """
+        for name, value in needed.items():
+            if value is None:
+                raise ValueError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
         tokens = metric.shape[1] - protected
         if not 0 <= r <= self.max_removable(tokens):
             raise ValueError(

@@ -20,7 +20,7 @@ class DART(Reducer):
     those least similar to it that are not kept yet. The rest is dropped.
 
     The paper works behind the LLM's second layer, where text tokens are pivots too; in front of the projector there are
-    visual tokens only, and keys are the metric of both norm and similarity.
+    visual tokens only, and keys, as mean over heads, are the metric of both norm and similarity.
 
     Parameters
     ----------

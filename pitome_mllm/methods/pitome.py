@@ -34,7 +34,8 @@ class PiToMe(Reducer):
     energy : "paper" as above, or "elu", where f(c) = c - m above the margin (the authors' code).
     protect : share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more
         candidates than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
-    steps : 1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left.
+    steps : 1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left,
+        whose metric is the size-weighted mean; `Merge.energy` holds those of the first.
     smooth : share of a token's energy that comes from the tokens it resembles, their mean by similarity; 0 = the paper.
     """
 
@@ -54,6 +55,11 @@ class PiToMe(Reducer):
         check_number("protect", self.protect, 0, 1)
         check_number("smooth", self.smooth, 0, 1)
         check_count("steps", self.steps)
+
+    @property
+    def source_order(self) -> bool:
+        """Known for the paper's procedure only, which protects all others and merges in one step."""
+        return self.protect == 1 and self.steps == 1
 
     @torch.no_grad()
     def match(
@@ -80,7 +86,7 @@ class PiToMe(Reducer):
         a, b = order[:, 0:candidates:2], order[:, 1:candidates:2]
         merged, target = most_similar_first(unit, a, b, r)
         source = None
-        if candidates == 2 * r:  # what the authors' code leaves: class token, protected by energy, then B
+        if self.source_order:  # what the authors' code leaves: class token, protected by energy, then B
             front = torch.arange(protected, device=order.device).expand(order.shape[0], protected)
             source = torch.cat([front, order[:, candidates:], b], dim=1)
         return Merge.join(metric.shape[1], merged, target, source=source, energy=energy)

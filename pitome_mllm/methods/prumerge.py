@@ -46,7 +46,7 @@ class PruMerge(Reducer):
         depth: float = 0.0,
         attention: Tensor | None = None,
     ) -> Merge:
-        keep = self.check(metric, r, protected) - r
+        keep = self.check(metric, r, protected, attention=attention) - r
         uniform = round(self.uniform * keep)
         order = ranked(attention[:, protected:]) + protected
         samples, sources = spread(order[:, keep - uniform :].sort(1).values, uniform)

@@ -29,6 +29,11 @@ class Staged(Reducer):
             if not isinstance(getattr(self, name), Reducer):
                 raise ValueError(f"{name}={getattr(self, name)!r} is no Reducer; pass one, such as get_method('tome')")
 
+    @property
+    def source_order(self) -> bool:
+        """Where both stages have one."""
+        return self.early.source_order and self.late.source_order
+
     def match(
         self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
     ) -> Merge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class ToMe(Reducer):
 
     The alternation counts from the class token on, so that it is the first of A; it never merges.
     """
+
+    source_order: ClassVar[bool] = True
 
     @torch.no_grad()
     def match(

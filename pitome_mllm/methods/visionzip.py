@@ -52,7 +52,7 @@ class VisionZip(Reducer):
         depth: float = 0.0,
         attention: Tensor | None = None,
     ) -> Merge:
-        keep = self.check(metric, r, protected) - r
+        keep = self.check(metric, r, protected, attention=attention) - r
         contextual = max(1, keep - round(self.dominant * keep))
         order = ranked(attention[:, protected:]) + protected
         rest = order[:, keep - contextual :].sort(1).values
