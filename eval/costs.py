@@ -1,7 +1,9 @@
 """What the methods themselves cost: ``python -m pitome_mllm_eval.costs``.
 
-Every merge of a plan, matching and combining, is run alone on random tokens of the model's widths, on one thread and
-by thread CPU time, which other processes do not count into. The models' own work is not in it.
+What merging adds is run alone, by the code that runs in a model, on random tensors of its widths: reading keys and
+class attention, matching, combining, and for methods that look at projected tokens one more pass of the projector. On
+one thread, by thread CPU time, which other processes do not count into. The models' own work is not in it, nor the
+logarithms of sizes that attention adds.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pitome_mllm.plan import Plan, Settings, make_plan
+from pitome_mllm.specs import geometry
+from pitome_mllm.tower import Run, smaller_picture
+
 from .curves import KEEPS, PLACES, Setting, settings
-from .runs import processor_name, write_csv
+from .runs import check_out, processor_name, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "costs.csv"
 # What is timed: "tiny", or the widths of a published model's tower and LLM.
@@ -49,46 +55,57 @@ def config_of(shape: str) -> Any:
     return build_config() if shape == "tiny" else get_shape(shape).config()
 
 
-def inputs(plan: Any, config: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Random metric, features and attention of one picture with so many patch tokens."""
-    vision, everything = config.vision_config, tokens + plan.geometry.class_tokens
-    random = torch.Generator().manual_seed(tokens)
-    head = vision.hidden_size // vision.num_attention_heads
-    widths = {
-        "keys": head,
-        "history": head,
-        "hidden": vision.hidden_size,
-        "projected": config.text_config.hidden_size,
-    }
-    metric = torch.randn(1, everything, widths[plan.metric], generator=random)
-    features = torch.randn(1, everything, vision.hidden_size, generator=random)
-    attention = torch.rand(1, everything, generator=random)
-    return metric, features, {"attention": attention} if "attention" in plan.clues else {}
+class Picture:
+    """Random tensors of one picture as they enter and leave the blocks of a tower, with the token counts of a plan."""
+
+    def __init__(self, plan: Plan, config: Any) -> None:
+        self.plan, vision = plan, config.vision_config
+        self.heads, self.width = vision.num_attention_heads, vision.hidden_size
+        self.random = torch.Generator().manual_seed(0)
+        counts = [plan.entering, *plan.counts]
+        self.hidden = [self._draw(count + plan.geometry.class_tokens, self.width) for count in counts]
+        self.pixels = self._draw(3, vision.image_size, vision.image_size)
+        self.projector = torch.nn.Sequential(
+            torch.nn.Linear(self.width, config.text_config.hidden_size),
+            torch.nn.GELU(),
+            torch.nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size),
+        )
+
+    def _draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=self.random)
+
+    @torch.inference_mode()
+    def merge(self) -> None:
+        """All that merging adds to the models' own work: what it looks at, matching, combining, a smaller picture."""
+        plan = self.plan
+        if plan.entering < plan.geometry.patches:
+            smaller_picture(plan, (self.pixels,), {})
+        run = Run(plan)
+        for block in range(plan.geometry.merging_blocks):
+            clues = {}
+            if run.wants_clues(block):
+                keys = self.hidden[block].unflatten(-1, (self.heads, -1))
+                clues = run.read(block, keys[:, 0], keys)
+            run.leave(block, self.hidden[block], clues)
+        run.before_projector(self.hidden[-1], self.projector)
 
 
-def milliseconds(plan: Any, config: Any, repeats: int) -> list[float]:
+def milliseconds(picture: Picture, repeats: int) -> list[float]:
     """Thread CPU time of all merges of one picture, ``repeats`` times after a warm-up."""
-    steps = [(inputs(plan, config, before), before - after, depth) for before, after, depth in plan.steps]
     taken = []
     for _ in range(repeats + 1):
         start = time.thread_time()
-        for (metric, features, attention), r, depth in steps:
-            size = torch.ones_like(features[..., :1])
-            merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context, **attention)
-            merge.reduce(features, size)
+        picture.merge()
         taken.append(1000 * (time.thread_time() - start))
     return taken[1:]
 
 
 def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
     """One `Cost` per setting."""
-    from pitome_mllm.plan import Settings, make_plan
-    from pitome_mllm.specs import geometry
-
     config = config_of(shape)
     for setting in wanted:
         plan = make_plan(Settings().changed(**setting.keywords()), geometry(config))
-        taken = milliseconds(plan, config, repeats)
+        taken = milliseconds(Picture(plan, config), repeats)
         low, middle, high = (round(float(q), 3) for q in np.quantile(taken, (0.2, 0.5, 0.8)))
         yield Cost(shape, setting.method, setting.where, setting.keep, len(plan.steps), middle, low, high, repeats)
 
@@ -98,7 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     from rich.progress import track
 
     import pitome_mllm
-    from pitome_mllm.specs import geometry
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -106,8 +122,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--where", nargs="+", default=list(PLACES), choices=PLACES)
     parser.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
+    usual = parser.parse_args([])
+    try:
+        check_out(args.out, RESULTS, vars(args) == {**vars(usual), "out": args.out, "repeats": args.repeats})
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     about = {"processor": processor_name(), "torch": torch.__version__, "date": date.today().isoformat()}
     found = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from .benchmark import blind_answer, questions
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
-from .runs import PLAIN, load, measure, provenance, work_folder, write_csv
+from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, work_folder, write_csv
 from .scenes import GRID, TIERS
 
 KEEPS = (288, 144, 72, 36, 16)
@@ -31,7 +31,11 @@ RESULTS = Path(__file__).parent / "results" / "curves.csv"
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a method at a place, keeping so many tokens; ``like`` another method in the schedule and in the LLM."""
+    """One run: a method at a place, keeping so many tokens; ``like`` says which settings the default method lends it.
+
+    "" none, "where" its schedule and what the LLM is told (no part of any method), "all" also its metric, mean, order,
+    place within the block and proportional attention.
+    """
 
     method: str
     where: str
@@ -44,10 +48,13 @@ class Setting:
     def keywords(self) -> dict[str, Any]:
         """What `attach` is called with."""
         from pitome_mllm import METHODS
-        from pitome_mllm.plan import WHERE
+        from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS, WHERE
 
-        borrowed = METHODS[self.like].settings if self.like else {}
-        borrowed = {name: value for name, value in borrowed.items() if name in WHERE}
+        lent = DEFAULTS | METHODS[DEFAULT_METHOD].settings
+        names = {"": set(), "where": set(WHERE), "all": set(DEFAULTS)}[self.like]
+        if not METHODS[self.method].reducer.forms_groups:
+            names -= {"positions"}  # without groups there is no original position
+        borrowed = {name: value for name, value in lent.items() if name in names}
         return {**borrowed, "method": self.method, "where": self.where, "keep": self.keep}
 
 
@@ -65,22 +72,30 @@ class Row:
     value: float
     low: float
     high: float
+    seconds: float | str = ""  # of CPU time, for all questions of the run
+
+
+def loans(method: str, where: str) -> tuple[str, ...]:
+    """What the default method can lend to ``method`` at this place (see `Setting`); one-step methods keep their own."""
+    from pitome_mllm import METHODS
+    from pitome_mllm.plan import DEFAULT_METHOD
+
+    if method == DEFAULT_METHOD:
+        return ("",)
+    if METHODS[method].reducer.once:
+        return "", "where"
+    return ("", "where", "all") if where == METHODS[DEFAULT_METHOD].settings.get("where") else ("",)
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
-    """Every combination that exists; a method with a place of its own is measured there, others at all of them.
-
-    What works where the default method does is measured once more with the default's schedule and its settings in the
-    LLM, which are no part of any method; metric, mean and place within the block stay its own.
-    """
+    """Every combination that exists; a method with a place of its own is measured there, others at all of them."""
     from pitome_mllm import METHODS
-    from pitome_mllm.plan import DEFAULT_METHOD, Settings, make_plan
+    from pitome_mllm.plan import Settings, make_plan
 
-    default = METHODS[DEFAULT_METHOD].settings.get("where", "tower")
     for method, where, keep in product(methods, places, keeps):
         if where != METHODS[method].settings.get("where", where):
             continue
-        for like in ("", DEFAULT_METHOD) if where == default and method != DEFAULT_METHOD else ("",):
+        for like in loans(method, where):
             setting = Setting(method, where, keep, like)
             try:
                 make_plan(Settings().changed(**setting.keywords()), geometry)
@@ -105,35 +120,68 @@ class Bootstrap:
         count = len(self.member)
         self.weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)
 
-    def __call__(self, values: np.ndarray, mask: np.ndarray) -> tuple[float, float, float]:
-        """Mean of ``values`` over ``mask`` and its interval."""
-        sums, counts = self.member @ (values * mask), self.member @ mask
-        drawn = self.weights @ counts  # 0 where a draw misses a small group altogether: such draws are left out
-        rates = np.divide(self.weights @ sums, drawn, out=np.full(DRAWS, np.nan), where=drawn > 0)
+    def __call__(self, values: np.ndarray, mask: np.ndarray, less: np.ndarray | None = None) -> tuple[float, ...]:
+        """Mean of ``values`` over ``mask``, minus that over the mask ``less`` if there is one, and the interval."""
+        mean, rates = self._rates(values, mask)
+        if less is not None:
+            other, other_rates = self._rates(values, less)
+            mean, rates = mean - other, rates - other_rates
         low, high = np.nanquantile(rates, (0.025, 0.975))
-        return float(sums.sum() / counts.sum()), float(low), float(high)
+        return float(mean), float(low), float(high)
+
+    def _rates(self, values: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
+        """The mean, and that of every draw; NaN for one that misses a small group altogether."""
+        sums, counts = self.member @ (values * mask), self.member @ mask
+        drawn = self.weights @ counts
+        return sums.sum() / counts.sum(), np.divide(
+            self.weights @ sums, drawn, out=np.full(DRAWS, np.nan), where=drawn > 0
+        )
+
+
+class Rows:
+    """Makes the rows of the CSV from what was answered right."""
+
+    def __init__(self, asked: list[tuple[int, Question]]) -> None:
+        self.bootstrap, self.masks = Bootstrap(np.array([scene for scene, _ in asked])), groups(asked)
+
+    def accuracy(self, setting: Setting, right: np.ndarray, seconds: float | str = "") -> Iterator[Row]:
+        """The share of right answers, in every group."""
+        for row in self._each(setting, "", right.astype(float)):
+            yield replace(row, seconds=seconds)
+
+    def difference(self, setting: Setting, against: str, right: np.ndarray, other: np.ndarray) -> Iterator[Row]:
+        """What ``right`` has more of than ``other``, in every group."""
+        yield from self._each(setting, against, right.astype(float) - other)
+
+    def spread(self, setting: Setting, right: np.ndarray, plain: np.ndarray) -> Iterator[Row]:
+        """The change of the category that loses least minus that of the one that loses most."""
+        change = right.astype(float) - plain
+        inside = {name: mask for name, mask in self.masks.items() if name in CATEGORIES}
+        order = sorted(inside, key=lambda name: change[inside[name]].mean())
+        most, least = inside[order[0]], inside[order[-1]]
+        figures = self.bootstrap(change, least, less=most)
+        yield _row(setting, f"{order[-1]} - {order[0]}", PLAIN, most | least, figures)
+
+    def _each(self, setting: Setting, against: str, values: np.ndarray) -> Iterator[Row]:
+        for name, mask in self.masks.items():
+            yield _row(setting, name, against, mask, self.bootstrap(values, mask))
 
 
 def rows(
-    runs: dict[Setting, np.ndarray], plain: np.ndarray, blind: np.ndarray, asked: list[tuple[int, Question]]
+    runs: dict[Setting, Answers], plain: Answers, blind: np.ndarray, asked: list[tuple[int, Question]]
 ) -> Iterator[Row]:
     """Accuracies, and differences: to the plain model, between methods at the same place and keep, and between the
     default method and every other, wherever that merges, at the same keep."""
-    bootstrap, masks = Bootstrap(np.array([scene for scene, _ in asked])), groups(asked)
-    references = {Setting(PLAIN, "none", GRID * GRID): plain, Setting(BLIND, "none", 0): blind}
-    for setting, right in {**references, **runs}.items():
-        compared = {"": right.astype(float)}
-        if setting in runs:
-            compared[PLAIN] = right.astype(float) - plain
-        for (name, mask), (against, values) in product(masks.items(), compared.items()):
-            figures = _named(bootstrap(values, mask))
-            yield Row(**asdict(setting), group=name, against=against, questions=int(mask.sum()), **figures)
+    made = Rows(asked)
+    yield from made.accuracy(Setting(PLAIN, "none", GRID * GRID), plain.right, round(plain.seconds, 1))
+    yield from made.accuracy(Setting(BLIND, "none", 0), blind)
+    for setting, run in runs.items():
+        yield from made.accuracy(setting, run.right, round(run.seconds, 1))
+        yield from made.difference(setting, PLAIN, run.right, plain.right)
+        yield from made.spread(setting, run.right, plain.right)
     for one, other in permutations(runs, 2):
         if against := _opponent(one, other):
-            difference = runs[one].astype(float) - runs[other]
-            for name, mask in masks.items():
-                figures = _named(bootstrap(difference, mask))
-                yield Row(**asdict(one), group=name, against=against, questions=int(mask.sum()), **figures)
+            yield from made.difference(one, against, runs[one].right, runs[other].right)
 
 
 def _opponent(one: Setting, other: Setting) -> str:
@@ -147,8 +195,11 @@ def _opponent(one: Setting, other: Setting) -> str:
     return other.method if (one.where, one.like) == (other.where, other.like) and one.method < other.method else ""
 
 
-def _named(figures: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), (round(f, 4) for f in figures), strict=True))
+def _row(setting: Setting, group: str, against: str, mask: np.ndarray, figures: tuple[float, ...]) -> Row:
+    value, low, high = (round(f, 4) for f in figures)
+    return Row(
+        **asdict(setting), group=group, against=against, questions=int(mask.sum()), value=value, low=low, high=high
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -163,9 +214,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
     made.add_argument("--limit", type=int, help="only the first so many questions")
     made.add_argument("--processes", type=int, default=2, help="settings measured at a time, one thread each")
-    made.add_argument("--work", type=Path, help="folder for finished runs (default: one in runs/)")
-    made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--work", type=Path, default=WORK, help="where finished runs are kept (%(default)s)")
+    made.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     return made
+
+
+def whole(args: argparse.Namespace) -> bool:
+    """Whether nothing of the benchmark is left out."""
+    usual = parser().parse_args([])
+    return all(getattr(args, n) == getattr(usual, n) for n in ("model", "split", "methods", "where", "keep", "limit"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,13 +230,17 @@ def main(argv: list[str] | None = None) -> None:
     from pitome_mllm.specs import geometry
 
     args = parser().parse_args(argv)
+    try:
+        check_out(args.out, RESULTS, whole(args))
+    except ValueError as error:
+        parser().error(str(error))
     torch.set_num_threads(1)
     about = provenance(args.model, args.split)
-    work = args.work or work_folder("curves", args.model, args.split, args.limit)
+    work = work_folder(args.work, "curves", args.model, args.split, args.limit)
     wanted = list(settings(args.methods, args.where, args.keep, geometry(load(args.model)[0].config)))
     jobs = {PLAIN: None, **{str(setting): setting.keywords() for setting in wanted}}
     found = measure(jobs, args.model, args.split, args.limit, work, args.processes)
-    asked = questions(args.split)[: len(found[PLAIN])]
+    asked = questions(args.split)[: len(found[PLAIN].right)]
     blind = np.array([blind_answer(question) == question.answer for _, question in asked])
     runs = {setting: found[str(setting)] for setting in wanted}
     write_csv(args.out, rows(runs, found[PLAIN], blind, asked), about)

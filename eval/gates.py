@@ -50,17 +50,15 @@ def gates(found: list[dict[str, str]]) -> Iterator[Gate]:
     for group, bound in (("all", 90), *((category, 85) for category in CATEGORIES)):
         yield _gate(f"plain, {group}", plain[group], bound)
     yield _gate("blind, all", blind["all"], 45, at_least=False)
-    lost = {group: [-f for f in figure["random", "tower", 72, group, PLAIN]] for group in ("all", *CATEGORIES)}
-    yield _gate("plain - random, tower, keep 72", [lost["all"][i] for i in (0, 2, 1)], 10)
-    random, tome = (figure[name, "tower", 72, "all", ""][0] for name in ("random", "tome"))
-    yield Gate("tome - random, tower, keep 72", tome - random, 5)
-    by_loss = sorted(CATEGORIES, key=lambda category: lost[category][0])
-    least, most = by_loss[0], by_loss[-1]
-    spread = lost[most][0] - lost[least][0]
-    yield Gate(f"loss of {most} - loss of {least}, random, tower, keep 72", spread, 10)
+    for other, bound in ((PLAIN, 10), ("tome", 5)):
+        value, low, high = figure["random", "tower", 72, "all", other]
+        yield _gate(f"{other} - random, tower, keep 72", [-value, -high, -low], bound)
+    (pair,) = (key for key in figure if key[:3] == ("random", "tower", 72) and " - " in key[3])
+    yield _gate(f"change of {pair[3]}, random, tower, keep 72", figure[pair], 10)
     for (method, where, keep, group, against), (_, low, _) in figure.items():
         if keep == 288 and group != "all" and not against:  # nothing at chance: the whole interval lies above blind
             yield Gate(f"low end of {method} - blind, {where}, keep 288, {group}", low - blind[group][0], 0)
+    yield Gate("slowest run, CPU seconds", max(float(row["seconds"]) for row in found if row["seconds"]), 300, False)
 
 
 def _gate(name: str, figures: list[float], bound: float, at_least: bool = True) -> Gate:

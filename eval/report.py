@@ -43,18 +43,21 @@ COST_SHAPE, COST_KEEP = "llava-1.5-7b", 144  # of which costs the tables speak
 NOT_MEASURED = "not measured"
 ALIKE = f"""## All methods with the settings of `{DEFAULT_METHOD}`
 
-Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here they are those of
-`{DEFAULT_METHOD}`; metric, mean and place within the block stay each method's own, so differences between the rows come
-from these too. Methods that reduce in one step, and dct, which has no groups, are not in it."""
+Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here every method has them from
+`{DEFAULT_METHOD}`. Lent "where": only these; metric, mean, place within the block stay its own. Lent "all": these too,
+with proportional attention, so that only matching and each method's own way to combine differ. Methods that reduce in
+one step keep their place and metric, and dct, which has no groups, its compact positions."""
 LEAD = f"""## `{DEFAULT_METHOD}` against the closest others
 
-Differences in points, paired over the same questions, at each keep: the three that come closest."""
+Differences in points, paired over the same questions, at each keep: the three that come closest, of all methods at all
+places with their own and with lent settings ("like", see above). Where the plain model is nearly reached, nobody can
+lead by much."""
 
 
 def parts(found: list[dict[str, str]], like: str = "") -> tuple[dict[str, str], dict[str, str], Cells]:
     """The accuracies over all questions: of the plain model, without looking, and of every (method, where, keep).
 
-    ``like`` another method in the schedule and in the LLM, or each with its own settings.
+    ``like`` : which settings the default method lends, see `curves.Setting`.
     """
     chosen = [row for row in found if row["group"] == "all" and not row["against"]]
     cells = {(row["method"], row["where"], int(row["keep"])): row for row in chosen if row["like"] == like}
@@ -95,8 +98,9 @@ def _about(plain: dict[str, str], blind: dict[str, str], spent: Spent) -> str:
     if spent:
         row = next(iter(spent.values()))
         text += (
-            f" ms: thread time of all merges for one picture at keep {COST_KEEP}, widths of {COST_SHAPE}, float32, "
-            f"median of {row['repeats']} runs on one thread of {row['processor']}, torch {row['torch']}, {row['date']}."
+            f" ms: thread time of all that merging adds for one picture at keep {COST_KEEP}, widths of {COST_SHAPE}, "
+            f"float32, median of {row['repeats']} runs on one thread of {row['processor']}, torch {row['torch']}, "
+            f"{row['date']}."
         )
     return text
 
@@ -111,28 +115,40 @@ def _percent(row: dict[str, str]) -> str:
 
 
 def alike(found: list[dict[str, str]]) -> str:
-    """A Markdown table of the methods with the default method's schedule and settings in the LLM, and of itself."""
-    _, _, own = parts(found)
-    _, _, cells = parts(found, like=DEFAULT_METHOD)
-    cells |= {key: row for key, row in own.items() if key[0] == DEFAULT_METHOD}
-    keeps = sorted({keep for _, _, keep in cells}, reverse=True)
-    lines = [f"| method | {' | '.join(f'keep {k}' for k in keeps)} |", f"|---|{'---|' * len(keeps)}"]
-    for method, where in dict.fromkeys((m, w) for m, w, _ in cells):
-        figures = (cells.get((method, where, keep)) for keep in keeps)
-        lines.append(f"| {method} | {' | '.join(_percent(f) if f else NOT_MEASURED for f in figures)} |")
+    """A Markdown table of the methods with settings that the default method lends, and of itself."""
+    lent = {name: parts(found, like=name)[2] for name in ("where", "all")}
+    lent["its own"] = {key: row for key, row in parts(found)[2].items() if key[0] == DEFAULT_METHOD}
+    keeps = sorted({keep for cells in lent.values() for _, _, keep in cells}, reverse=True)
+    heads = ["method", "where", "lent", *(f"keep {k}" for k in keeps)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, cells in lent.items():
+        for method, where in dict.fromkeys((m, w) for m, w, _ in cells):
+            figures = (cells.get((method, where, keep)) for keep in keeps)
+            shown = " | ".join(_percent(f) if f else NOT_MEASURED for f in figures)
+            lines.append(f"| {method} | {where} | {name} | {shown} |")
     return "\n".join(lines)
 
 
 def lead(found: list[dict[str, str]]) -> str:
-    """A Markdown table of the default method against every other, at each keep: the closest ones first."""
+    """The default method against every other, at each keep: a Markdown table of the closest ones, and who ties."""
     rows = [row for row in found if row["method"] == DEFAULT_METHOD and row["group"] == "all" and " " in row["against"]]
-    lines = ["| keep | points ahead of | difference | 95 % interval |", "|---|---|---|---|"]
+    lines, said = ["| keep | points ahead of | difference | 95 % interval |", "|---|---|---|---|"], []
     for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
         closest = sorted((row for row in rows if int(row["keep"]) == keep), key=lambda row: float(row["value"]))
         for row in closest[:3]:  # what is negative leads
             value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
             lines.append(f"| {keep} | {row['against']} | {value:+.1f} | {low:+.1f} to {high:+.1f} |")
-    return "\n".join(lines)
+        said.append(f"- keep {keep}: {_standing(closest)}.")
+    return "\n".join([*lines, "", *said])
+
+
+def _standing(rows: list[dict[str, str]]) -> str:
+    """Whom the default method does not lead by an interval above zero, in words."""
+    ahead = [row["against"] for row in rows if float(row["high"]) < 0]
+    level = [row["against"] for row in rows if float(row["low"]) <= 0 <= float(row["high"])]
+    said = [f"behind {', '.join(ahead)}"] if ahead else []
+    said += [f"no interval above zero against {', '.join(level)}"] if level else []
+    return f"`{DEFAULT_METHOD}`: {'; '.join(said)}" if said else f"`{DEFAULT_METHOD}` leads every other one"
 
 
 def ablation(rows: list[dict[str, str]]) -> str:
@@ -241,11 +257,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     spent = spending(args.costs)
     try:
-        found = read(args.results)
+        found, searched = read(args.results), read(args.search, "search")
         put_in(args.readme, table(found, spent))
         everything = [table(found, spent, everywhere=True), ALIKE, alike(found), LEAD, lead(found)]
         put_in(args.docs / "accuracy.md", "\n\n".join(everything))
-        put_in(args.docs / "search.md", ablation(read(args.search, "search")))
+        put_in(args.docs / "search.md", ablation(searched))
     except ValueError as error:
         parser.error(str(error))
     plot(found, args.docs / "accuracy.png")

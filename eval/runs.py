@@ -6,9 +6,10 @@ import csv
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from .score import score
 
 PLAIN = "plain"
+WORK = Path("runs")  # finished runs, in a folder for each `work_folder`
 Jobs = Mapping[str, Mapping[str, Any] | None]  # name of a run -> keywords of `attach`; None = the plain model
 
 _loaded: dict[str, tuple[Any, Any]] = {}  # by name, once per process
@@ -34,14 +36,24 @@ def load(name: str) -> tuple[Any, Any]:
     return _loaded[name]
 
 
-def hits(model_name: str, settings: Mapping[str, Any] | None, split: str, limit: int | None) -> np.ndarray:
-    """Whether each question of the split is answered right, in the benchmark's order."""
+@dataclass(frozen=True)
+class Answers:
+    """What one run gave: whether each question is answered right, in the benchmark's order, and its CPU seconds."""
+
+    right: np.ndarray
+    seconds: float
+
+
+def answers(model_name: str, settings: Mapping[str, Any] | None, split: str, limit: int | None) -> Answers:
+    """Ask the questions of the split under ``settings`` of `attach`; None = the plain model."""
     from pitome_mllm import attach
 
     model, processor = load(model_name)
     handle = None if settings is None else attach(model, **settings)
+    start = time.process_time()
     try:
-        return np.array([record.right for record in score(model, processor, split, limit)])
+        right = np.array([record.right for record in score(model, processor, split, limit)])
+        return Answers(right, time.process_time() - start)
     finally:
         if handle:
             handle.remove()
@@ -49,8 +61,8 @@ def hits(model_name: str, settings: Mapping[str, Any] | None, split: str, limit:
 
 def measure(
     jobs: Jobs, model_name: str, split: str, limit: int | None, work: Path, processes: int = 1
-) -> dict[str, np.ndarray]:
-    """The hits of every job, from ``work`` where they are there already.
+) -> dict[str, Answers]:
+    """The answers of every job, from ``work`` where they are there already.
 
     Parameters
     ----------
@@ -61,30 +73,35 @@ def measure(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     work.mkdir(parents=True, exist_ok=True)
-    files = {name: work / f"{name}.npy" for name in jobs}
+    files = {name: work / f"{name}.npz" for name in jobs}
     missing = [name for name in jobs if not files[name].exists()]
     columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("", total=len(jobs), completed=len(jobs) - len(missing))
 
-        def keep(name: str, found: np.ndarray) -> None:
-            part = files[name].with_suffix(".part.npy")
-            np.save(part, found)
+        def keep(name: str, found: Answers) -> None:
+            part = files[name].with_suffix(".part.npz")
+            np.savez(part, right=found.right, seconds=found.seconds)
             part.rename(files[name])
             progress.update(task, advance=1, description=name)
 
         _run({name: (model_name, jobs[name], split, limit) for name in missing}, processes, keep)
-    return {name: np.load(file) for name, file in files.items()}
+    return {name: _stored(file) for name, file in files.items()}
 
 
-def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, np.ndarray], None]) -> None:
-    """Call `hits` with each of ``calls``, in this process or in several, and give each result to ``keep``."""
+def _stored(file: Path) -> Answers:
+    with np.load(file) as stored:
+        return Answers(stored["right"], float(stored["seconds"]))
+
+
+def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, Answers], None]) -> None:
+    """Call `answers` with each of ``calls``, in this process or in several, and give each result to ``keep``."""
     if processes == 1:
         for name, arguments in calls.items():
-            keep(name, hits(*arguments))
+            keep(name, answers(*arguments))
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(hits, *arguments): name for name, arguments in calls.items()}
+        running = {pool.submit(answers, *arguments): name for name, arguments in calls.items()}
         try:
             for done in as_completed(running):
                 keep(running[done], done.result())
@@ -102,11 +119,24 @@ def sources() -> list[Path]:
     return sorted([*package.glob("*.py"), *(package / "methods").glob("*.py"), *asking])
 
 
-def work_folder(kind: str, model_name: str, split: str, limit: int | None) -> Path:
-    """Where finished runs are kept: a folder for these weights, this split and limit, and this very code."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
-    weights = provenance(model_name, split)["weights"]
-    return Path("runs") / f"{kind}-{weights}-{split}-{limit or 'all'}-{code}"
+def code_hash() -> str:
+    """What the code is known by, in CSVs and among finished runs."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
+
+
+def work_folder(work: Path, kind: str, model_name: str, split: str, limit: int | None) -> Path:
+    """Where finished runs are kept: a folder for these weights, split, limit, and this very code and its libraries."""
+    about = provenance(model_name, split)
+    parts = [kind, about["weights"], split, limit or "all", about["code"], about["torch"], about["transformers"]]
+    return work / "-".join(map(str, parts))
+
+
+def check_out(out: Path, default: Path, whole: bool) -> None:
+    """ValueError where part of a benchmark would replace the results of all of it, or ``out`` is inside a package."""
+    if out == default and not whole:
+        raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
+    if out == default and not default.parent.is_dir():
+        raise ValueError(f"no folder {default.parent} outside a checkout; say with --out where the results go")
 
 
 def write_csv(path: Path, made: Iterable[Any], about: dict[str, str]) -> None:
@@ -139,6 +169,7 @@ def provenance(model_name: str, split: str) -> dict[str, str]:
         "date": date.today().isoformat(),
         "device": processor_name(),
         "pitome_mllm": pitome_mllm.__version__,
+        "code": code_hash(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

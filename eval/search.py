@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from pitome_mllm.plan import Settings, make_plan
 from pitome_mllm.schedule import SHAPES
+from pitome_mllm.specs import geometry
 
 from .benchmark import questions
 from .curves import Bootstrap
-from .runs import measure, provenance, work_folder, write_csv
+from .runs import WORK, check_out, load, measure, provenance, work_folder, write_csv
 
 KEEPS = (144, 72, 36, 16)
 RESULTS = Path(__file__).parent / "results" / "search.csv"
@@ -34,6 +36,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "positions": [{"positions": "compact"}, {"positions": "original"}],
     "size bias in the LLM": [{"llm_size_bias": False}, {"llm_size_bias": True}],
     "schedule": [{"schedule": shape} for shape in SHAPES],
+    "tokens out of the tower": [{"tower_keep": share} for share in (None, 0.75, 0.5, 0.25)],
     "order": [{"order": "reading"}, {"order": "source"}],
     "protected share": [{"protect": share} for share in (1.0, 0.75, 0.5, 0.25, 0.0)],
     "metric": [{"metric": "keys"}, {"metric": "history"}, {"metric": "hidden"}],
@@ -76,7 +79,8 @@ class Search:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.work = args.work or work_folder("search", args.model, "validation", args.limit)
+        self.work = work_folder(args.work, "search", args.model, "validation", args.limit)
+        self.geometry = geometry(load(args.model)[0].config)
         asked = questions("validation")[: args.limit]
         self.bootstrap = Bootstrap(np.array([scene for scene, _ in asked]))
         self.everything = np.ones(len(asked), bool)
@@ -87,12 +91,22 @@ class Search:
         for candidate in candidates:
             jobs |= {name(candidate, keep): {**candidate, "keep": keep} for keep in self.args.keep}
         found = measure(jobs, self.args.model, "validation", self.args.limit, self.work, self.args.processes)
-        return [np.stack([found[name(c, keep)] for keep in self.args.keep]).astype(float) for c in candidates]
+        return [np.stack([found[name(c, keep)].right for keep in self.args.keep]).astype(float) for c in candidates]
+
+    def exists(self, candidate: Mapping[str, Any]) -> bool:
+        """Whether these settings go together, at every keep."""
+        try:
+            for keep in self.args.keep:
+                make_plan(Settings().changed(**candidate, keep=keep), self.geometry)
+        except ValueError:
+            return False
+        return True
 
     def factor(
         self, sweep: int, factor: str, alternatives: list[dict[str, Any]], current: dict[str, Any]
     ) -> tuple[dict[str, Any], list[Row]]:
-        """The best alternative in place, and the rows of all."""
+        """The best alternative in place, and the rows of all that go with the rest."""
+        alternatives = [alternative for alternative in alternatives if self.exists({**current, **alternative})]
         candidates = [{**current, **alternative} for alternative in alternatives]
         *found, before = self.measured([*candidates, current])
         means = [hits.mean() for hits in found]
@@ -124,23 +138,27 @@ def name(candidate: Mapping[str, Any], keep: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Search, and write the CSV after every factor."""
+    """Search, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     parser.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--processes", type=int, default=2, help="settings measured at a time, one thread each")
-    parser.add_argument("--work", type=Path, help="folder for finished runs (default: one in runs/)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK, help="where finished runs are kept (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
+    try:
+        check_out(args.out, RESULTS, (args.model, args.limit, args.keep) == ("tiny", None, list(KEEPS)))
+    except ValueError as error:
+        parser.error(str(error))
     search, about = Search(args), provenance(args.model, "validation")
     current, found = dict(START), []
     for sweep, factors in enumerate((FACTORS, AGAIN), 1):
         for factor in factors:
             current, rows = search.factor(sweep, factor, FACTORS[factor], current)
             found += rows
-            write_csv(args.out, found, about)
             print(f"sweep {sweep}, {factor}: {json.dumps(current)}")
+    write_csv(args.out, found, about)
 
 
 if __name__ == "__main__":

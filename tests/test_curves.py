@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from pitome_mllm.plan import Settings, make_plan
 from pitome_mllm.specs import Geometry
 from pitome_mllm_eval import curves, report, runs
-from pitome_mllm_eval.curves import Bootstrap, Setting
+from pitome_mllm_eval.curves import Bootstrap, Rows, Setting
 from pitome_mllm_eval.gates import check_whole, gates
-from pitome_mllm_eval.questions import CATEGORIES
+from pitome_mllm_eval.questions import CATEGORIES, Question
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
 
@@ -85,6 +86,7 @@ def test_a_second_run_asks_only_what_is_missing(measured):
     first = run()
     assert len(asked) == 3  # plain, pitome, tome
     assert run() == first and len(asked) == 3
+    assert all(float(row["seconds"]) >= 0 for row in first if not row["against"] and row["method"] != "blind")
     run("288")  # another keep: two runs more
     assert len(asked) == 5
 
@@ -92,6 +94,7 @@ def test_a_second_run_asks_only_what_is_missing(measured):
 def test_rows_name_what_they_compare(measured):
     run, _ = measured
     rows = run()
+    assert all(row["code"] == runs.code_hash() for row in rows)
     kinds = {(row["method"], row["against"]) for row in rows if row["group"] == "all"}
     assert kinds == {
         ("plain", ""),
@@ -134,8 +137,71 @@ def test_missing_results_say_how_to_measure(tmp_path):
         report.read(tmp_path / "none.csv")
 
 
+def test_the_spread_is_that_of_the_categories_that_lose_most_and_least():
+    """Its interval is that of a difference: categories that err on the same pictures narrow it."""
+    pictures = 60
+    asked = [(n, Question("what", "a", c, "easy")) for n in range(pictures) for c in ("colour", "digit", "count")]
+    hard = np.random.default_rng(0).random(pictures) < 0.5
+    lost = np.stack([np.zeros(pictures, bool), np.ones(pictures, bool), hard], 1).ravel()
+    (row,) = Rows(asked).spread(Setting("random", "tower", 72), ~lost, np.ones(len(lost), bool))
+    assert (row.group, row.against, row.value, row.low, row.high) == ("colour - digit", "plain", 1, 1, 1)
+    assert row.questions == 2 * pictures
+    both = np.stack([hard, hard, np.zeros(pictures, bool)], 1).ravel()
+    categories = np.array([q.category for _, q in asked])
+    same = Bootstrap(np.array([n for n, _ in asked]))(~both * 1.0, categories == "colour", less=categories == "digit")
+    assert same == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "part", [["--limit", "9"], ["--keep", "144"], ["--methods", "tome"], ["--split", "validation"]]
+)
+def test_part_of_the_benchmark_does_not_replace_the_results(part, capsys):
+    with pytest.raises(SystemExit):
+        curves.main(part)
+    assert "say with --out" in capsys.readouterr().err
+
+
+def test_only_results_of_a_checkout_are_replaced(tmp_path):
+    runs.check_out(tmp_path / "a.csv", tmp_path / "results" / "a.csv", whole=False)
+    with pytest.raises(ValueError, match="outside a checkout"):
+        runs.check_out(tmp_path / "results" / "a.csv", tmp_path / "results" / "a.csv", whole=True)
+
+
+def lead_row(keep: int, against: str, value: float) -> dict[str, str]:
+    return result(report.DEFAULT_METHOD, "both", keep, "all", value, against) | {"like": ""}
+
+
+def test_the_report_says_whom_the_default_does_not_lead():
+    rows = [lead_row(144, "tome both", 0.01), lead_row(144, "dart projector", 0.3), lead_row(72, "tome both", 0.1)]
+    text = report.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
+    assert "- keep 144: `pitome-tuned`: no interval above zero against tome both." in text
+    assert "- keep 72: `pitome-tuned` leads every other one." in text
+    assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower." in text
+
+
+def test_what_is_lent_to_whom():
+    made = list(curves.settings(["tome", "divprune", "dct", report.DEFAULT_METHOD], curves.PLACES, [144], GEOMETRY))
+    lent = {(s.method, s.where, s.like) for s in made if s.like}
+    assert lent == {
+        ("tome", "both", "where"),
+        ("tome", "both", "all"),
+        ("divprune", "projector", "where"),
+        ("dct", "both", "where"),
+        ("dct", "both", "all"),
+    }
+    mine = make_plan(Settings().changed(keep=144), GEOMETRY)
+    names = ("metric", "place", "weighted", "order", "proportional_attention", "positions", "llm_size_bias", "counts")
+    for setting in (s for s in made if s.like):
+        plan = make_plan(Settings().changed(**setting.keywords()), GEOMETRY)
+        same = {name for name in names if getattr(plan, name) == getattr(mine, name)}
+        if setting.like == "all":
+            assert same == set(names) - ({"positions"} if setting.method == "dct" else set())
+        assert plan.llm_size_bias and (plan.positions == "original" or setting.method == "dct")
+        assert plan.metric == mine.metric or setting.like == "where" and plan.metric in ("keys", "projected")
+
+
 def result(method: str, where: str, keep: int, group: str, value: float, against: str = "") -> dict[str, str]:
-    figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02)}
+    figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02), "seconds": "11.5"}
     about = {"split": "test", "questions": "3360"}
     place = {"method": method, "where": where, "keep": str(keep), "like": ""}
     return {**place, "group": group, "against": against, **figures, **about}
@@ -149,6 +215,8 @@ def results(random: float) -> list[dict[str, str]]:
     for name in names:
         right = random + 0.2 * (name == "colour")
         rows += [result("random", "tower", 72, name, right), result("random", "tower", 72, name, right - 0.92, "plain")]
+    rows.append(result("random", "tower", 72, "all", random - 0.86, "tome"))
+    rows.append(result("random", "tower", 72, "colour - digit", 0.2, "plain"))
     return rows + [result("random", "tower", 288, name, 0.8) for name in names]
 
 
@@ -156,15 +224,19 @@ def results(random: float) -> list[dict[str, str]]:
 def test_gates_fail_where_a_bad_reducer_does_not_show(random, passes):
     rows = results(random)
     checked = list(gates(rows))
-    assert len(checked) == 1 + 7 + 1 + 3 + 7
+    assert len(checked) == 1 + 7 + 1 + 3 + 7 + 1
     assert all(gate.passed for gate in checked) is passes
     rows[-1]["low"] = "0.3"  # at chance
+    assert not list(gates(rows))[-2].passed
+    rows[-1]["seconds"] = "301"
     assert not list(gates(rows))[-1].passed
 
 
 def test_gates_show_the_interval_the_right_way_round():
-    gate = next(gate for gate in gates(results(0.5)) if gate.name.startswith("plain - random"))
-    assert gate.value == pytest.approx(42) and gate.interval == pytest.approx((40, 44))
+    shown = {gate.name: gate for gate in gates(results(0.5))}
+    for name, value in (("plain - random", 42), ("tome - random", 36), ("change of colour - digit, random", 20)):
+        gate = shown[f"{name}, tower, keep 72"]
+        assert gate.value == pytest.approx(value) and gate.interval == pytest.approx((value - 2, value + 2))
 
 
 @pytest.mark.parametrize("change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}])

@@ -29,11 +29,13 @@ def searched(tmp_path, monkeypatch):
                 name: sum(better.get(search.label({key: value}), 0.0) for key, value in job.items())
                 for name, job in jobs.items()
             }
-            return {name: np.arange(QUESTIONS) < QUESTIONS * (0.5 + gain) for name, gain in gains.items()}
+            right = {name: np.arange(QUESTIONS) < QUESTIONS * (0.5 + gain) for name, gain in gains.items()}
+            return {name: runs.Answers(found, 1.0) for name, found in right.items()}
 
         monkeypatch.setattr(search, "measure", measure)
         about = dict.fromkeys(("weights", "device", "torch", "transformers", "date"), "made up")
         monkeypatch.setattr(search, "provenance", lambda model, split: {"split": split, **about})
+        monkeypatch.setattr(search, "work_folder", lambda work, *about: work)
         out = tmp_path / "search.csv"
         search.main(["--limit", str(QUESTIONS), "--work", str(tmp_path), "--out", str(out)])
         with out.open(newline="") as file:
@@ -70,9 +72,18 @@ def test_rows_tell_the_gain_over_the_setting_before(searched):
 
 @pytest.mark.parametrize("factor", search.FACTORS)
 def test_every_alternative_can_be_planned_at_every_keep(factor):
+    place = {"where": "both"} if factor == "tokens out of the tower" else {}
     for alternative in search.FACTORS[factor]:
-        for keep in (*search.KEEPS, 288):
-            assert make_plan(Settings().changed(**search.START, **alternative, keep=keep), GEOMETRY).keep == keep
+        for keep in search.KEEPS:
+            asked = Settings().changed(**search.START, **place, **alternative, keep=keep)
+            assert make_plan(asked, GEOMETRY).keep == keep
+
+
+def test_alternatives_that_do_not_go_with_the_rest_are_left_out(searched):
+    better = {"where=tower": 0.1, "tower_keep=0.5": 0.2}
+    rows = searched(better)
+    assert {r["alternative"] for r in rows if r["factor"] == "tokens out of the tower"} == {"tower_keep=None"}
+    assert chosen(searched({**better, "where=both": 0.2}))["tokens out of the tower"] == "tower_keep=0.5"
 
 
 def test_the_default_is_what_the_search_found():
@@ -97,8 +108,9 @@ def test_in_several_processes_as_in_one(tmp_path):
     jobs = {"plain": None, "tome": {"method": "tome", "keep": 36}, "random": {"method": "random", "keep": 36}}
     alone = runs.measure(jobs, "tiny", "test", 48, tmp_path / "alone", processes=1)
     together = runs.measure(jobs, "tiny", "test", 48, tmp_path / "together", processes=2)
-    assert all(np.array_equal(alone[name], together[name]) for name in jobs)
-    assert len({found.tobytes() for found in alone.values()}) == 3
+    assert all(np.array_equal(alone[name].right, together[name].right) for name in jobs)
+    assert len({found.right.tobytes() for found in alone.values()}) == 3
+    assert all(found.seconds > 0 for found in alone.values())
 
 
 def test_a_failing_job_is_an_error_and_leaves_no_file(tmp_path):
@@ -107,34 +119,33 @@ def test_a_failing_job_is_an_error_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="pitom"):
         runs.measure(jobs, "tiny", "test", 16, tmp_path, processes=2)
     assert len(list(tmp_path.iterdir())) < 20, "the jobs that waited must not be run first"
-    assert not (tmp_path / "wrong.npy").exists()
+    assert not (tmp_path / "wrong.npz").exists()
 
 
 def test_finished_runs_belong_to_weights_split_limit_and_code(monkeypatch, tmp_path):
-    one = runs.work_folder("curves", "tiny", "test", None)
-    assert one == runs.work_folder("curves", "tiny", "test", None)
-    assert len({one, *(runs.work_folder("curves", "tiny", *rest) for rest in (("test", 9), ("validation", None)))}) == 3
+    def folder(split="test", limit=None):
+        return runs.work_folder(tmp_path, "curves", "tiny", split, limit)
+
+    one = folder()
+    assert one == folder() and one.parent == tmp_path
+    assert len({one, folder(limit=9), folder("validation")}) == 3
+    with monkeypatch.context() as other:
+        other.setattr("transformers.__version__", "5.99")
+        assert folder() != one
     monkeypatch.setattr(runs, "sources", lambda: [tmp_path / "changed.py"])
     (tmp_path / "changed.py").write_text("changed")
-    assert runs.work_folder("curves", "tiny", "test", None) != one
+    assert folder() != one
 
 
 # ---- costs, and who is measured where --------------------------------------------------------------------------------
 
 
-def test_methods_are_measured_at_their_places_and_like_the_default():
+def test_methods_are_measured_at_their_places():
     made = list(settings(["tome", "visionzip", DEFAULT_METHOD], ["tower", "projector", "both"], [144], GEOMETRY))
     default = METHODS[DEFAULT_METHOD].settings["where"]
-    assert [s.where for s in made if s.method == "visionzip"] == ["projector"]
+    assert {s.where for s in made if s.method == "visionzip"} == {"projector"}
+    assert {s.where for s in made if s.method == "tome"} == {"tower", "projector", "both"}
     assert [(s.where, s.like) for s in made if s.method == DEFAULT_METHOD] == [(default, "")]
-    alike = [s for s in made if s.like]
-    assert alike == [Setting("tome", default, 144, DEFAULT_METHOD)]
-    plan = make_plan(Settings().changed(**alike[0].keywords()), GEOMETRY)
-    mine = make_plan(Settings().changed(method=DEFAULT_METHOD, keep=144), GEOMETRY)
-    assert (plan.counts, plan.rounds, plan.positions, plan.llm_size_bias) == (
-        (mine.counts, mine.rounds, mine.positions, mine.llm_size_bias)
-    )
-    assert (plan.metric, plan.weighted) == ("keys", True)  # how tome merges is its own
 
 
 @dataclass(frozen=True)
