@@ -1,9 +1,10 @@
-"""Spectral distance against accuracy, on made-up results: joining, the rank correlation, and what is refused."""
+"""Spectral distance against accuracy, on made-up results: joining, correlating, telling, and what is refused."""
 
 import csv
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pitome_mllm import attach, load, spectral_distance
@@ -11,7 +12,7 @@ from pitome_mllm.features import pixel_values, tower_features
 from pitome_mllm_eval import spectra
 from pitome_mllm_eval.benchmark import scene
 from pitome_mllm_eval.curves import Setting
-from pitome_mllm_eval.spectra import Loss, Point, correlation, losses, points, ranks, spearman
+from pitome_mllm_eval.spectra import Loss, correlations, losses, points
 
 METHODS, PLACES, KEEPS = ("tome", "pitome", "random"), ("tower", "projector"), (400, 288, 200, 144, 100, 72, 36)
 
@@ -45,48 +46,27 @@ def test_a_loss_is_the_difference_to_the_plain_model_over_all_questions():
     assert found[Setting("random", "tower", 288)] == Loss(0.05, 0.03, 0.06)
 
 
-def test_ranks_share_ties():
-    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
-
-
-def test_spearman_on_cases_worked_by_hand():
-    x = np.array([1.0, 2, 3, 4, 5])
-    assert spearman(x, x**3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
-    assert spearman(x, np.array([2.0, 1, 4, 3, 5])) == pytest.approx(1 - 6 * 4 / (5 * 24))
-    assert np.isnan(spearman(x, np.ones(5)))
-
-
-def test_spearman_within_strata_leaves_out_what_strata_explain():
-    keep = np.repeat([1.0, 2, 3], 4)
-    x, y = 10 * keep + np.tile([1, 2, 3, 4], 3), 10 * keep + np.tile([4, 3, 2, 1], 3)
-    assert spearman(x, y) > 0.7 and spearman(x, y, keep) == pytest.approx(-1)
-
-
-def test_equal_values_share_the_mean_of_their_ranks():
-    x, y = np.array([1.0, 2, 2, 3]), np.array([1.0, 2, 3, 4])
-    assert spearman(x, y) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
-
-
-def made_points(strength, count=60, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=count)
-    y = strength * x + rng.normal(size=count)
-    return [Point("m", "tower", 72, *pair, 0, 0) for pair in zip(x.tolist(), y.tolist(), strict=True)]
-
-
-def test_the_interval_holds_the_value_and_is_as_wide_as_theory_says():
-    weak, strong = correlation(made_points(0)), correlation(made_points(3))
-    assert weak.low < 0 < weak.high and strong.low > 0.8 and strong.low < strong.value < strong.high
-    assert weak.high - weak.low == pytest.approx(2 * 1.96 / np.sqrt(59), rel=0.2)
-    assert correlation(made_points(0)) == weak
-
-
 def test_too_few_settings_are_refused():
     lost = losses(made_up())
     assert len(points(dict.fromkeys(lost, 1.0), lost)) == 42
     few = dict.fromkeys(list(lost)[:39], 1.0)
     with pytest.raises(ValueError, match="39 settings says little; at least 40"):
         points(few, lost)
+
+
+def test_settings_of_one_method_are_refused():
+    rows = [row("tome", "tower", keep, -0.1) for keep in range(40)]
+    lost = losses(rows)
+    with pytest.raises(ValueError, match="all settings are of one method; measure others too"):
+        points(dict.fromkeys(lost, 1.0), lost)
+
+
+def test_the_correlations_are_over_methods():
+    lost = losses(made_up())
+    found = points({s: 0.2 + 0.01 * len(s.method) - s.keep / 5760 for s in lost}, lost)
+    copies = [replace(point, where=f"{point.where} again") for point in found]
+    for once, twice in zip(correlations(found), correlations(found + copies), strict=True):
+        assert (twice.value, twice.low, twice.high) == pytest.approx((once.value, once.low, once.high))
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +87,51 @@ def test_distances_are_means_over_pictures_in_batches(tiny, monkeypatch):
     assert found[setting] == pytest.approx(float(expected), abs=1e-6) and len(found) == 2
 
 
-def test_the_command_writes_points_and_a_plot(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def measured(tmp_path, monkeypatch, capsys):
+    """The arguments of a command that has just measured made-up results, their points, and what it said."""
     weights = spectra.provenance("tiny", "test")["weights"]
-    monkeypatch.setattr(spectra, "read", lambda path: made_up(weights=weights))
     made = {s: 0.2 + 0.01 * len(s.method) - s.keep / 5760 for s in losses(made_up())}
-    monkeypatch.setattr(spectra, "distances", lambda *given: made)
-    out, plot = tmp_path / "results" / "spectra.csv", tmp_path / "docs" / "spectra.png"
-    spectra.main(["--pictures", "2", "--out", str(out), "--plot", str(plot), "--threads", "1"])
-    with out.open(newline="") as file:
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra, "read", lambda path: made_up(weights=weights))
+        patch.setattr(spectra, "distances", lambda *given: made)
+        (tmp_path / "README.md").write_text(f"before {spectra.MARKS[0]} old {spectra.MARKS[1]} after")
+        names = {"out": "spectra.csv", "plot": "docs/spectra.png", "readme": "README.md"}
+        arguments = [part for key, name in names.items() for part in (f"--{key}", str(tmp_path / name))]
+        spectra.main(["--pictures", "2", "--threads", "1", *arguments])
+    return arguments, points(made, losses(made_up())), capsys.readouterr().out
+
+
+def test_the_command_writes_points_a_plot_and_a_sentence(measured, tmp_path):
+    _, found, said = measured
+    with (tmp_path / "spectra.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 42 and {r["weights"] for r in rows} == {weights} and {r["pictures"] for r in rows} == {"2"}
-    found = points(made, losses(made_up()))
-    whole, within = correlation(found), correlation(found, within_keep=True)
-    said = capsys.readouterr().out
-    assert f"over 42 settings: {whole}; of methods at the same keep: {within}" in said
-    assert 0 < whole.value < 1 and within.value == pytest.approx(0.75**0.5) and plot.stat().st_size > 10_000
+    assert len(rows) == 42 and {r["pictures"] for r in rows} == {"2"}
+    whole, within = correlations(found)
+    assert 0 < whole.value < 1 and within.value == pytest.approx(0.75**0.5)
+    said, readme = said.strip(), (tmp_path / "README.md").read_text()
+    assert "Over 42 settings of 3 methods Spearman's correlation" in said and f"accuracy is {whole}; " in said
+    assert f"at the same number of tokens it is {within}. In brackets" in said and rows[0]["weights"] in said
+    assert f"\n\n{said}\n\n" in readme and readme.startswith("before ") and readme.endswith(" after")
+    assert (tmp_path / "docs" / "spectra.png").stat().st_size > 10_000
+
+
+def test_plot_and_sentence_come_from_the_csv_again(measured, tmp_path, monkeypatch, capsys):
+    arguments, _, said = measured
+    files = [tmp_path / name for name in ("spectra.csv", "docs/spectra.png", "README.md")]
+    before = [file.read_bytes() for file in files]
+    files[1].unlink()
+    files[2].write_text(files[2].read_text().replace("Over 42", "Over 41"))
+    monkeypatch.setattr(spectra, "distances", lambda *given: pytest.fail("measured"))
+    spectra.main(["--from-csv", *arguments])
+    assert [file.read_bytes() for file in files] == before and capsys.readouterr().out == said
+
+
+def test_the_readme_says_what_the_results_give():
+    found, about = spectra.stored(spectra.OUT)
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    said = spectra.sentence(found, *correlations(found), about)
+    assert said in readme, "write it anew: python -m pitome_mllm_eval.spectra --from-csv"
 
 
 @pytest.mark.parametrize(
@@ -130,10 +140,18 @@ def test_the_command_writes_points_and_a_plot(tmp_path, monkeypatch, capsys):
         (made_up(keeps=(144, 72)), [], "a rank correlation of 12 settings says little"),
         (made_up(weights="other"), [], "the accuracies are of weights other"),
         (made_up(), ["--pictures", "0"], "--pictures 0 is not possible; choose 1 to 210"),
+        (
+            made_up(),
+            ["--from-csv", "--out", "nowhere.csv"],
+            "no results 'nowhere.csv'; measure first: python -m pitome_mllm_eval.spectra",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(rows, arguments, words, monkeypatch, capsys):
-    monkeypatch.setattr(spectra, "read", lambda path: rows)
+    read = spectra.read
+    monkeypatch.setattr(
+        spectra, "read", lambda path, command="curves": rows if command == "curves" else read(path, command)
+    )
     monkeypatch.setattr(spectra, "distances", lambda *given: pytest.fail("measured before checking"))
     monkeypatch.setattr("pitome_mllm.commands.spectrum.check_matplotlib", lambda: None)
     with pytest.raises(SystemExit):
