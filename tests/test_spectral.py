@@ -134,17 +134,21 @@ SIZES = (16, 12, 8, 6)  # of the planted clusters: different, as the paper's ene
 ALONE = 22
 
 
-def planted(noise, seed):
+SWEEP = (0.3, 0.1, 0.03, 0.01, 0.001, 0.0001)
+
+
+def planted(noise, seed, uneven=True):
     """Tokens (1, 64, 64): clusters around orthogonal directions, the others alone.
 
-    Of the 42 clustered tokens 16 lie at even positions and 26 at odd ones, at random there: ToMe, whose split knows
-    only positions, can then pair but 16 of them within clusters, while r = 21.
+    ``uneven``: of the 42 clustered tokens 16 lie at even positions and 26 at odd ones, at random there: ToMe, whose
+    split knows only positions, can then pair but 16 of them within clusters, while r = 21. Otherwise all lie in random
+    order.
     """
     rng = np.random.default_rng(seed)
     directions = np.linalg.qr(rng.normal(size=(64, 64)))[0][: len(SIZES) + ALONE]
     member = rng.permutation(np.repeat(np.arange(len(SIZES)), SIZES))
     even, odd = rng.permutation(np.arange(0, 64, 2)), rng.permutation(np.arange(1, 64, 2))
-    where = np.concatenate([even[:16], odd[:26]])
+    where = np.concatenate([even[:16], odd[:26]]) if uneven else rng.permutation(64)[:42]
     label = np.full(64, -1)
     label[where] = member
     label[label < 0] = len(SIZES) + np.arange(ALONE)
@@ -152,26 +156,51 @@ def planted(noise, seed):
     return torch.tensor(x, dtype=torch.float32)[None], label
 
 
-def distances(method, noise):
-    found = []
+def distances(method, uneven):
+    """(noises, seeds) spectral distances over the sweep."""
+    tokens = [[planted(noise, seed, uneven)[0] for seed in range(10)] for noise in SWEEP]
+    return np.array([[float(spectral_distance(x, merged(x, method, r=21))) for x in row] for row in tokens])
+
+
+@pytest.mark.parametrize("uneven", [True, False])
+def test_the_theorem_planted_clusters(uneven):
+    """PiToMe's distance vanishes with the noise in every seed."""
+    pitome = distances("pitome", uneven)
+    assert (np.diff(pitome, axis=0) < 0).all() and pitome[-1].max() < 1e-7
+
+
+@pytest.mark.parametrize("method, floor", [("tome", 0.05), ("random", 0.15)])
+def test_others_stay_above_where_clusters_lie_unevenly_over_the_split(method, floor):
+    assert distances(method, uneven=True).min() > floor
+
+
+@pytest.mark.parametrize("method, floor", [("tome", 0.01), ("random", 0.2)])
+def test_others_stay_above_on_average_in_random_order(method, floor):
+    assert distances(method, uneven=False).mean(1).min() > floor
+
+
+def pairs_over_the_split(label):
+    """How many tokens at even positions have one of their cluster at an odd one: all that ToMe can merge inside."""
+    even, odd = label[::2], label[1::2]
+    return int(np.isin(even, odd).sum())
+
+
+def test_tome_fails_just_where_its_split_leaves_too_few_pairs():
+    enough = np.array([pairs_over_the_split(planted(0.0001, seed, uneven=False)[1]) >= 21 for seed in range(10)])
+    found = distances("tome", uneven=False)[-1]
+    assert 0 < enough.sum() < 10 and found[enough].max() < 1e-7 and found[~enough].min() > 0.01
+
+
+@pytest.mark.parametrize("uneven", [True, False])
+@pytest.mark.parametrize("method", ["pitome-bsm", "pitome-tuned", "mctf", "crossget"])
+def test_the_condition_does_not_tell_pitome_from_other_methods_that_look_at_all_tokens(method, uneven):
+    assert distances(method, uneven)[-1].max() < 1e-7
+
+
+@pytest.mark.parametrize("uneven", [True, False])
+def test_in_the_theorem_s_case_pitome_merges_inside_clusters_only(uneven):
     for seed in range(10):
-        metric, _ = planted(noise, seed)
-        found.append(float(spectral_distance(metric, merged(metric, method, r=21))))
-    return np.array(found)
-
-
-def test_the_theorem_planted_clusters():
-    sweep = [0.3, 0.1, 0.03, 0.01, 0.001, 0.0001]
-    pitome = np.array([distances("pitome", noise) for noise in sweep])
-    assert (np.diff(pitome, axis=0) < 0).all() and pitome[-1].max() < 1e-3
-    for method in ("tome", "random"):
-        floor = distances(method, sweep[-1])
-        assert floor.min() > 0.05
-
-
-def test_in_the_theorem_s_case_pitome_merges_inside_clusters_only():
-    for seed in range(10):
-        metric, label = planted(0.01, seed)
+        metric, label = planted(0.01, seed, uneven)
         group = merged(metric, r=21).group[0].numpy()
         assert all(len(set(label[group == g])) == 1 for g in range(43))
 
