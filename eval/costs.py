@@ -24,7 +24,7 @@ from pitome_mllm.specs import geometry
 from pitome_mllm.tower import Run, smaller_picture
 
 from .curves import KEEPS, PLACES, Setting, settings
-from .runs import check_out, processor_name, write_csv
+from .runs import check_out, code_hash, processor_name, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "costs.csv"
 # What is timed: "tiny", or the widths of a published model's tower and LLM.
@@ -130,7 +130,12 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    about = {"processor": processor_name(), "torch": torch.__version__, "date": date.today().isoformat()}
+    about = {
+        "processor": processor_name(),
+        "torch": torch.__version__,
+        "code": code_hash(),
+        "date": date.today().isoformat(),
+    }
     found = []
     for shape in args.shapes:
         every = settings(args.methods, args.where, args.keep, geometry(config_of(shape)))

@@ -191,12 +191,12 @@ def _opponent(one: Setting, other: Setting) -> str:
     if one.keep != other.keep or other.method == DEFAULT_METHOD:
         return ""
     if one.method == DEFAULT_METHOD:
-        return f"{other.method} {other.where}{other.like and ' like ' + other.like}"
+        return f"{other.method} {other.where}{other.like and f' (lent {other.like})'}"
     return other.method if (one.where, one.like) == (other.where, other.like) and one.method < other.method else ""
 
 
 def _row(setting: Setting, group: str, against: str, mask: np.ndarray, figures: tuple[float, ...]) -> Row:
-    value, low, high = (round(f, 4) for f in figures)
+    value, low, high = (round(f, 6) for f in figures)
     return Row(
         **asdict(setting), group=group, against=against, questions=int(mask.sum()), value=value, low=low, high=high
     )

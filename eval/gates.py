@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .benchmark import PER_SCENE, SCENES
 from .curves import BLIND, RESULTS
+from .documents import read
 from .questions import CATEGORIES
-from .report import read
 from .runs import PLAIN
 
 
@@ -71,15 +71,17 @@ def check_whole(found: list[dict[str, str]]) -> None:
 
     Raises
     ------
-    ValueError : another split than test, a part of its questions, or no run at keep 288 or 72.
+    ValueError : another split than test, a part of its questions, or no run at keep 288, of random or of tome.
     """
     whole = [row for row in found if row["group"] == "all" and not row["against"]]
     splits, counts = {row["split"] for row in whole}, {int(row["questions"]) for row in whole}
     keeps = {int(row["keep"]) for row in whole}
-    if splits != {"test"} or counts != {SCENES * PER_SCENE} or not {72, 288} <= keeps:
+    compared = {row["method"] for row in whole if (row["where"], row["keep"]) == ("tower", "72")}
+    if splits != {"test"} or counts != {SCENES * PER_SCENE} or 288 not in keeps or not {"random", "tome"} <= compared:
         raise ValueError(
-            f"the gates need the whole test set at keep 288 and 72, got split {', '.join(sorted(splits))}, "
-            f"questions {sorted(counts)}, keep {sorted(keeps)}; run python -m pitome_mllm_eval.curves"
+            "the gates need the whole test set at keep 288, and random and tome in the tower at keep 72; got split "
+            f"{', '.join(sorted(splits))}, questions {sorted(counts)}, keep {sorted(keeps)}, in the tower at keep 72 "
+            f"{', '.join(sorted(compared)) or 'nothing'}; run python -m pitome_mllm_eval.curves"
         )
 
 

@@ -123,7 +123,7 @@ class Search:
         said = json.dumps(candidate, sort_keys=True)
         for keep, mine, theirs in ((0, hits.mean(0), before.mean(0)), *zip(self.args.keep, hits, before, strict=True)):
             figures = [*self.bootstrap(mine, self.everything), *self.bootstrap(mine - theirs, self.everything)]
-            yield Row(*key, keep, hits.shape[1], *(round(f, 4) for f in figures), settings=said)
+            yield Row(*key, keep, hits.shape[1], *(round(f, 6) for f in figures), settings=said)
 
 
 def label(alternative: Mapping[str, Any]) -> str:

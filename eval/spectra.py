@@ -19,7 +19,7 @@ import torch
 from .benchmark import SCENES, scene
 from .correlation import Correlation, correlation
 from .curves import RESULTS, Setting
-from .report import COLOURS, put_in, read
+from .documents import COLOURS, put_in, read
 from .runs import PLAIN, load, provenance, write_csv
 
 LEAST_POINTS = 40

@@ -10,7 +10,7 @@ import pytest
 
 from pitome_mllm.plan import Settings, make_plan
 from pitome_mllm.specs import Geometry
-from pitome_mllm_eval import curves, report, runs
+from pitome_mllm_eval import accuracy, curves, documents, report, runs
 from pitome_mllm_eval.curves import Bootstrap, Rows, Setting
 from pitome_mllm_eval.gates import check_whole, gates
 from pitome_mllm_eval.questions import CATEGORIES, Question
@@ -116,12 +116,15 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     rows = run()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.put_in(readme, report.table(rows, {}))
+    documents.put_in(readme, accuracy.table(rows, {}), report.MARKS)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     value = next(r["value"] for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", ""))
     assert f"| tome | tower | no | not measured | {100 * float(value):.1f} (" in text
-    report.put_in(readme, report.table(rows, {}))
+    change = next(r for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", "plain"))
+    low, high = (100 * float(change[name]) for name in ("low", "high"))
+    assert f"{100 * float(value):.1f} ({low:+.1f} to {high:+.1f})" in text
+    documents.put_in(readme, accuracy.table(rows, {}), report.MARKS)
     assert readme.read_text() == text
 
 
@@ -129,12 +132,12 @@ def test_a_readme_without_marks_is_refused(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="once"):
-        report.put_in(readme, "table")
+        documents.put_in(readme, "table", report.MARKS)
 
 
 def test_missing_results_say_how_to_measure(tmp_path):
     with pytest.raises(ValueError, match=r"pitome_mllm_eval\.curves"):
-        report.read(tmp_path / "none.csv")
+        documents.read(tmp_path / "none.csv")
 
 
 def test_the_spread_is_that_of_the_categories_that_lose_most_and_least():
@@ -172,11 +175,39 @@ def lead_row(keep: int, against: str, value: float) -> dict[str, str]:
 
 
 def test_the_report_says_whom_the_default_does_not_lead():
-    rows = [lead_row(144, "tome both", 0.01), lead_row(144, "dart projector", 0.3), lead_row(72, "tome both", 0.1)]
-    text = report.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
+    plain = [result("plain", "none", 576, "all", 0.9), result("blind", "none", 0, "all", 0.3)]
+    plain += [lead_row(72, "plain", -0.05)]
+    rows = plain + [
+        lead_row(144, "tome both", 0.01),
+        lead_row(144, "dart projector", 0.3),
+        lead_row(72, "tome both", 0.1),
+    ]
+    text = accuracy.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
     assert "- keep 144: `pitome-tuned`: no interval above zero against tome both." in text
-    assert "- keep 72: `pitome-tuned` leads every other one." in text
+    assert "- keep 72: `pitome-tuned` leads every other one; to the plain model -5.0 (-7.0 to -3.0)." in text
     assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower." in text
+
+
+def test_the_tables_of_lent_settings():
+    rows = [result("plain", "none", 576, "all", 0.9), result("blind", "none", 0, "all", 0.3)]
+    for method, where, like in (
+        (report.DEFAULT_METHOD, "both", ""),
+        ("tome", "both", "where"),
+        ("tome", "both", "all"),
+        ("divprune", "projector", "where"),
+    ):
+        rows += [result(method, where, 72, "all", 0.8) | {"like": like}]
+        rows += [result(method, where, 72, "all", -0.1, "plain") | {"like": like}]
+    both, short = (accuracy.lent(rows, *kinds).splitlines() for kinds in ((), (["all"],)))
+    assert (
+        "| tome | both | where | 80.0 (-12.0 to -8.0) |" in both
+        and "| tome | both | all | 80.0 (-12.0 to -8.0) |" in both
+    )
+    assert [line.split(" | ")[:3] for line in short[2:]] == [
+        ["| " + report.DEFAULT_METHOD, "both", "its own"],
+        ["| tome", "both", "all"],
+        ["| divprune", "projector", "where"],
+    ]
 
 
 def test_what_is_lent_to_whom():
@@ -239,7 +270,15 @@ def test_gates_show_the_interval_the_right_way_round():
         assert gate.value == pytest.approx(value) and gate.interval == pytest.approx((value - 2, value + 2))
 
 
-@pytest.mark.parametrize("change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}])
+def test_the_recorded_results_pass_every_gate():
+    found = documents.read(curves.RESULTS)
+    check_whole(found)
+    assert [gate.name for gate in gates(found) if not gate.passed] == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}, {"method": "pitome"}]
+)
 def test_gates_refuse_part_of_the_results(change):
     check_whole(results(0.5))
     with pytest.raises(ValueError, match="whole test set"):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pitome_mllm import METHODS
-from pitome_mllm.plan import DEFAULT_METHOD, Settings, make_plan
+from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS, Settings, make_plan
 from pitome_mllm.specs import Geometry
+from pitome_mllm.tower import Run
 from pitome_mllm_eval import costs, report, runs, search
 from pitome_mllm_eval.curves import Setting, settings
 
@@ -67,7 +68,12 @@ def test_rows_tell_the_gain_over_the_setting_before(searched):
     row = next(r for r in rows if (r["factor"], r["alternative"], r["keep"]) == ("where", "where=both", "0"))
     assert (float(row["value"]), float(row["difference"])) == (0.75, 0.25)
     assert {row["sweep"] for row in rows} == {"1", "2"}
-    assert "| 1 | where | where=both | yes | 75.0 | +25.0 |" in report.ablation(rows)
+    text = report.ablation(rows)
+    assert "| 1 | where | where=both | yes | 75.0 | +25.0 |" in text
+    assert "In all +25.0 points, from where=tower to the end. Beyond chance: nothing." in text
+    assert text.endswith("Best by an interval that holds zero: where=both +25.0.")
+    surely = report.ablation([row | {"difference_low": row["difference"]} for row in rows])
+    assert surely.endswith("Beyond chance: where=both +25.0. Best by an interval that holds zero: nothing.")
 
 
 @pytest.mark.parametrize("factor", search.FACTORS)
@@ -96,7 +102,7 @@ def test_the_default_is_what_the_search_found():
     tuned = {**preset.options, **preset.settings}
     plain = make_plan(Settings().changed(method="pitome", keep=144), GEOMETRY)
     for name, value in found.items():
-        usual = getattr(plain.reducer, name) if hasattr(plain.reducer, name) else getattr(plain, name, "equal")
+        usual = getattr(plain.reducer, name, DEFAULTS.get(name))
         assert tuned.pop(name, usual) == value, name
     assert not tuned
 
@@ -169,6 +175,35 @@ def test_costs_name_what_was_timed(monkeypatch):
     found = list(costs.costs("tiny", wanted, 3))
     assert [cost.merges for cost in found] == [6, 1, 0]
     assert all((cost.ms, cost.p20, cost.p80, cost.repeats) == (1.0, 1.0, 1.0, 3) for cost in found)
+
+
+@pytest.mark.parametrize(
+    "method,where,expected",
+    [
+        ("tome", "tower", {"read": 6, "project": 0, "shrink": 0, "match": 6}),  # keys of every block
+        ("pitome-tuned", "both", {"read": 0, "project": 0, "shrink": 0}),  # hidden states
+        ("visionzip", "projector", {"read": 1, "project": 0, "shrink": 0, "match": 1}),
+        ("divprune", "projector", {"read": 0, "project": 1, "shrink": 0, "match": 1}),  # looks at what it gives
+        ("downsample", "tower", {"read": 0, "project": 0, "shrink": 1, "match": 0}),
+    ],
+)
+def test_costs_run_all_that_merging_adds(monkeypatch, method, where, expected):
+    plan = make_plan(Settings().changed(method=method, where=where, keep=144), GEOMETRY)
+    picture, calls = costs.Picture(plan, costs.config_of("tiny")), dict.fromkeys(expected, 0)
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            calls[name] = calls.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(Run, "read", count("read", Run.read))
+    monkeypatch.setattr(costs, "smaller_picture", count("shrink", costs.smaller_picture))
+    monkeypatch.setattr(picture.projector, "forward", count("project", picture.projector.forward))
+    monkeypatch.setattr(type(plan.reducer), "match", count("match", type(plan.reducer).match))
+    picture.merge()
+    assert {name: calls[name] for name in expected} == expected
 
 
 def test_every_method_can_be_timed_with_published_widths():
