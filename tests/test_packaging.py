@@ -1,6 +1,7 @@
 """What the package promises as a whole: who imports whom, what a wheel holds, how little an import costs."""
 
 import ast
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -149,8 +150,8 @@ def test_a_missing_companion_names_its_extra():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> list[str]:
-    """The names in a wheel built from a copy of the sources, since building writes beside them."""
+def built(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources, since building writes beside them."""
     copy = tmp_path_factory.mktemp("sources")
     for item in ("pitome_mllm", "eval", "demo"):
         shutil.copytree(ROOT / item, copy / item, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -160,8 +161,41 @@ def wheel(tmp_path_factory) -> list[str]:
     done = subprocess.run([str(c) for c in command], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (built,) = (copy / "out").glob("pitome_mllm-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> list[str]:
+    """The names in it."""
     with zipfile.ZipFile(built) as archive:
         return archive.namelist()
+
+
+def test_the_embedded_model_answers_from_a_wheel(built, tmp_path):
+    """Unpacked far from the checkout, which is hidden."""
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.path[:] = [{str(tmp_path)!r}, *(p for p in sys.path if p not in ('', {str(ROOT)!r}))]\n"
+        "import pitome_mllm, pitome_mllm_eval.score as score\n"
+        "model, processor = pitome_mllm.load('tiny', dtype='float32')\n"
+        "right = [record.right for record in score.score(model, processor, 'test', 16)]\n"
+        "sys.stdout.write(f'{pitome_mllm.__file__} {score.__file__} {sum(right)}')"
+    )
+    package, evaluation, right = python(code, "-E").split(" ")
+    assert Path(package) == tmp_path / "pitome_mllm" / "__init__.py"
+    assert Path(evaluation) == tmp_path / "pitome_mllm_eval" / "score.py" and int(right) >= 12
+
+
+def test_the_files_of_the_embedded_model_are_those_recorded():
+    folder = PACKAGE / "tiny"
+    recorded = dict(reversed(line.split("  ")) for line in (folder / "SHA256").read_text().splitlines())
+    files = {path.name for path in folder.iterdir()} - {"SHA256", "README.md"}
+    assert files <= set(recorded)
+    for name, sha in recorded.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha, name
 
 
 def test_wheel_holds_every_source_and_nothing_else(wheel):
