@@ -19,7 +19,7 @@ import torch
 from .benchmark import blind_answer, questions
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
-from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, work_folder, write_csv
+from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder, write_csv
 from .scenes import GRID, TIERS
 
 KEEPS = (288, 144, 72, 36, 16)
@@ -238,11 +238,12 @@ def main(argv: list[str] | None = None) -> None:
     about = provenance(args.model, args.split)
     work = work_folder(args.work, "curves", args.model, args.split, args.limit)
     wanted = list(settings(args.methods, args.where, args.keep, geometry(load(args.model)[0].config)))
-    jobs = {PLAIN: None, **{str(setting): setting.keywords() for setting in wanted}}
+    names = {setting: run_name(setting, setting.keywords()) for setting in wanted}
+    jobs = {PLAIN: None, **{names[setting]: setting.keywords() for setting in wanted}}
     found = measure(jobs, args.model, args.split, args.limit, work, args.processes)
     asked = questions(args.split)[: len(found[PLAIN].right)]
     blind = np.array([blind_answer(question) == question.answer for _, question in asked])
-    runs = {setting: found[str(setting)] for setting in wanted}
+    runs = {setting: found[names[setting]] for setting in wanted}
     write_csv(args.out, rows(runs, found[PLAIN], blind, asked), about)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import platform
 import time
@@ -115,8 +116,14 @@ def sources() -> list[Path]:
     import pitome_mllm
 
     package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
-    asking = [here / f"{name}.py" for name in ("benchmark", "glyphs", "questions", "scenes", "score")]
+    asking = [here / f"{name}.py" for name in ("benchmark", "glyphs", "questions", "runs", "scenes", "score")]
     return sorted([*package.glob("*.py"), *(package / "methods").glob("*.py"), *asking])
+
+
+def run_name(label: object, settings: Mapping[str, Any]) -> str:
+    """The name of a finished run: readable, and another one under other settings of `attach`."""
+    said = json.dumps(settings, sort_keys=True)
+    return f"{label}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def code_hash() -> str:

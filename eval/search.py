@@ -8,7 +8,6 @@ What is found becomes the preset `pitome-tuned`; the CSV is the ablation. The te
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pitome_mllm.specs import geometry
 
 from .benchmark import questions
 from .curves import Bootstrap
-from .runs import WORK, check_out, load, measure, provenance, work_folder, write_csv
+from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder, write_csv
 
 KEEPS = (144, 72, 36, 16)
 RESULTS = Path(__file__).parent / "results" / "search.csv"
@@ -89,9 +88,9 @@ class Search:
         """Hits (keeps, questions) of every candidate."""
         jobs: dict[str, Mapping[str, Any] | None] = {}
         for candidate in candidates:
-            jobs |= {name(candidate, keep): {**candidate, "keep": keep} for keep in self.args.keep}
+            jobs |= {run_name(keep, candidate): {**candidate, "keep": keep} for keep in self.args.keep}
         found = measure(jobs, self.args.model, "validation", self.args.limit, self.work, self.args.processes)
-        return [np.stack([found[name(c, keep)].right for keep in self.args.keep]).astype(float) for c in candidates]
+        return [np.stack([found[run_name(keep, c)].right for keep in self.args.keep]).astype(float) for c in candidates]
 
     def exists(self, candidate: Mapping[str, Any]) -> bool:
         """Whether these settings go together, at every keep."""
@@ -129,12 +128,6 @@ class Search:
 def label(alternative: Mapping[str, Any]) -> str:
     """How a table names an alternative."""
     return ", ".join(f"{key}={value}" for key, value in alternative.items())
-
-
-def name(candidate: Mapping[str, Any], keep: int) -> str:
-    """The name of a run: readable keep, hashed settings."""
-    said = json.dumps(candidate, sort_keys=True)
-    return f"{keep}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -103,7 +103,12 @@ METHODS: dict[str, Method] = {
     ),
     "divprune": Method(DivPrune, "keep the most diverse tokens (max-min)", "arXiv 2503.02175", settings=_PROJECTED),
     "dart": Method(DART, "keep what duplicates a few pivots least", "arXiv 2502.11494", settings=_BEFORE_PROJECTOR),
-    "cdpruner": Method(CDPruner, "keep the most diverse tokens (determinant)", "arXiv 2506.10967", settings=_PROJECTED),
+    "cdpruner": Method(
+        CDPruner,
+        "keep the most diverse tokens (determinant); without the question",
+        "arXiv 2506.10967",
+        settings=_PROJECTED,
+    ),
     "random": Method(RandomDrop, "drop a random subset (control)", "control"),
     "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control"),
     "pool": Method(GridPool, "mean of neighbouring patches (control)", "control"),

@@ -23,7 +23,8 @@ class MCTF(Reducer):
     partner in B, then the rest from B to what is left of A.
 
     Attention is what the class token gives (the paper: the mean over all tokens in the next layer, which would need
-    whole attention matrices). Groups take the size-weighted mean. Without ``attention`` its factor is left out.
+    whole attention matrices). Groups take the size-weighted mean; pooling that weighs by attention as well, which
+    published code knows, is left out. Without ``attention`` its factor is left out.
 
     Parameters
     ----------

@@ -47,7 +47,8 @@ class ToFu(Reducer):
     .. math:: x = \bar x \cdot \max_i \|x_i\| \,/\, n
 
     Means are shorter than what they are the means of, which later layers were not trained on. The paper drops the
-    merged tokens instead in early layers, up to a depth that it gives for no CLIP tower: that is left out here.
+    merged tokens instead in early layers, up to a depth that it gives for no CLIP tower: that is left out here. The
+    preset's means count every token once, whatever it holds; attention still weighs tokens by their sizes.
 
     Parameters
     ----------
