@@ -37,5 +37,6 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
-    """(I, 3, H, W) of one picture or a list of them, as the tower takes them."""
-    return processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    """(I, 3, H, W) of one picture or a list of them, as the tower takes them; the tiles of a picture one by one."""
+    values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    return values.reshape(-1, *values.shape[-3:])  # of tiles (pictures, tiles, 3, H, W)

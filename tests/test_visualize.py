@@ -1,5 +1,7 @@
 """Drawings of merged groups: right pixels in the right places, clear errors, and pictures as the tower saw them."""
 
+from types import SimpleNamespace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from models import processor as plain_processor
 from PIL import Image
 
 from pitome_mllm import attach
+from pitome_mllm.commands.groups import step_rows
+from pitome_mllm.features import pixel_values
 from pitome_mllm.visualize import (
     PALETTE,
     below,
@@ -20,6 +24,7 @@ from pitome_mllm.visualize import (
     draw_run,
     draw_step_energies,
     draw_steps,
+    energy_range,
     like,
     patch_energies,
     patch_groups,
@@ -422,7 +427,10 @@ def test_a_run_that_merged_nothing_can_be_drawn(run_of):
     assert len(draw_run([textured(0), textured(1)], stats, side=96)) == 2 and draw_steps(textured(0), stats) == ([], [])
 
 
-def test_tiles_are_all_returned_in_their_order(clip_processor):
+@pytest.fixture
+def tile_processor(clip_processor):
+    """An image processor that makes two tiles of every picture: itself and its mirror image."""
+
     class Tiles(clip_processor):
         def __call__(self, images, **options):
             views = [images, images.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
@@ -430,7 +438,63 @@ def test_tiles_are_all_returned_in_their_order(clip_processor):
             made["pixel_values"] = made["pixel_values"][None]
             return made
 
-    processor = Tiles(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tiles = tiles_seen_by(processor, gradient(32, 32))
-    assert len(tiles) == 2 and (pixels(tiles[0]) == pixels(seen_by(processor, gradient(32, 32)))).all()
+    return Tiles(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def test_tiles_are_all_returned_in_their_order(tile_processor):
+    tiles = tiles_seen_by(tile_processor, gradient(32, 32))
+    assert len(tiles) == 2 and (pixels(tiles[0]) == pixels(seen_by(tile_processor, gradient(32, 32)))).all()
     assert np.abs(pixels(tiles[1])[:, ::-1] - pixels(tiles[0])).max() <= 1
+
+
+def test_the_tower_takes_tiles_one_by_one(tile_processor):
+    values = pixel_values(SimpleNamespace(image_processor=tile_processor), gradient(32, 32))
+    assert values.shape == (2, 3, 32, 32)
+    assert torch.allclose(values[1].flip(-1), values[0], atol=0.02)
+
+
+# ---- step by step, as the command draws ------------------------------------------------------------------------------
+
+
+def asked(**changes):
+    return SimpleNamespace(**{"energy": False, "steps": False, "style": "outline", "side": 96} | changes)
+
+
+@pytest.mark.parametrize("shown", [{"energy": True}, {"steps": True}, {"energy": True, "steps": True}], ids=str)
+def test_every_tile_has_a_row_of_its_own_groups(run_of, shown):
+    runs = [run_of(method, keep=144, energies=True) for method in ("pitome", "pitome-bsm")]
+    tiles = [textured(0), textured(1)]
+    rows = step_rows(tiles, runs, ["first", "second"], asked(**shown))
+    assert [heads[0] for _, heads in rows] == [f"{name}, tile {n} of 2" for name in ("first", "second") for n in (1, 2)]
+    steps = len(runs[0].merges) + bool(shown.get("steps"))
+    assert all(len(panels) == len(heads) == 1 + steps for panels, heads in rows)
+    if "energy" not in shown:
+        expected = draw_steps(tiles[1], runs[0], 1, side=96)[0]
+        assert all((pixels(a) == pixels(b)).all() for a, b in zip(rows[1][0][1:-1], expected, strict=True))
+    (panels, heads), *others = step_rows(tiles[:1], runs[:1], ["alone"], asked(**shown))
+    assert heads[0] == "alone" and others == []
+
+
+def test_energies_of_several_runs_share_their_colours(run_of):
+    runs = [run_of(method, keep=144, energies=True) for method in ("pitome", "pitome-llava")]
+    found = torch.cat([energy.flatten() for stats in runs for energy in stats.energies if energy is not None])
+    assert energy_range(runs) == (float(found.min()), float(found.max()))
+    assert energy_range(runs[:1]) != energy_range(runs[1:])
+    panels = [panels for panels, _ in step_rows([textured(0)], runs, ["a", "b"], asked(energy=True, side=400))]
+    bars = [pixels(panel)[400:] for row in panels for panel in row[1:]]
+    assert len(bars) > 3 and all((bar == bars[0]).all() for bar in bars)
+
+
+def test_the_ends_of_the_colours_may_be_given():
+    energies = torch.linspace(-1, 1, 16)
+    own, wide = (
+        draw_energies(Image.new("RGB", (8, 8), (128, 128, 128)), energies, side=400, span=s) for s in (None, (-3, 1))
+    )
+    assert (pixels(own)[399, 399] == pixels(wide)[399, 399]).all()
+    assert np.abs(pixels(own)[0, 0] - VIRIDIS[0]).max() <= 1
+    assert np.abs(pixels(wide)[0, 0] - VIRIDIS[4]).max() <= 1
+
+
+def test_steps_of_a_run_that_merged_nothing_are_refused(run_of):
+    with pytest.raises(ValueError, match="pitome merged nothing, so there are no steps to draw; keep fewer tokens"):
+        step_rows([textured(0)], [run_of("pitome", keep=576, energies=True)], ["nothing"], asked(steps=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ CAPTIONS = {  # by what is drawn: what its marks mean
     "outline": "An outline: patches of one visual token. Dot: stayed alone. Diamond: protected. Hatched: dropped.",
     "mean": "A filled area: patches of one visual token, in their mean colour. Hatched: dropped.",
     "size": "A filled area: patches of one visual token. Dot: stayed alone. Diamond: protected. Hatched: dropped.",
-    "energy": "Energy of every token before a merge: the highest merge first. Dot: left out. Hatched: dropped before.",
+    "energy": "Energy of every token before a merge: the highest merge first. The colours mean the same in all panels. "
+    "Dot: left out. Hatched: dropped before.",
 }
 ANY_QUESTION = "what is there"  # the tower merges before the question is read, so that its wording does not matter
 
@@ -27,7 +29,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "groups",
         help="draw which patches were merged",
-        description="Draw which patches of a picture end in the same visual token, one panel for each method.",
+        description="Draw which patches of a picture end in the same visual token, one panel for each method. Of a "
+        "picture that the model sees in several tiles, all are drawn.",
     )
     add_subject(parser, question=False)
     add_model(parser)
@@ -48,28 +51,26 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    from ..visualize import below, captioned, like, seen_by, side_by_side
+    from ..visualize import below, captioned, like, side_by_side, tiles_seen_by
 
     for method in options.method or ():
         check_method(method)
     check_picture_file(options.out)
     subject = read_subject(options)
     model, processor = open_model(options)
-    seen, drawn, said = seen_by(processor, subject.picture), [], []
-    for method in options.method or [None]:
-        with progress("Drawing"):
-            panels, titles, title = _panels(options, model, processor, subject, method)
-        drawn.append((panels, titles))
-        said.append(title)
-    if options.energy or options.steps:
-        rows = [([like(seen, panels[0]), *panels], [title, *titles]) for (panels, titles), title in zip(drawn, said)]
-    else:
-        panels, titles = [panels[0] for panels, _ in drawn], said
-        rows = [([like(seen, panels[0]), *panels], ["picture", *titles])]
-    sheets = [side_by_side(panels, titles, columns=_columns(len(panels))) for panels, titles in rows]
+    with progress("Drawing"):
+        runs = [_merged(options, model, processor, subject, method) for method in options.method or [None]]
+        titles = [f"{stats.method}: {stats.tokens_after} of {stats.tokens_before} tokens" for stats in runs]
+        tiles = tiles_seen_by(processor, subject.picture)
+        if options.energy or options.steps:
+            rows = step_rows(tiles, runs, titles, options)
+        else:
+            panels = [drawing(processor, subject.picture, stats, options.style, options.side) for stats in runs]
+            rows = [([like(tiles[0], panels[0]), *panels], ["picture", *titles])]
+        sheets = [side_by_side(panels, heads, columns=_columns(len(panels))) for panels, heads in rows]
     caption = CAPTIONS["energy" if options.energy else options.style]
     write_picture(captioned(below(sheets), caption), options.out)
-    sys.stdout.write(f"{options.out}: {subject.name}, {'; '.join(said)}\n")
+    sys.stdout.write(f"{options.out}: {subject.name}, {'; '.join(titles)}\n")
 
 
 def _columns(panels: int) -> int:
@@ -77,27 +78,42 @@ def _columns(panels: int) -> int:
     return panels if panels <= 5 else isqrt(panels - 1) + 2
 
 
-def _panels(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
-    """The drawings for one method, their titles, and what the method did."""
+def _merged(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
+    """What one method did to the picture."""
     from ..attach import attach
-    from ..visualize import draw_counts, draw_step_energies, draw_steps, seen_by, token_counts
 
     with attach(model, method, energies=True, **merging(options)) as handle:
         inputs = encode(model, processor, subject, subject.question or ANY_QUESTION, 1)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
-        plan, stats = handle.plan, handle.stats
-        title = f"{plan.method}: {plan.keep} of {plan.available} tokens"
-        if not options.energy and not options.steps:
-            return [drawing(processor, subject.picture, stats, style=options.style, side=options.side)], [title], title
-        seen = seen_by(processor, subject.picture)
-        if options.energy:
-            panels, titles = draw_step_energies(seen, stats, side=options.side)
-        else:
-            panels, titles = draw_steps(seen, stats, style=options.style, side=options.side)
-        if options.steps:
-            panels.append(draw_counts({plan.method: token_counts(stats)}, size=panels[0].size))
-            titles.append("tokens")
-        return panels, titles, title
+        return handle.stats
+
+
+def step_rows(
+    tiles: Sequence[Image.Image], runs: Sequence[Any], titles: Sequence[str], options: argparse.Namespace
+) -> list[tuple[list[Image.Image], list[str]]]:
+    """For every run and tile the panels of its merges, the tile ahead of them, and their titles.
+
+    Raises
+    ------
+    ValueError : nothing merged; a method without groups or, where ``options`` ask for them, without energies.
+    """
+    from ..visualize import draw_counts, draw_step_energies, draw_steps, energy_range, like, token_counts
+
+    span, rows = energy_range(runs), []
+    for stats, title in zip(runs, titles, strict=True):
+        if not stats.merges:
+            raise ValueError(f"{stats.method} merged nothing, so there are no steps to draw; keep fewer tokens")
+        for image, tile in enumerate(tiles):
+            if options.energy:
+                panels, heads = draw_step_energies(tile, stats, image, side=options.side, span=span)
+            else:
+                panels, heads = draw_steps(tile, stats, image, style=options.style, side=options.side)
+            if options.steps:
+                panels.append(draw_counts({stats.method: token_counts(stats)}, size=panels[0].size))
+                heads.append("tokens")
+            number = f", tile {image + 1} of {len(tiles)}" if len(tiles) > 1 else ""
+            rows.append(([like(tile, panels[0]), *panels], [title + number, *heads]))
+    return rows
 
 
 def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outline", side: int | None = None) -> Any:

@@ -75,22 +75,12 @@ def draw_groups(
     height, width = canvas(labels.shape, picture.size, side)
     pixels, label_map = stretched(picture, height, width), per_pixel(labels, height, width)
     cell = min(height // labels.shape[0], width // labels.shape[1])
-    kept = labels != DROPPED
-    alone = kept & (sizes[labels] <= 1)
     draw = {"outline": _outline, "mean": _mean, "size": _size}[style]
     drawn = draw(pixels, labels, label_map, sizes, cell)
     drawing = to_picture(hatch(drawn, label_map == DROPPED, cell))
-    if style == "mean":
-        return drawing
-    diamond = alone & (False if protected is None else on_grid(array(protected).astype(bool), labels.shape))
-    dots(drawing, alone & ~diamond, max(min(2, cell // 4), cell // 10))
-    diamonds(drawing, diamond, cell)
-    if style == "outline":
-        return drawing
-    _numbers(drawing, labels, sizes, cell)
-    most = max(2, sizes[:-1].max(initial=1))
-    ticks = [2**power for power in range(int(np.log2(most)) + 1)]
-    return with_bar(drawing, "patches per token", [(_shade(tick, most), f"{tick}") for tick in ticks])
+    if style != "mean":
+        _mark(drawing, (labels != DROPPED) & (sizes[labels] <= 1), protected, cell)
+    return _with_sizes(drawing, labels, sizes, cell) if style == "size" else drawing
 
 
 def _labels(groups: Any, grid: tuple[int, int] | None) -> np.ndarray:
@@ -145,6 +135,21 @@ def _size(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: 
     tones = colours(_shade(np.maximum(sizes, 1), max(2, sizes[:-1].max(initial=1))))
     drawn = np.where(_framed(label_map, sizes)[..., None], tones[label_map], pixels)
     return np.where(hairline(label_map, max(1, cell // 14))[..., None], 0.2 * drawn, drawn)
+
+
+def _mark(drawing: Image.Image, alone: np.ndarray, protected: Any, cell: int) -> None:
+    """A dot on every patch of ``alone`` (rows, columns), or where it is protected a diamond."""
+    diamond = alone & (False if protected is None else on_grid(array(protected).astype(bool), alone.shape))
+    dots(drawing, alone & ~diamond, max(min(2, cell // 4), cell // 10))
+    diamonds(drawing, diamond, cell)
+
+
+def _with_sizes(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> Image.Image:
+    """The drawing with the sizes of its tokens as numbers, above what their colours mean."""
+    _numbers(drawing, labels, sizes, cell)
+    most = max(2, sizes[:-1].max(initial=1))
+    ticks = [2**power for power in range(int(np.log2(most)) + 1)]
+    return with_bar(drawing, "patches per token", [(_shade(tick, most), f"{tick}") for tick in ticks])
 
 
 def _shade(size: Any, most: float) -> Any:

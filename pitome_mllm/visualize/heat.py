@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ def draw_energies(
     protected: Any = None,
     grid: tuple[int, int] | None = None,
     side: int | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Image.Image:
     """The energy of every patch in one block as a colour over the dimmed picture, with a colour bar below.
 
@@ -40,6 +41,7 @@ def draw_energies(
     protected : (N,) bool, patches that get a dot.
     grid : rows and columns of the patches; needed unless N is a square number.
     side : length of the longer side of the drawing, without the bar, in pixels; default: as in `draw_groups`.
+    span : the energies at the two ends of the colours, for drawings to compare; default: the least and greatest here.
 
     Raises
     ------
@@ -51,8 +53,7 @@ def draw_energies(
     values = on_grid(array(energies).astype(np.float64), grid)
     height, width = canvas(values.shape, picture.size, side)
     cell = min(height // values.shape[0], width // values.shape[1])
-    known = values[np.isfinite(values)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    low, high = limits([values]) if span is None else span
     scaled = np.nan_to_num((values - low) / (high - low or 1.0))
     pixels = stretched(picture, height, width)
     light = pixels.mean(-1, keepdims=True) - 128
@@ -62,6 +63,12 @@ def draw_energies(
         dots(drawing, on_grid(array(protected).astype(bool), values.shape), max(1, cell // 14))
     ticks = [(share, f"{low + share * (high - low):.2f}") for share in (0.0, 0.5, 1.0)]
     return with_bar(drawing, "energy", ticks)
+
+
+def limits(values: Iterable[np.ndarray]) -> tuple[float, float]:
+    """The least and greatest finite value of some arrays; zeros if there is none."""
+    known = np.concatenate([np.zeros(0), *(part[np.isfinite(part)] for part in values)])
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
 
 
 def colours(shares: Any) -> np.ndarray:

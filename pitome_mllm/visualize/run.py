@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..methods import Merge
 from .groups import draw_groups
-from .heat import draw_energies
+from .heat import draw_energies, limits
 
 
 def step_names(stats: Any) -> list[str]:
@@ -73,6 +73,11 @@ def patch_energies(stats: Any, image: int = 0) -> list[Tensor | None]:
         group = patch_groups(stats, image, step)
         found.append(energy[image].cpu()[group.clamp(min=0)].where(group >= 0, torch.nan))
     return found
+
+
+def energy_range(runs: Sequence[Any]) -> tuple[float, float]:
+    """The least and greatest energy in all merges of some runs: one range of colours for all of their drawings."""
+    return limits(energy.cpu().numpy() for stats in runs for energy in stats.energies or () if energy is not None)
 
 
 def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Tensor:
@@ -140,11 +145,16 @@ def draw_steps(picture: Image.Image, stats: Any, image: int = 0, **options: Any)
 
 
 def draw_step_energies(
-    picture: Image.Image, stats: Any, image: int = 0, side: int | None = None
+    picture: Image.Image,
+    stats: Any,
+    image: int = 0,
+    side: int | None = None,
+    span: tuple[float, float] | None = None,
 ) -> tuple[list[Image.Image], list[str]]:
     """The energies before every merge that has any on one picture of a run, and a title for each.
 
-    Dots mark what the merge leaves out.
+    Dots mark what the merge leaves out. The colours mean the same in all drawings: from the least to the greatest
+    energy of the run, or as ``span`` says (`energy_range`: of several runs).
 
     Raises
     ------
@@ -155,9 +165,9 @@ def draw_step_energies(
     if not steps:
         raise ValueError(f"{stats.method} has no energies, so there is nothing to draw; choose one such as pitome")
     names, counts = step_names(stats), token_counts(stats)
+    options = {"grid": grid, "side": side, "span": span or energy_range([stats])}
     drawings = [
-        draw_energies(picture, energies[s], protected=protected_patches(stats, image, s), grid=grid, side=side)
-        for s in steps
+        draw_energies(picture, energies[s], protected=protected_patches(stats, image, s), **options) for s in steps
     ]
     return drawings, [f"{names[s]}: {counts[s]} to {counts[s + 1]} tokens" for s in steps]
 
