@@ -81,6 +81,9 @@ def estimate(
 ) -> Estimate:
     """What a batch costs with the settings of `attach`; without any, what the plain model costs.
 
+    What it takes in memory, with 8-bit or 4-bit weights if so wanted, says `footprint`, and `largest_batch` the most
+    rows that fit.
+
     Parameters
     ----------
     model_or_config : a LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there
