@@ -113,7 +113,7 @@ def show(sections: Sequence[Any], about: str) -> None:
         heading, *body = _cells(found.rows)
         table = Table(title=found.title, title_justify="left")
         for number, text in enumerate(heading):
-            table.add_column(text, justify="right" if number else "left")
+            table.add_column(text, justify="right" if number else "left", no_wrap=not number)
         for cells in body:
             table.add_row(*cells)
         console.print(table)

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def register(commands: Any) -> None:
@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    table = Table("method", "what it does", "from", "options and settings", box=None, pad_edge=False)
+    table = Table(
+        Column("method", no_wrap=True), "what it does", "from", "options and settings", box=None, pad_edge=False
+    )
     for name, row in rows.items():
         changes = ", ".join(f"{key}={value}" for key, value in {**row["options"], **row["settings"]}.items())
         table.add_row(name, row["summary"], row["reference"], changes)

@@ -119,7 +119,7 @@ def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> No
     plain, merged = runs
     console = Console()
     table = Table(title=f"{about['model']}, {about['method']}", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in (plain.mode, merged.mode, "ratio"):
         table.add_column(heading, justify="right")
     table.add_row("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")

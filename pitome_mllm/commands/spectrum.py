@@ -137,7 +137,7 @@ def show(found: Comparison, title: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"Spectral distance: {title}", title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for count in found.keeps:
         table.add_column(f"keep {count}", justify="right")
     for method, values in found.distances.items():
