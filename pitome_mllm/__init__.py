@@ -6,7 +6,6 @@ Read `attach` first.
 from .accounting import estimate
 from .attach import Attachment, attach
 from .loading import load
-from .memory import footprint, largest_batch
 from .methods import METHODS, get_method
 from .schedule import Schedule
 from .spectral import spectral_distance
@@ -22,9 +21,7 @@ __all__ = [
     "attach",
     "draw_groups",
     "estimate",
-    "footprint",
     "get_method",
-    "largest_batch",
     "load",
     "spectral_distance",
 ]

@@ -81,8 +81,8 @@ def estimate(
 ) -> Estimate:
     """What a batch costs with the settings of `attach`; without any, what the plain model costs.
 
-    What it takes in memory, with 8-bit or 4-bit weights if so wanted, says `footprint`, and `largest_batch` the most
-    rows that fit.
+    What it takes in memory, with 8-bit or 4-bit weights if so wanted, says `memory.footprint`, and
+    `memory.largest_batch` the most rows that fit.
 
     Parameters
     ----------
