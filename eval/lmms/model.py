@@ -18,12 +18,12 @@ from tqdm import tqdm
 from pitome_mllm import attach, load
 
 from ..runs import processor_name
+from . import arguments
 from . import asked as ask
 from .coming import Coming
 from .cost import Meter, Row
 from .manifest import NAME
 
-PLAIN = "none"  # the method that changes nothing
 RUN_ID = "LMMS_CACHE_RUN_ID"
 
 
@@ -73,12 +73,12 @@ class PitomeLlava(lmms):
         os.environ.setdefault(RUN_ID, NAME)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.pretrained, self.batch_size = pretrained, _batch_size(batch_size)
+        self.pretrained, self.batch_size = pretrained, arguments.batch_size(batch_size)
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         asked = {"method": method, "keep": keep, "ratio": ratio, **settings}
-        self.settings = _merging({name: value for name, value in asked.items() if value is not None})
+        self.settings = arguments.merging({name: value for name, value in asked.items() if value is not None})
         if loaded is None:
-            place = _place(device, device_map, bits, self.accelerator)
+            place = arguments.place(device, device_map, bits, self.accelerator)
             loaded = load(pretrained, bits=bits, dtype=dtype, device=place)
         self.model, self.processor = loaded
         self.processor.tokenizer.padding_side = "left"
@@ -106,8 +106,11 @@ class PitomeLlava(lmms):
     def generate_until(self, requests: Sequence[Any]) -> Sequence[GenerationResult]:
         return Coming(self._each(requests, self.read, self._generate), len(requests))
 
-    def loglikelihood(self, requests: Sequence[Any]) -> Sequence[tuple[float, bool]]:
-        """Mean negative log-likelihood per token, of which lmms-eval takes the smallest, and whether it is greedy."""
+    def loglikelihood(self, requests: Sequence[Any]) -> Sequence[GenerationResult]:
+        """Mean negative log-likelihood per token, of which lmms-eval takes the smallest, and whether it is greedy.
+
+        As results with the pair as their text: lmms-eval 0.7.3 makes a string of any other pair.
+        """
         return Coming(self._each(requests, ask.likelihood, self._likelihoods), len(requests))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Sequence[Any]:
@@ -134,7 +137,7 @@ class PitomeLlava(lmms):
         gpu = self.device.type == "cuda"
         return {
             "pretrained": self.pretrained,
-            "method": plan.method if plan else PLAIN,
+            "method": plan.method if plan else arguments.PLAIN,
             "asked": self.settings,
             "settings": settings,
             "batch": self.batch_size,
@@ -187,7 +190,7 @@ class PitomeLlava(lmms):
         ]
 
     @torch.inference_mode()
-    def _likelihoods(self, asked: Sequence[ask.Asked]) -> list[tuple[float, bool]]:
+    def _likelihoods(self, asked: Sequence[ask.Asked]) -> list[GenerationResult]:
         prompts = [ask.prompt(self.processor, one, self.system_prompt) for one in asked]
         whole = [f"{text} {one.continuation}" for text, one in zip(prompts, asked, strict=True)]
         lengths = [self._continued(*pair) for pair in zip(prompts, whole, strict=True)]
@@ -248,35 +251,15 @@ class PitomeLlavaChat(PitomeLlava):
     read = staticmethod(ask.chat)
 
 
-def _likelihood(scores: torch.Tensor, ids: torch.Tensor) -> tuple[float, bool]:
+class Likelihood(tuple):
+    """(loss, greedy) of a continuation."""
+
+    def strip(self) -> str:
+        """Called by lmms-eval's response cache, which takes it for a text and would give a string back."""
+        raise ask.EvaluationError("lmms-eval's response cache cannot hold likelihoods; run these tasks without it")
+
+
+def _likelihood(scores: torch.Tensor, ids: torch.Tensor) -> GenerationResult:
     """Of ids (n,) under scores (n, V): mean negative log-likelihood, and whether each is the best."""
     loss = torch.nn.functional.cross_entropy(scores, ids)
-    return float(loss), bool((scores.argmax(-1) == ids).all())
-
-
-def _batch_size(given: int | str | None) -> int:
-    if not str(given or 1).isdigit() or int(given or 1) < 1:
-        raise ValueError(f"batch_size={given!r} is not possible; give a number of questions, such as 8")
-    return int(given or 1)
-
-
-def _merging(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `attach`; empty for the plain model."""
-    if given.get("method") != PLAIN:
-        return given
-    if len(given) > 1:
-        raise ValueError(f"method={PLAIN} takes no settings, got {', '.join(sorted({*given} - {'method'}))}")
-    return {}
-
-
-def _place(device: str | None, device_map: str | None, bits: int | None, accelerator: Accelerator) -> Any:
-    """What `load` takes as its device."""
-    if accelerator.num_processes > 1:
-        if device_map == "auto":
-            raise ValueError("device_map=auto spreads one model over all GPUs; start a single process for it")
-        return accelerator.device
-    if device_map is not None:
-        return device_map
-    if device is None and bits is None and torch.cuda.is_available():
-        return "cuda"
-    return device
+    return GenerationResult(Likelihood((float(loss), bool((scores.argmax(-1) == ids).all()))))

@@ -135,7 +135,7 @@ def test_likelihoods_are_the_model_s(make, size):
     found = list(lm.loglikelihood(asked))
     model, processor = load("tiny")
     attach(model, **SETTINGS)
-    for one, (loss, greedy) in zip(asked, found, strict=True):
+    for one, (loss, greedy) in zip(asked, [one.text for one in found], strict=True):
         prompt = f"USER: <image>\n{one.args[0]} ASSISTANT:"
         inputs = processor(images=pictures[one.args[3]], text=f"{prompt} {one.args[1]}", return_tensors="pt")
         new = len(one.args[1].split())
@@ -166,6 +166,8 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     chosen = evaluate(lm, ["choice"], include=tmp_path, limit=20)["results"]["choice"]["acc,none"]
     told = evaluate(lm, ["pitome_scenes_existence"], limit=20)["results"]["pitome_scenes_existence"]["exact_match,none"]
     assert chosen == told > 0.5
+    with pytest.raises(EvaluationError, match="response cache cannot hold likelihoods"):
+        evaluate(lm, ["choice"], include=tmp_path, limit=1, use_cache=str(tmp_path / "cache"))
 
 
 def test_the_cost_stands_in_the_results(make):
