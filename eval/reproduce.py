@@ -21,7 +21,7 @@ from pitome_mllm import load
 
 from .lmms.asked import EvaluationError
 from .lmms.manifest import NAME
-from .lmms.model import PitomeLlavaChat
+from .lmms.model import PitomeLlava
 from .results_files import Results, newest
 from .runs import sources
 from .scene_tasks import GROUP, TASKS
@@ -123,7 +123,8 @@ def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path, cach
     manager = TaskManager(include_path=str(TASKS), include_defaults=not own, model_name=NAME)
     tracker = EvaluationTracker(output_path=str(here))
     when = get_datetime_str()
-    lm = PitomeLlavaChat(
+    # Not the chat model: lmms-eval makes tasks with changed settings for the simple one only.
+    lm = PitomeLlava(
         run.model, batch_size=options.batch_size, system_prompt=table.system_prompt, loaded=loaded, **run.settings
     )
     try:
