@@ -1,4 +1,4 @@
-"""`pitome-mllm reproduce` and the report as far as they go without lmms-eval: tables, plans, intervals, results files."""
+"""`pitome-mllm reproduce` and the report without lmms-eval: tables, plans, intervals, results files."""
 
 import csv
 import importlib.util
