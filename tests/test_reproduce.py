@@ -164,7 +164,12 @@ def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
     assert float(row["low"]) < 0.8 < float(row["high"])
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text and text.strip() not in capsys.readouterr().out
+    assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
+    assert capsys.readouterr().out.strip() in text
+    assert "prefill ms" not in text
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--times"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "keep=144" in line)
+    assert line.endswith("| 144.0 | 600.0 | 1.50 | 500 | 3.0 | 12.0 | 2.0 | 9.0 |")
     assert {path.name for path in folders.glob("*.png")} == {"lmms_visual_tokens.png", "lmms_latency_ms.png"}
 
 

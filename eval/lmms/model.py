@@ -20,7 +20,7 @@ from pitome_mllm import attach, load
 from ..runs import processor_name
 from . import arguments
 from . import asked as ask
-from .coming import Coming
+from .answers import Coming, likelihood
 from .cost import Meter, Row
 from .manifest import NAME
 
@@ -201,7 +201,7 @@ class PitomeLlava(lmms):
             logits = self.model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
         self._count(lap, asked, rows)
         return [
-            _likelihood(scores[-n - 1 : -1], ids[-n:])
+            likelihood(scores[-n - 1 : -1], ids[-n:])
             for scores, ids, n in zip(logits, inputs["input_ids"], lengths, strict=True)
         ]
 
@@ -249,17 +249,3 @@ class PitomeLlavaChat(PitomeLlava):
 
     is_simple = False
     read = staticmethod(ask.chat)
-
-
-class Likelihood(tuple):
-    """(loss, greedy) of a continuation."""
-
-    def strip(self) -> str:
-        """Called by lmms-eval's response cache, which takes it for a text and would give a string back."""
-        raise ask.EvaluationError("lmms-eval's response cache cannot hold likelihoods; run these tasks without it")
-
-
-def _likelihood(scores: torch.Tensor, ids: torch.Tensor) -> GenerationResult:
-    """Of ids (n,) under scores (n, V): mean negative log-likelihood, and whether each is the best."""
-    loss = torch.nn.functional.cross_entropy(scores, ids)
-    return GenerationResult(Likelihood((float(loss), bool((scores.argmax(-1) == ids).all()))))

@@ -10,7 +10,6 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..intervals import FIGURES
 from ..report import COLOURS, put_in
@@ -123,37 +122,47 @@ def main_figures(found: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def table(found: Sequence[Row]) -> str:
-    """A Markdown table: one line per run, score and cost."""
-    heads = ("model", "method", "asked", "task", "score", "visual tokens", "tower ms", "prefill ms", "decode ms")
-    heads += ("tokens/s", "peak MB", "GFLOPs")
+# Heading, field of Row and form; times only where they are asked for, as they need a machine to themselves.
+COLUMNS = (
+    ("visual tokens", "visual_tokens", "{:.1f}"),
+    ("prompt tokens", "prompt_tokens", "{:.1f}"),
+    ("GFLOPs", "gflops", "{:.2f}"),
+    ("peak MB", "peak_memory_mb", "{:.0f}"),
+)
+TIMES = (
+    ("tower ms", "tower_ms", "{:.1f}"),
+    ("prefill ms", "prefill_ms", "{:.1f}"),
+    ("decode ms", "decode_ms", "{:.1f}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
+)
+
+
+def table(found: Sequence[Row], times: bool = False) -> str:
+    """A Markdown table: one line per run, score and cost, with ``times`` what they took."""
+    columns = COLUMNS + (TIMES if times else ())
+    heads = ("model", "method", "asked", "task", "score", *(heading for heading, _, _ in columns))
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in main_figures(found):
         score = f"{row.value:.3f}" + (f" ({row.low:.3f}-{row.high:.3f})" if row.low != "" else "")
-        cost = (row.visual_tokens, row.tower_ms, row.prefill_ms, row.decode_ms, row.tokens_per_second)
-        cells = [_number(value) for value in (*cost, row.peak_memory_mb)]
-        cells.append("-" if row.gflops == "" else f"{row.gflops:.2f}")
+        values = [(getattr(row, name), form) for _, name, form in columns]
+        cells = ["-" if value == "" else form.format(value) for value, form in values]
         lines.append(f"| {' | '.join([row.model, row.method, row.asked, f'{row.task} {row.metric}', score, *cells])} |")
-    return "\n".join([*lines, "", _about(found)])
+    return "\n".join([*lines, "", _about(found, times)])
 
 
-def _number(value: Any) -> str:
-    return "-" if value == "" else f"{value:.1f}"
-
-
-def _about(found: Sequence[Row]) -> str:
+def _about(found: Sequence[Row], times: bool) -> str:
     """What the runs have in common; what they have not, by its several values."""
     common = {
         name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in found))
         for name in ("questions", "device", "dtype", "batch", "processes", "lmms_eval", "torch", "transformers")
     }
-    return (
+    said = (
         f"{common['questions']} questions per run; in brackets 95 % bootstrap intervals over pictures. Means per "
         f"question, batches of {common['batch']}, {common['processes']} process(es), {common['dtype']}, "
         f"{common['device']}, lmms-eval {common['lmms_eval']}, torch {common['torch']}, transformers "
-        f"{common['transformers']}. FLOPs are calculated; times are by the wall clock, of a machine that may have done "
-        "other things too."
+        f"{common['transformers']}. FLOPs are calculated."
     )
+    return said + (" Times are by the wall clock, whatever else the machine did." if times else "")
 
 
 def plot(found: Sequence[Row], over: str, path: Path) -> None:
@@ -196,17 +205,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, default=Path("runs/lmms.csv"), help="%(default)s")
     parser.add_argument("--plots", type=Path, default=Path("runs"), metavar="FOLDER", help="%(default)s")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between its marks in this document")
+    parser.add_argument("--times", action="store_true", help="also the times in the table; of a machine of its own")
     args = parser.parse_args(argv)
     try:
         found = [row for results in read(args.folders) for row in rows(results)]
         if args.readme:
-            put_in(args.readme, table(found), MARKS)
+            put_in(args.readme, table(found, args.times), MARKS)
     except ValueError as error:
         parser.error(str(error))
     write_csv(args.csv, found)
     for over in PLOTS:
         plot(found, over, args.plots / f"lmms_{over}.png")
-    print(table(found))
+    print(table(found, args.times))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.table import Table
 from .._companion import companion
 
 NAMES = ("pitome-paper", "pruning-literature", "embedded")
+WIDE = 160  # columns
 SUSTAINED = 60.0  # TFLOP/s at which LLaVA-1.5-7B takes the 9 hours for VQAv2 that the PiToMe paper reports
 
 
@@ -98,7 +99,7 @@ def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
         ]
         sys.stdout.write(json.dumps({"runs": runs, "downloads": fetched, "hours": hours}) + "\n")
         return
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"{options.table}: {table.about}", markup=False)
     view = Table("run", "questions", "GFLOPs per question", "hours", box=None, pad_edge=False)
     for one in estimated:
@@ -121,13 +122,19 @@ def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
     view = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         view.add_row(*_cells(row))
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"{options.table}: {table.about}", markup=False)
     console.print(view)
     for source in dict.fromkeys(row.source for row in rows if row.source):
         console.print(f"published: {source}", markup=False)
     if options.limit is not None or options.data is not None:
         console.print("published figures are over all questions of the published data, ours here are not")
+
+
+def _console() -> Console:
+    """Wide enough for the tables where stdout is a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
 
 
 def _cells(row: Any) -> list[str]:

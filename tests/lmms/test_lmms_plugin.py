@@ -74,6 +74,14 @@ def test_answers_are_those_of_the_python_api(model_args):
             assert given[task, number] == expected, row["question"]
 
 
+def test_a_spread_model_with_eager_attention_answers_the_same():
+    lm = PitomeLlava("tiny", device_map="auto", attn_implementation="eager", dtype="float32", **SETTINGS)
+    assert lm.model.config.vision_config._attn_implementation == "eager"
+    given = answers(evaluate(lm, [COLOUR], limit=3))
+    rows = scene_tasks.rows("colour")[:3]
+    assert list(given.values()) == [by_hand(scene_tasks.picture(row), row["question"], **SETTINGS) for row in rows]
+
+
 @pytest.mark.parametrize("cls", [PitomeLlava, PitomeLlavaChat])
 def test_a_batch_gives_the_answers_of_single_questions_where_groups_are_equal(make, cls, monkeypatch):
     groups = []
