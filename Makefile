@@ -1,11 +1,13 @@
 # make ask          answer a question about a held-out picture, with all visual tokens and with a quarter of them
 # make test         the test suite
 # make test-oldest  the same on the oldest supported release of transformers
+# make test-lmms    the tests of the lmms-eval plug-in, with lmms-eval in an environment of its own
 # make lint         style checks
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+LMMS ?= .venv-lmms
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
 PINS := requirements/common.txt requirements/constraints.txt
@@ -13,7 +15,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask test test-oldest lint clean
+.PHONY: ask test test-oldest test-lmms lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -25,12 +27,22 @@ test: $(VENV)/.ready
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
 
+test-lmms: $(LMMS)/.ready
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q tests/lmms
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 $(VENV)/.ready: requirements/test.txt $(PINS) pyproject.toml
 $(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
+
+$(LMMS)/.ready: requirements/lmms.txt pyproject.toml
+	@echo "Creating $(LMMS) with the versions of $< (once, a few minutes)"
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	touch $@
 
 %/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -42,4 +54,4 @@ $(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info

@@ -203,7 +203,8 @@ def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth:
         "projected": getattr(text, "hidden_size", None),
     }
     attention = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
-    with torch.no_grad(), _Counter() as counter:
+    # In inference mode operators arrive whole, so that the counter would see no matrix product.
+    with torch.inference_mode(False), torch.no_grad(), _Counter() as counter:
         metric = blank(1, everything, widths[plan.metric])
         merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context, **attention)
         merge.reduce(blank(1, everything, width))

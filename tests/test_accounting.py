@@ -360,3 +360,10 @@ def test_timing_is_the_median_with_its_spread():
     assert Timing((3.0, 1.0, 2.0)).median == 2.0
     assert Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0)).spread == (2.0, 5.0)
     assert Timing((7.0,)).spread == (7.0, 7.0)
+
+
+def test_inference_mode_changes_no_estimate(model):
+    expected = estimate(model, "tome", keep=72)
+    with torch.inference_mode():
+        assert estimate(model, "tome", keep=72) == expected
+    assert expected.merging_flops > 0

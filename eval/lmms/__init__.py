@@ -1,0 +1,1 @@
+"""Plug-in for lmms-eval: ``--model pitome_llava``."""

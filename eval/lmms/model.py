@@ -1,0 +1,251 @@
+"""The models that lmms-eval runs: ``--model pitome_llava --model_args pretrained=...,method=pitome,keep=144``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from tqdm import tqdm
+
+from pitome_mllm import attach, load
+
+from ..runs import processor_name
+from . import arguments
+from . import asked as ask
+from .answers import Coming, likelihood
+from .cost import Meter, Row
+from .manifest import NAME
+
+RUN_ID = "LMMS_CACHE_RUN_ID"
+
+
+class PitomeLlava(lmms):
+    """A LLaVA model with merged visual tokens, for tasks that give a context and pictures; also for likelihoods.
+
+    Answers come in the order of the questions and one by one, so that lmms-eval's ``--use_cache`` stores each at once.
+    A killed run finds them again under the same run id, which is therefore set unless the environment has one.
+
+    Parameters
+    ----------
+    pretrained, bits, dtype : as for `pitome_mllm.load`.
+    method, keep, ratio, **settings : as for `pitome_mllm.attach`; ``method=none``, or none of them, is the plain model.
+    batch_size : questions per batch.
+    device, device_map : where the model goes; ``device_map=auto`` spreads it. Default: a GPU if there is one.
+    attn_implementation : such as "sdpa" or "eager".
+    system_prompt : text, or a file of it, in front of the first turn.
+    loaded : model and processor, if they are loaded already.
+
+    Raises
+    ------
+    ValueError : what `load` and `attach` refuse; a batch size that is no number.
+    EvaluationError : while answering, where anything goes wrong; names the documents.
+    """
+
+    is_simple = True
+    read = staticmethod(ask.simple)
+
+    def __init__(
+        self,
+        pretrained: str = "llava-hf/llava-1.5-7b-hf",
+        method: str | None = None,
+        keep: int | float | None = None,
+        ratio: float | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        bits: int | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        system_prompt: str = "",
+        loaded: tuple[Any, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        os.environ.setdefault(RUN_ID, NAME)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.pretrained, self.batch_size = pretrained, arguments.batch_size(batch_size)
+        self.system_prompt = self._resolve_system_prompt(system_prompt)
+        asked = {"method": method, "keep": keep, "ratio": ratio, **settings}
+        self.settings = arguments.merging({name: value for name, value in asked.items() if value is not None})
+        if loaded is None:
+            place = arguments.place(device, device_map, bits, self.accelerator)
+            loaded = load(pretrained, bits=bits, dtype=dtype, device=place)
+        self.model, self.processor = loaded
+        self.processor.tokenizer.padding_side = "left"
+        if attn_implementation is not None:
+            self.model.set_attn_implementation(attn_implementation)
+        self.handle = attach(self.model, **self.settings) if self.settings else None
+        self.meter = Meter(self.model, self.settings)
+        self.batch_sizes = {}
+
+    def __str__(self) -> str:
+        """What lmms-eval's cache knows the model by where it gets the object itself."""
+        return f"{NAME}({', '.join([self.pretrained, *(f'{k}={v}' for k, v in self.settings.items())])})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        if self.handle is not None:
+            self.handle.remove()
+
+    # What lmms-eval calls
+
+    def generate_until(self, requests: Sequence[Any]) -> Sequence[GenerationResult]:
+        return Coming(self._each(requests, self.read, self._generate), len(requests))
+
+    def loglikelihood(self, requests: Sequence[Any]) -> Sequence[GenerationResult]:
+        """Mean negative log-likelihood per token, of which lmms-eval takes the smallest, and whether it is greedy.
+
+        As results with the pair as their text: lmms-eval 0.7.3 makes a string of any other pair.
+        """
+        return Coming(self._each(requests, ask.likelihood, self._likelihoods), len(requests))
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError(f"{NAME} has no rounds of questions; choose tasks that ask once")
+
+    def clean(self) -> None:
+        """Called once after all answers, in every process: gather what they cost for the results."""
+        found = self.meter.gather(self.world_size)
+        self.meter.sums.clear()
+        # The one place in the results where a model may put words: config.batch_sizes, a list with these values.
+        self.batch_sizes = {NAME: self.about() | {"cost": found}}
+        if found and self.rank == 0:
+            log_metrics(found["seconds"], int(found["total_new_tokens"]), found["tokens_per_second"], found)
+
+    # How
+
+    def about(self) -> dict[str, Any]:
+        """Method, settings as they came out, and versions."""
+        plan = None if self.handle is None else self.handle.plan
+        settings = {} if plan is None else {f.name: getattr(plan, f.name) for f in fields(plan)}
+        settings |= {"reducer": repr(plan.reducer)} if plan else {}
+        settings.pop("geometry", None)
+        packages = ("pitome_mllm", "torch", "transformers", "lmms_eval", "accelerate")
+        gpu = self.device.type == "cuda"
+        return {
+            "pretrained": self.pretrained,
+            "method": plan.method if plan else arguments.PLAIN,
+            "asked": self.settings,
+            "settings": settings,
+            "batch": self.batch_size,
+            "processes": self.world_size,
+            "dtype": str(self.model.dtype),
+            "device": torch.cuda.get_device_name(self.device) if gpu else processor_name(),
+            "versions": {name: version(name) for name in packages},
+        }
+
+    def _each(self, requests: Sequence[Any], read: Any, answer: Any) -> Iterator[Any]:
+        """Answer batch by batch, in order."""
+        with tqdm(total=len(requests), disable=self.rank != 0, desc=str(self), unit="question") as bar:
+            start = 0
+            while start < len(requests):
+                batch = self._batch(requests, start)
+                with ask.naming(batch):
+                    asked = [read(request, self.task_dict) for request in batch]
+                    answers = answer(asked)
+                bar.update(len(batch))
+                start += len(batch)
+                yield from answers
+
+    def _batch(self, requests: Sequence[Any], start: int) -> Sequence[Any]:
+        """The next requests with equal options of generation."""
+        batch = requests[start : start + self.batch_size]
+        options = [[a for a in request.args if isinstance(a, dict)] for request in batch]
+        same = next((n for n, option in enumerate(options) if option != options[0]), len(batch))
+        return batch[:same]
+
+    def _encode(self, asked: Sequence[ask.Asked], texts: Sequence[str]) -> Any:
+        pictures = [picture for one in asked for picture in one.pictures]
+        inputs = self.processor(images=pictures or None, text=list(texts), padding=True, return_tensors="pt")
+        return inputs.to(self.device, dtype=self.model.dtype)
+
+    @torch.inference_mode()
+    def _generate(self, asked: Sequence[ask.Asked]) -> list[GenerationResult]:
+        options, until = ask.generation(asked[0].options)
+        inputs = self._encode(asked, [ask.prompt(self.processor, one, self.system_prompt) for one in asked])
+        rows = self._rows(asked, inputs)
+        options["max_new_tokens"] = min(options["max_new_tokens"], self._room(rows))
+        with self.meter.lap() as lap:
+            ids = self.model.generate(**inputs, **options)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        rows = [Row(row.pictures, row.text, row.visual, count) for row, count in zip(rows, self._lengths(new))]
+        self._count(lap, asked, rows)
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [
+            GenerationResult(ask.cut(text, until), TokenCounts(row.visual + row.text, row.new))
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _likelihoods(self, asked: Sequence[ask.Asked]) -> list[GenerationResult]:
+        prompts = [ask.prompt(self.processor, one, self.system_prompt) for one in asked]
+        whole = [f"{text} {one.continuation}" for text, one in zip(prompts, asked, strict=True)]
+        lengths = [self._continued(*pair) for pair in zip(prompts, whole, strict=True)]
+        inputs = self._encode(asked, whole)
+        rows = self._rows(asked, inputs)
+        self._room(rows)
+        with self.meter.lap() as lap:
+            logits = self.model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
+        self._count(lap, asked, rows)
+        return [
+            likelihood(scores[-n - 1 : -1], ids[-n:])
+            for scores, ids, n in zip(logits, inputs["input_ids"], lengths, strict=True)
+        ]
+
+    def _continued(self, prompt: str, whole: str) -> int:
+        """Tokens of the continuation."""
+        before, after = (self.processor.tokenizer(text)["input_ids"] for text in (prompt, whole))
+        if after[: len(before)] != before or len(after) == len(before):
+            raise ValueError(f"the continuation of {prompt[-40:]!r} has no tokens of its own; rephrase the choice")
+        return len(after) - len(before)
+
+    def _rows(self, asked: Sequence[ask.Asked], inputs: Any) -> list[Row]:
+        """What each row holds before its answer."""
+        kept = self.handle.plan.keep if self.handle else None
+        placeholders = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        return [
+            Row(len(one.pictures), length - visual, visual if kept is None else kept * len(one.pictures), 0)
+            for one, length, visual in zip(asked, lengths, placeholders, strict=True)
+        ]
+
+    def _room(self, rows: Sequence[Row]) -> int:
+        """New tokens that the LLM can hold; ValueError if there is no room for any."""
+        longest, most = (
+            max(row.visual + row.text for row in rows),
+            self.model.config.text_config.max_position_embeddings,
+        )
+        if longest >= most:
+            raise ValueError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
+        return most - longest
+
+    def _lengths(self, new: torch.Tensor) -> list[int]:
+        """New tokens of every row, the one that ends it included."""
+        ends = self.model.generation_config.eos_token_id
+        ended = torch.isin(new, torch.tensor(ends, device=new.device)).cumsum(1)
+        return ((ended == 0).sum(1) + (ended > 0).any(1)).tolist()
+
+    def _count(self, lap: Any, asked: Sequence[ask.Asked], rows: Sequence[Row]) -> None:
+        real = [row for one, row in zip(asked, rows, strict=True) if not one.padding]
+        if real:
+            self.meter.add(lap, real)
+
+
+class PitomeLlavaChat(PitomeLlava):
+    """The same for tasks that give messages; lmms-eval's choice unless ``--force_simple`` is given."""
+
+    is_simple = False
+    read = staticmethod(ask.chat)

@@ -1,0 +1,198 @@
+"""Run a published table through lmms-eval, and set what comes out beside what was published."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import get_datetime_str
+from loguru import logger
+
+from pitome_mllm import load
+
+from .lmms.asked import EvaluationError
+from .lmms.manifest import NAME
+from .lmms.model import PitomeLlava
+from .results_files import Results, newest
+from .runs import sources
+from .scene_tasks import GROUP, TASKS
+from .tables import PLAIN, RELATIVE, Run, Table, published
+from .tables import TASKS as KNOWN
+
+PICTURE = ("scene", "image_id", "imageId", "image_source")  # fields of documents that say which picture they are about
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a table is run.
+
+    Attributes
+    ----------
+    limit : questions per task; None = all.
+    batch_size : questions per batch.
+    data : folder with a parquet file for each task instead of the data sets on the hub; see `local_tasks`.
+    out : folder for the results.
+    load : keywords of `pitome_mllm.load`.
+    """
+
+    limit: int | None = None
+    batch_size: int = 8
+    data: Path | None = None
+    out: Path = Path("runs/reproduce")
+    load: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure beside the published one; what is None is not known."""
+
+    run: Run
+    task: str
+    questions: int
+    ours: float
+    low: float | None
+    high: float | None
+    published: float | None
+    source: str
+
+    @property
+    def difference(self) -> tuple[float, float | None, float | None] | None:
+        """Ours less the published figure, with its interval."""
+        if self.published is None:
+            return None
+        bounds = (None if bound is None else bound - self.published for bound in (self.low, self.high))
+        return self.ours - self.published, *bounds
+
+
+def folder_of(name: str, options: Options) -> Path:
+    """Where a table's runs are kept: another folder for another limit, other data, code or libraries."""
+    import torch
+    import transformers
+
+    here = Path(__file__).parent
+    files = [*sources(), *sorted((here / "lmms").glob("*.py")), here / "scene_tasks.py"]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    loading = "-".join(f"{key}={value}" for key, value in sorted((options.load or {}).items()) if value is not None)
+    local = options.data and f"data={hashlib.sha256(str(options.data.resolve()).encode()).hexdigest()[:6]}"
+    parts = [name, options.limit or "all", f"batch={options.batch_size}", local, loading, code]
+    return options.out / "-".join(str(part) for part in [*parts, torch.__version__, transformers.__version__] if part)
+
+
+def reproduce(name: str, table: Table, options: Options, say: Callable[[str], None]) -> dict[Run, Results]:
+    """The results of every run, from where they are already, or asked for now; a killed run goes on where it was.
+
+    Raises
+    ------
+    EvaluationError : a question could not be answered, or results could not be written.
+    ValueError : a data set is missing in ``options.data``; settings that `attach` or `load` refuse.
+    """
+    quiet()
+    folder, found, loaded = folder_of(name, options), {}, {}
+    for number, run in enumerate(table.runs, start=1):
+        here = folder / str(run).replace(" ", "-")
+        there = newest(here)
+        say(f"[{number}/{len(table.runs)}] {run}{' is there already' if there else ''}")
+        if there is None:
+            if run.model not in loaded:
+                loaded = {run.model: load(run.model, **(options.load or {}))}
+            there = _ask(run, table, loaded[run.model], options, here, folder / "cache")
+        if there is not None:  # only the first process has results
+            found[run] = there
+    return found
+
+
+def quiet() -> None:
+    """Of lmms-eval's log, warnings and errors only."""
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+
+
+def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path, cache: Path) -> Results | None:
+    """Evaluate one run and write what lmms-eval's command line would write."""
+    model_args = ",".join(f"{key}={value}" for key, value in {"pretrained": run.model, **run.settings}.items())
+    own = set(table.tasks) <= {GROUP}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=not own, model_name=NAME)
+    tracker = EvaluationTracker(output_path=str(here))
+    when = get_datetime_str()
+    # Not the chat model: lmms-eval makes tasks with changed settings for the simple one only.
+    lm = PitomeLlava(
+        run.model, batch_size=options.batch_size, system_prompt=table.system_prompt, loaded=loaded, **run.settings
+    )
+    try:
+        results = simple_evaluate(
+            model=lm,
+            model_args=model_args,
+            tasks=[task_of(name, options.data) for name in table.tasks],
+            task_manager=manager,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            use_cache=str(cache),
+            bootstrap_iters=0,
+            datetime_str=when,
+            cli_args=argparse.Namespace(output_path=str(here), process_with_media=False),
+        )
+    finally:
+        lm.close()
+    if results is None:
+        return None
+    tracker.general_config_tracker.log_experiment_args(NAME, model_args, None, None, False)
+    _write(tracker, results, when)
+    return newest(here) or _lost(here)
+
+
+def _write(tracker: EvaluationTracker, results: dict[str, Any], when: str) -> None:
+    """Questions first: where the results are, all is there."""
+    samples = results.pop("samples")
+    tracker.date_id = when.replace(":", "-")
+    for task, rows in samples.items():
+        for row in rows:
+            row["picture"] = next((row["doc"][name] for name in PICTURE if name in row["doc"]), None)
+        tracker.save_results_samples(task, rows)
+        if not any(Path(tracker.output_path).rglob(f"{tracker.date_id}_samples_{task}.jsonl")):
+            _lost(tracker.output_path)
+    tracker.save_results_aggregated(results, None, when)
+
+
+def _lost(folder: Any) -> Any:
+    raise EvaluationError(f"lmms-eval could not write its results into {str(folder)!r}")
+
+
+def task_of(name: str, data: Path | None) -> Any:
+    """What lmms-eval takes as a task: its name, or its name with what differs from its own settings."""
+    task = KNOWN[name]
+    if data is None or not task.data:
+        return {"task": task.task, **task.changes} if task.changes else task.task
+    file = data / f"{task.task}.parquet"
+    if not file.is_file():
+        raise ValueError(f"no data {str(file)!r}; write some: python -m pitome_mllm_eval.local_tasks --out {data}")
+    local = {"dataset_path": "parquet", "dataset_name": None, "process_docs": None}
+    files = {"data_files": {task.split: str(file.resolve())}}
+    return {"task": task.task, **task.changes, **local, "dataset_kwargs": files}
+
+
+def compare(name: str, table: Table, found: dict[Run, Results]) -> Iterator[Row]:
+    """Every figure of every run beside the published one, and what a run keeps of the plain model's figures."""
+    known, plain = published(name), {}
+    for run, results in found.items():
+        values = {}
+        for task_name in table.tasks:
+            task = KNOWN[task_name]
+            figure = results.figure(task.task, task.metric, task.scale)
+            values[task_name] = figure.value
+            theirs = known.get((run.model, run.method, run.amount, task_name), (None, ""))
+            yield Row(run, task_name, figure.questions, figure.value, figure.low, figure.high, *theirs)
+        if run.method == PLAIN:
+            plain[run.model] = values
+        elif run.model in plain and all(plain[run.model].values()):
+            share = 100 * fmean(values[task] / plain[run.model][task] for task in table.tasks)
+            theirs = known.get((run.model, run.method, run.amount, RELATIVE), (None, ""))
+            yield Row(run, RELATIVE, 0, share, None, None, *theirs)

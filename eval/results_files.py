@@ -1,0 +1,96 @@
+"""Read what lmms-eval wrote about a run: its results file and, beside it, what it says of every question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .intervals import interval
+
+SUFFIX = "_results.json"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one run; ``low`` and ``high`` are None where no interval can be had."""
+
+    value: float
+    low: float | None
+    high: float | None
+    questions: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results file, of the plug-in or of lmms-eval's command line."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the plug-in says about method, settings, versions and cost.
+
+        Raises
+        ------
+        ValueError : another model wrote the file.
+        """
+        said = self.content["config"].get("batch_sizes") or [None]
+        if not isinstance(said[0], dict) or "cost" not in said[0]:
+            raise ValueError(f"{str(self.path)!r} was not written by pitome_llava; run lmms-eval with that model")
+        return said[0]
+
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Every question of a task, or of the tasks of a group; empty where they were not logged."""
+        names = self.content["group_subtasks"].get(task) or [task]
+        files = [self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}_samples_{name}.jsonl") for name in names]
+        found = []
+        for name, file in zip(names, files, strict=True):
+            if file.is_file():
+                rows = map(json.loads, file.read_text().splitlines())
+                found += [row | {"doc_id": (name, row["doc_id"])} for row in rows]
+        return found
+
+    def figures(self, task: str) -> dict[str, float]:
+        """Every figure of a task by its metric."""
+        row = self.content["results"][task] | self.content.get("groups", {}).get(task, {})
+        named = {key.split(",")[0]: value for key, value in row.items() if "_stderr" not in key}
+        return {name: value for name, value in named.items() if isinstance(value, int | float) and name != "samples"}
+
+    def figure(self, task: str, metric: str, scale: float = 1.0) -> Figure:
+        """A figure as lmms-eval gives it, with the interval that its questions give.
+
+        Raises
+        ------
+        RuntimeError : the questions on file give another figure than the results.
+        """
+        value, samples = float(self.figures(task)[metric]), self.samples(task)
+        found = interval(samples, metric)
+        if found is None:
+            return Figure(scale * value, None, None, len(samples))
+        if abs(found[0] - value) > 1e-6 * max(1.0, abs(value)):
+            raise RuntimeError(f"{self.path}: {metric} of {task} is {value}, but its questions give {found[0]}")
+        return Figure(scale * value, scale * found[1], scale * found[2], len(samples))
+
+
+def read(folders: Sequence[Path]) -> Iterator[Results]:
+    """The results files in folders, in the order of their paths.
+
+    Raises
+    ------
+    ValueError : a folder without any.
+    """
+    for folder in folders:
+        files = sorted(folder.rglob(f"*{SUFFIX}"))
+        if not files:
+            raise ValueError(f"no results (*{SUFFIX}) in {str(folder)!r}; say where lmms-eval's --output_path was")
+        yield from (Results(file, json.loads(file.read_text())) for file in files)
+
+
+def newest(folder: Path) -> Results | None:
+    """The last results in a folder, None if there are none."""
+    files = sorted(folder.rglob(f"*{SUFFIX}")) if folder.is_dir() else []
+    return Results(files[-1], json.loads(files[-1].read_text())) if files else None

@@ -1,0 +1,162 @@
+"""``pitome-mllm reproduce``: a published table, run through lmms-eval, with ours beside the published figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .._companion import companion
+
+NAMES = ("pitome-paper", "pruning-literature", "embedded")
+WIDE = 160  # columns
+SUSTAINED = 60.0  # TFLOP/s at which LLaVA-1.5-7B takes the 9 hours for VQAv2 that the PiToMe paper reports
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="run a published table through lmms-eval",
+        description="Run a published table through lmms-eval and print ours beside the published figures.",
+    )
+    parser.add_argument("--table", required=True, choices=NAMES)
+    parser.add_argument("--plan", action="store_true", help="print what would run, and what it takes; run nothing")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of every task")
+    parser.add_argument("--model", metavar="M", help="another model than the table's: 'tiny', a folder, a hub name")
+    parser.add_argument("--method", nargs="+", metavar="M", help="only these methods of the table")
+    parser.add_argument("--keep", nargs="+", type=int, metavar="K", help="only these numbers of tokens of the table")
+    parser.add_argument("--task", nargs="+", metavar="T", help="only these tasks of the table")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="local data instead of the hub's data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="%(default)s")
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="%(default)s")
+    parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs pitome-mllm[bnb])")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
+    parser.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
+    parser.add_argument("--tflops", type=float, default=SUSTAINED, help="sustained rate of --plan (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of questions; give 1 or more")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan or run the table; exit code 1 where a question could not be answered.
+
+    Raises
+    ------
+    ValueError : a mistake the user can mend, in one sentence.
+    """
+    tables = companion("eval", "tables")
+    table = tables.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
+    if options.plan:
+        _show_plan(options, table, tables)
+        return
+    reproduce = companion("eval", "reproduce")
+    device = options.device or _first_gpu(options.bits)
+    asked = reproduce.Options(
+        limit=options.limit,
+        batch_size=options.batch_size,
+        data=options.data,
+        out=options.out,
+        load={"bits": options.bits, "dtype": options.dtype, "device": device},
+    )
+    try:
+        found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
+        rows = list(reproduce.compare(options.table, table, found))
+    except RuntimeError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
+        raise SystemExit(1) from error
+    if rows:  # none in the other processes of a parallel run
+        _show(options, table, rows)
+
+
+def _first_gpu(bits: int | None) -> str | None:
+    import torch
+
+    return "cuda" if bits is None and torch.cuda.is_available() else None
+
+
+def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
+    estimated = tables.plan(table, options.limit, options.tflops)
+    fetched = tables.downloads(table)
+    hours = sum(one.hours for one in estimated)
+    if options.json:
+        runs = [
+            {"run": str(one.run), "questions": one.documents, "gflops": one.gflops, "hours": one.hours}
+            for one in estimated
+        ]
+        sys.stdout.write(json.dumps({"runs": runs, "downloads": fetched, "hours": hours}) + "\n")
+        return
+    console = _console()
+    console.print(f"{options.table}: {table.about}", markup=False)
+    view = Table("run", "questions", "GFLOPs per question", "hours", box=None, pad_edge=False)
+    for one in estimated:
+        view.add_row(str(one.run), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
+    console.print(view)
+    sizes = ", ".join(f"{name} {tables.TASKS[name].documents:,}" for name in table.tasks)
+    console.print(f"questions per task: {sizes}")
+    console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
+    console.print(
+        f"{hours:.1f} hours in all, by FLOPs at {options.tflops:g} TFLOP/s sustained, prompts of {tables.TEXT_TOKENS} "
+        f"text tokens and answers of {tables.NEW_TOKENS}; reading pictures and writing long answers come on top"
+    )
+
+
+def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
+    if options.json:
+        sys.stdout.write(json.dumps([_plain(row) for row in rows]) + "\n")
+        return
+    columns = ("run", "task", "questions", "ours", "95 % interval", "published", "difference", "95 % interval")
+    view = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        view.add_row(*_cells(row))
+    console = _console()
+    console.print(f"{options.table}: {table.about}", markup=False)
+    console.print(view)
+    for source in dict.fromkeys(row.source for row in rows if row.source):
+        console.print(f"published: {source}", markup=False)
+    if options.limit is not None or options.data is not None:
+        console.print("published figures are over all questions of the published data, ours here are not")
+
+
+def _console() -> Console:
+    """Wide enough for the tables where stdout is a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+
+
+def _cells(row: Any) -> list[str]:
+    span = _span(row.low, row.high)
+    if row.difference is None:
+        return [str(row.run), row.task, str(row.questions or "-"), f"{row.ours:.1f}", span, "-", "-", "-"]
+    change, low, high = row.difference
+    theirs = [f"{row.published:.1f}", f"{change:+.1f}", _span(low, high, "+")]
+    return [str(row.run), row.task, str(row.questions or "-"), f"{row.ours:.1f}", span, *theirs]
+
+
+def _span(low: float | None, high: float | None, sign: str = "") -> str:
+    return "-" if low is None else f"{low:{sign}.1f} to {high:{sign}.1f}"
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    change = row.difference or (None, None, None)
+    return {
+        "run": str(row.run),
+        "model": row.run.model,
+        "method": row.run.method,
+        "amount": row.run.amount,
+        **{name: getattr(row, name) for name in ("task", "questions", "ours", "low", "high", "published", "source")},
+        **dict(zip(("difference", "difference_low", "difference_high"), change, strict=True)),
+    }

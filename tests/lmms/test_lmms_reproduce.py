@@ -1,0 +1,141 @@
+"""Tables run through lmms-eval, on the embedded tasks and with the real prompts and metrics of published ones."""
+
+import json
+
+import pytest
+from evaluating import answers, by_hand, evaluate
+from lmms_eval.tasks import __file__ as packaged
+from PIL import Image
+
+from pitome_mllm import cli
+from pitome_mllm.methods.tome import ToMe
+from pitome_mllm_eval import local_tasks, reproduce
+from pitome_mllm_eval.lmms.model import PitomeLlava
+from pitome_mllm_eval.tables import TABLES, TASKS, narrowed
+
+SHORT = "\nAnswer the question using a single word or phrase."
+PACKAGED = packaged.removesuffix("__init__.py")
+# Task: where lmms-eval keeps it, the split, the metrics, and how a question ends.
+REAL = {
+    "gqa": ("gqa/gqa.yaml", "testdev", {"exact_match"}, SHORT),
+    "textvqa_val": ("textvqa/textvqa_val.yaml", "validation", {"exact_match"}, SHORT),
+    "pope": ("pope/pope.yaml", "test", {"pope_accuracy", "pope_f1_score"}, SHORT),
+    "mme": ("mme/mme.yaml", "test", {"mme_perception_score"}, SHORT),
+    "scienceqa_img": (
+        "scienceqa/scienceqa_img.yaml",
+        "test",
+        {"exact_match"},
+        "\nA. yes\nB. no\nAnswer with the option's letter from the given choices directly.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    local_tasks.write(folder, scenes=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(data, tmp_path_factory):
+    """lmms-eval's own tasks, included, over local data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, (path, split, _, _) in REAL.items():
+        (folder / f"{name}.yaml").write_text(
+            f"include: {PACKAGED}{path}\ntask: local_{name}\ndataset_path: parquet\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {{{split}: {data}/{name}.parquet}}}}\nprocess_docs: null\n"
+        )
+    return folder
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_prompts_and_metrics_run_over_local_data(name, tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # TextVQA writes its submission here
+    lm = PitomeLlava("tiny", method="tome", keep=72, batch_size=2)
+    found = evaluate(lm, [f"local_{name}"], include=tasks, limit=4, batch_size=2)
+    samples = found["samples"][f"local_{name}"]
+    _, _, metrics, ending = REAL[name]
+    assert metrics <= {key.split(",")[0] for key in found["results"][f"local_{name}"]}
+    assert len(samples) == 4 and all(one["arguments"][0].endswith(ending) for one in samples)
+    rows = list(local_tasks.MAKERS[name](4))[:4]
+    for one, row in zip(samples, rows, strict=True):
+        pictures = [] if row["image"] is None else [picture(row["image"])]
+        said = by_hand(pictures, one["arguments"][0], new_tokens=16, method="tome", keep=72)
+        assert one["filtered_resps"][0] == said
+    assert set(answers(found).values()) != {""}
+
+
+def picture(number: int) -> Image.Image:
+    return local_tasks.scene(number)[0]
+
+
+def run(capsys, *arguments):
+    try:
+        code = cli.main(["reproduce", *map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+EMBEDDED = ("--table", "embedded", "--limit", 2, "--method", "tome", "--keep", 72)
+
+
+def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypatch):
+    code, out, err = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
+    assert code == 0, err
+    rows = {(row["method"], row["task"]): row for row in json.loads(out)}
+    row = rows["tome", "pitome_scenes"]
+    assert row["questions"] == 14 and row["low"] <= row["ours"] <= row["high"]
+    assert row["difference"] == pytest.approx(row["ours"] - row["published"]) and "curves.csv" in row["source"]
+    share = 100 * row["ours"] / rows["none", "pitome_scenes"]["ours"]
+    assert rows["tome", "relative"]["ours"] == pytest.approx(share)
+    monkeypatch.setattr(PitomeLlava, "_generate", None)  # asking would fail
+    again = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
+    assert (again[0], again[1]) == (0, out) and err.count("is there already") == 0
+    assert again[2].count("is there already") == 2
+
+
+def test_a_question_that_fails_is_code_1_and_goes_on_where_it_was(capsys, tmp_path, monkeypatch):
+    plain, seen = ToMe.match, []
+
+    def match(self, metric, *args, **kwargs):
+        seen.extend([1] if metric.any() else [])
+        if len(seen) == 2 * 6 + 1:
+            raise ArithmeticError("no more")
+        return plain(self, metric, *args, **kwargs)
+
+    monkeypatch.setattr(ToMe, "match", match)
+    options = (*EMBEDDED, "--out", tmp_path, "--batch-size", 1)
+    code, out, err = run(capsys, *options)
+    assert (code, out) == (1, "")
+    assert "pitome-mllm: task pitome_scenes_colour, document 0: ArithmeticError: no more" in err
+    assert len(list(tmp_path.rglob("*_results.json"))) == 1, "of the plain run before it"
+    seen.clear()
+    seen.extend([1] * 100)
+    code, out, _ = run(capsys, *options, "--json")
+    assert code == 0 and len(seen) - 100 == (14 - 2) * 6, "two questions had their answers already"
+    file = next(path for path in tmp_path.rglob("*_results.json") if "tome" in str(path))
+    (about,) = json.loads(file.read_text())["config"]["batch_sizes"]
+    assert about["cost"]["questions_asked"] == 12
+
+
+def test_a_table_with_changed_settings_runs_over_local_data(data, tmp_path):
+    table = narrowed(TABLES["pruning-literature"], "tiny", ["tome"], [64], ["mme", "pope", "textvqa_ocr"])
+    options = reproduce.Options(limit=None, batch_size=4, data=data, out=tmp_path)
+    said = []
+    found = reproduce.reproduce("pruning-literature", table, options, said.append)
+    rows = list(reproduce.compare("pruning-literature", table, found))
+    assert said == ["[1/2] tiny none", "[2/2] tiny tome keep=64"]
+    assert [row.task for row in rows] == ["mme", "pope", "textvqa_ocr"] * 2 + ["relative"][: len(rows) - 6]
+    for row in rows[:6]:
+        assert row.questions > 0 and row.low is not None
+        assert row.ours == TASKS[row.task].scale * found[row.run].figures(TASKS[row.task].task)[TASKS[row.task].metric]
+    configs = found[table.runs[1]].content["configs"]
+    assert configs["textvqa_val"]["lmms_eval_specific_kwargs"]["ocr"] is True
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no data .*gqa.parquet'; write some: python -m pitome_mllm_eval.local_tasks"):
+        reproduce.task_of("gqa", tmp_path)

@@ -1,0 +1,192 @@
+"""`pitome-mllm reproduce` and the report without lmms-eval: tables, plans, intervals, results files."""
+
+import csv
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from pitome_mllm import METHODS, cli, estimate
+from pitome_mllm.commands.reproduce import NAMES
+from pitome_mllm.shapes import get_shape
+from pitome_mllm_eval.intervals import interval
+from pitome_mllm_eval.lmms import report
+from pitome_mllm_eval.results_files import read
+from pitome_mllm_eval.tables import PUBLISHED, RELATIVE, TABLES, TASKS, narrowed, plan, published
+
+
+def run(capsys, *arguments):
+    try:
+        code = cli.main(["reproduce", *map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_command_offers_every_table():
+    assert set(NAMES) == set(TABLES)
+
+
+@pytest.mark.parametrize("name", ["pitome-paper", "pruning-literature"])
+def test_every_published_figure_belongs_to_a_run_and_names_its_source(name):
+    table = TABLES[name]
+    runs = {(run.model, run.method, run.amount) for run in table.runs}
+    for (*run, task), (value, source) in published(name).items():
+        assert tuple(run) in runs and task in (*table.tasks, RELATIVE) and value > 0 and source
+        assert run[1] == "none" or run[1] in METHODS
+    with PUBLISHED.open() as file:
+        assert {row["table"] for row in csv.DictReader(file)} == {"pitome-paper", "pruning-literature"}
+
+
+def test_derived_means_follow_from_the_figures_beside_them():
+    known = published("pitome-paper")
+    for model, method, amount, task in [key for key in known if key[3] == RELATIVE]:
+        tasks = TABLES["pitome-paper"].tasks
+        share = [known[model, method, amount, t][0] / known[model, "none", "", t][0] for t in tasks]
+        assert 100 * np.mean(share) == pytest.approx(known[model, method, amount, task][0], abs=0.06)
+
+
+def test_the_embedded_table_stands_beside_what_was_measured():
+    known = published("embedded")
+    for one in TABLES["embedded"].runs:
+        assert (one.model, one.method, one.amount, "pitome_scenes") in known
+
+
+def test_the_plan_counts_questions_and_flops(capsys):
+    table = TABLES["pitome-paper"]
+    first, second, *_ = plan(table, None, tflops=100)
+    assert first.documents == sum(TASKS[name].documents for name in table.tasks) == 240_642
+    config = get_shape("llava-1.5-7b").config()
+    flops = estimate(config, "pitome", ratio=0.9, text_tokens=60, new_tokens=4).flops
+    assert second.gflops == pytest.approx(flops / 1e9)
+    assert second.hours == pytest.approx(240_642 * flops / 1e14 / 3600)
+    code, out, err = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10)
+    assert (code, err) == (0, "") and "llava-1.5-13b-hf tofu ratio=0.925" in out
+    assert "llava-hf/llava-1.5-7b-hf (14.1 GB)" in out and "lmms-lab-encoder/GQA" in out
+    code, out, _ = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10, "--json")
+    said = json.loads(out)
+    assert code == 0 and len(said["runs"]) == len(table.runs) and {r["questions"] for r in said["runs"]} == {60}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--table", "paper"], "invalid choice: 'paper'"),
+        (["--table", "embedded", "--limit", 0, "--plan"], "'0' is not a number of questions"),
+        (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
+        (["--table", "embedded", "--method", "dart", "--plan"], "nothing of the table is left; it has the methods"),
+        (["--table", "embedded", "--model", "nowhere/", "--plan"], "no folder 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_without_lmms_eval_it_says_what_to_install(capsys, tmp_path):
+    assert importlib.util.find_spec("lmms_eval") is None, "this suite runs without lmms-eval"
+    code, out, err = run(capsys, "--table", "embedded", "--out", tmp_path)
+    assert (code, out) == (2, "") and "pip install 'pitome-mllm[eval]'" in err
+
+
+def test_a_table_is_narrowed_to_what_is_asked_for():
+    table = narrowed(TABLES["embedded"], "folder", ["tome"], [72], None)
+    assert [str(one) for one in table.runs] == ["folder none", "folder tome keep=72"]
+
+
+def test_intervals_resample_pictures():
+    rng = np.random.default_rng(3)
+    samples = [{"doc_id": n, "picture": n // 4, "exact_match": float(rng.random() < 0.7)} for n in range(200)]
+    value, low, high = interval(samples, "exact_match")
+    assert value == pytest.approx(np.mean([s["exact_match"] for s in samples])) and low < value < high
+    together = [{**s, "exact_match": float(s["picture"] % 2)} for s in samples]  # all or nothing on a picture
+    alone = [{**s, "picture": None} for s in together]
+    widths = [high - low for _, low, high in (interval(which, "exact_match") for which in (together, alone))]
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.2)
+    assert interval(samples, "gpt_eval_score") is None and interval([], "exact_match") is None
+
+
+def test_f1_and_pairs_are_counted_as_their_benchmarks_do():
+    pairs = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("yes", "yes"), ("no", "no")]
+    pope = [{"doc_id": n, "pope_f1_score": {"prediction": p, "ground_truth": g}} for n, (p, g) in enumerate(pairs)]
+    assert interval(pope, "pope_f1_score")[0] == pytest.approx(2 / 3)
+    scores = {("count", "a"): (1, 1), ("count", "b"): (1, 0), ("scene", "c"): (0, 0), ("scene", "d"): (1, 1)}
+    mme = [
+        {"doc_id": f"{name}{n}", "mme_perception_score": {"category": kind, "question_id": name, "score": score}}
+        for (kind, name), both in scores.items()
+        for n, score in enumerate(both)
+    ]
+    value, low, high = interval(mme, "mme_perception_score")
+    assert value == (200 + 50) / 2 + (0 + 200) / 2 and low < value < high
+
+
+def results(folder, method, keep, scores, milliseconds):
+    """What lmms-eval writes about one run of one task."""
+    asked = {"method": method, "keep": keep} if keep else {}
+    cost = {
+        "questions_asked": len(scores), "visual_tokens": keep or 576.0, "prompt_tokens": 600.0, "tower_ms": 3.0,
+        "prefill_ms": milliseconds, "decode_ms": 2.0, "tokens_per_second": 9.0, "peak_memory_mb": 500.0, "gflops": 1.5,
+    }  # fmt: skip
+    versions = dict.fromkeys(("pitome_mllm", "torch", "transformers", "lmms_eval"), "1.0")
+    about = {"pretrained": "tiny", "method": method, "asked": asked, "cost": cost, "versions": versions}
+    about |= {"batch": 8, "processes": 1, "device": "a processor", "dtype": "torch.float32"}
+    content = {
+        "results": {"own": {"exact_match,none": float(np.mean(scores)), "exact_match_stderr,none": "N/A"}},
+        "group_subtasks": {"own": []},
+        "config": {"batch_sizes": [about]},
+        "date": "today",
+    }
+    folder.mkdir(parents=True)
+    (folder / "1_results.json").write_text(json.dumps(content))
+    rows = [{"doc_id": n, "picture": n, "exact_match": score} for n, score in enumerate(scores)]
+    (folder / "1_samples_own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    results(tmp_path / "plain", "none", None, [1.0] * 9 + [0.0], 20.0)
+    results(tmp_path / "a", "tome", 144, [1.0] * 8 + [0.0] * 2, 12.0)
+    results(tmp_path / "b", "tome", 72, [1.0] * 6 + [0.0] * 4, 8.0)
+    return tmp_path
+
+
+def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
+    readme = folders / "README.md"
+    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--readme", str(readme)])
+    with (folders / "x.csv").open() as file:
+        found = {(row["method"], row["asked"]): row for row in csv.DictReader(file)}
+    assert len(found) == 3
+    row = found["tome", "keep=144"]
+    assert [row[name] for name in ("value", "visual_tokens", "latency_ms", "questions")] == ["0.8", "144", "14.0", "10"]
+    assert float(row["low"]) < 0.8 < float(row["high"])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
+    assert capsys.readouterr().out.strip() in text
+    assert "prefill ms" not in text
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--times"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "keep=144" in line)
+    assert line.endswith("| 144.0 | 600.0 | 1.50 | 500 | 3.0 | 12.0 | 2.0 | 9.0 |")
+    assert {path.name for path in folders.glob("*.png")} == {"lmms_visual_tokens.png", "lmms_latency_ms.png"}
+
+
+def test_results_that_do_not_follow_from_their_questions_are_refused(folders):
+    file = folders / "a" / "1_samples_own.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    (found,) = read([folders / "a"])
+    with pytest.raises(RuntimeError, match="exact_match of own is 0.8, but its questions give 0.88"):
+        found.figure("own", "exact_match")
+
+
+def test_the_report_refuses_what_it_cannot_read(folders, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(folders / "nothing")])
+    assert "no results (*_results.json)" in capsys.readouterr().err
+    file = folders / "a" / "1_results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": {"batch_sizes": []}}))
+    with pytest.raises(SystemExit):
+        report.main([str(folders)])
+    assert "was not written by pitome_llava" in capsys.readouterr().err
