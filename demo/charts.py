@@ -13,8 +13,8 @@ from pitome_mllm._companion import companion
 
 from .look import Look
 
-WIDTH = 420  # of every chart, in units of its own; text of 13 units stays readable on a phone
-LINE = 22
+WIDTH = 420  # of every chart, in units of its own; text of 15 units stays readable on a phone
+LINE = 25
 ALL = 576  # visual tokens of the plain embedded model
 
 
@@ -72,16 +72,16 @@ def _record() -> tuple:
 def bars(look: Look) -> str:
     """Tokens before the first merge and after each one, as bars from top to bottom."""
     names = ["picture", *(short(step) for step in look.steps)]
-    left, right = 8 + 7.4 * max(map(len, names)), 46
+    left, right = 8 + 8.3 * max(map(len, names)), 44
     parts = []
     for row, (name, count) in enumerate(zip(names, look.counts, strict=True)):
         middle = LINE * row + LINE / 2
         length = (WIDTH - left - right) * count / look.counts[0]
-        parts.append(_text(left - 6, middle + 4, name, "end"))
+        parts.append(_text(left - 6, middle + 5, name, "end"))
         parts.append(
-            f'<rect class="pm-bar" x="{left:.1f}" y="{middle - 8:.1f}" width="{length:.1f}" height="16" rx="2"/>'
+            f'<rect class="pm-bar" x="{left:.1f}" y="{middle - 9:.1f}" width="{length:.1f}" height="18" rx="2"/>'
         )
-        parts.append(_text(left + length + 6, middle + 4, str(count)))
+        parts.append(_text(left + length + 6, middle + 5, str(count)))
     return _svg(LINE * len(names) + 4, parts, f"Tokens of {look.name}: {', '.join(map(str, look.counts))}")
 
 
@@ -92,7 +92,7 @@ def short(step: str) -> str:
 
 def accuracy(found: Curve, keep: int) -> str:
     """The curve over visual tokens, between plain and blind, with a mark at ``keep``."""
-    top, bottom, left, right = 14, 200, 44, WIDTH - 16
+    top, bottom, left, right = 14, 220, 52, WIDTH - 18
     keeps = sorted({*found.points, ALL})
 
     def x(tokens: float) -> float:
@@ -105,10 +105,10 @@ def accuracy(found: Curve, keep: int) -> str:
     parts = []
     for value in (0, 0.25, 0.5, 0.75, 1):
         parts.append(_line([(left, y(value)), (right, y(value))], "pm-grid"))
-        parts.append(_text(left - 6, y(value) + 4, f"{value:.0%}".replace("%", " %"), "end"))
+        parts.append(_text(left - 6, y(value) + 5, f"{value:.0%}".replace("%", " %"), "end"))
     for tokens in keeps:
-        parts.append(_text(x(tokens), bottom + 18, str(tokens), "middle"))
-    parts.append(_text((left + right) / 2, bottom + 38, "visual tokens kept", "middle"))
+        parts.append(_text(x(tokens), bottom + 20, str(tokens), "middle"))
+    parts.append(_text((left + right) / 2, bottom + 41, "visual tokens kept", "middle"))
     parts.append(_line([(left, y(found.plain)), (right, y(found.plain))], "pm-plain"))
     parts.append(_line([(left, y(found.blind)), (right, y(found.blind))], "pm-blind"))
     parts.append(_text(right, y(found.blind) - 5, f"without looking {found.blind:.1%}".replace("%", " %"), "end"))
@@ -121,7 +121,7 @@ def accuracy(found: Curve, keep: int) -> str:
     parts.append(_line([(x(keep), top), (x(keep), bottom)], "pm-now"))
     parts.append(f'<circle class="pm-mark" cx="{x(keep):.1f}" cy="{y(_between(found, keep)):.1f}" r="7"/>')
     title = f"{found.method}, {found.where}, {found.at(keep)}"
-    return _svg(bottom + 46, parts, f"Accuracy of {title}; the plain model {found.plain:.1%}")
+    return _svg(bottom + 50, parts, f"Accuracy of {title}; the plain model {found.plain:.1%}")
 
 
 def _between(found: Curve, keep: int) -> float:

@@ -9,9 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 
 from pitome_mllm import attach, estimate, load
 from pitome_mllm.accounting import MLP_MATRICES, kv_bytes_per_token
+from pitome_mllm.features import pixel_values, tower_features
 from pitome_mllm.loading import read_config
 
 from .controls import Controls
@@ -49,6 +51,13 @@ class Engine:
     def available(self) -> int:
         """Visual tokens per picture of the plain model."""
         return self.handle.geometry.available
+
+    def warm_up(self) -> None:
+        """Run the tower once merged and once plain, so that the first figures are like all others."""
+        blank = pixel_values(self.processor, Image.new("RGB", (32, 32)))
+        tower_features(self.model, blank)
+        with self.handle.using(None):
+            tower_features(self.model, blank)
 
     def plan(self, controls: Controls) -> Any:
         """What the settings come to; ValueError if they are not possible here."""
@@ -143,5 +152,7 @@ class Models:
             model, processor = load(name, bits=bits, **self._options)
         except torch.cuda.OutOfMemoryError as error:
             raise ValueError(f"not enough memory for {name}; choose 4 or 8 bits, or a smaller model") from error
-        say(0.95, "attaching")
-        return Engine(key, model, processor)
+        say(0.9, "warming up")
+        engine = Engine(key, model, processor)
+        engine.warm_up()
+        return engine

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from . import __version__
-from .commands import ask, cost, groups, methods, spectrum
+from .commands import ask, cost, demo, groups, methods, spectrum
 
 DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual tokens.
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pitome-mllm {__version__}")
     parser.add_argument("--debug", action="store_true", help="log what happens, and show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ask, groups, spectrum, cost, methods):
+    for command in (ask, demo, groups, spectrum, cost, methods):
         command.register(commands)
     return parser
 
