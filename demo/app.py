@@ -34,7 +34,7 @@ QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 STYLE = Path(__file__).with_name("style.css")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
-LIVE_SECONDS = 600  # that a drawn picture or an uploaded file stays in the temporary folder
+LIVE_SECONDS = 3600  # that a drawn picture or an uploaded file stays in the temporary folder
 
 
 def theme() -> gr.themes.Base:
@@ -85,7 +85,7 @@ class Page:
             self.stop = gr.Button("Stop", size="sm", min_width=70, elem_id="pm-stop")
             self.retry = gr.Button("Retry", size="sm", min_width=70, elem_id="pm-retry")
             self.clear = gr.Button("Clear", size="sm", min_width=70, elem_id="pm-clear")
-            self.save = gr.DownloadButton("JSON", size="sm", min_width=70, elem_id="pm-json")
+            self.save = gr.DownloadButton("JSON", size="sm", min_width=70, elem_id="pm-json", interactive=False)
         made = examples.write(folder)
         gr.Examples([[{"text": asked, "files": [str(path)]}] for asked, path in made], [self.box], label="Examples")
         gr.HTML(f'<div class="pm-note">{examples.NOTE}</div>', padding=False)
@@ -149,13 +149,17 @@ class Page:
         do = self.handlers
         asked = [self.box, *self.controls, self.compare]
         shown = [self.chat, self.notice, self.box]
-        look = {"fn": do.newest_look, "inputs": None, "outputs": [self.which, *self.inside], **QUIET}
-        self.box.submit(do.send, asked, shown, **QUIET).then(**look)
+        look = {
+            "fn": do.newest_look,
+            "outputs": [self.save, self.which, *self.inside],
+            "trigger_mode": "multiple",
+            **QUIET,
+        }
+        self.box.submit(do.send, asked, shown, trigger_mode="multiple", **QUIET).then(**look)
         self.retry.click(do.ask_again, asked[1:], shown, **QUIET).then(**look)
         self.stop.click(do.end, None, None, queue=False, **QUIET)
         gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET).then(**look)
-        self.save.click(do.write_json, None, self.save, **QUIET)
-        self.camera.input(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
+        self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
         planned = [self.plan, self.accuracy, self.keep, self.ratio]
         gr.on(
             [self.blocks.load, *(control.change for control in self.controls)], do.show_plan, self.controls, planned,
@@ -190,11 +194,16 @@ class Page:
 def run(models: Models, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> None:
     """Serve the page until interrupted; everything that it writes is in a temporary folder, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")
-        page = Page(models, picker, Path(folder))
-        page.blocks.queue(default_concurrency_limit=32, max_size=256)
-        page.blocks.launch(
-            server_name=host, server_port=port, share=share, theme=theme(), css_paths=STYLE,
-            max_file_size=MAX_BYTES, footer_links=[], ssr_mode=False, enable_monitoring=False,
-            pwa=False, mcp_server=False, **launch,
-        )  # fmt: skip
+        serve(models, Path(folder), host, port, share, picker, **launch)
+
+
+def serve(models: Models, folder: Path, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> Page:
+    """Build the page and serve it; with ``prevent_thread_lock=True`` return at once."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
+    page = Page(models, picker, folder)
+    page.blocks.queue(default_concurrency_limit=32, max_size=256)
+    page.blocks.launch(
+        server_name=host, server_port=port, share=share, theme=theme(), css_paths=STYLE, max_file_size=MAX_BYTES,
+        footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, **launch,
+    )  # fmt: skip
+    return page

@@ -40,10 +40,11 @@ class Handlers:
         """Ask; the question goes back into the box if it cannot be asked."""
         *values, compare = values
         chat = self.of(request)
+        emptied = None  # once: meanwhile the visitor may write the next question
         try:
-            controls = _controls(*values)
-            for _ in chat.ask(box["text"] or "", box["files"], controls, compare):
-                yield view.messages(chat.turns), QUIET, None
+            for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
+                yield view.messages(chat.turns), QUIET, emptied
+                emptied = gr.skip()
         except ValueError as error:
             yield view.messages(chat.turns), _loud(str(error)), box
 
@@ -111,14 +112,16 @@ class Handlers:
     # looking inside
 
     def newest_look(self, request: gr.Request) -> tuple[Any, ...]:
-        """The list of pictures to look into, and the last one of the last turn."""
+        """The conversation as a file, the list of pictures to look into, and the last one of the last turn."""
         found = _looks(self.of(request))
         choices = [
             (f"{turn + 1}. {look.name} · {look.title.split(' tokens')[0]}", f"{turn}/{number}")
             for turn, number, look in found
         ]
         value = choices[-1][1] if choices else None
-        return gr.update(choices=choices, value=value), *self.show_look(request, value)
+        chat = self.of(request)
+        file = gr.update(value=self.write_json(request) if chat.turns else None, interactive=bool(chat.turns))
+        return file, gr.update(choices=choices, value=value), *self.show_look(request, value)
 
     def _look(self, request: gr.Request, value: str | None) -> Look | None:
         return next((look for t, n, look in _looks(self.of(request)) if f"{t}/{n}" == value), None)

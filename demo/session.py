@@ -23,6 +23,7 @@ from .turns import Reply, Turn, history
 MAX_PICTURES = 8  # in one conversation
 MAX_TURNS = 100
 MAX_LOOKS = 10  # turns back for which one can still look inside
+PATIENCE = 0.5  # seconds
 IDLE_SECONDS = 1800  # after which a visitor who did not say goodbye counts as gone
 
 
@@ -110,7 +111,7 @@ class Conversation:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
+        if not self._busy.acquire(timeout=PATIENCE):  # the last words may be out a moment before the end is
             raise ValueError("an answer is still being written; wait for it, or stop it")
         try:
             self.seen = time.monotonic()
