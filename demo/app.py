@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +190,11 @@ class Page:
         button.click(do.api_conversation, None, answer, api_name="conversation")
 
 
-def run(models: Models, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> None:
-    """Serve the page until interrupted; everything that it writes is in a temporary folder, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
-        serve(models, Path(folder), host, port, share, picker, **launch)
-
-
 def serve(models: Models, folder: Path, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> Page:
-    """Build the page and serve it; with ``prevent_thread_lock=True`` return at once."""
+    """Build the page and serve it until interrupted; with ``prevent_thread_lock=True`` return at once.
+
+    All that is written goes into ``folder``, which the caller removes.
+    """
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
     page = Page(models, picker, folder)
     page.blocks.queue(default_concurrency_limit=32, max_size=256)

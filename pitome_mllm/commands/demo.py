@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from .._companion import companion
@@ -35,12 +39,15 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    app, models = companion("demo", "app"), companion("demo", "models")
-    loaded = models.Models(options.model, options.bits, options.dtype, options.device)
     picker = options.host in LOCAL and not options.share  # else strangers could load any folder of this machine
-    sys.stdout.write(f"Loading {options.model}; the chat opens at the address below, Ctrl+C ends it\n")
-    sys.stdout.flush()
-    try:
-        app.run(loaded, options.host, options.port, options.share, picker, inbrowser=options.open)
-    except OSError as error:  # no free port, an address that is not ours
-        raise ValueError(f"cannot listen on {options.host}, port {options.port or 'any'}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported
+        app, models = companion("demo", "app"), companion("demo", "models")
+        first = models.Models(options.model, options.bits, options.dtype, options.device)
+        sys.stdout.write(f"Loading {options.model}; the chat opens at the address below, Ctrl+C ends it\n")
+        sys.stdout.flush()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind when a service manager ends it
+        try:
+            app.serve(first, Path(folder), options.host, options.port, options.share, picker, inbrowser=options.open)
+        except OSError as error:  # no free port, an address that is not ours
+            raise ValueError(f"cannot listen on {options.host}, port {options.port or 'any'}: {error}") from error

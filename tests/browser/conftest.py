@@ -83,7 +83,7 @@ class Visitor:
         self.page.wait_for_selector("#pm-plan .pm-plan", timeout=60_000)
 
     def _console(self, message):
-        if message.type in ("error", "warning"):
+        if message.type == "error":
             self.complaints.append(f"console: {message.text}")
 
     def _request(self, address, url):

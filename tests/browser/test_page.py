@@ -114,6 +114,8 @@ def test_a_webcam_picture(visitor):
     page = visitor.page
     page.get_by_role("button", name="Webcam").click()
     page.get_by_text("Click to Access Webcam").click()
+    playing = "document.querySelector('video')?.readyState === 4 && document.querySelector('video').videoWidth > 0"
+    visitor.until(lambda: page.evaluate(playing))
     page.get_by_label("capture photo").click()
     visitor.until(lambda: page.locator("#pm-box .thumbnail-item").count() == 1)
     page.locator("#pm-box textarea").press("Enter")
