@@ -106,7 +106,7 @@ class Visitor:
         """Ask and wait for all figures; returns the text of the merged reply."""
         before = self.page.locator(".pm-merged.pm-done").count()
         self.send(question, path)
-        self.until(lambda: self.page.locator(".pm-merged.pm-done").count() > before, 60)
+        self.until(lambda: self.page.locator(".pm-merged.pm-done").count() > before)
         return self.last(".pm-merged .pm-text")
 
     def last(self, selector):
@@ -125,7 +125,7 @@ class Visitor:
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()
 
-    def until(self, true, seconds=20):
+    def until(self, true, seconds=90):
         """Wait for something to become true, letting the browser's events in."""
         end = time.monotonic() + seconds
         while not true():
