@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.features import pixel_values, tower_features
+from pitome_mllm.latency import now
 from pitome_mllm.specs import FAMILIES, FAMILY_OF_CONFIG
 
 from .controls import Controls
@@ -101,18 +101,14 @@ class _Words(TextStreamer):
         self.say(text)
 
 
-def now(device: torch.device) -> float:
-    """Seconds on a steady clock, once ``device`` has finished what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter()
-
-
 @contextmanager
 def _timed_tower(model: Any) -> Iterator[list[float]]:
     """Start and end of every call of the vision tower within the block, its merging included."""
     tower, ticks = operator.attrgetter(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)(model), []
-    tick = lambda *_: ticks.append(now(model.device))  # noqa: E731
+
+    def tick(*_: Any) -> None:
+        ticks.append(now(model.device))
+
     hooks = [tower.register_forward_pre_hook(tick, prepend=True), tower.register_forward_hook(tick)]
     try:
         yield ticks

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from gradio_client import Client, handle_file
 
+from pitome_mllm_demo.app import Page
+from pitome_mllm_demo.models import Models
 from pitome_mllm_eval.benchmark import scene
 
 SETTINGS = {"method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "the method's own"}
@@ -72,6 +74,13 @@ def test_the_first_answer_comes_soon_after_a_cold_start(program, picture):
 
 def test_it_listens_on_this_machine_only(program):
     assert program.url.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("picker", [True, False])
+def test_strangers_cannot_load_models(tmp_path, picker):
+    """Without the picker there is nothing to call, not only nothing to see."""
+    page = Page(Models(), picker, tmp_path)
+    assert any(call.name == "load_model" for call in page.blocks.fns.values()) == picker
 
 
 def test_turns_settings_and_figures(program, picture):
