@@ -72,7 +72,7 @@ class Page:
 
     def _lay_out_chat(self, folder: Path) -> None:
         self.chat = gr.Chatbot(
-            label="Chat", elem_id="pm-chat", height=520, layout="panel", placeholder=EMPTY, latex_delimiters=[],
+            show_label=False, elem_id="pm-chat", height=560, layout="panel", placeholder=EMPTY, latex_delimiters=[],
             buttons=[], allow_tags=False, feedback_options=None, group_consecutive_messages=False,
         )  # fmt: skip
         self.notice = gr.HTML(visible=False, padding=False, elem_id="pm-notice")
@@ -147,7 +147,7 @@ class Page:
     def _wire(self, picker: bool) -> None:
         do = self.handlers
         asked = [self.box, *self.controls, self.compare]
-        shown = [self.chat, self.notice, self.box]
+        shown = [self.chat, self.notice, self.box, self.save]
         look = {
             "fn": do.newest_look,
             "outputs": [self.save, self.which, *self.inside],

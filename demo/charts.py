@@ -111,7 +111,7 @@ def accuracy(found: Curve, keep: int) -> str:
     parts.append(_text((left + right) / 2, bottom + 41, "visual tokens kept", "middle"))
     parts.append(_line([(left, y(found.plain)), (right, y(found.plain))], "pm-plain"))
     parts.append(_line([(left, y(found.blind)), (right, y(found.blind))], "pm-blind"))
-    parts.append(_text(right, y(found.blind) - 5, f"without looking {found.blind:.1%}".replace("%", " %"), "end"))
+    parts.append(_text(left + 4, y(found.blind) - 5, f"without looking {found.blind:.1%}".replace("%", " %")))
     line = [(x(tokens), y(value)) for tokens, value in sorted(found.points.items())]
     parts.append(_line([*line, (x(ALL), y(found.plain))], "pm-curve"))
     for tokens in found.points:

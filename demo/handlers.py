@@ -21,6 +21,7 @@ from .session import Conversation, Visitors
 BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
 QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there is none
+STALE = gr.update(interactive=False)  # the conversation's file, until it is written anew
 
 
 class Handlers:
@@ -43,26 +44,26 @@ class Handlers:
         emptied = None  # once: meanwhile the visitor may write the next question
         try:
             for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
-                yield view.messages(chat.turns), QUIET, emptied
+                yield view.messages(chat.turns), QUIET, emptied, STALE
                 emptied = gr.skip()
         except ValueError as error:
-            yield view.messages(chat.turns), _loud(str(error)), box
+            yield view.messages(chat.turns), _loud(str(error)), box, gr.skip()
 
     def ask_again(self, request: gr.Request, *values: Any) -> Iterator[Any]:
         *values, compare = values
         chat = self.of(request)
         try:
             for _ in chat.retry(_controls(*values), compare):
-                yield view.messages(chat.turns), QUIET, gr.skip()
+                yield view.messages(chat.turns), QUIET, gr.skip(), STALE
         except ValueError as error:
-            yield view.messages(chat.turns), _loud(str(error)), gr.skip()
+            yield view.messages(chat.turns), _loud(str(error)), gr.skip(), gr.skip()
 
     def end(self, request: gr.Request) -> None:
         self.of(request).stop()
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         self.of(request).clear()
-        return [], QUIET, None
+        return [], QUIET, None, STALE
 
     def write_json(self, request: gr.Request) -> str:
         path = self._download(request)

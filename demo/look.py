@@ -22,7 +22,7 @@ from pitome_mllm.visualize import (
 )
 
 SIDE = 672  # pixels of the longer side of a drawing
-DIM = 0.3  # share of its light that a patch keeps outside the group that was picked
+DIM = 0.45  # share of its light that a patch keeps outside the group that was picked
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pitome_mllm_demo import charts
+from pitome_mllm_demo.look import DIM
 from pitome_mllm_demo.models import Models
 from pitome_mllm_demo.session import Controls, Conversation
 from pitome_mllm_eval.benchmark import scene
@@ -46,7 +47,7 @@ def test_picking_a_group_dims_everything_else(look):
     inside = np.kron((look.groups == largest).reshape(look.grid), np.ones((28, 28))).astype(bool)
     assert whole.shape == lit.shape == (672, 672, 3)
     assert np.array_equal(whole[inside], lit[inside])
-    assert np.abs(lit[~inside] - 0.3 * whole[~inside]).max() <= 1
+    assert np.abs(lit[~inside] - DIM * whole[~inside]).max() <= 1
 
 
 def test_a_group_tells_its_size_and_its_energy(look):
