@@ -33,6 +33,7 @@ QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 STYLE = Path(__file__).with_name("style.css")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+DOWNLOAD = "() => setTimeout(() => document.querySelector('#pm-file').click(), 200)"  # once it has the new file
 LIVE_SECONDS = 3600  # that a drawn picture or an uploaded file stays in the temporary folder
 
 
@@ -84,7 +85,8 @@ class Page:
             self.stop = gr.Button("Stop", size="sm", min_width=70, elem_id="pm-stop")
             self.retry = gr.Button("Retry", size="sm", min_width=70, elem_id="pm-retry")
             self.clear = gr.Button("Clear", size="sm", min_width=70, elem_id="pm-clear")
-            self.save = gr.DownloadButton("JSON", size="sm", min_width=70, elem_id="pm-json", interactive=False)
+            self.save = gr.Button("JSON", size="sm", min_width=70, elem_id="pm-json")
+            self.file = gr.DownloadButton(visible="hidden", elem_id="pm-file")
         made = examples.write(folder)
         gr.Examples([[{"text": asked, "files": [str(path)]}] for asked, path in made], [self.box], label="Examples")
         gr.HTML(f'<div class="pm-note">{examples.NOTE}</div>', padding=False)
@@ -147,7 +149,7 @@ class Page:
     def _wire(self, picker: bool) -> None:
         do = self.handlers
         asked = [self.box, *self.controls, self.compare]
-        shown = [self.chat, self.notice, self.box, self.save]
+        shown = [self.chat, self.notice, self.box]
         look = {
             "fn": do.newest_look,
             "outputs": [self.save, self.which, *self.inside],
@@ -158,6 +160,7 @@ class Page:
         self.retry.click(do.ask_again, asked[1:], shown, **QUIET).then(**look)
         self.stop.click(do.end, None, None, queue=False, **QUIET)
         gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET).then(**look)
+        self.save.click(do.write_json, None, self.file, **QUIET).then(None, None, None, js=DOWNLOAD)
         self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
         planned = [self.plan, self.accuracy, self.keep, self.ratio]
         gr.on(

@@ -21,7 +21,6 @@ from .session import Conversation, Visitors
 BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
 QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there is none
-STALE = gr.update(interactive=False)  # the conversation's file, until it is written anew
 
 
 class Handlers:
@@ -44,26 +43,26 @@ class Handlers:
         emptied = None  # once: meanwhile the visitor may write the next question
         try:
             for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
-                yield view.messages(chat.turns), QUIET, emptied, STALE
+                yield view.messages(chat.turns), QUIET, emptied
                 emptied = gr.skip()
         except ValueError as error:
-            yield view.messages(chat.turns), _loud(str(error)), box, gr.skip()
+            yield view.messages(chat.turns), _loud(str(error)), box
 
     def ask_again(self, request: gr.Request, *values: Any) -> Iterator[Any]:
         *values, compare = values
         chat = self.of(request)
         try:
             for _ in chat.retry(_controls(*values), compare):
-                yield view.messages(chat.turns), QUIET, gr.skip(), STALE
+                yield view.messages(chat.turns), QUIET, gr.skip()
         except ValueError as error:
-            yield view.messages(chat.turns), _loud(str(error)), gr.skip(), gr.skip()
+            yield view.messages(chat.turns), _loud(str(error)), gr.skip()
 
     def end(self, request: gr.Request) -> None:
         self.of(request).stop()
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         self.of(request).clear()
-        return [], QUIET, None, STALE
+        return [], QUIET, None
 
     def write_json(self, request: gr.Request) -> str:
         path = self._download(request)
@@ -113,16 +112,14 @@ class Handlers:
     # looking inside
 
     def newest_look(self, request: gr.Request) -> tuple[Any, ...]:
-        """The conversation as a file, the list of pictures to look into, and the last one of the last turn."""
+        """The list of pictures to look into, and the last one of the last turn."""
         found = _looks(self.of(request))
         choices = [
             (f"{turn + 1}. {look.name} · {look.title.split(' tokens')[0]}", f"{turn}/{number}")
             for turn, number, look in found
         ]
         value = choices[-1][1] if choices else None
-        chat = self.of(request)
-        file = gr.update(value=self.write_json(request) if chat.turns else None, interactive=bool(chat.turns))
-        return file, gr.update(choices=choices, value=value), *self.show_look(request, value)
+        return gr.update(choices=choices, value=value), *self.show_look(request, value)
 
     def _look(self, request: gr.Request, value: str | None) -> Look | None:
         return next((look for t, n, look in _looks(self.of(request)) if f"{t}/{n}" == value), None)
