@@ -2,12 +2,18 @@
 # make test         the test suite
 # make test-oldest  the same on the oldest supported release of transformers
 # make test-lmms    the tests of the lmms-eval plug-in, with lmms-eval in an environment of its own
+# make demo         the chat in a browser
+# make test-browser the chat in headless Chromium and through gradio_client (installs a Chromium where there is none)
+# make test-load    eight visitors of the chat for two minutes
+# make test-serve   the OpenAI-compatible server, asked by the openai package
 # make lint         style checks
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 LMMS ?= .venv-lmms
+BROWSER ?= .venv-browser
+SERVE ?= .venv-serve
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
 PINS := requirements/common.txt requirements/constraints.txt
@@ -15,7 +21,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask test test-oldest test-lmms lint clean
+.PHONY: ask demo test test-oldest test-lmms test-browser test-load test-serve chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -30,12 +36,32 @@ test-oldest: $(OLDEST)/.ready
 test-lmms: $(LMMS)/.ready
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q tests/lmms
 
+demo: $(BROWSER)/.ready
+	$(BROWSER)/bin/pitome-mllm demo
+
+test-browser: $(BROWSER)/.ready chromium
+	$(BROWSER)/bin/python -m pytest -q -s -m "not load" tests/browser
+
+test-load: $(BROWSER)/.ready
+	$(BROWSER)/bin/python -m pytest -q -s -m load tests/browser
+
+test-serve: $(SERVE)/.ready
+	$(SERVE)/bin/python -m pytest -q tests/serving
+
+# An installed Chromium, else the one that Playwright brings, else Debian's.
+chromium: $(BROWSER)/.ready
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		$(BROWSER)/bin/playwright install --with-deps chromium || \
+		{ apt-get update && apt-get install -y chromium; }
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 $(VENV)/.ready: requirements/test.txt $(PINS) pyproject.toml
 $(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
+$(BROWSER)/.ready: requirements/browser.txt requirements/constraints.txt pyproject.toml
+$(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
 
 $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	@echo "Creating $(LMMS) with the versions of $< (once, a few minutes)"
@@ -54,4 +80,4 @@ $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS) $(BROWSER) $(SERVE) build dist *.egg-info

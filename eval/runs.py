@@ -142,8 +142,8 @@ def check_out(out: Path, default: Path, whole: bool) -> None:
     """ValueError where part of a benchmark would replace the results of all of it, or ``out`` is inside a package."""
     if out == default and not whole:
         raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
-    if out == default and not default.parent.is_dir():
-        raise ValueError(f"no folder {default.parent} outside a checkout; say with --out where the results go")
+    if out == default and not (default.parents[2] / "pyproject.toml").is_file():
+        raise ValueError(f"{default} is no file of a checkout; say with --out where the results go")
 
 
 def write_csv(path: Path, made: Iterable[Any], about: dict[str, str]) -> None:

@@ -11,13 +11,15 @@ from typing import NoReturn
 import torch
 
 from . import __version__
-from .commands import ask, cost, groups, methods, reproduce, spectrum
+from .commands import ask, cost, demo, groups, methods, reproduce, serve, spectrum
 
 DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual tokens.
 
   pitome-mllm ask                                     a held-out picture of the embedded model, 144 of 576 visual tokens
   pitome-mllm ask --compare                           ... beside the answer and the cost with all 576
   pitome-mllm ask photo.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --bits 4
+  pitome-mllm demo                                    a chat in the browser that shows the merging
+  pitome-mllm serve                                   the same model for any OpenAI client
   pitome-mllm groups --out groups.png                 draw which patches were merged
   pitome-mllm spectrum                                how far methods change the graph of a picture's tokens
   pitome-mllm cost                                    FLOPs and KV cache of published models, from their sizes alone
@@ -38,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pitome-mllm {__version__}")
     parser.add_argument("--debug", action="store_true", help="log what happens, and show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ask, groups, spectrum, cost, reproduce, methods):
+    for command in (ask, demo, serve, groups, spectrum, cost, reproduce, methods):
         command.register(commands)
     return parser
 

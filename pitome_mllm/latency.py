@@ -108,9 +108,9 @@ def measure(
 
 @torch.no_grad()
 def _tower_ms(tower: Any, pixels: torch.Tensor) -> float:
-    start = _now(pixels.device)
+    start = now(pixels.device)
     tower(pixels, output_hidden_states=True, return_dict=True)
-    return 1000 * (_now(pixels.device) - start)
+    return 1000 * (now(pixels.device) - start)
 
 
 def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float]:
@@ -120,10 +120,10 @@ def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float
     device, ticks = inputs["pixel_values"].device, []
 
     def clock(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        ticks.append(_now(device))
+        ticks.append(now(device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    start = _now(device)
+    start = now(device)
     model.generate(
         **inputs,
         do_sample=False,
@@ -136,7 +136,7 @@ def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float
     return [1000 * (tick - start) for tick in ticks]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on a steady clock, once ``device`` has finished what it was given."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu

@@ -18,6 +18,7 @@ from pitome_mllm.accounting import MLP_MATRICES
 from pitome_mllm.commands.groups import drawing
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "methods")
 
 
 @pytest.fixture
@@ -232,9 +233,16 @@ def test_methods_lists_every_method(run):
 def test_version_and_help(run):
     assert run("--version") == (0, f"pitome-mllm {__version__}\n", "")
     code, out, _ = run("--help")
-    assert code == 0 and all(command in out for command in ("ask", "groups", "spectrum", "cost", "methods"))
-    for command in ("ask", "groups", "spectrum", "cost", "methods"):
+    assert code == 0 and all(command in out for command in COMMANDS)
+    for command in COMMANDS:
         assert run(command, "--help")[0] == 0
+
+
+def test_without_its_packages_serve_says_how_to_get_them(run, monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    code, out, err = run("serve")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "serving needs fastapi, openai and uvicorn; install them with: pip install 'pitome-mllm[serve]'" in err
 
 
 def test_runs_as_a_module():

@@ -165,9 +165,11 @@ def test_part_of_the_benchmark_does_not_replace_the_results(part, capsys):
 
 
 def test_only_results_of_a_checkout_are_replaced(tmp_path):
-    runs.check_out(tmp_path / "a.csv", tmp_path / "results" / "a.csv", whole=False)
-    with pytest.raises(ValueError, match="outside a checkout"):
-        runs.check_out(tmp_path / "results" / "a.csv", tmp_path / "results" / "a.csv", whole=True)
+    installed = tmp_path / "pitome_mllm_eval" / "results" / "a.csv"
+    runs.check_out(tmp_path / "a.csv", installed, whole=False)
+    runs.check_out(curves.RESULTS, curves.RESULTS, whole=True)
+    with pytest.raises(ValueError, match="no file of a checkout"):
+        runs.check_out(installed, installed, whole=True)
 
 
 def lead_row(keep: int, against: str, value: float) -> dict[str, str]:

@@ -1,0 +1,208 @@
+"""The page: layout and wiring. What happens is in `handlers` and `session`, how it looks in `view` and style.css."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr
+
+from pitome_mllm import METHODS
+from pitome_mllm.plan import DEFAULT_METHOD
+
+from . import examples
+from .controls import AMOUNTS, OWN_PLACE, PLACES
+from .handlers import BITS, Handlers
+from .models import Models
+from .pictures import FORMATS, MAX_BYTES
+from .session import Visitors
+
+HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
+<p>A vision-language model reads a picture as hundreds of tokens, many of them alike. Merge them, ask both ways, and
+compare answers, time and memory.</p></div>"""
+EMPTY = (
+    '<div class="pm-empty"><b>Add a picture, or take an example below, and ask about it.</b><br>'
+    "Tick <i>Compare</i> to see the plain model's answer beside it.<br>"
+    "Send a picture without a question to look inside only.</div>"
+)
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+STYLE = Path(__file__).with_name("style.css")
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+DOWNLOAD = "() => setTimeout(() => document.querySelector('#pm-file').click(), 200)"  # once it has the new file
+LIVE_SECONDS = 3600  # that a drawn picture or an uploaded file stays in the temporary folder
+
+
+def theme() -> gr.themes.Base:
+    """Colours and fonts that every machine has; nothing is fetched."""
+    made = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO)
+    subdued = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+    return made.set(**subdued, block_label_text_color="*neutral_700", block_title_text_color="*neutral_700")
+
+
+class Page:
+    """The layout, and what each part does.
+
+    Parameters
+    ----------
+    models : what visitors talk to.
+    picker : visitors may load other models and folders of this machine.
+    folder : temporary, for examples and downloads.
+    """
+
+    def __init__(self, models: Models, picker: bool, folder: Path) -> None:
+        self.handlers = Handlers(Visitors(models), folder)
+        self.first = models.open(*models.first)  # held for as long as the page lives
+        with gr.Blocks(title="pitome-mllm", analytics_enabled=False, delete_cache=(60, LIVE_SECONDS)) as self.blocks:
+            gr.HTML(HEAD)
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=3, min_width=340):
+                    self._lay_out_chat(folder)
+                with gr.Column(scale=2, min_width=320):
+                    self._lay_out_settings()
+                    self._lay_out_look()
+                    self._lay_out_models(picker)
+            self._wire(picker)
+            self._offer_api()
+
+    # layout
+
+    def _lay_out_chat(self, folder: Path) -> None:
+        self.chat = gr.Chatbot(
+            show_label=False, elem_id="pm-chat", height=560, layout="panel", placeholder=EMPTY, latex_delimiters=[],
+            buttons=[], allow_tags=False, feedback_options=None, group_consecutive_messages=False,
+        )  # fmt: skip
+        self.notice = gr.HTML(visible=False, padding=False, elem_id="pm-notice")
+        self.box = gr.MultimodalTextbox(
+            show_label=False, placeholder="Ask about the picture; paste or drop pictures here", file_count="multiple",
+            file_types=[f".{name.lower()}" for name in (*FORMATS, "jpg")], elem_id="pm-box", autofocus=True,
+        )  # fmt: skip
+        with gr.Row():
+            self.stop = gr.Button("Stop", size="sm", min_width=70, elem_id="pm-stop")
+            self.retry = gr.Button("Retry", size="sm", min_width=70, elem_id="pm-retry")
+            self.clear = gr.Button("Clear", size="sm", min_width=70, elem_id="pm-clear")
+            self.save = gr.Button("JSON", size="sm", min_width=70, elem_id="pm-json")
+            self.file = gr.DownloadButton(visible="hidden", elem_id="pm-file")
+        made = examples.write(folder)
+        gr.Examples([[{"text": asked, "files": [str(path)]}] for asked, path in made], [self.box], label="Examples")
+        gr.HTML(f'<div class="pm-note">{examples.NOTE}</div>', padding=False)
+        with gr.Accordion("Webcam", open=False):
+            self.camera = gr.Image(sources=["webcam"], type="filepath", image_mode=None, show_label=False, height=240)
+
+    def _lay_out_settings(self) -> None:
+        with gr.Group():
+            with gr.Row():
+                self.method = gr.Dropdown(
+                    list(METHODS), value=DEFAULT_METHOD, label="Method", elem_id="pm-method", min_width=170
+                )
+                self.where = gr.Dropdown(PLACES, value=OWN_PLACE, label="Where", elem_id="pm-where", min_width=170)
+            self.amount = gr.Radio(
+                [("tokens left", AMOUNTS[0]), ("ratio per block", AMOUNTS[1])], value=AMOUNTS[0], label="How much",
+                elem_id="pm-amount",
+            )  # fmt: skip
+            most = self.first.available
+            self.keep = gr.Slider(1, most, most // 4, step=1, label="Visual tokens per picture", elem_id="pm-keep")
+            self.ratio = gr.Slider(
+                0.5, 1, 0.9, step=0.005, label="Share that every block keeps", elem_id="pm-ratio", visible=False
+            )
+            self.compare = gr.Checkbox(False, label="Compare: the plain model answers too", elem_id="pm-compare")
+            self.plan = gr.HTML(elem_id="pm-plan")
+        self.controls = [self.method, self.amount, self.keep, self.ratio, self.where]
+
+    def _lay_out_look(self) -> None:
+        gr.Markdown("### Look inside")
+        self.which = gr.Dropdown([], label="Picture", elem_id="pm-which")
+        with gr.Tabs():
+            with gr.Tab("Groups"):
+                self.groups = gr.Image(
+                    show_label=False, interactive=False, buttons=[], elem_id="pm-groups", format="png", height=400
+                )
+                self.picked = gr.HTML(elem_id="pm-picked")
+            with gr.Tab("Energy"):
+                self.step = gr.Slider(0, 1, 0, step=1, label="Merge", elem_id="pm-step", interactive=True)
+                self.energy = gr.Image(
+                    show_label=False, interactive=False, buttons=[], elem_id="pm-energy", format="png", height=440
+                )
+                self.energy_note = gr.HTML(elem_id="pm-energy-note")
+            with gr.Tab("Tokens"):
+                self.tokens = gr.HTML(elem_id="pm-tokens")
+            with gr.Tab("Accuracy"):
+                self.accuracy = gr.HTML(elem_id="pm-accuracy")
+        self.inside = [self.groups, self.picked, self.step, self.energy, self.energy_note, self.tokens]
+
+    def _lay_out_models(self, picker: bool) -> None:
+        with gr.Accordion("Model", open=False, elem_id="pm-models"):
+            self.about = gr.HTML(elem_id="pm-about")
+            self.name = gr.Textbox(
+                value=self.first.key[0], label="'tiny', a folder, or a name on the Hugging Face hub",
+                elem_id="pm-model", visible=picker,
+            )  # fmt: skip
+            self.bits = gr.Radio(list(BITS), value="as they are", label="Weights", visible=picker)
+            self.load = gr.Button("Load", size="sm", elem_id="pm-load", visible=picker)
+
+    # wiring
+
+    def _wire(self, picker: bool) -> None:
+        do = self.handlers
+        asked = [self.box, *self.controls, self.compare]
+        shown = [self.chat, self.notice, self.box]
+        look = {
+            "fn": do.newest_look,
+            "outputs": [self.save, self.which, *self.inside],
+            "trigger_mode": "multiple",
+            **QUIET,
+        }
+        self.box.submit(do.send, asked, shown, trigger_mode="multiple", **QUIET).then(**look)
+        self.retry.click(do.ask_again, asked[1:], shown, **QUIET).then(**look)
+        self.stop.click(do.end, None, None, queue=False, **QUIET)
+        gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET).then(**look)
+        self.save.click(do.write_json, None, self.file, **QUIET).then(None, None, None, js=DOWNLOAD)
+        self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
+        planned = [self.plan, self.accuracy, self.keep, self.ratio]
+        gr.on(
+            [self.blocks.load, *(control.change for control in self.controls)], do.show_plan, self.controls, planned,
+            trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
+        self.blocks.load(do.show_model, None, self.about, **QUIET)
+        self.which.input(do.show_look, self.which, self.inside, **QUIET)
+        self.groups.select(do.pick, self.which, [self.groups, self.picked], **QUIET)
+        self.step.input(
+            do.show_energy, [self.which, self.step], [self.energy, self.energy_note],
+            trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
+        if picker:
+            loaded = [self.chat, self.notice, self.about, self.keep]
+            self.load.click(
+                do.load_model, [self.name, self.bits], loaded, api_visibility="private", show_progress_on=self.about
+            ).then(do.show_plan, self.controls, planned, **QUIET)
+        self.blocks.unload(do.leave)
+
+    def _offer_api(self) -> None:
+        """What gradio_client calls: hidden parts, so that uploads pass the same checks."""
+        do = self.handlers
+        picture = gr.File(visible=False, label="picture", file_types=["image"])
+        question = gr.Textbox(visible=False, label="question")
+        answer = gr.JSON(visible=False, label="turn")
+        button = gr.Button(visible=False)
+        inputs = [question, picture, *self.controls, self.compare]
+        button.click(do.api_ask, inputs, answer, api_name="ask")
+        button.click(do.api_conversation, None, answer, api_name="conversation")
+
+
+def serve(models: Models, folder: Path, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> Page:
+    """Build the page and serve it until interrupted; with ``prevent_thread_lock=True`` return at once.
+
+    All that is written goes into ``folder``, which the caller removes.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
+    page = Page(models, picker, folder)
+    page.blocks.queue(default_concurrency_limit=32, max_size=256)
+    page.blocks.launch(
+        server_name=host, server_port=port, share=share, theme=theme(), css_paths=STYLE, max_file_size=MAX_BYTES,
+        footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, **launch,
+    )  # fmt: skip
+    return page

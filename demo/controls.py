@@ -1,0 +1,80 @@
+"""What a visitor can set, as keywords of ``handle.using`` and as words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pitome_mllm.plan import DEFAULT_METHOD, Plan
+
+AMOUNTS = ("tokens", "ratio")
+OWN_PLACE = "the method's own"
+PLACES = (OWN_PLACE, "tower", "projector", "both")
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Settings of one turn.
+
+    Attributes
+    ----------
+    amount : "tokens" = ``keep`` counts, "ratio" = ``ratio`` counts.
+    keep : visual tokens left per picture; None = a quarter.
+    ratio : share of its tokens that every block of the tower keeps.
+    where : one of `PLACES`.
+    """
+
+    method: str = DEFAULT_METHOD
+    amount: str = "tokens"
+    keep: int | None = None
+    ratio: float = 0.9
+    where: str = OWN_PLACE
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords of ``handle.using`` and of `estimate`.
+
+        Raises
+        ------
+        ValueError : an amount that is none of `AMOUNTS`.
+        """
+        if self.amount not in AMOUNTS:
+            raise ValueError(f"unknown amount {self.amount!r}; choose one of {', '.join(AMOUNTS)}")
+        keep = 0.25 if self.keep is None else self.keep
+        much = {"keep": keep} if self.amount == "tokens" else {"ratio": self.ratio}
+        return {"method": self.method, "where": None if self.where == OWN_PLACE else self.where, **much}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Controls:
+        """From what a page or a client sends; numbers may come as floats.
+
+        Raises
+        ------
+        ValueError : a keep that is no whole number.
+        """
+        values = dict(values)
+        keep = values.get("keep")
+        if keep is not None:
+            if isinstance(keep, bool) or not isinstance(keep, (int, float)) or keep != int(keep):
+                raise ValueError(f"keep={keep!r} is not possible; give a whole number of tokens")
+            values["keep"] = int(keep)
+        return cls(**values)
+
+
+def label(plan: Plan | None, available: int) -> str:
+    """One line that says what a turn was asked with; None = the plain model."""
+    if plan is None:
+        return f"plain · all {available} tokens"
+    return f"{plan.method} · {plan.keep} of {plan.available} tokens ({plan.keep / plan.available:.0%}) · {plan.where}"
+
+
+def describe(plan: Plan) -> str:
+    """The way of a picture's tokens through the model, in words."""
+    steps = [plan.entering, *(left for _, left, _ in plan.steps)]
+    way = " → ".join(map(str, steps)) if len(steps) > 1 else "nothing merges"
+    start = "" if plan.entering == plan.geometry.patches else f"the picture is scaled to {plan.entering} patches; "
+    share = f"{plan.keep} of {plan.available} visual tokens ({plan.keep / plan.available:.0%})"
+    return f"{share}, {plan.where}: {start}{way}"

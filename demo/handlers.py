@@ -1,0 +1,206 @@
+"""What the parts of the page do when they are used: from their values to what they show next.
+
+Every function gets Gradio's ``request`` first, whose session tells the visitor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from . import charts, view
+from .controls import AMOUNTS, Controls, describe
+from .look import Look
+from .session import Conversation, Visitors
+
+BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
+
+QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there is none
+
+
+class Handlers:
+    """For one page; ``folder`` is where downloads are written."""
+
+    def __init__(self, visitors: Visitors, folder: Path) -> None:
+        self.visitors, self.folder = visitors, folder
+
+    def of(self, request: gr.Request) -> Conversation:
+        return self.visitors.of(request.session_hash)
+
+    def leave(self, request: gr.Request) -> None:
+        self.visitors.leave(request.session_hash)
+        self._download(request).unlink(missing_ok=True)
+
+    def send(self, request: gr.Request, box: dict[str, Any], *values: Any) -> Iterator[Any]:
+        """Ask; the question goes back into the box if it cannot be asked."""
+        *values, compare = values
+        chat = self.of(request)
+        emptied = None  # once: meanwhile the visitor may write the next question
+        try:
+            for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
+                yield view.messages(chat.turns), QUIET, emptied
+                emptied = gr.skip()
+        except ValueError as error:
+            yield view.messages(chat.turns), _loud(str(error)), box
+
+    def ask_again(self, request: gr.Request, *values: Any) -> Iterator[Any]:
+        *values, compare = values
+        chat = self.of(request)
+        try:
+            for _ in chat.retry(_controls(*values), compare):
+                yield view.messages(chat.turns), QUIET, gr.skip()
+        except ValueError as error:
+            yield view.messages(chat.turns), _loud(str(error)), gr.skip()
+
+    def end(self, request: gr.Request) -> None:
+        self.of(request).stop()
+
+    def forget(self, request: gr.Request) -> tuple[Any, ...]:
+        self.of(request).clear()
+        return [], QUIET, None
+
+    def write_json(self, request: gr.Request) -> str:
+        path = self._download(request)
+        path.write_text(json.dumps(self.of(request).to_dict(), indent=1, ensure_ascii=False) + "\n")
+        return str(path)
+
+    def _download(self, request: gr.Request) -> Path:
+        name = hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]  # the session is what a client says
+        return self.folder / f"conversation-{name}.json"
+
+    def snap(self, box: dict[str, Any], photo: str | None) -> tuple[Any, ...]:
+        """A webcam's picture goes to the others in the box."""
+        if photo is None:
+            return gr.skip(), gr.skip()
+        return {"text": box["text"], "files": [*box["files"], photo]}, None
+
+    def show_plan(self, request: gr.Request, *values: Any) -> tuple[Any, ...]:
+        """What the settings come to, or why they cannot be, and what the benchmark says about them."""
+        engine, by_tokens = self.of(request).engine, values[1] == AMOUNTS[0]
+        sliders = gr.update(visible=by_tokens), gr.update(visible=not by_tokens)
+        try:
+            plan = engine.plan(_controls(*values))
+        except ValueError as error:
+            return view.notice(str(error)), gr.skip(), *sliders
+        return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.key[0], plan, by_tokens), *sliders
+
+    def show_model(self, request: gr.Request) -> str:
+        engine = self.of(request).engine
+        return f'<div class="pm-plan">{view.text(engine.name)}: {engine.available} visual tokens per picture</div>'
+
+    def load_model(
+        self,
+        request: gr.Request,
+        name: str,
+        bits: str,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
+    ) -> tuple[Any, ...]:
+        chat = self.of(request)
+        try:
+            chat.use(name, BITS[bits], lambda share, text: progress(share, desc=text))
+        except ValueError as error:
+            return gr.skip(), _loud(str(error)), self.show_model(request), gr.skip()
+        most = chat.engine.available
+        keep = gr.update(maximum=most, value=most // 4)
+        return [], _loud(f"{chat.engine.name} is ready", "info"), self.show_model(request), keep
+
+    # looking inside
+
+    def newest_look(self, request: gr.Request) -> tuple[Any, ...]:
+        """The list of pictures to look into, and the last one of the last turn."""
+        found = _looks(self.of(request))
+        choices = [
+            (f"{turn + 1}. {look.name} · {look.title.split(' tokens')[0]}", f"{turn}/{number}")
+            for turn, number, look in found
+        ]
+        value = choices[-1][1] if choices else None
+        return gr.update(choices=choices, value=value), *self.show_look(request, value)
+
+    def _look(self, request: gr.Request, value: str | None) -> Look | None:
+        return next((look for t, n, look in _looks(self.of(request)) if f"{t}/{n}" == value), None)
+
+    def show_look(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
+        look = self._look(request, value)
+        if look is None:
+            return None, "", gr.update(visible=False), None, "", ""
+        try:
+            groups, picked = look.draw(), _note("Click on a patch to light up everything that shares its token.")
+        except ValueError as error:
+            groups, picked = None, view.notice(str(error), "info")
+        steps = look.energy_steps
+        first = steps[0] if steps else 0
+        slider = gr.update(visible=len(steps) > 1, minimum=first, maximum=max([first + 1, *steps]), value=first)
+        title = _note(f"{look.name}: patch tokens after every merge")
+        return groups, picked, slider, *self.show_energy(request, value, first), title + charts.bars(look)
+
+    def show_energy(self, request: gr.Request, value: str | None, step: int) -> tuple[Any, ...]:
+        look = self._look(request, value)
+        if look is None:
+            return None, ""
+        try:
+            drawing, text = look.draw_energy(int(step))
+        except ValueError as error:
+            return None, view.notice(str(error), "info")
+        return drawing, _note(f"{text}. High energy (yellow): many alike, merged first.")
+
+    def pick(self, request: gr.Request, value: str | None, event: gr.SelectData) -> tuple[Any, ...]:
+        """Light up the group under a click."""
+        look = self._look(request, value)
+        if look is None:
+            return gr.skip(), gr.skip()
+        whole = look.draw()
+        group = look.pick(event.index[0] / whole.width, event.index[1] / whole.height)
+        if group is None:
+            return whole, _note("This patch was dropped; it belongs to no token.")
+        return look.draw(group), f'<div class="pm-plan">{view.text(look.describe(group))}</div>'
+
+    # for gradio_client
+
+    def api_ask(self, request: gr.Request, question: str, picture: str | None, *values: Any) -> Iterator[Any]:
+        """Ask in this client's conversation; yields the turn as JSON while it is written.
+
+        picture: a file, or None to go on with the pictures so far.
+        """
+        *values, compare = values
+        try:
+            for turn in self.of(request).ask(question, [picture] if picture else [], _controls(*values), compare):
+                yield turn.to_dict()
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def api_conversation(self, request: gr.Request) -> dict[str, Any]:
+        """This client's conversation so far, as JSON."""
+        return self.of(request).to_dict()
+
+
+def _controls(method: str, amount: str, keep: float, ratio: float, where: str) -> Controls:
+    return Controls.of({"method": method, "amount": amount, "keep": keep, "ratio": ratio, "where": where})
+
+
+def _looks(chat: Conversation) -> list[tuple[int, int, Look]]:
+    """Turn, number and look of every picture that can be looked into."""
+    merged = [(number, turn.replies["merged"].looks) for number, turn in enumerate(list(chat.turns))]
+    return [(turn, number, look) for turn, looks in merged for number, look in enumerate(looks)]
+
+
+def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
+    found = charts.curve(plan.method, plan.where)
+    if found is None:
+        return _note(f"{plan.method} was not measured with where={plan.where}.")
+    text = f"{plan.method}, {plan.where}: right answers of the embedded model ({found.about}). {found.at(plan.keep)}"
+    text += "" if by_tokens else ". Measured with a number of tokens, not with a ratio"
+    text += "" if model == "tiny" else f". Nothing was measured for {model}"
+    return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95 % intervals. Dashed: the plain model.")
+
+
+def _loud(words: str, kind: str = "error") -> Any:
+    return gr.update(value=view.notice(words, kind), visible=True)
+
+
+def _note(words: str) -> str:
+    return f'<div class="pm-note">{view.text(words)}</div>'

@@ -1,0 +1,67 @@
+"""From a conversation to what the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pitome_mllm.commands.inputs import check_question
+
+NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
+
+
+@dataclass(frozen=True)
+class Line:
+    """A question with the number of pictures that come with it, and its answer (None: to be written)."""
+
+    pictures: int
+    question: str
+    answer: str | None = None
+
+
+def write(processor: Any, lines: Sequence[Line]) -> str:
+    """The prompt in the words the model was trained on; LLaVA-1.5's where the processor has no chat template."""
+    if not getattr(processor, "chat_template", None):
+        return " ".join(_plain(processor.image_token, line) for line in lines)
+    messages: list[dict[str, Any]] = []
+    for line in lines:
+        content = [{"type": "image"}] * line.pictures + [{"type": "text", "text": line.question}]
+        messages.append({"role": "user", "content": content})
+        if line.answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": line.answer}]})
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def _plain(image: str, line: Line) -> str:
+    pictures = f"{image}\n" * line.pictures
+    asked = f"USER: {pictures}{line.question} ASSISTANT:"
+    return asked if line.answer is None else f"{asked} {line.answer}</s>"
+
+
+def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any) -> tuple[Any, int]:
+    """Model inputs on the model's device, and how many new tokens the answer may have.
+
+    Parameters
+    ----------
+    images : of all lines, in their order.
+    plan : of the run; None = the plain model.
+
+    Raises
+    ------
+    ValueError : a question with unknown words or with the picture's placeholder, or a conversation that does not fit.
+    """
+    model, processor = engine.model, engine.processor
+    check_question(processor, lines[-1].question)
+    inputs = processor(images=list(images), text=write(processor, lines), return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if plan is not None and plan.positions == "compact":  # positions count what the LLM reads
+        length -= len(images) * (plan.available - plan.keep)
+    most = model.config.get_text_config().max_position_embeddings
+    room = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
+    if room < 1:
+        raise ValueError(
+            f"the conversation is too long: {length} tokens with {len(images)} pictures, and the model holds {most}; "
+            "clear it, or keep fewer tokens"
+        )
+    return inputs.to(model.device, dtype=model.dtype), room

@@ -1,0 +1,218 @@
+"""One answer of one model: its words as they come, and what it cost by the clock and by calculation."""
+
+from __future__ import annotations
+
+import operator
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from pitome_mllm.features import pixel_values, tower_features
+from pitome_mllm.latency import now
+from pitome_mllm.specs import FAMILIES, FAMILY_OF_CONFIG
+
+from .controls import Controls
+from .look import Look, looks
+from .models import Engine
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an answer cost; None = not measured, or not known.
+
+    Attributes
+    ----------
+    visual_tokens, prompt_tokens : of all pictures and of the whole prompt, as the LLM reads them.
+    tower_ms : the vision tower with its merging, by the clock.
+    prefill_ms : from the pictures to the first new token, tower included, by the clock.
+    tokens_per_s : new tokens after the first one, by the clock.
+    kv_mb : key-value cache of the prompt in 10^6 bytes, calculated.
+    gflops : from the pictures to the first new token, in 10^9 floating-point operations, calculated.
+    """
+
+    visual_tokens: int
+    prompt_tokens: int
+    tower_ms: float | None = None
+    prefill_ms: float | None = None
+    tokens_per_s: float | None = None
+    kv_mb: float | None = None
+    gflops: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def over(self, plain: Figures | None) -> dict[str, float]:
+        """Each figure as a share of the plain model's, where both are known."""
+        if plain is None:
+            return {}
+        pairs = {name: (value, getattr(plain, name)) for name, value in self.to_dict().items()}
+        return {name: a / b for name, (a, b) in pairs.items() if a is not None and b}
+
+
+@dataclass
+class Outcome:
+    """What a run left: the prompt's length, times, and a look at every picture (none of the plain model)."""
+
+    prompt_tokens: int = 0
+    tower_ms: float | None = None
+    prefill_ms: float | None = None
+    tokens_per_s: float | None = None
+    looks: tuple[Look, ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened to a run: a piece of its text, runs ahead of it in the queue, or its result."""
+
+    text: str = ""
+    ahead: int = 0
+    result: Any = None
+
+
+class Stopped(Exception):
+    """A visitor stopped a run before it began."""
+
+
+class _Clock(StoppingCriteria):
+    """Notes when every new token was known, and ends the run when asked to."""
+
+    def __init__(self, device: torch.device, stop: threading.Event) -> None:
+        self.device, self.stop, self.ticks = device, stop, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.ticks.append(now(self.device))
+        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
+
+
+class _Words(TextStreamer):
+    """Hands every finished piece of text to a function."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.say(text)
+
+
+@contextmanager
+def _timed_tower(model: Any) -> Iterator[list[float]]:
+    """Start and end of every call of the vision tower within the block, its merging included."""
+    tower, ticks = operator.attrgetter(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)(model), []
+
+    def tick(*_: Any) -> None:
+        ticks.append(now(model.device))
+
+    hooks = [tower.register_forward_pre_hook(tick, prepend=True), tower.register_forward_hook(tick)]
+    try:
+        yield ticks
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: threading.Event) -> Iterator[Event]:
+    """Run ``work`` on the engine's thread and yield what happens, the last event with its result.
+
+    Parameters
+    ----------
+    work : gets a function to say pieces of text with.
+    stop : ends the run; set too when the caller of this generator goes away.
+
+    Raises
+    ------
+    Stopped : stopped before it began. Else what ``work`` raises; ValueError where memory was short.
+    """
+    said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def run() -> Any:
+        if stop.is_set():
+            raise Stopped
+        return work(said.put)
+
+    future = engine.submit(run)
+    future.add_done_callback(lambda _: said.put(None))
+    piece: str | None = ""
+    try:
+        while piece is not None:
+            try:
+                piece = said.get(timeout=0.2)
+            except queue.Empty:
+                if stop.is_set():
+                    future.cancel()  # if it still waits; a run that began ends by its clock
+                yield Event(ahead=engine.ahead(future))
+                continue
+            if piece:
+                yield Event(text=piece)
+    except GeneratorExit:
+        stop.set()
+        raise
+    if future.cancelled():
+        raise Stopped
+    try:
+        result = future.result()
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError("not enough memory for this; clear the conversation, or keep fewer tokens") from error
+    yield Event(result=result)
+
+
+def answer(
+    engine: Engine, inputs: Any, room: int, pictures: Any, controls: Controls | None, title: str, stop: threading.Event
+) -> Iterator[Event]:
+    """Generate greedily; yields as `stream`, at last an `Outcome`. ``controls`` None = the plain model."""
+
+    def work(say: Callable[[str], None]) -> Outcome:
+        clock = _Clock(engine.model.device, stop)
+        with _using(engine, controls), _timed_tower(engine.model) as tower:
+            start = now(engine.model.device)
+            engine.model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=room,
+                streamer=_Words(engine.processor.tokenizer, say),
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+            stats = engine.handle.stats
+        seen = () if stats is None else tuple(looks(engine.processor, pictures, stats, title))
+        return Outcome(inputs["input_ids"].shape[1], _tower_ms(tower), *_speed(start, clock.ticks), looks=seen)
+
+    return stream(engine, work, stop)
+
+
+def look_only(engine: Engine, pictures: Any, controls: Controls, title: str, stop: threading.Event) -> Iterator[Event]:
+    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`."""
+
+    def work(say: Callable[[str], None]) -> Outcome:
+        pixels = pixel_values(engine.processor, [picture.image for picture in pictures])
+        with _using(engine, controls), _timed_tower(engine.model) as tower:
+            tower_features(engine.model, pixels)
+            stats = engine.handle.stats
+        return Outcome(tower_ms=_tower_ms(tower), looks=tuple(looks(engine.processor, pictures, stats, title)))
+
+    return stream(engine, work, stop)
+
+
+def _using(engine: Engine, controls: Controls | None) -> Any:
+    if controls is None:
+        return engine.handle.using(None)
+    return engine.handle.using(**controls.settings(), energies=True)
+
+
+def _tower_ms(ticks: list[float]) -> float | None:
+    """Milliseconds of all calls together."""
+    return 1000 * sum(end - start for start, end in zip(ticks[::2], ticks[1::2])) if ticks else None
+
+
+def _speed(start: float, ticks: list[float]) -> tuple[float | None, float | None]:
+    """Milliseconds to the first new token, and tokens per second after it."""
+    if not ticks:
+        return None, None
+    rest = ticks[-1] - ticks[0]
+    return 1000 * (ticks[0] - start), (len(ticks) - 1) / rest if rest > 0 else None

@@ -1,0 +1,237 @@
+"""The chat's state and logic: conversations, their turns, and who holds them. It knows nothing of the page.
+
+Read `Conversation.ask` first. `turns` is what was said, `runs` one answer, `models` what is in memory, `look` what
+merging did.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .controls import Controls, label
+from .models import Engine, Models
+from .pictures import Picture, open_upload
+from .prompts import encode
+from .runs import Event, Figures, Outcome, Stopped, answer, look_only
+from .turns import Reply, Turn, history
+
+MAX_PICTURES = 8  # in one conversation
+MAX_TURNS = 100
+MAX_LOOKS = 10  # turns back for which one can still look inside
+PATIENCE = 0.5  # seconds
+IDLE_SECONDS = 1800  # after which a visitor who did not say goodbye counts as gone
+
+
+class Conversation:
+    """One visitor's chat. Its methods may be called from any thread; one answer is written at a time."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self.engine: Engine = models.open(*models.first)
+        self.turns: list[Turn] = []
+        self.seen = time.monotonic()
+        self._busy = threading.Lock()
+        self._stop = threading.Event()
+
+    # asking
+
+    def ask(
+        self, question: str, files: Sequence[str | Path], controls: Controls, compare: bool = False
+    ) -> Iterator[Turn]:
+        """Add a turn and write its replies, yielding the turn whenever there is something new to show.
+
+        Parameters
+        ----------
+        question : "" with pictures = only look at them.
+        files : new pictures.
+        compare : the plain model answers too, before the merged one.
+
+        Raises
+        ------
+        ValueError : a broken picture, an impossible setting or question, or an answer still being written. The
+            conversation is then as before.
+        """
+        with self._one_at_a_time():
+            yield from self._ask(question.strip(), [open_upload(path) for path in files], controls, compare)
+
+    def retry(self, controls: Controls, compare: bool = False) -> Iterator[Turn]:
+        """Ask the last question again, with other settings if you like; as `ask`."""
+        with self._one_at_a_time():
+            if not self.turns:
+                raise ValueError("there is nothing to ask again yet; ask something first")
+            last = self.turns.pop()
+            try:
+                yield from self._ask(last.question, last.pictures, controls, compare)
+            except ValueError:
+                self.turns.append(last)
+                raise
+
+    def stop(self) -> None:
+        """End the answer that is being written; what there is of it stays."""
+        self._stop.set()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.stop()
+        self.turns = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """The conversation for a JSON file."""
+        return {"model": self.engine.name, "turns": [turn.to_dict() for turn in self.turns]}
+
+    # the model
+
+    def use(self, name: str, bits: int | None = None, say: Callable[[float, str], None] = lambda *_: None) -> None:
+        """Go on with another model; the conversation starts anew. On an error the old one stays.
+
+        Raises
+        ------
+        ValueError : as `load`, or an answer still being written.
+        """
+        with self._one_at_a_time():
+            old, self.engine = self.engine, self._models.open(name, bits, say)
+            self._models.release(old)
+            self.turns = []
+
+    def leave(self) -> None:
+        """Give everything back."""
+        self.clear()
+        self._models.release(self.engine)
+
+    @property
+    def busy(self) -> bool:
+        return self._busy.locked()
+
+    # inside
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if not self._busy.acquire(timeout=PATIENCE):  # the last words may be out a moment before the end is
+            raise ValueError("an answer is still being written; wait for it, or stop it")
+        try:
+            self.seen = time.monotonic()
+            self._stop = threading.Event()
+            yield
+        finally:
+            self._busy.release()
+
+    def _ask(self, question: str, pictures: list[Picture], controls: Controls, compare: bool) -> Iterator[Turn]:
+        engine = self.engine
+        plan = engine.plan(controls)
+        turn = Turn(question, pictures)
+        past = [*self.turns, turn]
+        self._check_room(past)
+        lanes: dict[str, Any] = {"merged": (controls, plan)}
+        if compare and question:
+            lanes = {"plain": (None, None), **lanes}
+        for lane, (settings, planned) in lanes.items():
+            turn.replies[lane] = Reply(label(planned, engine.available), settings, engine.name)
+        runs = {lane: self._run(past, lane, *lanes[lane]) for lane in lanes}  # checked before anything shows
+        self.turns = past
+        for old in past[:-MAX_LOOKS]:
+            old.forget_looks()
+        try:
+            yield turn
+            for lane, (events, costs) in runs.items():
+                yield from self._write(turn, lane, events, costs)
+        except Stopped:
+            pass  # before it began: what there is stays
+        except Exception:
+            self.turns = [kept for kept in self.turns if kept is not turn]
+            raise
+        finally:
+            turn.end()
+        yield turn
+
+    def _check_room(self, turns: list[Turn]) -> None:
+        count = sum(len(turn.pictures) for turn in turns)
+        if not count:
+            raise ValueError("add a picture first")
+        if count > MAX_PICTURES or len(turns) > MAX_TURNS:
+            raise ValueError(
+                f"a conversation holds {MAX_PICTURES} pictures and {MAX_TURNS} turns, this would be {count} and "
+                f"{len(turns)}; clear it"
+            )
+        if not turns[-1].question and not turns[-1].pictures:
+            raise ValueError("the question is empty; ask something, or add a picture to look inside")
+
+    def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> tuple[Iterator[Event], Any]:
+        """The events of one run, and a function for its figures from an `Outcome`."""
+        engine, stop, reply = self.engine, self._stop, turns[-1].replies[lane]
+        if not turns[-1].question:
+            shown = turns[-1].pictures
+            return look_only(engine, shown, controls, reply.label, stop), lambda outcome: (
+                Figures(len(shown) * plan.keep, 0, outcome.tower_ms),
+                Figures(len(shown) * engine.available, 0),
+            )
+        lines, pictures = history(turns, lane)
+        inputs, room = encode(engine, lines, [picture.image for picture in pictures], plan)
+        text = int((inputs["input_ids"] != engine.model.config.image_token_id).sum())
+
+        def costs(outcome: Outcome) -> tuple[Figures, Figures]:
+            return _figures(engine, controls, plan, len(pictures), text, outcome), _figures(
+                engine, None, None, len(pictures), text, Outcome()
+            )
+
+        return answer(engine, inputs, room, pictures, controls, reply.label, stop), costs
+
+    def _write(self, turn: Turn, lane: str, events: Iterator[Event], costs: Any) -> Iterator[Turn]:
+        reply = turn.replies[lane]
+        for event in events:
+            reply.ahead = event.ahead
+            if event.text:
+                reply.text, reply.state = (reply.text + event.text).lstrip(), "writing"
+            if event.result is not None:
+                reply.text, reply.looks = reply.text.strip(), event.result.looks
+                reply.figures, calculated = costs(event.result)
+                asked = turn.replies.get("plain")
+                reply.plain = calculated if asked is None or asked.figures is None else asked.figures
+                reply.state = "stopped" if self._stop.is_set() else "done"
+            yield turn
+
+
+def _figures(
+    engine: Engine, controls: Controls | None, plan: Any, pictures: int, text_tokens: int, outcome: Outcome
+) -> Figures:
+    visual = pictures * (engine.available if plan is None else plan.keep)
+    kv, gflops = engine.cost(controls, pictures, text_tokens)
+    times = (outcome.tower_ms, outcome.prefill_ms, outcome.tokens_per_s)
+    return Figures(visual, visual + text_tokens, *times, kv_mb=kv, gflops=gflops)
+
+
+class Visitors:
+    """Who is there: one `Conversation` per key, freed when its visitor leaves or was away for `IDLE_SECONDS`."""
+
+    def __init__(self, models: Models, idle: float = IDLE_SECONDS) -> None:
+        self.models, self.idle = models, idle
+        self._lock = threading.Lock()
+        self.conversations: dict[Hashable, Conversation] = {}
+
+    def of(self, key: Hashable) -> Conversation:
+        """The conversation of a visitor, a new one for a new visitor."""
+        self._expire()
+        with self._lock:
+            found = self.conversations.get(key)
+            if found is None:
+                found = self.conversations[key] = Conversation(self.models)
+            found.seen = time.monotonic()
+            return found
+
+    def leave(self, key: Hashable) -> None:
+        """Free what a visitor holds."""
+        with self._lock:
+            gone = self.conversations.pop(key, None)
+        if gone is not None:
+            gone.leave()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            late = [key for key, found in self.conversations.items() if now - found.seen > self.idle and not found.busy]
+        for key in late:
+            self.leave(key)

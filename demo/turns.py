@@ -1,0 +1,92 @@
+"""What was said: questions, pictures, and replies with their settings and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .controls import Controls
+from .look import Look
+from .pictures import Picture
+from .prompts import Line
+from .runs import Figures
+
+
+@dataclass
+class Reply:
+    """One model's answer in a turn.
+
+    Attributes
+    ----------
+    label : the settings it was asked with, in words.
+    controls : these settings; None = the plain model.
+    state : "waiting", "writing", "done" or "stopped".
+    ahead : runs of others before this one, while it waits.
+    plain : what the plain model would cost or, where it was asked too, did cost.
+    """
+
+    label: str
+    controls: Controls | None
+    model: str
+    text: str = ""
+    state: str = "waiting"
+    ahead: int = 0
+    figures: Figures | None = None
+    plain: Figures | None = None
+    looks: tuple[Look, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a client gets to read; pictures left out."""
+        return {
+            "model": self.model,
+            "label": self.label,
+            "settings": None if self.controls is None else self.controls.to_dict(),
+            "answer": self.text,
+            "state": self.state,
+            "figures": None if self.figures is None else self.figures.to_dict(),
+            "of_plain": {} if self.figures is None else self.figures.over(self.plain),
+        }
+
+
+@dataclass
+class Turn:
+    """A question ("" = only look), the pictures that came with it, and the replies by lane: "plain", "merged"."""
+
+    question: str
+    pictures: list[Picture]
+    replies: dict[str, Reply] = field(default_factory=dict)
+
+    def reply(self, lane: str) -> Reply:
+        """The reply that a lane's later turns remember."""
+        return self.replies.get(lane) or self.replies["merged"]
+
+    def end(self) -> None:
+        """Nothing more is coming: what is not done counts as stopped."""
+        for reply in self.replies.values():
+            if reply.state != "done":
+                reply.state = "stopped"
+
+    def forget_looks(self) -> None:
+        for reply in self.replies.values():
+            reply.looks = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        pictures = [{"name": p.name, "width": p.image.width, "height": p.image.height} for p in self.pictures]
+        replies = {lane: reply.to_dict() for lane, reply in self.replies.items()}
+        return {"question": self.question, "pictures": pictures, "replies": replies}
+
+
+def history(turns: Sequence[Turn], lane: str) -> tuple[list[Line], list[Picture]]:
+    """What a lane's model reads: every question with its answer, and all pictures.
+
+    Pictures that were only looked at come with the next question. A stopped answer counts as far as it got.
+    """
+    lines, pictures, waiting = [], [], 0
+    for turn in turns:
+        pictures += turn.pictures
+        waiting += len(turn.pictures)
+        if turn.question:
+            lines.append(Line(waiting, turn.question, None if turn is turns[-1] else turn.reply(lane).text))
+            waiting = 0
+    return lines, pictures

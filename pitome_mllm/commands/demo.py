@@ -1,0 +1,53 @@
+"""``pitome-mllm demo``: the chat in a browser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .._companion import companion
+from .options import add_model
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "demo",
+        help="a chat in the browser that shows the merging",
+        description="Open a chat in the browser: ask, compare with the plain model, look at the merged tokens.",
+    )
+    add_model(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default=LOCAL[0], help="address to listen on (%(default)s: this machine only)")
+    group.add_argument("--port", type=int, help="default: the first free one from 7860")
+    group.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
+    group.add_argument("--open", action="store_true", help="open the browser")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve the chat until interrupted.
+
+    Raises
+    ------
+    ValueError : a mistake the user can mend, in one sentence.
+    """
+    picker = options.host in LOCAL and not options.share  # else strangers could load any folder of this machine
+    with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported
+        app, models = companion("demo", "app"), companion("demo", "models")
+        first = models.Models(options.model, options.bits, options.dtype, options.device)
+        sys.stdout.write(f"Loading {options.model}; the chat opens at the address below, Ctrl+C ends it\n")
+        sys.stdout.flush()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind when a service manager ends it
+        try:
+            app.serve(first, Path(folder), options.host, options.port, options.share, picker, inbrowser=options.open)
+        except OSError as error:  # no free port, an address that is not ours
+            raise ValueError(f"cannot listen on {options.host}, port {options.port or 'any'}: {error}") from error

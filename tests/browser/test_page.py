@@ -1,0 +1,322 @@
+"""What a visitor does with the chat, in headless Chromium."""
+
+import json
+import re
+
+import pytest
+from conftest import NARROW, WIDE
+
+from pitome_mllm_eval.benchmark import scene
+
+
+def truth(number):
+    return scene(number)[1][0].text, scene(number)[1][0].answer
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_upload_and_ask(visitor, files):
+    question, answer = truth(16)
+    assert visitor.ask(question, files[16]) == answer
+    assert visitor.last(".pm-label") == "pitome-tuned · 144 of 576 tokens (25%) · both"
+    assert visitor.page.locator("#pm-chat img.pm-thumb").count() == 1
+    assert visitor.page.locator("#pm-box textarea").input_value() == ""
+
+
+def test_several_turns_and_pictures(visitor, files):
+    visitor.ask("is there a star?", files[16])
+    visitor.ask("is there a circle?")
+    visitor.add(files[6])
+    visitor.ask("is there a star?", files[0])
+    values = visitor.page.locator(".pm-merged .pm-strip").last.inner_text().split("\n")
+    assert values[:2] == ["visual tokens", "432"]
+    assert visitor.page.locator(".pm-question").count() == 3
+
+
+def test_a_reply_streams_and_can_be_stopped(visitor, files, wordy):
+    """On a model whose answers are long, loaded in the page."""
+    page = visitor.page
+    page.get_by_role("button", name="Model").click()
+    page.locator("#pm-model textarea, #pm-model input").first.fill(wordy)
+    page.locator("#pm-load").click()
+    visitor.until(lambda: f"{wordy} is ready" in page.locator("#pm-notice").inner_text())
+    seen = []
+
+    def done():
+        text = page.locator(".pm-merged .pm-text").last.inner_text() if page.locator(".pm-merged").count() else ""
+        if text and text not in seen:
+            seen.append(text)
+        return page.locator(".pm-merged.pm-done").count() > 0
+
+    visitor.send("what colour is the star", files[0])
+    visitor.until(done)
+    words = [text for text in seen if not text.startswith(("Looking", "Waiting"))]
+    assert len(words) > 5 and all(words[-1].startswith(text.strip()) for text in words), words[:3]
+    visitor.send("what shape is the thing")
+    visitor.until(lambda: page.locator(".pm-merged.pm-writing").count() > 0)
+    page.locator("#pm-stop").click()
+    visitor.until(lambda: page.locator(".pm-merged.pm-stopped").count() == 1)
+    assert len(visitor.last(".pm-merged .pm-text").split()) < 120
+
+
+def test_a_model_that_cannot_be_loaded(visitor, files):
+    page = visitor.page
+    page.get_by_role("button", name="Model").click()
+    page.locator("#pm-model textarea, #pm-model input").first.fill("./nowhere")
+    page.locator("#pm-load").click()
+    visitor.until(lambda: "no folder 'nowhere'" in page.locator("#pm-notice").inner_text())
+    assert visitor.ask(truth(6)[0], files[6]) == truth(6)[1]
+
+
+def test_retry_clear_and_json(visitor, files):
+    visitor.ask("is there a star?", files[16])
+    visitor.keep(72)
+    visitor.page.locator("#pm-retry").click()
+    visitor.until(lambda: "72 of 576" in visitor.last(".pm-label"))
+    visitor.until(lambda: visitor.page.locator(".pm-merged.pm-done").count() == 1)
+    with visitor.page.expect_download() as download:
+        visitor.page.locator("#pm-json").click()
+    told = json.loads(download.value.path().read_text())
+    assert told["turns"][0]["question"] == "is there a star?"
+    assert told["turns"][0]["replies"]["merged"]["settings"]["keep"] == 72
+    visitor.page.locator("#pm-clear").click()
+    visitor.until(lambda: visitor.page.locator(".pm-card").count() == 0)
+    visitor.send("is there a star?")
+    visitor.until(lambda: "add a picture first" in visitor.page.locator("#pm-notice").inner_text())
+
+
+def test_an_example_fills_the_box(visitor):
+    visitor.page.get_by_text("which shape is blue?").first.click()
+    visitor.until(lambda: visitor.page.locator("#pm-box textarea").input_value() == "which shape is blue?")
+    visitor.until(lambda: visitor.page.locator("#pm-box .thumbnail-item").count() == 1)
+    visitor.page.locator("#pm-box textarea").press("Enter")
+    visitor.until(lambda: visitor.page.locator(".pm-merged.pm-done").count() == 1)
+    assert visitor.last(".pm-merged .pm-text") == "circle"
+
+
+def test_a_pasted_picture(visitor, files):
+    visitor.page.evaluate(
+        """async (bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "pasted.png", {type: "image/png"}));
+            const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+            document.querySelector("#pm-box textarea").dispatchEvent(event);
+        }""",
+        list(files[16].read_bytes()),
+    )
+    visitor.until(lambda: visitor.page.locator("#pm-box .thumbnail-item").count() == 1)
+    assert visitor.ask(*truth(16)[:1]) == truth(16)[1]
+
+
+def test_a_webcam_picture(visitor):
+    """Chromium's fake camera."""
+    page = visitor.page
+    page.get_by_role("button", name="Webcam").click()
+    page.get_by_text("Click to Access Webcam").click()
+    playing = "document.querySelector('video')?.readyState === 4 && document.querySelector('video').videoWidth > 0"
+    visitor.until(lambda: page.evaluate(playing))
+    page.get_by_label("capture photo").click()
+    visitor.until(lambda: page.locator("#pm-box .thumbnail-item").count() == 1)
+    page.locator("#pm-box textarea").press("Enter")
+    visitor.until(lambda: page.locator(".pm-merged.pm-done").count() == 1)
+    assert "Look inside" in visitor.last(".pm-merged .pm-text")
+
+
+def test_a_broken_file_is_refused_readably(visitor, files, tmp_path):
+    visitor.ask(truth(16)[0], files[16])
+    (tmp_path / "broken.png").write_bytes(files[16].read_bytes()[:3000])
+    visitor.send("is there a star?", tmp_path / "broken.png")
+    visitor.until(lambda: visitor.page.locator("#pm-notice .pm-error").count() == 1)
+    said = visitor.page.locator("#pm-notice").inner_text()
+    assert said == "cannot read the picture 'broken.png': image file is truncated"
+    assert visitor.page.locator(".pm-question").count() == 1
+    assert visitor.page.locator("#pm-box textarea").input_value() == "is there a star?"
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_change_the_next_turn_only_and_never_reload(visitor, files, served):
+    engine = served.first
+    visitor.ask("is there a star?", files[16])
+    slider = visitor.page.locator("#pm-keep input[type=range]")
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowRight")
+    visitor.until(lambda: "147 of 576 visual tokens (26%)" in visitor.page.locator("#pm-plan").inner_text())
+    visitor.choose("#pm-method", "tome")
+    visitor.choose("#pm-where", "projector")
+    visitor.until(lambda: "projector: 576" in visitor.page.locator("#pm-plan").inner_text())
+    visitor.ask("is there a circle?")
+    labels = visitor.page.locator(".pm-label").all_inner_texts()
+    assert (
+        labels[0].startswith("pitome-tuned · 144 of 576") and labels[1] == "tome · 147 of 576 tokens (26%) · projector"
+    )
+    assert served.handlers.visitors.models.loaded[engine.key] is engine
+
+
+def test_ratio_per_block_and_settings_that_are_not_possible(visitor, files):
+    page = visitor.page
+    visitor.choose("#pm-method", "pitome")
+    page.get_by_label("ratio per block").check()
+    visitor.until(lambda: page.locator("#pm-ratio").is_visible() and not page.locator("#pm-keep").is_visible())
+    visitor.until(lambda: "tower: 576 → 519" in page.locator("#pm-plan").inner_text())
+    visitor.choose("#pm-where", "projector")
+    visitor.until(lambda: "with where='projector' give keep" in page.locator("#pm-plan").inner_text())
+    visitor.send("is there a star?", files[16])
+    visitor.until(lambda: "give keep" in page.locator("#pm-notice").inner_text())
+
+
+def test_compare(visitor, files):
+    visitor.page.locator("#pm-compare input").check()
+    question, answer = truth(16)
+    assert visitor.ask(question, files[16]) == answer
+    plain, merged = (visitor.page.locator(f".pm-{lane}") for lane in ("plain", "merged"))
+    assert plain.locator(".pm-text").inner_text() == answer
+    for lane in (plain, merged):
+        names = lane.locator(".pm-name").all_inner_texts()
+        assert names == [
+            "visual tokens", "prompt tokens", "tower, ms", "1st token, ms", "tokens / s", "KV cache, MB", "GFLOPs"
+        ]  # fmt: skip
+    assert plain.locator(".pm-ratio").count() == 0
+    assert re.fullmatch(r"×0\.25(\n×\d+\.\d\d){6}", "\n".join(merged.locator(".pm-ratio").all_inner_texts()))
+    left, right = plain.bounding_box(), merged.bounding_box()
+    assert abs(left["y"] - right["y"]) < 2 and left["x"] + left["width"] <= right["x"]
+
+
+# ---- looking inside --------------------------------------------------------------------------------------------------
+
+
+def source(visitor, part):
+    image = visitor.page.locator(f"{part} img")
+    return image.get_attribute("src") if image.count() else None
+
+
+def test_pick_a_group(visitor, files):
+    visitor.ask(truth(16)[0], files[16])
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    whole = source(visitor, "#pm-groups")
+    visitor.page.locator("#pm-groups img").click(position={"x": 150, "y": 150})
+    visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
+    said = visitor.page.locator("#pm-picked").inner_text()
+    assert re.fullmatch(r"Token \d+: \d+ patch(es)? of 576.* Mean energy before the merge in block 2: .*", said)
+    visitor.until(lambda: source(visitor, "#pm-groups") != whole)
+
+
+def test_a_click_finds_the_group_under_it(visitor, files, served):
+    """The corner of the picture: the page scales it and leaves margins, the answer must not."""
+    visitor.ask(truth(16)[0], files[16])
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    (chat,) = (c for c in served.handlers.visitors.conversations.values() if c.turns and c.turns[0].question)
+    look = chat.turns[0].replies["merged"].looks[0]
+    box = visitor.page.locator("#pm-groups img").bounding_box()
+    side = min(box["width"], box["height"])
+    for x, y in ((0.02, 0.02), (0.98, 0.98), (0.3, 0.7)):
+        position = {"x": (box["width"] - side) / 2 + x * side, "y": (box["height"] - side) / 2 + y * side}
+        visitor.page.locator("#pm-groups img").click(position=position)
+        wanted = f"Token {look.pick(x, y)}:"
+        visitor.until(lambda wanted=wanted: visitor.page.locator("#pm-picked").inner_text().startswith(wanted))
+
+
+def test_energy_tokens_and_accuracy(visitor, files):
+    visitor.choose("#pm-method", "pitome")
+    visitor.ask("", files[16])
+    visitor.tab("Energy")
+    visitor.until(lambda: source(visitor, "#pm-energy"))
+    first = source(visitor, "#pm-energy")
+    assert "block 0: 576 → " in visitor.page.locator("#pm-energy-note").inner_text()
+    slider = visitor.page.locator("#pm-step input[type=range]")
+    slider.focus()
+    slider.press("ArrowRight")
+    visitor.until(lambda: "block 1: " in visitor.page.locator("#pm-energy-note").inner_text())
+    visitor.until(lambda: source(visitor, "#pm-energy") != first)
+    visitor.tab("Tokens")
+    assert "block 0" in visitor.page.locator("#pm-tokens svg").text_content()
+    visitor.tab("Accuracy")
+    visitor.until(lambda: "keep 144" in visitor.page.locator("#pm-accuracy").inner_text())
+    mark = visitor.page.locator("#pm-accuracy .pm-mark").get_attribute("cx")
+    visitor.keep(72)
+    visitor.until(lambda: visitor.page.locator("#pm-accuracy .pm-mark").get_attribute("cx") != mark)
+
+
+def test_earlier_turns_can_be_looked_into(visitor, files):
+    visitor.ask("", files[16])
+    visitor.ask("", files[6])
+    visitor.until(lambda: visitor.page.locator("#pm-which input").input_value().startswith("2. scene6.png"))
+    now = source(visitor, "#pm-groups")
+    visitor.page.locator("#pm-which input").first.click()
+    visitor.page.get_by_role("option").first.click()
+    visitor.until(lambda: source(visitor, "#pm-groups") != now)
+
+
+# ---- visitors --------------------------------------------------------------------------------------------------------
+
+
+def test_two_visitors_at_once_never_mix(visit, files):
+    one, other = visit(), visit()
+    other.choose("#pm-method", "tome")
+    other.keep(288)
+    for visitor, number in ((one, 16), (other, 6)):
+        visitor.add(files[number])
+    one.send(truth(16)[0])
+    other.send(truth(6)[0])
+    for visitor in (one, other):
+        visitor.until(lambda v=visitor: v.page.locator(".pm-merged.pm-done").count() == 1)
+    assert one.last(".pm-merged .pm-text") == truth(16)[1] and "pitome-tuned · 144" in one.last(".pm-label")
+    assert other.last(".pm-question") == truth(6)[0] and "tome · 288" in other.last(".pm-label")
+    assert one.page.locator(".pm-card").count() == other.page.locator(".pm-card").count() == 1
+
+
+def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served):
+    visitor = visit()
+    held = served.handlers.visitors.conversations
+    before = set(held)
+    visitor.ask("is there a star?", files[16])
+    users = served.first.users
+    mine = next(key for key, chat in held.items() if chat.turns and chat.turns[0].pictures[0].name == "scene16.png")
+    visitor.page.close()
+    for _ in range(300):
+        if mine not in held:
+            break
+        visitor.context.pages or visitor.context.new_page()
+        visitor.context.pages[0].wait_for_timeout(100)
+    assert mine not in held and served.first.users == users - 1 and len(set(held) - before) == 0
+
+
+# ---- how it looks ----------------------------------------------------------------------------------------------------
+
+MISFITS = """() => [...document.querySelectorAll('body *')].filter(e => {
+    const box = e.getBoundingClientRect();
+    const shown = box.width > 0 && box.height > 0 && getComputedStyle(e).visibility !== 'hidden';
+    return shown && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('.sr-only, .tabs, [role=tablist]');
+}).map(e => e.tagName + '.' + e.className)"""
+CUT = """() => [...document.querySelectorAll('.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"""
+SMALL = """() => [...document.querySelectorAll('.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note')]
+    .filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent)"""
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["1280", "390"])
+def test_everything_fits_and_can_be_read(visit, files, size):
+    visitor = visit(size)
+    visitor.shot(f"{size[0]}-empty")
+    visitor.page.locator("#pm-compare input").check()
+    visitor.ask(truth(16)[0], files[16])
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    visitor.page.locator("#pm-groups img").click(position={"x": 200, "y": 260})
+    visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
+    for tab in ("Groups", "Energy", "Tokens", "Accuracy"):
+        if tab != "Groups":
+            visitor.tab(tab)
+            visitor.page.wait_for_timeout(700)
+        width = visitor.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= size[0], f"{tab}: the page is {width} wide"
+        for question in (MISFITS, CUT, SMALL):
+            assert visitor.page.evaluate(question) == [], tab
+        sizes = visitor.page.evaluate(
+            "[...document.querySelectorAll('.pm-chart text')].filter(e => e.getBoundingClientRect().height)"
+            ".map(e => e.getBoundingClientRect().height)"
+        )
+        assert all(height >= 12 for height in sizes), sizes
+        visitor.shot(f"{size[0]}-{tab.lower()}")

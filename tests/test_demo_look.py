@@ -1,0 +1,136 @@
+"""What is inside a run: picking groups, lighting them up, energies by block, and the charts."""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pitome_mllm_demo import charts
+from pitome_mllm_demo.look import DIM
+from pitome_mllm_demo.models import Models
+from pitome_mllm_demo.session import Controls, Conversation
+from pitome_mllm_eval.benchmark import scene
+
+
+@pytest.fixture(scope="module")
+def look_of(tmp_path_factory):
+    path = tmp_path_factory.mktemp("uploads") / "scene.png"
+    scene(1)[0].save(path)
+    models = Models()
+
+    def look(controls):
+        *_, turn = Conversation(models).ask("", [path], controls)
+        return turn.replies["merged"].looks[0]
+
+    return look
+
+
+@pytest.fixture(scope="module")
+def look(look_of):
+    return look_of(Controls("pitome", keep=72))
+
+
+def test_every_patch_belongs_to_the_group_that_a_click_picks(look):
+    rows, columns = look.grid
+    for row, column in [(0, 0), (5, 17), (rows - 1, columns - 1)]:
+        picked = look.pick((column + 0.5) / columns, (row + 0.5) / rows)
+        assert picked == look.groups[row * columns + column]
+    assert look.pick(1.0, 1.0) == look.groups[-1]
+    assert {*look.groups.tolist()} == {*range(72)}
+
+
+def test_picking_a_group_dims_everything_else(look):
+    largest = int(np.bincount(look.groups).argmax())
+    whole, lit = (np.asarray(look.draw(group), dtype=float) for group in (None, largest))
+    inside = np.kron((look.groups == largest).reshape(look.grid), np.ones((28, 28))).astype(bool)
+    assert whole.shape == lit.shape == (672, 672, 3)
+    assert np.array_equal(whole[inside], lit[inside])
+    assert np.abs(lit[~inside] - DIM * whole[~inside]).max() <= 1
+
+
+def test_a_group_tells_its_size_and_its_energy(look):
+    sizes = np.bincount(look.groups)
+    largest, single = int(sizes.argmax()), int(sizes.argmin())
+    text = look.describe(largest)
+    assert text.startswith(
+        f"Token {largest}: {sizes[largest]} patches of 576. Mean energy before the merge in block 0: "
+    )
+    mean = look.energies[0][look.groups == largest].mean()
+    assert f"{mean:.2f} (all patches: {look.energies[0].min():.2f} to {look.energies[0].max():.2f}" in text
+    assert sizes[single] > 1 or look.describe(single).startswith(f"Token {single}: 1 patch of 576")
+    for call in (look.describe, look.draw):
+        with pytest.raises(ValueError, match="there is no token 72; choose 0 to 71"):
+            call(72)
+
+
+def test_energies_of_every_merge(look):
+    assert look.energy_steps == list(range(len(look.steps))) and look.first_energies == 0
+    drawn = [look.draw_energy(step) for step in look.energy_steps]
+    assert [text for _, text in drawn][0] == f"block 0: 576 → {look.counts[1]} tokens"
+    assert len({np.asarray(picture).tobytes() for picture, _ in drawn}) == len(look.steps)
+    with pytest.raises(ValueError, match="no energies"):
+        look.draw_energy(len(look.steps))
+
+
+def test_methods_without_energies_or_groups_say_so(look_of):
+    tome = look_of(Controls("tome", keep=72))
+    assert tome.energy_steps == [] and "tome has no energies" in tome.describe(0)
+    with pytest.raises(ValueError, match="choose a method that has some"):
+        tome.draw_energy(0)
+    dct = look_of(Controls("dct", keep=72))
+    assert dct.counts[-1] == 72
+    for call in (lambda: dct.pick(0.5, 0.5), dct.draw, lambda: dct.describe(0)):
+        with pytest.raises(ValueError, match="forms no groups"):
+            call()
+
+
+def test_dropped_patches_belong_to_no_group(look_of):
+    look = look_of(Controls("uniform", keep=72))
+    dropped = int(np.flatnonzero(look.groups < 0)[0])
+    assert look.pick((dropped % 24 + 0.5) / 24, (dropped // 24 + 0.5) / 24) is None
+    assert isinstance(look.draw(), Image.Image)
+
+
+@pytest.mark.parametrize("controls", [Controls(), Controls("downsample", keep=144), Controls("pitome", keep=576)])
+def test_every_kind_of_run_can_be_looked_at(look_of, controls):
+    look = look_of(controls)
+    assert look.counts[-1] == look.groups.max() + 1
+    assert look.describe(0).startswith("Token 0: ") and look.draw(0).size == (672, 672)
+    ElementTree.fromstring(charts.bars(look))
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+def texts(svg):
+    return [node.text for node in ElementTree.fromstring(svg).iter() if node.text and node.text.strip()]
+
+
+def test_the_chart_of_tokens_says_every_count(look):
+    said = texts(charts.bars(look))
+    assert all(str(count) in said for count in look.counts)
+    assert said[1::2] == ["picture", *look.steps]
+
+
+def test_the_accuracy_curve_marks_the_current_setting():
+    svg = charts.accuracy(charts.curve("pitome-tuned", "both"), 144)
+    points = charts.curve("pitome-tuned", "both").points
+    assert sorted(points) == [16, 36, 72, 144, 288] and all(0.5 < value <= 1 for value in points.values())
+    share = {keep: f"{100 * value:.1f} %" for keep, value in points.items()}
+    assert f"keep 144: {share[144]};" in " ".join(texts(svg))
+    between = " ".join(texts(charts.accuracy(charts.curve("pitome-tuned", "both"), 100)))
+    assert f"keep 100: between {share[72]} (keep 72) and {share[144]} (keep 144)" in between
+    marks = [n for n in ElementTree.fromstring(svg).iter() if n.get("class") == "pm-mark"]
+    dots = [n for n in ElementTree.fromstring(svg).iter() if n.get("class") == "pm-dot"]
+    assert (marks[0].get("cx"), marks[0].get("cy")) in [(dot.get("cx"), dot.get("cy")) for dot in dots]
+
+
+def test_a_setting_without_measurements_has_no_curve():
+    assert charts.curve("downsample", "projector") is None and charts.curve("downsample", "tower").points
+
+
+def test_charts_are_drawn_without_anything_from_outside(look):
+    for svg in (charts.bars(look), charts.accuracy(charts.curve("pitome", "tower"), 144)):
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|url\(", svg)

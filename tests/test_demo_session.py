@@ -1,0 +1,440 @@
+"""The chat without a page: turns, streaming, stopping, comparing, visitors, and what is freed when they leave."""
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from models import build, picture, processor
+
+from pitome_mllm import estimate
+from pitome_mllm_demo.models import Models
+from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Controls, Conversation, Visitors
+from pitome_mllm_eval.benchmark import scene
+
+PITOME = Controls("pitome", keep=144)
+QUESTION = "what colour is the star"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Pictures of scenes 0 to 3, as files."""
+    folder = tmp_path_factory.mktemp("uploads")
+    paths = [folder / f"scene{number}.png" for number in range(4)]
+    for number, path in enumerate(paths):
+        scene(number)[0].save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory):
+    """A folder with random weights, no chat template, and long answers."""
+    folder = tmp_path_factory.mktemp("wordy")
+    model = build()
+    model.generation_config.max_new_tokens = 40
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models()
+
+
+@pytest.fixture(scope="module")
+def wordy_models(wordy):
+    return Models(wordy)
+
+
+@pytest.fixture
+def chat(models):
+    return Conversation(models)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    picture(0).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def said(events):
+    """The last of what a generator yields."""
+    *_, last = events
+    return last
+
+
+def ask(chat, question, files=(), controls=PITOME, compare=False):
+    return said(chat.ask(question, files, controls, compare))
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_that_of_the_command_line(chat, files, capsys):
+    from pitome_mllm import cli
+
+    question = scene(0)[1][0].text
+    reply = ask(chat, question, files[:1]).replies["merged"]
+    assert cli.main(["ask", "--method", "pitome", "--keep", "144", "--json", "--scene", "0", question]) == 0
+    assert reply.text == json.loads(capsys.readouterr().out)["answer"] != ""
+    assert reply.state == "done" and reply.label == "pitome · 144 of 576 tokens (25%) · tower"
+
+
+def test_words_appear_one_after_the_other(wordy_models, photo):
+    chat = Conversation(wordy_models)
+    texts = [turn.replies["merged"].text for turn in chat.ask(QUESTION, [photo], PITOME)]
+    assert len({*texts}) > 5 and all(texts[-1].startswith(text.strip()) for text in texts)
+    assert len(texts[-1].split()) == 40
+
+
+def test_several_turns_and_pictures_reach_the_model(models, files, monkeypatch):
+    chat, prompts = Conversation(models), []
+    generate, tokenizer = chat.engine.model.generate, chat.engine.processor.tokenizer
+
+    def noted(**inputs):
+        words = [i for i in inputs["input_ids"][0].tolist() if i != chat.engine.model.config.image_token_id]
+        prompts.append((len(inputs["pixel_values"]), tokenizer.decode(words, skip_special_tokens=True).split()))
+        return generate(**inputs)
+
+    monkeypatch.setattr(chat.engine.model, "generate", noted)
+    answers, expected = [], []
+    for question, new in [
+        ("is there a star?", files[:1]),
+        ("is there a circle?", ()),
+        ("is there a cross?", files[1:3]),
+    ]:
+        turn = ask(chat, question, new)
+        expected += f"user: {question.replace('?', '')} assistant:".split()
+        assert prompts[-1][1] == expected
+        answers.append(turn.replies["merged"].text)
+        expected.append(answers[-1])
+    assert [pictures for pictures, _ in prompts] == [1, 1, 3]
+    assert turn.replies["merged"].figures.visual_tokens == 3 * 144
+    assert [look.name for look in turn.replies["merged"].looks] == ["scene0.png", "scene1.png", "scene2.png"]
+
+
+def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat, files):
+    model, merges = chat.engine.model, []
+    for controls in (
+        PITOME,
+        Controls("tome", keep=72, where="projector"),
+        Controls("pitome", amount="ratio", ratio=0.9),
+        Controls(),
+    ):
+        turn = ask(chat, "is there a star?", files[:1] if not merges else (), controls)
+        merges.append(turn.replies["merged"].looks[0].counts[-1])
+    labels = [turn.replies["merged"].label for turn in chat.turns]
+    assert labels[0] == "pitome · 144 of 576 tokens (25%) · tower"
+    assert labels[1] == "tome · 72 of 576 tokens (12%) · projector"
+    assert labels[3] == "pitome-tuned · 144 of 576 tokens (25%) · both"
+    expected = chat.engine.plan(Controls("pitome", amount="ratio")).keep
+    assert merges == [144, 72, expected, 144] and chat.engine.model is model
+
+
+def test_a_conversation_that_does_not_fit_is_refused_before_anything_shows(chat, files):
+    ask(chat, "is there a star?", files[:3])
+    with pytest.raises(ValueError, match="conversation is too long: 2.* tokens with 4 pictures.*clear it"):
+        ask(chat, "is there a star?", files[3:], Controls("pitome-tuned", keep=144))
+    assert len(chat.turns) == 1
+    assert ask(chat, "is there a star?", files[3:], PITOME).replies["merged"].state == "done"  # compact positions fit
+
+
+def test_more_pictures_than_a_conversation_holds(chat, files):
+    with pytest.raises(ValueError, match=f"holds {MAX_PICTURES} pictures"):
+        ask(chat, "", files[:1] * (MAX_PICTURES + 1))
+
+
+@pytest.mark.parametrize(
+    "question, controls, message",
+    [
+        ("what colour is the elephant?", PITOME, "does not know 'elephant'"),
+        ("what is <image>?", PITOME, "stands for the picture"),
+        ("is there a star?", Controls("pitom"), "did you mean 'pitome'"),
+        ("is there a star?", Controls("pitome", keep=0), "keep=0"),
+        ("is there a star?", Controls("pitome", keep=577), "577"),
+        ("is there a star?", Controls("pitome", amount="ratio", ratio=0.0), "ratio=0.0"),
+        ("is there a star?", Controls("pitome", where="moon"), "unknown where 'moon'"),
+        ("is there a star?", Controls("dct", amount="much"), "unknown amount 'much'"),
+    ],
+)
+def test_mistakes_are_one_readable_error_and_leave_no_trace(chat, files, question, controls, message):
+    with pytest.raises(ValueError, match=message):
+        ask(chat, question, files[:1], controls)
+    assert chat.turns == [] and not chat.busy
+    assert ask(chat, "is there a star?", files[:1]).replies["merged"].state == "done"
+
+
+def test_a_first_question_needs_a_picture_and_a_turn_needs_something(chat, files):
+    with pytest.raises(ValueError, match="add a picture first"):
+        ask(chat, "is there a star?")
+    ask(chat, "is there a star?", files[:1])
+    with pytest.raises(ValueError, match="the question is empty"):
+        ask(chat, "  ")
+
+
+def test_a_picture_without_a_question_is_only_looked_at(chat, files):
+    reply = ask(chat, "", files[:1], compare=True).replies["merged"]
+    assert reply.text == "" and reply.state == "done" and reply.looks[0].counts[-1] == 144
+    assert reply.figures.tower_ms > 0 and reply.figures.prefill_ms is None
+    assert ask(chat, "is there a star?").replies["merged"].text in ("yes", "no")
+
+
+def test_a_run_that_fails_leaves_the_conversation_as_it_was(chat, files, monkeypatch):
+    ask(chat, "is there a star?", files[:1])
+
+    def fail(**_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(chat.engine.model, "generate", fail)
+    with pytest.raises(ValueError, match="not enough memory for this; clear the conversation"):
+        ask(chat, "is there a circle?")
+    with pytest.raises(ValueError, match="not enough memory"):
+        said(chat.retry(PITOME))
+    assert [turn.question for turn in chat.turns] == ["is there a star?"] and not chat.busy
+
+
+# ---- stop, retry, clear, JSON ----------------------------------------------------------------------------------------
+
+
+def test_stop_keeps_what_there_is(wordy_models, photo):
+    chat = Conversation(wordy_models)
+    turn = None
+    for turn in chat.ask(QUESTION, [photo], PITOME):
+        if turn.replies["merged"].text:
+            chat.stop()
+    reply = turn.replies["merged"]
+    assert reply.state == "stopped" and 1 <= len(reply.text.split()) < 40
+    assert ask(chat, QUESTION).replies["merged"].state == "done"  # a stop does not last
+
+
+def test_stop_while_waiting_for_others(wordy_models, photo):
+    chat, gate = Conversation(wordy_models), threading.Event()
+    chat.engine.submit(gate.wait)
+    began, states = time.monotonic(), []
+    for turn in chat.ask(QUESTION, [photo], PITOME):
+        states.append((turn.replies["merged"].state, turn.replies["merged"].ahead))
+        if turn.replies["merged"].ahead:
+            chat.stop()
+    gate.set()
+    assert ("waiting", 1) in states and states[-1][0] == "stopped" and time.monotonic() - began < 5
+    assert not chat.busy and chat.turns[0].replies["merged"].text == ""
+
+
+def test_a_caller_that_goes_away_ends_the_run(wordy_models, photo):
+    chat = Conversation(wordy_models)
+    events = chat.ask(QUESTION, [photo], PITOME)
+    while not next(events).replies["merged"].text:
+        pass
+    events.close()
+    assert chat.turns[0].replies["merged"].state == "stopped" and not chat.busy
+    assert ask(chat, QUESTION).replies["merged"].state == "done"
+
+
+def test_one_answer_at_a_time(wordy_models, photo):
+    chat = Conversation(wordy_models)
+    events = chat.ask(QUESTION, [photo], PITOME)
+    next(events)
+    for call in (lambda: ask(chat, QUESTION), lambda: said(chat.retry(PITOME)), lambda: chat.use("tiny")):
+        with pytest.raises(ValueError, match="still being written"):
+            call()
+    assert said(events).replies["merged"].state == "done"
+
+
+def test_retry_asks_again_with_other_settings(chat, files):
+    ask(chat, "is there a star?", files[:1])
+    ask(chat, "is there a circle?")
+    turn = said(chat.retry(Controls("tome", keep=36), compare=True))
+    assert [t.question for t in chat.turns] == ["is there a star?", "is there a circle?"] and chat.turns[-1] is turn
+    assert turn.replies["merged"].label.startswith("tome · 36 of 576") and set(turn.replies) == {"plain", "merged"}
+    chat.clear()
+    with pytest.raises(ValueError, match="nothing to ask again"):
+        said(chat.retry(PITOME))
+
+
+def test_clear_while_an_answer_is_written(wordy_models, photo):
+    chat = Conversation(wordy_models)
+    for turn in chat.ask(QUESTION, [photo], PITOME):
+        if turn.replies["merged"].text:
+            chat.clear()
+    assert chat.turns == [] and not chat.busy
+
+
+def test_the_conversation_as_json(chat, files):
+    ask(chat, "is there a star?", files[:1], compare=True)
+    told = json.loads(json.dumps(chat.to_dict()))
+    assert told["model"] == "tiny"
+    (turn,) = told["turns"]
+    side = scene(0)[0].width
+    assert turn["question"] == "is there a star?"
+    assert turn["pictures"] == [{"name": "scene0.png", "width": side, "height": side}]
+    merged = turn["replies"]["merged"]
+    assert merged["settings"] == {
+        "method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "the method's own",
+    }  # fmt: skip
+    assert merged["answer"] in ("yes", "no") and merged["figures"]["visual_tokens"] == 144
+    assert merged["of_plain"]["visual_tokens"] == 0.25 and turn["replies"]["plain"]["settings"] is None
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_compare_gives_both_answers_and_their_figures(chat, files):
+    turn = ask(chat, "is there a star?", files[:1], Controls("pitome", keep=72), compare=True)
+    plain, merged = turn.replies["plain"], turn.replies["merged"]
+    assert plain.label == "plain · all 576 tokens" and plain.looks == () and merged.plain is plain.figures
+    assert (plain.figures.visual_tokens, merged.figures.visual_tokens) == (576, 72)
+    assert plain.figures.prompt_tokens - merged.figures.prompt_tokens == 504
+    for figures in (plain.figures, merged.figures):
+        assert 0 < figures.tower_ms < figures.prefill_ms and figures.tokens_per_s > 0
+    shares = merged.figures.over(merged.plain)
+    assert set(shares) == {*merged.figures.to_dict()} and shares["visual_tokens"] == 0.125
+    assert 0 < shares["gflops"] < 1 and 0 < shares["kv_mb"] < 0.2
+
+
+@pytest.mark.parametrize("controls", [None, PITOME, Controls(), Controls("tome", amount="ratio", ratio=0.95)])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_calculated_figures_are_those_of_estimate(models, controls, pictures):
+    engine = Conversation(models).engine
+    kv, gflops = engine.cost(controls, pictures, 17)
+    settings = {} if controls is None else controls.settings()
+    cost = estimate(engine.model, **settings, images=pictures, text_tokens=17, new_tokens=1)
+    assert kv * 1e6 == pytest.approx(cost.kv_bytes) and gflops * 1e9 == pytest.approx(cost.flops)
+
+
+def test_a_plain_run_in_between_is_really_plain(chat, files):
+    """The plain lane remembers the plain answers, and merging holds again after it."""
+    ask(chat, "is there a star?", files[:1], compare=True)
+    turn = ask(chat, "is there a circle?", compare=True)
+    assert turn.replies["plain"].figures.visual_tokens == 576
+    assert turn.replies["merged"].looks[0].counts[-1] == 144
+
+
+def test_only_recent_turns_keep_what_is_inside(chat, files):
+    ask(chat, "", files[:1])
+    for _ in range(MAX_LOOKS):
+        ask(chat, "is there a star?")
+    assert chat.turns[0].replies["merged"].looks == ()
+    assert all(turn.replies["merged"].looks for turn in chat.turns[1:])
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_model(models, wordy, files, photo):
+    chat, told = Conversation(models), []
+    ask(chat, "is there a star?", files[:1])
+    chat.use(wordy, None, lambda share, text: told.append((share, text)))
+    assert chat.turns == [] and chat.engine.name == wordy
+    assert [share for share, _ in told] == sorted(share for share, _ in told) and told[-1] == (1.0, f"{wordy} is ready")
+    assert any("loading the weights" in text for _, text in told)
+    assert ask(chat, QUESTION, [photo]).replies["merged"].model == wordy
+    chat.leave()
+    assert list(models.loaded) == [("tiny", None)]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one(models, tmp_path):
+    chat = Conversation(models)
+    for name, bits, message in [
+        ("nobody/nothing", None, "cannot load 'nobody/nothing'"),
+        (str(tmp_path), None, "has no config.json"),
+        ("", None, "the model's name is empty"),
+        ("tiny", 3, "choose 4 or 8"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            chat.use(name, bits)
+    assert chat.engine.name == "tiny" and not chat.busy
+
+
+def test_quantised_weights_are_another_model(models, files):
+    chat = Conversation(models)
+    chat.use("tiny", 8)
+    assert chat.engine.name == "tiny (8 bit)"
+    assert ask(chat, "is there a star?", files[:1]).replies["merged"].text in ("yes", "no")
+    chat.leave()
+
+
+def test_visitors_share_a_model_and_the_last_one_frees_it(models, wordy):
+    first, second = Conversation(models), Conversation(models)
+    first.use(wordy)
+    second.use(wordy)
+    assert first.engine is second.engine
+    gone = weakref.ref(first.engine.model)
+    first.leave()
+    assert second.engine.key in models.loaded
+    second.leave()
+    assert second.engine.key not in models.loaded
+    del first, second
+    gc.collect()
+    assert gone() is None
+
+
+# ---- visitors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_who_leaves_frees_what_they_hold(models, files):
+    visitors = Visitors(models)
+    users = Conversation(models).engine.users
+    chat = visitors.of("a")
+    assert visitors.of("a") is chat and visitors.of("b") is not chat
+    turn = ask(chat, "is there a star?", files[:1])
+    held = [weakref.ref(turn.pictures[0].image), weakref.ref(turn.replies["merged"].looks[0])]
+    visitors.leave("a")
+    visitors.leave("nobody")
+    assert list(visitors.conversations) == ["b"] and chat.engine.users == users + 1
+    del chat, turn
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    assert visitors.of("a").turns == []
+
+
+def test_a_visitor_who_was_away_for_long_counts_as_gone(models, files):
+    visitors = Visitors(models, idle=0.05)
+    ask(visitors.of("a"), "is there a star?", files[:1])
+    time.sleep(0.1)
+    visitors.of("b")
+    assert list(visitors.conversations) == ["b"]
+
+
+def test_visitors_at_once_never_mix(models, files):
+    """Each thread has its own picture, settings and answers; all of them as when alone."""
+    questions = [q.text for q in scene(0)[1][:3]]
+    settings = [
+        Controls("pitome", keep=144), Controls("tome", keep=36), Controls(keep=288), Controls("random", keep=16),
+    ]  # fmt: skip
+
+    def answers(number):
+        chat = Conversation(models)
+        turns = [
+            ask(chat, question, files[number : number + 1] if not turn else (), settings[number])
+            for turn, question in enumerate(questions)
+        ]
+        replies = [turn.replies["merged"] for turn in turns]
+        names = {look.name for reply in replies for look in reply.looks}
+        groups = [reply.looks[0].groups.tolist() for reply in replies]
+        return [reply.text for reply in replies], [reply.label for reply in replies], names, groups
+
+    alone, together = [answers(number) for number in range(4)], [None] * 4
+
+    def visit(number):
+        together[number] = answers(number)
+
+    threads = [threading.Thread(target=visit, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    assert [names for _, _, names, _ in together] == [{f"scene{number}.png"} for number in range(4)]
+
+
+def test_the_session_needs_no_gradio():
+    code = "import sys; sys.modules['gradio'] = None; import pitome_mllm_demo.session"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,110 @@
+"""The chat as HTML, and the command that serves it, as far as they go without Gradio."""
+
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from pitome_mllm import cli
+from pitome_mllm_demo import view
+from pitome_mllm_demo.pictures import Picture
+from pitome_mllm_demo.runs import Figures
+from pitome_mllm_demo.turns import Reply, Turn
+
+NASTY = (
+    '![x](http://evil.example/a.png)\n\n<img src="http://evil.example/b.png" onerror="alert(1)">\n# **bold** & $$x$$'
+)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.words = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def parsed(html):
+    tags = Tags()
+    tags.feed(html)
+    return tags
+
+
+def turn(question=NASTY, text=NASTY, **reply):
+    plain = Figures(576, 590, 100.0, 200.0, 50.0, 2.4, 4.3)
+    merged = Figures(144, 158, 50.0, 80.0, 55.5, 0.65, 1234.5)
+    replies = {
+        "plain": Reply("plain · all 576 tokens", None, "tiny", text, "done", figures=plain, plain=plain),
+        "merged": Reply(
+            "tome · 144", None, "tiny", text, **{"state": "done", "figures": merged, "plain": plain, **reply}
+        ),
+    }
+    for name, value in reply.items():
+        setattr(replies["merged"], name, value)
+    return Turn(question, [Picture(Image.new("RGB", (40, 30)), NASTY)], replies)
+
+
+def test_what_others_wrote_is_shown_and_never_obeyed():
+    """No blank line and no tag of theirs: Markdown inside a block of HTML is text."""
+    for message in view.messages([turn()]):
+        tags = parsed(message["content"])
+        assert "\n" not in message["content"]
+        assert "![x](http://evil.example/a.png)" in tags.words and "<img src=" in tags.words
+        images = [attributes for tag, attributes in tags.found if tag == "img"]
+        assert all(image["src"].startswith("data:image/jpeg;base64,") for image in images)
+        assert not any("onerror" in attributes for _, attributes in tags.found)
+
+
+def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
+    _, said = view.messages([turn()])
+    words = parsed(said["content"]).words
+    for name in (
+        "visual tokens",
+        "prompt tokens",
+        "tower, ms",
+        "1st token, ms",
+        "tokens / s",
+        "KV cache, MB",
+        "GFLOPs",
+    ):
+        assert words.count(name) == 2
+    assert re.findall(r"×\d+\.\d\d", words) == ["×0.25", "×0.27", "×0.50", "×0.40", "×1.11", "×0.27", "×287.09"]
+    assert "1,234" in words or "1,235" in words
+
+
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        ({"state": "waiting", "ahead": 2}, "Waiting for 2 before this one"),
+        ({"state": "waiting"}, "Looking…"),
+        ({"state": "stopped"}, "(stopped)"),
+    ],
+)
+def test_states_are_said(reply, words):
+    assert words in parsed(view.replies(turn(**reply))).words
+
+
+def test_a_picture_without_a_question():
+    only = turn(question="")
+    assert "Only look at it" in view.question(only) and "without a question" in view.replies(only)
+
+
+def test_figures_that_are_not_known_are_left_out():
+    strip = view.figures(Figures(144, 0, 12.0), {}, "merged")
+    assert parsed(strip).words == "visual tokens144tower, ms12"
+
+
+def test_without_gradio_the_command_says_how_to_get_it(capsys, monkeypatch):
+    for module in [name for name in sys.modules if name.startswith("pitome_mllm_demo.app")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert cli.main(["demo"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert "needs 'gradio', which is not installed; install it with: pip install 'pitome-mllm[demo]'" in said.err
