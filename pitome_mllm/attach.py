@@ -68,8 +68,8 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        family = _family(model)
         self.model = model
+        self.family = family = _family(model)
         self.geometry = geometry(model.config)
         self.settings = settings
         self._plan = make_plan(settings, self.geometry)

@@ -8,12 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .specs import FAMILIES, FAMILY_OF_CONFIG, feature_index, geometry
+from .specs import Geometry, family_of, geometry
+
+
+def read(output: Any, geometry: Geometry) -> Tensor | None:
+    """What the projector reads of a tower's output (I, N, C), the feature layers side by side; None if it has none."""
+    if not geometry.layers:
+        return output.last_hidden_state
+    if output.hidden_states is None:
+        return None
+    return torch.cat([output.hidden_states[layer] for layer in geometry.layers], -1)
+
+
+def write(output: Any, geometry: Geometry, x: Tensor) -> None:
+    """Put ``x``, of the form that `read` gives, in the place of what the projector reads."""
+    if not geometry.layers:
+        output.last_hidden_state = x
+        return
+    states = list(output.hidden_states)
+    for layer, part in zip(geometry.layers, x.chunk(len(geometry.layers), -1)):
+        states[layer] = part
+    output.hidden_states = tuple(states)
 
 
 @torch.no_grad()
 def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """The hidden states that the projector reads; merged ones, and fresh ``handle.stats``, where the model is attached.
+    """What the projector reads, class token included; merged, and with fresh ``handle.stats``, where it is attached.
 
     Only the tower runs, which is all that merging a picture needs.
 
@@ -30,10 +50,10 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     ------
     ValueError : an unsupported family or vision tower.
     """
-    geometry(model.config)  # raises for what is not supported
-    tower = operator.attrgetter(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)(model)
+    shape = geometry(model.config)  # raises for what is not supported
+    tower = operator.attrgetter(family_of(model.config).tower)(model)
     given = pixel_values.to(model.device, model.dtype)
-    return tower(given, output_hidden_states=True).hidden_states[feature_index(model.config)]
+    return read(tower(given, output_hidden_states=True), shape)
 
 
 def pixel_values(processor: Any, pictures: Any) -> Tensor:

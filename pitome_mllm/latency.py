@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .specs import FAMILIES, FAMILY_OF_CONFIG, geometry
+from .specs import family_of, geometry
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def measure(
     if inputs.get("pixel_values") is None:
         raise ValueError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
     geometry(model.config)
-    tower = model.get_submodule(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)
+    tower = model.get_submodule(family_of(model.config).tower)
     device = inputs["pixel_values"].device
     towers, firsts, others = [], [], []
     for run in range(warmup + repeats):

@@ -24,11 +24,25 @@ class TowerSpec:
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """Where a multimodal model keeps its parts (dotted paths from the model)."""
+    """Where a multimodal model keeps its parts (dotted paths from the model), and what its projector reads.
 
+    Attributes
+    ----------
+    config : ``model_type`` of its configuration.
+    select : "full", or "default" (without the first token), where the configuration does not say which.
+    last : the projector reads the tower's normed output, not the hidden states of a feature layer.
+    linear : linear layers of the projector.
+    first_position : position id of the first token in the LLM.
+    """
+
+    config: str
     tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     language: str = "model.language_model"
+    select: str | None = None
+    last: bool = False
+    linear: int = 2
+    first_position: int = 0
 
 
 TOWERS: dict[str, TowerSpec] = {  # key: class name of the encoder layer
@@ -38,9 +52,11 @@ TOWERS: dict[str, TowerSpec] = {  # key: class name of the encoder layer
 TOWER_OF_CONFIG = {"clip_vision_model": "CLIPEncoderLayer", "siglip_vision_model": "SiglipEncoderLayer"}
 
 FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
-    "LlavaForConditionalGeneration": FamilySpec(),
+    "LlavaForConditionalGeneration": FamilySpec("llava"),
+    "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
+    "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
 }
-FAMILY_OF_CONFIG = {"llava": "LlavaForConditionalGeneration"}
+FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
@@ -60,6 +76,9 @@ class Geometry:
     merging_blocks : blocks whose output, or an ancestor of it, feeds the projector; merging happens only there.
     blocks : all blocks of the tower; those after ``merging_blocks`` run without effect on the LLM.
     llm_obstacle : why the LLM takes neither gaps between positions nor a bias of sizes; empty if it takes both.
+    layers : the hidden states that the projector reads, side by side: the number of blocks before each; empty if it
+        reads the tower's normed output.
+    linear : linear layers of the projector.
     """
 
     grid: tuple[int, int]
@@ -68,6 +87,8 @@ class Geometry:
     merging_blocks: int
     blocks: int
     llm_obstacle: str = ""
+    layers: tuple[int, ...] = ()
+    linear: int = 2
 
     @property
     def patches(self) -> int:
@@ -86,29 +107,37 @@ def geometry(config: Any) -> Geometry:
     ------
     ValueError : the configuration is of a family, or holds a vision tower, that has no row here.
     """
-    if config.model_type not in FAMILY_OF_CONFIG:
-        raise ValueError(f"unsupported family {config.model_type!r}; supported: {', '.join(sorted(FAMILY_OF_CONFIG))}")
-    vision = config.vision_config
+    family, vision = family_of(config), config.vision_config
     if vision.model_type not in TOWER_OF_CONFIG:
         raise ValueError(
             f"unsupported vision tower {vision.model_type!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}"
         )
     side = vision.image_size // vision.patch_size
     class_tokens = TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens
-    full = config.vision_feature_select_strategy == "full"
+    full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not class_tokens:
         raise ValueError(
             f"vision_feature_select_strategy='default' drops the first token, which is a patch in "
             f"{vision.model_type!r}, a tower without class token; set it to 'full'"
         )
+    layers = () if family.last else feature_layers(config)
     return Geometry(
         grid=(side, side),
         class_tokens=class_tokens,
         visible_class_tokens=class_tokens if full else 0,
-        merging_blocks=feature_index(config),
+        merging_blocks=max(layers, default=vision.num_hidden_layers),
         blocks=vision.num_hidden_layers,
         llm_obstacle=llm_obstacle(config.text_config),
+        layers=layers,
+        linear=family.linear,
     )
+
+
+def family_of(config: Any) -> FamilySpec:
+    """The row of a configuration's family; ValueError if there is none."""
+    if config.model_type not in FAMILY_OF_CONFIG:
+        raise ValueError(f"unsupported family {config.model_type!r}; supported: {', '.join(FAMILY_OF_CONFIG)}")
+    return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
 
 
 def llm_obstacle(text: Any) -> str:
@@ -122,9 +151,8 @@ def llm_obstacle(text: Any) -> str:
     return f"it has {' and '.join(partial)}" if partial else ""
 
 
-def feature_index(config: Any) -> int:
-    """Index into the tower's hidden states that the projector reads; equals the number of blocks before it."""
-    layer = config.vision_feature_layer
-    if not isinstance(layer, int):
-        raise ValueError(f"several vision feature layers ({layer}) are not supported yet; expected one integer")
-    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
+def feature_layers(config: Any) -> tuple[int, ...]:
+    """Indices into the tower's hidden states that the projector reads; each equals the number of blocks before it."""
+    layers, states = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
+    layers = [layers] if isinstance(layers, int) else layers
+    return tuple(layer if layer >= 0 else states + layer for layer in layers)

@@ -49,6 +49,11 @@ class Stats:
         return self.plan.keep
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Visual tokens of every picture that reached the LLM."""
+        return (self.tokens_after,) * self.images
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Patch tokens after each merging block."""
         return self.plan.counts

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .features import read, write
 from .methods import Merge
 from .methods.pooling import cells
 from .plan import Plan
@@ -95,6 +96,15 @@ class Run:
             self.sizes[block + 1] = size
         self.clues[block] = clues
         return x
+
+    def pushed(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The hidden states (B, N, C) with every feature layer sent through the merges of the blocks behind it."""
+        pushed = list(states)
+        for layer in self.plan.geometry.layers:
+            for block in (b for b in self.plan.merging if b >= layer):
+                size = self.sizes.get(block) if self.plan.weighted else None
+                pushed[layer] = self.merges[block].reduce(pushed[layer], size)[0]
+        return tuple(pushed)
 
     def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
         """The rounds in front of the projector: features, merges, and patches per token."""
@@ -236,12 +246,14 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     x = output.last_hidden_state
     merges = [run.merges[block] for block in plan.merging]
     size = run.sizes.get(plan.geometry.merging_blocks)
+    if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
+        output.hidden_states = run.pushed(output.hidden_states)
     if plan.rounds:
-        if output.hidden_states is None:  # no features for a projector were asked for
+        features = read(output, plan.geometry)
+        if features is None:  # none for a projector were asked for
             return
-        states, feature = list(output.hidden_states), plan.geometry.merging_blocks
-        states[feature], late, size = run.before_projector(states[feature], handle.projector)
-        output.hidden_states = tuple(states)
+        features, late, size = run.before_projector(features, handle.projector)
+        write(output, plan.geometry, features)
         merges += late
     if plan.entering < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
         blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)

@@ -30,7 +30,7 @@ ALLOWED = {
     "features": {"specs"},
     "prompt": {"language", "placeholders", "plan", "specs", "stats"},
     "language": {"placeholders", "specs"},
-    "tower": {"methods", "plan", "specs", "stats"},
+    "tower": {"features", "methods", "plan", "specs", "stats"},
     "loading": {"specs"},
     "_companion": set(),
 }
