@@ -109,10 +109,11 @@ def estimate(
     if text is None:
         return Estimate(tower, merging, 0, 0, 0, 0, plan.keep, 0)
     head = 2 * text.hidden_size * text.vocab_size
+    projected = plan.available if plan.packed else plan.keep
     return Estimate(
         tower_flops=tower,
         merging_flops=merging,
-        projector_flops=batch * images * plan.keep * _projector(vision, text, plan),
+        projector_flops=batch * images * projected * _projector(vision, text, plan),
         prefill_flops=batch * (_llm(text, prompt, prompt**2) + head * (prompt if logits == "all" else 1)),
         decode_flops=batch * (_llm(text, last - prompt, sum(range(prompt + 1, last + 1))) + head * (last - prompt)),
         kv_bytes=batch * last * kv_bytes_per_token(text, dtype or getattr(model_or_config, "dtype", None)),
@@ -192,8 +193,10 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
 def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
     blank = partial(torch.zeros, device="cpu")
-    everything, width = plan.geometry.class_tokens + tokens, vision.hidden_size
+    everything, width = plan.context.get("protected", 0) + tokens, vision.hidden_size
     head = width // vision.num_attention_heads
+    if plan.where == "packed":
+        width = text.hidden_size
     widths = {
         "keys": head,
         "history": head,

@@ -48,9 +48,13 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
     Raises
     ------
-    ValueError : an unsupported family or vision tower.
+    ValueError : an unsupported family or vision tower; pictures cut into tiles.
     """
     shape = geometry(model.config)  # raises for what is not supported
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            f"got pixel_values of shape {tuple(pixel_values.shape)}, pictures cut into tiles; give tiles (I, 3, H, W)"
+        )
     tower = operator.attrgetter(family_of(model.config).tower)(model)
     given = pixel_values.to(model.device, model.dtype)
     return read(tower(given, output_hidden_states=True), shape)

@@ -109,7 +109,7 @@ def measure(
 @torch.no_grad()
 def _tower_ms(tower: Any, pixels: torch.Tensor) -> float:
     start = _now(pixels.device)
-    tower(pixels, output_hidden_states=True, return_dict=True)
+    tower(pixels.flatten(0, -4), output_hidden_states=True, return_dict=True)
     return 1000 * (_now(pixels.device) - start)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import language
+from . import language, tiles
 from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 
 if TYPE_CHECKING:
@@ -112,13 +112,22 @@ def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], li
     """Visual tokens of every picture that a call brings: of the plain model, and as many as it will have."""
     plan, available = handle.active, handle.geometry.available
     if kwargs.get("pixel_values") is not None:
-        pictures = len(kwargs["pixel_values"])
+        if handle.family.tiles == "anyres":
+            return tiles.lengths(handle, kwargs)
+        pictures = _number(kwargs["pixel_values"])
         return [available] * pictures, [available if plan is None else plan.keep] * pictures
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
         kept = [len(features) for features in encoded.pooler_output]
+        if handle.family.tiles == "anyres":  # how many they were is not known without the sizes of the pictures
+            return kept if plan is None or plan.keep == available else [-1] * len(kept), kept
         return [available] * len(kept), kept
     return [], []
+
+
+def _number(pixels: Tensor) -> int:
+    """Pictures in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding."""
+    return len(pixels) if pixels.dim() == 4 else int((pixels.flatten(2) != 0).any(-1).sum())
 
 
 def _placeholders(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
@@ -180,7 +189,9 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
         kwargs["input_ids"] = inputs
-    call = rewrite(model, handle, kwargs, whole=True)
+    handle.state.encoded = None
+    with torch.no_grad():
+        call = rewrite(model, handle, kwargs, whole=True)
     if call is None:
         return plain(**kwargs)
     short = call.kwargs
@@ -267,6 +278,7 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         if kept == full or int(image.sum()) != sum(full):  # the prompt that generate() shortened
             state.call = Call(kwargs, image, move=state.generating.move)
             return None
+    state.encoded = None
     state.call = rewrite(model, handle, kwargs, whole=False)
     return None if state.call is None else ((), state.call.kwargs)
 

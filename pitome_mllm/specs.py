@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing behind the projector needs a whole grid
+
 
 @dataclass(frozen=True)
 class TowerSpec:
@@ -33,6 +35,12 @@ class FamilySpec:
     last : the projector reads the tower's normed output, not the hidden states of a feature layer.
     linear : linear layers of the projector.
     first_position : position id of the first token in the LLM.
+    core : the part that encodes pictures.
+    tiles : how pictures of several tiles are packed: "" = they have one; "anyres" = by the core's
+        ``pack_image_features``; "connector" = tile by tile, by a projector that joins neighbouring patches.
+    places : where tokens can merge; the first one unless a method says something else.
+    obstacle : why not elsewhere.
+    plain : methods of the core that never merge.
     """
 
     config: str
@@ -43,6 +51,11 @@ class FamilySpec:
     last: bool = False
     linear: int = 2
     first_position: int = 0
+    core: str = "model"
+    tiles: str = ""
+    places: tuple[str, ...] = IN_TOWER
+    obstacle: str = "pictures are not cut into tiles"
+    plain: tuple[str, ...] = ()
 
 
 TOWERS: dict[str, TowerSpec] = {  # key: class name of the encoder layer
@@ -55,6 +68,7 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "LlavaForConditionalGeneration": FamilySpec("llava"),
     "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
     "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
+    "LlavaNextForConditionalGeneration": FamilySpec("llava_next", tiles="anyres", places=(*IN_TOWER, "packed")),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 
@@ -79,6 +93,9 @@ class Geometry:
     layers : the hidden states that the projector reads, side by side: the number of blocks before each; empty if it
         reads the tower's normed output.
     linear : linear layers of the projector.
+    places : where tokens can merge, the first one by default.
+    obstacle : why not elsewhere.
+    tiled : pictures are cut into tiles; the counts are those of one tile.
     """
 
     grid: tuple[int, int]
@@ -89,6 +106,13 @@ class Geometry:
     llm_obstacle: str = ""
     layers: tuple[int, ...] = ()
     linear: int = 2
+    places: tuple[str, ...] = IN_TOWER
+    obstacle: str = ""
+    tiled: bool = False
+
+    @property
+    def merges_in_tower(self) -> bool:
+        return "tower" in self.places
 
     @property
     def patches(self) -> int:
@@ -130,6 +154,9 @@ def geometry(config: Any) -> Geometry:
         llm_obstacle=llm_obstacle(config.text_config),
         layers=layers,
         linear=family.linear,
+        places=family.places,
+        obstacle=family.obstacle,
+        tiled=bool(family.tiles),
     )
 
 
@@ -153,6 +180,8 @@ def llm_obstacle(text: Any) -> str:
 
 def feature_layers(config: Any) -> tuple[int, ...]:
     """Indices into the tower's hidden states that the projector reads; each equals the number of blocks before it."""
-    layers, states = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
+    several = getattr(config, "vision_feature_layers", None)  # VipLLaVA's name before transformers 5.18
+    layers = config.vision_feature_layer if several is None else several
+    states = config.vision_config.num_hidden_layers + 1
     layers = [layers] if isinstance(layers, int) else layers
     return tuple(layer if layer >= 0 else states + layer for layer in layers)

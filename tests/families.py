@@ -13,9 +13,13 @@ import transformers
 from models import BOS, IMAGE, PAD, PATCH, VOCABULARY, picture, scale_weights, tokenizer
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 SIDE = 48  # pixels: 12 x 12 patches
+FEATURE_LAYERS = next(  # the name before transformers 5.18, and after it
+    name for name in ("vision_feature_layers", "vision_feature_layer") if hasattr(transformers.VipLlavaConfig(), name)
+)
 PATCHES = (SIDE // PATCH) ** 2
 WIDTH = 64
 LAYERS = 6
@@ -25,6 +29,7 @@ QUESTIONS = (
 )
 TWO_PICTURES = "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"
 NO_PICTURE = "USER: how many are there ASSISTANT:"
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
 SIZES = ((48, 48), (150, 60), (40, 90), (100, 100))  # width and height of the pictures
 
 
@@ -160,6 +165,15 @@ def llava_processor(raw: Any) -> Any:
     )
 
 
+def next_processor(raw: Any) -> Any:
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
+    )
+    return transformers.LlavaNextProcessor(
+        images, raw, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
 def paligemma_processor(raw: Any) -> Any:
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     images.image_seq_length = PATCHES
@@ -193,7 +207,7 @@ FAMILIES = (
     Family(
         "VipLLaVA",
         "VipLlavaForConditionalGeneration",
-        config("VipLlavaConfig", clip, llm("LlamaConfig"), vision_feature_layer=[-2, -3, -5, 1]),
+        config("VipLlavaConfig", clip, llm("LlamaConfig"), **{FEATURE_LAYERS: [-2, -3, -5, 1]}),
         llava_processor,
     ),
     Family(
@@ -207,6 +221,14 @@ FAMILIES = (
             hidden_size=WIDTH,
         ),
         paligemma_processor,
+    ),
+    Family(
+        "LLaVA-NeXT",
+        "LlavaNextForConditionalGeneration",
+        config("LlavaNextConfig", clip, llm("LlamaConfig"), vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS),
+        next_processor,
+        ("tower", "projector", "both", "packed"),
+        sized=("pixel_values", "image_sizes"),
     ),
 )
 BY_TITLE = {family.title: family for family in FAMILIES}

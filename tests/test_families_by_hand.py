@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import attention
+from by_hand import states
 from checks import logits
-from families import BY_TITLE, PATCHES, QUESTIONS, pictures
+from families import BY_TITLE, FEATURE_LAYERS, PATCHES, QUESTIONS, pictures
 
 from pitome_mllm import attach, get_method
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 CLOSE = dict(atol=1e-5, rtol=1e-5)
-
-
-def states(tower, pixels, counts, reducer, protected):
-    """Merged hidden states of every block, each with the merges of later blocks: {blocks before it: (B, K, C)}."""
-    x = tower.embeddings(pixels)
-    x = tower.pre_layrnorm(x) if protected else x
-    size, found, merged = torch.ones(*x.shape[:2], 1), {0: x}, False
-    for index, count in enumerate(counts):
-        layer = tower.encoder.layers[index]
-        mixed, keys = attention(layer.self_attn, layer.layer_norm1(x), size if merged else None)
-        x = x + mixed
-        r = x.shape[1] - protected - count
-        if r:
-            merge = reducer.match(keys, r, size=size, protected=protected, depth=index / len(counts))
-            found = {before: merge.reduce(state, size)[0] for before, state in found.items()}
-            x, size = merge.reduce(x, size)
-            merged = True
-        x = x + layer.mlp(layer.layer_norm2(x))
-        found[index + 1] = x
-    return found
 
 
 @torch.no_grad()
@@ -47,7 +27,7 @@ def test_earlier_feature_layers_go_through_the_later_merges():
     with attach(model, "pitome", keep=36) as handle:
         seen = features(model, inputs)
     found = states(plain.model.vision_tower, inputs["pixel_values"], handle.plan.counts, get_method("pitome"), 1)
-    assert model.config.vision_feature_layer == [-2, -3, -5, 1] and len(handle.plan.counts) == 5
+    assert list(getattr(model.config, FEATURE_LAYERS)) == [-2, -3, -5, 1] and len(handle.plan.counts) == 5
     side_by_side = torch.cat([found[blocks][:, 1:] for blocks in (5, 4, 2, 1)], -1)
     assert side_by_side.shape == (2, 36, 4 * 64)
     torch.testing.assert_close(seen, plain.model.multi_modal_projector(side_by_side), **CLOSE)
