@@ -160,7 +160,7 @@ def _of_tower(vision: Any) -> Geometry:
 
 def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
-    read = vision.hidden_size * max(1, len(plan.geometry.layers))
+    read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.joined**2
     return 2 * text.hidden_size * (read + (plan.geometry.linear - 1) * text.hidden_size)
 
 

@@ -19,8 +19,9 @@ from . import wiring
 from .methods import Reducer
 from .packing import Places
 from .plan import Plan, Settings, make_plan
+from .probe import probe
 from .prompt import Call
-from .specs import FAMILIES, FamilySpec, geometry
+from .specs import FAMILIES, FamilySpec, Geometry, geometry
 from .stats import Stats
 from .tiles import Encoded
 
@@ -58,15 +59,14 @@ class Attachment:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.family = family = _family(model)
-        self.geometry = geometry(model.config)
+        self.family, self.geometry = _known(model) or probe(model)
         self.settings = settings
         self._plan = make_plan(settings, self.geometry)
         self._threads = _Threads()
-        self.projector: nn.Module = operator.attrgetter(family.projector)(model)
-        self.tower: nn.Module = operator.attrgetter(family.tower)(model)
-        self.language: nn.Module = operator.attrgetter(family.language)(model)
-        self.core: nn.Module = operator.attrgetter(family.core)(model)
+        self.projector: nn.Module = operator.attrgetter(self.family.projector)(model)
+        self.tower: nn.Module = operator.attrgetter(self.family.tower)(model)
+        self.language: nn.Module = operator.attrgetter(self.family.language)(model)
+        self.core: nn.Module = operator.attrgetter(self.family.core)(model)
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
         wiring.install(self)
 
@@ -213,11 +213,10 @@ def _describe(plan: Plan) -> str:
     return f"{plan.method} (keep={plan.keep} of {plan.available}, {plan.where})"
 
 
-def _family(model: nn.Module) -> FamilySpec:
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise ValueError(f"unsupported model {type(model).__name__}; supported: {', '.join(FAMILIES)}")
+def _known(model: nn.Module) -> tuple[FamilySpec, Geometry] | None:
+    """The row of a model, by the name of its class or of one it derives from, and its geometry; None if it has none."""
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
+    return None if name is None else (FAMILIES[name], geometry(model.config))
 
 
 def _carried(model: nn.Module) -> Attachment | None:

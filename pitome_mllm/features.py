@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,4 +63,10 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
     """(I, 3, H, W) of one picture or a list of them, as the tower takes them."""
-    return processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    return pixels_in(processor.image_processor(images=pictures, return_tensors="pt"))
+
+
+def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The pictures among a model's inputs, None if there are none; Video-LLaVA's processor calls them otherwise."""
+    names = ("pixel_values", "pixel_values_images")
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import language, tiles
+from .features import pixels_in
 from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
     original = handle.plan.positions == "original" if marked is None else marked.original
     move = original and count > 0 and merged
-    if merged and count and kwargs.get("pixel_values") is None:
+    if merged and count and pixels_in(kwargs) is None:
         _check_features_alone(handle.plan, kwargs, move, short)
         move = False
 
@@ -111,15 +112,16 @@ def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
 def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Visual tokens of every picture that a call brings: of the plain model, and as many as it will have."""
     plan, available = handle.active, handle.geometry.available
-    if kwargs.get("pixel_values") is not None:
+    pixels = pixels_in(kwargs)
+    if pixels is not None:
         if handle.family.tiles == "anyres":
             return tiles.lengths(handle, kwargs)
-        pictures = _number(kwargs["pixel_values"])
+        pictures = _number(pixels)
         return [available] * pictures, [available if plan is None else plan.keep] * pictures
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
         kept = [len(features) for features in encoded.pooler_output]
-        if handle.family.tiles == "anyres":  # how many they were is not known without the sizes of the pictures
+        if handle.family.tiles:  # how many they were is not known without the pictures
             return kept if plan is None or plan.keep == available else [-1] * len(kept), kept
         return [available] * len(kept), kept
     return [], []

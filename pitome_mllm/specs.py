@@ -58,6 +58,25 @@ class FamilySpec:
     plain: tuple[str, ...] = ()
 
 
+ANYWHERE = (*IN_TOWER, "packed")
+
+
+def _shuffled(config: str) -> FamilySpec:
+    """A family whose projector joins squares of patches into one token (pixel shuffle)."""
+    return FamilySpec(
+        config,
+        tower="model.vision_model",
+        projector="model.connector",
+        language="model.text_model",
+        select="full",
+        last=True,
+        linear=1,
+        tiles="connector",
+        places=("packed",),
+        obstacle="the projector joins neighbouring patches of the whole grid",
+    )
+
+
 TOWERS: dict[str, TowerSpec] = {  # key: class name of the encoder layer
     "CLIPEncoderLayer": TowerSpec(),
     "SiglipEncoderLayer": TowerSpec(class_tokens=0),
@@ -68,7 +87,19 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "LlavaForConditionalGeneration": FamilySpec("llava"),
     "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
     "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
-    "LlavaNextForConditionalGeneration": FamilySpec("llava_next", tiles="anyres", places=(*IN_TOWER, "packed")),
+    "LlavaNextForConditionalGeneration": FamilySpec("llava_next", tiles="anyres", places=ANYWHERE),
+    "LlavaNextVideoForConditionalGeneration": FamilySpec(
+        "llava_next_video", tiles="anyres", places=ANYWHERE, plain=("get_video_features",)
+    ),
+    "LlavaOnevisionForConditionalGeneration": FamilySpec(
+        "llava_onevision",
+        tiles="anyres",
+        places=("packed",),
+        obstacle="large pictures are scaled down on the whole grid",
+    ),
+    "VideoLlavaForConditionalGeneration": FamilySpec("video_llava", tower="model.image_tower"),
+    "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
+    "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 
@@ -96,6 +127,7 @@ class Geometry:
     places : where tokens can merge, the first one by default.
     obstacle : why not elsewhere.
     tiled : pictures are cut into tiles; the counts are those of one tile.
+    joined : rows and columns of patches that the projector joins into one token.
     """
 
     grid: tuple[int, int]
@@ -109,6 +141,7 @@ class Geometry:
     places: tuple[str, ...] = IN_TOWER
     obstacle: str = ""
     tiled: bool = False
+    joined: int = 1
 
     @property
     def merges_in_tower(self) -> bool:
@@ -121,7 +154,7 @@ class Geometry:
     @property
     def available(self) -> int:
         """Visual tokens per picture that reach the LLM when nothing merges."""
-        return self.patches + self.visible_class_tokens
+        return self.patches // self.joined**2 + self.visible_class_tokens
 
 
 def geometry(config: Any) -> Geometry:
@@ -132,17 +165,18 @@ def geometry(config: Any) -> Geometry:
     ValueError : the configuration is of a family, or holds a vision tower, that has no row here.
     """
     family, vision = family_of(config), config.vision_config
-    if vision.model_type not in TOWER_OF_CONFIG:
-        raise ValueError(
-            f"unsupported vision tower {vision.model_type!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}"
-        )
     side = vision.image_size // vision.patch_size
-    class_tokens = TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens
+    class_tokens = _class_tokens(vision, family)
     full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not class_tokens:
         raise ValueError(
             f"vision_feature_select_strategy='default' drops the first token, which is a patch in "
             f"{vision.model_type!r}, a tower without class token; set it to 'full'"
+        )
+    if full and class_tokens and family.tiles:
+        raise ValueError(
+            "vision_feature_select_strategy='full' leaves class tokens among the patches of tiles, which then form no "
+            "grid; set it to 'default'"
         )
     layers = () if family.last else feature_layers(config)
     return Geometry(
@@ -157,7 +191,19 @@ def geometry(config: Any) -> Geometry:
         places=family.places,
         obstacle=family.obstacle,
         tiled=bool(family.tiles),
+        joined=config.scale_factor if family.tiles == "connector" else 1,
     )
+
+
+def _class_tokens(vision: Any, family: FamilySpec) -> int:
+    """Class tokens of a vision tower; ValueError if tokens are to merge in one of a kind that has no row."""
+    if vision.model_type in TOWER_OF_CONFIG:
+        return TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens
+    if "tower" in family.places:
+        raise ValueError(
+            f"unsupported vision tower {vision.model_type!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}"
+        )
+    return 0
 
 
 def family_of(config: Any) -> FamilySpec:

@@ -13,8 +13,12 @@ import transformers
 from models import BOS, IMAGE, PAD, PATCH, VOCABULARY, picture, scale_weights, tokenizer
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 SIDE = 48  # pixels: 12 x 12 patches
 FEATURE_LAYERS = next(  # the name before transformers 5.18, and after it
@@ -29,6 +33,7 @@ QUESTIONS = (
 )
 TWO_PICTURES = "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"
 NO_PICTURE = "USER: how many are there ASSISTANT:"
+VIDEO = 3  # the id of video placeholders, which no text holds
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
 SIZES = ((48, 48), (150, 60), (40, 90), (100, 100))  # width and height of the pictures
 
@@ -174,6 +179,67 @@ def next_processor(raw: Any) -> Any:
     )
 
 
+def pictures_only(processor: str) -> type:
+    """A processor's class that takes no video processor, which does not exist without torchvision."""
+    base = getattr(transformers, processor)
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if name == "video_processor" else base.check_argument_for_proper_class(self, name, argument)
+
+    return type(processor, (base,), {"check_argument_for_proper_class": check})
+
+
+def next_video_processor(raw: Any) -> Any:
+    made = next_processor(raw)
+    return pictures_only("LlavaNextVideoProcessor")(
+        video_processor=None,
+        image_processor=made.image_processor,
+        tokenizer=raw,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def onevision_processor(raw: Any) -> Any:
+    images = LlavaOnevisionImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS)
+    made = pictures_only("LlavaOnevisionProcessor")(
+        images,
+        raw,
+        None,
+        num_image_tokens=PATCHES,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",  # so that large pictures are scaled down
+    )
+    return _Nested(made)
+
+
+def video_llava_processor(raw: Any) -> Any:
+    from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
+
+    images = VideoLlavaImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return pictures_only("VideoLlavaProcessor")(
+        images, None, raw, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def idefics3_processor(raw: Any) -> Any:
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    return _Nested(transformers.Idefics3Processor(Idefics3ImageProcessorPil(**sizes), raw, image_seq_len=PATCHES // 4))
+
+
+def smolvlm_processor(raw: Any) -> Any:
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    made = pictures_only("SmolVLMProcessor")(SmolVLMImageProcessorPil(**sizes), raw, None, image_seq_len=PATCHES // 4)
+    return _Nested(made)
+
+
+def deepseek_processor(raw: Any) -> Any:
+    raw.image_token, raw.image_token_id = "<image>", IMAGE
+    images = DeepseekVLImageProcessorPil(size={"height": SIDE, "width": SIDE}, min_size=SIDE)
+    return transformers.DeepseekVLProcessor(images, raw, num_image_tokens=PATCHES)
+
+
 def paligemma_processor(raw: Any) -> Any:
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     images.image_seq_length = PATCHES
@@ -223,12 +289,72 @@ FAMILIES = (
         paligemma_processor,
     ),
     Family(
-        "LLaVA-NeXT",
+        "LLaVA-NeXT (1.6)",
         "LlavaNextForConditionalGeneration",
         config("LlavaNextConfig", clip, llm("LlamaConfig"), vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS),
         next_processor,
         ("tower", "projector", "both", "packed"),
         sized=("pixel_values", "image_sizes"),
+    ),
+    Family(
+        "LLaVA-NeXT-Video",
+        "LlavaNextVideoForConditionalGeneration",
+        config(
+            "LlavaNextVideoConfig",
+            clip,
+            llm("LlamaConfig"),
+            vision_feature_layer=-2,
+            image_grid_pinpoints=PINPOINTS,
+            video_token_id=VIDEO,
+        ),
+        next_video_processor,
+        ("tower", "projector", "both", "packed"),
+        sized=("pixel_values", "image_sizes"),
+    ),
+    Family(
+        "LLaVA-OneVision",
+        "LlavaOnevisionForConditionalGeneration",
+        config(
+            "LlavaOnevisionConfig",
+            siglip,
+            llm("Qwen2Config"),
+            image_grid_pinpoints=PINPOINTS,
+            vision_aspect_ratio="anyres_max_2",
+            video_token_id=VIDEO,
+        ),
+        onevision_processor,
+        ("packed",),
+        sized=("pixel_values", "image_sizes", "batch_num_images"),
+    ),
+    Family(
+        "Video-LLaVA",
+        "VideoLlavaForConditionalGeneration",
+        config("VideoLlavaConfig", clip, llm("LlamaConfig"), vision_feature_layer=-2, video_token_id=VIDEO),
+        video_llava_processor,
+    ),
+    Family(
+        "Idefics3",
+        "Idefics3ForConditionalGeneration",
+        config(
+            "Idefics3Config", lambda: vision("Idefics3VisionConfig"), llm("LlamaConfig", vocab_size=80), scale_factor=2
+        ),
+        idefics3_processor,
+        ("packed",),
+        tokens=PATCHES // 4,
+    ),
+    Family(
+        "SmolVLM",
+        "SmolVLMForConditionalGeneration",
+        config("SmolVLMConfig", lambda: vision("SmolVLMVisionConfig"), llm("LlamaConfig"), scale_factor=2),
+        smolvlm_processor,
+        ("packed",),
+        tokens=PATCHES // 4,
+    ),
+    Family(
+        "DeepSeek-VL (found by probing)",
+        "DeepseekVLForConditionalGeneration",
+        config("DeepseekVLConfig", siglip, llm("LlamaConfig")),
+        deepseek_processor,
     ),
 )
 BY_TITLE = {family.title: family for family in FAMILIES}

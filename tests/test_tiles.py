@@ -16,7 +16,7 @@ from pitome_mllm.packing import Places, of_parts, part_keeps, survivors
 from pitome_mllm.schedule import rounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-NEXT = BY_TITLE["LLaVA-NeXT"]
+NEXT = BY_TITLE["LLaVA-NeXT (1.6)"]
 GRID = SIDE // 4
 
 
