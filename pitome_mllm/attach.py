@@ -162,9 +162,11 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
 
     Important
     ---------
-    model : a transformers model of a supported family, such as LlavaForConditionalGeneration.
+    model : a transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
+        without; put adapters on first, then attach.
     method : a name in `METHODS` or a `Reducer`; None = "pitome-tuned".
-    keep : visual tokens per picture that reach the LLM; an int is a count, a float in (0, 1] a fraction.
+    keep : visual tokens per picture, or per tile of one, that reach the LLM; an int is a count, a float in (0, 1] a
+        fraction.
     ratio : instead of keep: the share of its tokens that every block keeps (the paper's rho).
     counts : instead of keep: the patch tokens left after each merging block.
 
@@ -174,7 +176,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     schedule : shape of the way down to keep over the blocks: "equal", "constant", "linear", "late", "early",
         "delayed", "last".
     where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
-        tower, by default the geometric mean of all and keep).
+        tower, by default the geometric mean of all and keep); where pictures are cut into tiles also "packed" (behind
+        the projector, overview and tiles apart, without newlines).
     metric : "keys" of the block's attention; "history", these and, halved from block to block, those of the blocks
         before; "hidden" states; or, in front of the projector, what it "projected".
     place : "mid" (between attention and MLP) or "end" of a block.
@@ -195,6 +198,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
             f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
             f"supported: {', '.join(FAMILIES)}"
         )
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper calls it
     carried = _carried(model)
     if carried is not None:
         raise ValueError(

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from . import language, tiles
 from .features import pixels_in
+from .inputs import check_count, check_devices, check_features_alone, check_pictures
 from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 
 if TYPE_CHECKING:
     from .attach import Attachment
-    from .plan import Plan
 
 CACHE_MARK = "_pitome_layout"  # on a KV cache: the `Layout` of the prompt that filled it
 
@@ -49,6 +49,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     marked = getattr(kwargs.get("past_key_values"), CACHE_MARK, None)
     if not kept and marked is None:
         return None
+    check_devices(model, kwargs)
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
     seen = _seen(kwargs.get("past_key_values"), marked, image)
     if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
@@ -62,35 +63,23 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
     original = handle.plan.positions == "original" if marked is None else marked.original
     move = original and count > 0 and merged
-    if merged and count and pixels_in(kwargs) is None:
-        _check_features_alone(handle.plan, kwargs, move, short)
+    if merged and pixels_in(kwargs) is not None:
+        check_count(count, full, kept)
+    elif merged and count:
+        check_features_alone(handle.plan, kwargs, move, short)
         move = False
 
     if merged and count == sum(full):
         new = shorten(fresh, real, full, kept)
     elif marked is not None:
         new = unchanged(*fresh.shape, fresh.device)
-    else:  # already short; or wrong, and left for the model to refuse
+    else:  # already short; or features alone, of which the model refuses a wrong number
         if move and short:
             positions = caller_positions(real) + missing_before(fresh, full, kept)
             kwargs = {**kwargs, "position_ids": positions + first}
         return Call(kwargs, image, move=move)
     layout = replace(new if seen is None else seen.then(new), original=original)
     return _shortened(model, Call(kwargs, image, layout, move), new, first)
-
-
-def _check_features_alone(plan: Plan, kwargs: dict[str, Any], move: bool, short: bool) -> None:
-    """ValueError where features come in place of pictures and the plan asks for what only pictures tell."""
-    if move and (kwargs.get("position_ids") is None or not short):  # which patch a token started at is not known
-        raise ValueError(
-            "positions='original' with mm_encoder_outputs needs a short prompt and its position_ids; "
-            "or pass the pictures themselves as pixel_values"
-        )
-    if plan.llm_size_bias:
-        raise ValueError(
-            "llm_size_bias=True does not go with mm_encoder_outputs, whose sizes are not known; pass the pictures "
-            "themselves as pixel_values, or attach with llm_size_bias=False"
-        )
 
 
 def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
@@ -114,6 +103,7 @@ def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], li
     plan, available = handle.active, handle.geometry.available
     pixels = pixels_in(kwargs)
     if pixels is not None:
+        check_pictures(handle, pixels, kwargs.get("image_sizes"))
         if handle.family.tiles == "anyres":
             return tiles.lengths(handle, kwargs)
         pictures = _number(pixels)

@@ -52,12 +52,11 @@ class Encoded:
         )
         return alike and times > 0 and not rest and torch.equal(pixels[::times], self.pixels)
 
-    def repeated(self, pictures: int) -> Any:
-        """The model's output for ``pictures`` pictures, each of these several times."""
-        features = self.output.pooler_output
-        times = pictures // len(features)
+    def repeated(self, pixels: Tensor) -> Any:
+        """The model's output for ``pixels``, which hold each of these pictures several times."""
+        times = len(pixels) // len(self.pixels)
         output = copy.copy(self.output)
-        output.pooler_output = [one for one in features for _ in range(times)]
+        output.pooler_output = [one for one in self.output.pooler_output for _ in range(times)]
         return output
 
 
@@ -76,7 +75,7 @@ def _encode(handle: Attachment, kwargs: dict[str, Any]) -> Any:
     """The model's own encoding of a call's pictures, which the model will get when it asks for it."""
     pixels, state = kwargs["pixel_values"], handle.state
     if state.encoded is not None and state.encoded.answers(pixels, handle.active):
-        return state.encoded.repeated(len(pixels))
+        return state.encoded.repeated(pixels)
     state.encoded = None
     names = inspect.signature(type(handle.core).get_image_features).parameters
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -87,11 +86,6 @@ def _encode(handle: Attachment, kwargs: dict[str, Any]) -> Any:
 
 def _places_of(handle: Attachment, kwargs: dict[str, Any]) -> list[Places]:
     sizes, per_row = kwargs.get("image_sizes"), kwargs.get("batch_num_images")
-    if sizes is None:
-        raise ValueError("got pixel_values without image_sizes; pass the processor's whole output")
-    if len(sizes) != len(kwargs["pixel_values"]):
-        pictures = len(kwargs["pixel_values"])
-        raise ValueError(f"got {pictures} pictures and {len(sizes)} image_sizes; pass the processor's output as it is")
     cut = [True] * len(sizes) if per_row is None else [int(n) == 1 for n in per_row for _ in range(int(n))]
     return [_places(handle, size, alone) for size, alone in zip(sizes, cut)]
 
@@ -178,7 +172,7 @@ def encoding_like(core: nn.Module) -> Callable[..., Any]:
         encoded, handle.state.encoded = handle.state.encoded, None
         pixels = kwargs.get("pixel_values", args[0] if args else None)
         if encoded is not None and kwargs.get("return_dict", True) and encoded.answers(pixels, handle.active):
-            return encoded.repeated(len(pixels))
+            return encoded.repeated(pixels)
         return type(self).get_image_features(self, *args, **kwargs)
 
     return get_image_features

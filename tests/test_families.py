@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import family_table
 import pytest
 import torch
 from checks import logits, new_ids
-from families import FAMILIES, QUESTIONS, TWO_PICTURES, Family, pictures
+from families import BY_TITLE, FAMILIES, IMAGE, QUESTIONS, TWO_PICTURES, Family, pictures
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig
 
-from pitome_mllm import attach
+from pitome_mllm import attach, estimate
+from pitome_mllm.specs import FAMILIES as SPECS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*"),
@@ -142,3 +145,32 @@ def test_quantised(family, bits, made, folder):
         assert handle.plan.keep == round(handle.plan.available / 4)
         assert [row[0] for row in new_ids(model, batch, 2)] == seen[:, -1].argmax(-1).tolist()
     assert torch.equal(logits(model, batch), plain)
+
+
+def test_the_readme_has_these_families():
+    readme = family_table.README.read_text()
+    assert family_table.with_table(readme) == readme, "run: python tests/family_table.py"
+
+
+def test_every_row_of_the_package_is_tested():
+    assert set(SPECS) <= {family.model for family in FAMILIES}
+    for family in FAMILIES:
+        if family.model in SPECS:
+            assert family.wheres == SPECS[family.model].places
+
+
+@pytest.mark.parametrize("title", ["VipLLaVA", "PaliGemma", "Idefics3"])
+def test_the_estimate_counts_what_runs(title):
+    """FLOPs counted while forward() runs, where the projector is not LLaVA's."""
+    family = BY_TITLE[title]
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
+    model.set_attn_implementation("eager")  # the counter does not see into other kernels
+    inputs.pop("labels", None)
+    where = family.wheres[-1]
+    with attach(model, "pitome", keep=0.25, where=where) as handle:
+        with FlopCounterMode(display=False) as counter:
+            logits(model, inputs, logits_to_keep=1)
+        text, tiles = int((inputs["input_ids"] != IMAGE).sum()), handle.stats.images
+        own = estimate(model, "pitome", keep=0.25, where=where, images=tiles, text_tokens=text)
+    assert own.visual_tokens == handle.plan.keep
+    assert own.flops == counter.get_total_flops()
