@@ -11,6 +11,8 @@ from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, WIDTH, clip, config, l
 from models import scale_weights
 
 from pitome_mllm import attach, get_method
+from pitome_mllm.probe import probe
+from pitome_mllm.specs import geometry
 
 DEEPSEEK = BY_TITLE["DeepSeek-VL (found by probing)"]
 
@@ -43,7 +45,7 @@ class Renamed(transformers.LlavaForConditionalGeneration):
     """A LLaVA that is none by name."""
 
 
-def renamed(layer: int, strategy: str):
+def small_llava(layer: int, strategy: str):
     made = config("LlavaConfig", clip, llm("LlamaConfig"), vision_feature_layer=layer)()
     made.vision_feature_select_strategy = strategy
     model = transformers.LlavaForConditionalGeneration(made)
@@ -52,13 +54,9 @@ def renamed(layer: int, strategy: str):
 
 
 @pytest.mark.parametrize("layer,strategy", [(-2, "default"), (3, "full")])
-def test_probing_finds_what_the_row_says(monkeypatch, layer, strategy):
-    """On LLaVA-1.5 with its row hidden: the same geometry, and the same answers."""
-    from pitome_mllm import attach as _  # noqa: F401
-    from pitome_mllm.probe import probe
-    from pitome_mllm.specs import geometry
-
-    model = renamed(layer, strategy)
+def test_probing_finds_what_the_row_says(layer, strategy):
+    """On LLaVA-1.5, as if it had no row."""
+    model = small_llava(layer, strategy)
     family, found = probe(model)
     known = geometry(model.config)
     for name in ("grid", "class_tokens", "visible_class_tokens", "merging_blocks", "blocks", "layers", "available"):
