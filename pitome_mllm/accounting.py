@@ -112,10 +112,11 @@ def estimate(
     if text is None:
         return Estimate(tower, merging, 0, 0, 0, 0, plan.keep, 0)
     head = 2 * text.hidden_size * text.vocab_size
+    projected = plan.available if plan.packed else plan.keep
     return Estimate(
         tower_flops=tower,
         merging_flops=merging,
-        projector_flops=batch * images * plan.keep * _projector(vision, text),
+        projector_flops=batch * images * projected * _projector(vision, text, plan),
         prefill_flops=batch * (_llm(text, prompt, prompt**2) + head * (prompt if logits == "all" else 1)),
         decode_flops=batch * (_llm(text, last - prompt, sum(range(prompt + 1, last + 1))) + head * (last - prompt)),
         kv_bytes=batch * last * kv_bytes_per_token(text, dtype or getattr(model_or_config, "dtype", None)),
@@ -160,9 +161,10 @@ def _of_tower(vision: Any) -> Geometry:
     return Geometry((side, side), TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens, 0, blocks, blocks)
 
 
-def _projector(vision: Any, text: Any) -> int:
+def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
-    return 2 * text.hidden_size * (vision.hidden_size + text.hidden_size)
+    read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.joined**2
+    return 2 * text.hidden_size * (read + (plan.geometry.linear - 1) * text.hidden_size)
 
 
 def _tower(vision: Any, plan: Plan) -> int:
@@ -194,12 +196,14 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
 def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
     blank = partial(torch.zeros, device="cpu")
-    everything, width = plan.geometry.class_tokens + tokens, vision.hidden_size
+    everything, width = plan.context.get("protected", 0) + tokens, vision.hidden_size
     head = width // vision.num_attention_heads
+    if plan.where == "packed":
+        width = text.hidden_size
     widths = {
         "keys": head,
         "history": head,
-        "hidden": width,
+        "hidden": width * max(1, len(plan.geometry.layers)) if depth == 1 else width,
         "projected": getattr(text, "hidden_size", None),
     }
     attention = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
@@ -208,7 +212,7 @@ def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth:
         metric = blank(1, everything, widths[plan.metric])
         merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context, **attention)
         merge.reduce(blank(1, everything, width))
-    return counter.flops + (everything * _projector(vision, text) if plan.metric == "projected" else 0)
+    return counter.flops + (everything * _projector(vision, text, plan) if plan.metric == "projected" else 0)
 
 
 class _Counter(TorchDispatchMode):

@@ -1,42 +1,31 @@
 """Attach merging to a model, change it, and take it off again without a trace.
 
-Read next: `plan` for what a setting means, `tower` for merging inside the blocks, `prompt` for the placeholders,
-`language` for what the LLM is told.
+Read next: `plan` for what a setting means, `wiring` for what is put on a model, `tower` for merging inside the blocks,
+`tiles` for pictures cut into tiles, `prompt` for the placeholders, `language` for what the LLM is told.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import language, prompt, tower
+from . import wiring
 from .methods import Reducer
+from .packing import Places
 from .plan import Plan, Settings, make_plan
+from .probe import probe
 from .prompt import Call
-from .specs import FAMILIES, TOWERS, FamilySpec, TowerSpec, geometry
+from .specs import FAMILIES, FamilySpec, Geometry, geometry
 from .stats import Stats
+from .tiles import Encoded
 
 logger = logging.getLogger(__name__)
-
-# Every hook we register: the table of the module it lives in, and the function.
-_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
-_HOOKS = (
-    tower.start_run,
-    tower.finish_run,
-    tower.catch_keys,
-    tower.catch_query,
-    prompt.before_forward,
-    prompt.after_forward,
-    language.before_language,
-)
 
 
 class _Thread:
@@ -48,6 +37,7 @@ class _Thread:
         self.call: Call | None = None
         self.stats: Stats | None = None
         self.log_size: Tensor | None = None  # of the places of the KV cache, while a call runs
+        self.encoded: Encoded | None = None  # pictures that the model has not asked for yet
 
 
 class _Threads(threading.local):
@@ -68,17 +58,17 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        family = _family(model)
         self.model = model
-        self.geometry = geometry(model.config)
+        self.family, self.geometry = _known(model) or probe(model)
         self.settings = settings
         self._plan = make_plan(settings, self.geometry)
         self._threads = _Threads()
-        self.projector: nn.Module = operator.attrgetter(family.projector)(model)
-        self._tower: nn.Module = operator.attrgetter(family.tower)(model)
-        self._language: nn.Module = operator.attrgetter(family.language)(model)
-        self._own_generate = vars(model).get("generate")
-        self._install()
+        self.projector: nn.Module = operator.attrgetter(self.family.projector)(model)
+        self.tower: nn.Module = operator.attrgetter(self.family.tower)(model)
+        self.language: nn.Module = operator.attrgetter(self.family.language)(model)
+        self.core: nn.Module = operator.attrgetter(self.family.core)(model)
+        self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
+        wiring.install(self)
 
     @classmethod
     def of(cls, model: nn.Module) -> Attachment | None:
@@ -148,18 +138,7 @@ class Attachment:
         """
         if Attachment.of(self.model) is not self:
             return
-        if self._own_generate is None:
-            del self.model.generate
-        else:
-            self.model.generate = self._own_generate
-        for layer in _layers(self._tower):
-            for projection in _projections(layer, layer._pitome[1]):
-                _unhook(projection)
-            _swap_class(layer, type(layer).__bases__[1])
-            del layer._pitome
-        for module in (self.model, self._tower, self._language):
-            _unhook(module)
-            del module._pitome
+        wiring.uninstall(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -177,38 +156,17 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _threads=_Threads())
 
-    def _install(self) -> None:
-        layers = _layers(self._tower)
-        if len(layers) != self.geometry.blocks:
-            raise ValueError(
-                f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
-                f"expected {self.geometry.blocks}"
-            )
-        for index, layer in enumerate(layers):
-            spec = _tower_spec(layer)
-            layer._pitome = (index, spec)
-            key, query = _projections(layer, spec)
-            key.register_forward_hook(tower.catch_keys)
-            query.register_forward_hook(tower.catch_query)
-            _swap_class(layer, tower.merging_class(type(layer)))
-        for module in (self.model, self._tower, self._language):
-            module._pitome = self
-        self._tower.register_forward_pre_hook(tower.start_run, with_kwargs=True)
-        self._tower.register_forward_hook(tower.finish_run, with_kwargs=True)
-        self.model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
-        self.model.register_forward_hook(prompt.after_forward, with_kwargs=True)
-        self._language.register_forward_pre_hook(language.before_language, with_kwargs=True)
-        self.model.generate = MethodType(_generate_like(self.model), self.model)
-
 
 def attach(model: nn.Module, method: str | Reducer | None = None, **settings: Any) -> Attachment:
     """Merge the visual tokens of a model, in place, until the returned handle is removed.
 
     Important
     ---------
-    model : a transformers model of a supported family, such as LlavaForConditionalGeneration.
+    model : a transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
+        without; put adapters on first, then attach.
     method : a name in `METHODS` or a `Reducer`; None = "pitome-tuned".
-    keep : visual tokens per picture that reach the LLM; an int is a count, a float in (0, 1] a fraction.
+    keep : visual tokens per picture, or per tile of one, that reach the LLM; an int is a count, a float in (0, 1] a
+        fraction.
     ratio : instead of keep: the share of its tokens that every block keeps (the paper's rho).
     counts : instead of keep: the patch tokens left after each merging block.
 
@@ -218,7 +176,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     schedule : shape of the way down to keep over the blocks: "equal", "constant", "linear", "late", "early",
         "delayed", "last".
     where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
-        tower, by default the geometric mean of all and keep).
+        tower, by default the geometric mean of all and keep); where pictures are cut into tiles also "packed" (behind
+        the projector, overview and tiles apart, without newlines).
     metric : "keys" of the block's attention; "history", these and, halved from block to block, those of the blocks
         before; "hidden" states; or, in front of the projector, what it "projected".
     place : "mid" (between attention and MLP) or "end" of a block.
@@ -239,6 +198,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
             f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
             f"supported: {', '.join(FAMILIES)}"
         )
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper calls it
     carried = _carried(model)
     if carried is not None:
         raise ValueError(
@@ -257,59 +217,12 @@ def _describe(plan: Plan) -> str:
     return f"{plan.method} (keep={plan.keep} of {plan.available}, {plan.where})"
 
 
-def _family(model: nn.Module) -> FamilySpec:
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise ValueError(f"unsupported model {type(model).__name__}; supported: {', '.join(FAMILIES)}")
+def _known(model: nn.Module) -> tuple[FamilySpec, Geometry] | None:
+    """The row of a model, by the name of its class or of one it derives from, and its geometry; None if it has none."""
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
+    return None if name is None else (FAMILIES[name], geometry(model.config))
 
 
 def _carried(model: nn.Module) -> Attachment | None:
     """The attachment of a model, or of another model that shares its vision tower."""
     return next((a for a in map(Attachment.of, model.modules()) if isinstance(a, Attachment)), None)
-
-
-def _tower_spec(module: nn.Module) -> TowerSpec | None:
-    """The row of an encoder layer, by the name of its class or of one it derives from; None for other modules."""
-    return next((TOWERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in TOWERS), None)
-
-
-def _layers(root: nn.Module) -> list[nn.Module]:
-    """The encoder layers of a tower, found by type: their paths differ between versions."""
-    return [module for module in root.modules() if _tower_spec(module)]
-
-
-def _projections(layer: nn.Module, spec: TowerSpec) -> tuple[nn.Module, nn.Module]:
-    """The key and the query projection of an encoder layer."""
-    attention = getattr(layer, spec.attention)
-    return getattr(attention, spec.key), getattr(attention, spec.query)
-
-
-def _swap_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a layer another class, and rebind a forward that accelerate or an older library keeps on the instance."""
-    old = type(layer).forward
-    layer.__class__ = cls
-    for name in ("forward", "_old_forward"):
-        kept = vars(layer).get(name)
-        if isinstance(kept, MethodType) and kept.__func__ is old:
-            vars(layer)[name] = MethodType(cls.forward, layer)
-
-
-def _unhook(module: nn.Module) -> None:
-    """Remove our hooks; found by function, so that it works on deep copies too."""
-    for table in _HOOK_TABLES:
-        hooks = getattr(module, table)
-        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-            del hooks[key]
-            getattr(module, f"{table}_with_kwargs").pop(key, None)
-
-
-def _generate_like(model: nn.Module) -> Callable[..., Any]:
-    """A generate() that looks like the model's own, which callers and transformers inspect."""
-
-    @functools.wraps(type(model).generate)
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = self._pitome._own_generate or MethodType(type(self).generate, self)
-        return prompt.generate(self, plain, args, kwargs)
-
-    return generate

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .specs import FAMILIES, FAMILY_OF_CONFIG, feature_index, geometry
+from .specs import Geometry, family_of, geometry
+
+
+def read(output: Any, geometry: Geometry) -> Tensor | None:
+    """What the projector reads of a tower's output (I, N, C), the feature layers side by side; None if it has none."""
+    if not geometry.layers:
+        return output.last_hidden_state
+    if output.hidden_states is None:
+        return None
+    return torch.cat([output.hidden_states[layer] for layer in geometry.layers], -1)
+
+
+def write(output: Any, geometry: Geometry, x: Tensor) -> None:
+    """Put ``x``, of the form that `read` gives, in the place of what the projector reads."""
+    if not geometry.layers:
+        output.last_hidden_state = x
+        return
+    states = list(output.hidden_states)
+    for layer, part in zip(geometry.layers, x.chunk(len(geometry.layers), -1)):
+        states[layer] = part
+    output.hidden_states = tuple(states)
 
 
 @torch.no_grad()
 def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """The hidden states that the projector reads; merged ones, and fresh ``handle.stats``, where the model is attached.
+    """What the projector reads, class token included; merged, and with fresh ``handle.stats``, where it is attached.
 
     Only the tower runs, which is all that merging a picture needs.
 
@@ -28,15 +49,25 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
     Raises
     ------
-    ValueError : an unsupported family or vision tower.
+    ValueError : an unsupported family or vision tower; pictures cut into tiles.
     """
-    geometry(model.config)  # raises for what is not supported
-    tower = operator.attrgetter(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)(model)
+    shape = geometry(model.config)  # raises for what is not supported
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            f"got pixel_values of shape {tuple(pixel_values.shape)}, pictures cut into tiles; give tiles (I, 3, H, W)"
+        )
+    tower = operator.attrgetter(family_of(model.config).tower)(model)
     given = pixel_values.to(model.device, model.dtype)
-    return tower(given, output_hidden_states=True).hidden_states[feature_index(model.config)]
+    return read(tower(given, output_hidden_states=True), shape)
 
 
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
     """(I, 3, H, W) of one picture or a list of them, as the tower takes them; the tiles of a picture one by one."""
-    values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    values = pixels_in(processor.image_processor(images=pictures, return_tensors="pt"))
     return values.reshape(-1, *values.shape[-3:])  # of tiles (pictures, tiles, 3, H, W)
+
+
+def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The pictures among a model's inputs, None if there are none; Video-LLaVA's processor calls them otherwise."""
+    names = ("pixel_values", "pixel_values_images")
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)

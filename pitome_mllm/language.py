@@ -7,6 +7,7 @@ then draws as much attention as the ten did. The sizes stay on the KV cache, for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +41,8 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     return args, kwargs
 
 
-def _moved(language: nn.Module, call: Call, first: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Visual tokens at the positions of the first patches (images, K) of their groups."""
+def _moved(language: nn.Module, call: Call, first: Sequence[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Visual tokens at the positions of the first patches of their groups, (K,) for each picture."""
     if language.config._attn_implementation not in PLAIN_BACKENDS:
         raise ValueError(
             f"positions='original' does not go with {language.config._attn_implementation!r} in the LLM, which takes "
@@ -63,7 +64,8 @@ def _biased(language: nn.Module, call: Call | None, kwargs: dict[str, Any]) -> d
     tokens = kwargs["input_ids"] if embeds is None else embeds
     fresh = torch.zeros(tokens.shape[:2], device=tokens.device)
     if call is not None:
-        fresh = at_placeholders(call.image.to(tokens.device), state.stats.sizes.to(tokens.device).log())
+        log_sizes = [size.to(tokens.device).log() for size in state.stats.sizes]
+        fresh = at_placeholders(call.image.to(tokens.device), log_sizes)
     log_size = continued(past, fresh)
     mark(past, log_size)
     state.log_size = log_size  # for the cache that the model makes itself

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .specs import FAMILIES, FAMILY_OF_CONFIG, geometry
+from .features import pixels_in
+from .specs import family_of, geometry
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,15 @@ def measure(
     ValueError : no pictures in ``inputs``; an unsupported model; a number out of range.
     """
     at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
-    if inputs.get("pixel_values") is None:
+    pixels = pixels_in(inputs)
+    if pixels is None:
         raise ValueError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
     geometry(model.config)
-    tower = model.get_submodule(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)
-    device = inputs["pixel_values"].device
+    tower = model.get_submodule(family_of(model.config).tower)
+    device = pixels.device
     towers, firsts, others = [], [], []
     for run in range(warmup + repeats):
-        tower_ms = _tower_ms(tower, inputs["pixel_values"])
+        tower_ms = _tower_ms(tower, pixels)
         ticks = _ticks(model, inputs, new_tokens)
         if run >= warmup:
             towers.append(tower_ms)
@@ -109,7 +111,7 @@ def measure(
 @torch.no_grad()
 def _tower_ms(tower: Any, pixels: torch.Tensor) -> float:
     start = now(pixels.device)
-    tower(pixels, output_hidden_states=True, return_dict=True)
+    tower(pixels.flatten(0, -4), output_hidden_states=True, return_dict=True)
     return 1000 * (now(pixels.device) - start)
 
 
@@ -117,7 +119,7 @@ def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float
     """Milliseconds from the start until each new token was known."""
     from transformers import StoppingCriteriaList
 
-    device, ticks = inputs["pixel_values"].device, []
+    device, ticks = pixels_in(inputs).device, []
 
     def clock(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         ticks.append(now(device))

@@ -12,7 +12,7 @@ from .accounting import itemsize, kv_bytes_per_token, resolve, row_lengths
 from .latency import at_least
 from .methods import Reducer
 from .plan import Plan
-from .specs import FAMILY_OF_CONFIG
+from .specs import FAMILY_OF_CONFIG, family_of
 
 BITS = (4, 8)
 NF4_BLOCK = 64  # weights that share one float32 scale, as bitsandbytes has it by default
@@ -117,8 +117,7 @@ def weight_bytes(config: Any, dtype: torch.dtype | str = "float16", bits: int | 
 
     if bits is not None and (isinstance(bits, bool) or bits not in BITS):
         raise ValueError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
-    if config.model_type not in FAMILY_OF_CONFIG:
-        raise ValueError(f"unsupported family {config.model_type!r}; supported: {', '.join(sorted(FAMILY_OF_CONFIG))}")
+    family_of(config)  # raises for what is not supported
     size = itemsize(dtype)
     with torch.device("meta"):
         model = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])(config)

@@ -7,7 +7,7 @@ everything with a column per token (ids, mask, labels, embeddings, positions) mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,27 +77,47 @@ class Layout:
         return self.then(unchanged(rows, places - have, self.index.device))
 
 
-def shorten(image: Tensor, mask: Tensor, full: int, kept: int) -> Layout:
-    """Keep the first ``kept`` of every ``full`` placeholders of a row, and drop padding that is not needed any more.
+def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which picture every placeholder belongs to, and its rank within that picture.
 
     Parameters
     ----------
-    image : (B, T) bool, True at placeholders. They are grouped by rank within the row, so that pictures may adjoin.
+    image : (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
+    lengths : placeholders of every picture.
+
+    Returns
+    -------
+    picture, rank : (B, T) int64 each; elsewhere they mean nothing.
+    """
+    ends = torch.tensor(lengths, device=image.device).cumsum(0)
+    flat = (image.flatten().cumsum(0) - 1).view_as(image)
+    picture = torch.bucketize(flat, ends, right=True).clamp(max=len(lengths) - 1)
+    return picture, flat - (ends - torch.tensor(lengths, device=image.device))[picture]
+
+
+def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int]) -> Layout:
+    """Keep the first placeholders of every picture, and drop padding that is not needed any more.
+
+    Parameters
+    ----------
+    image : (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
     mask : (B, T), 0 at the caller's padding. Padding stays on the side where the caller has it; left if there is none.
-    full, kept : placeholders per picture before and after.
+    full, kept : placeholders of every picture before and after.
 
     Raises
     ------
-    ValueError : a row holds placeholders that are no multiple of ``full``.
+    ValueError : the placeholders of a row are not those of whole pictures.
     """
     counts = image.sum(1)
-    if bool((counts % full).any()):
+    ends = torch.tensor([0, *full], device=image.device).cumsum(0)
+    if not bool(torch.isin(counts.cumsum(0), ends).all()):
+        expected = f"multiples of {full[0]}" if len({*full}) == 1 else f"those of pictures with {list(full)}"
         raise ValueError(
-            f"rows hold {counts.tolist()} image placeholders, expected multiples of {full}: "
+            f"rows hold {counts.tolist()} image placeholders, expected {expected}: "
             "use the model's own processor, one placeholder text per picture"
         )
-    rank = image.long().cumsum(1) - 1
-    keep = (mask != 0) & (~image | (rank % full < kept))
+    picture, rank = ranks(image, full)
+    keep = (mask != 0) & (~image | (rank < torch.tensor(kept, device=image.device)[picture]))
     lengths = keep.sum(1, keepdim=True)
     places = int(lengths.max())
     index = keep.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :places]
@@ -136,16 +156,20 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
     return taken
 
 
-def caller_positions(mask: Tensor, image: Tensor, kept: int, gap: int) -> Tensor:
-    """Position ids (B, T) that the columns have in the full-length prompt; padding does not count.
-
-    ``gap`` placeholders are missing behind the ``kept`` ones of every picture of this prompt (0 = it is full-length).
-    """
-    before = (image.long().cumsum(1) - image.long()) // kept
-    return (mask.long().cumsum(1) - 1).clamp(min=0) + gap * before
+def caller_positions(mask: Tensor) -> Tensor:
+    """Position ids (B, T) of the columns of a prompt; padding (0 in ``mask``) does not count."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def place_pictures(positions: Tensor, image: Tensor, first: Tensor) -> Tensor:
+def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """(B, T) how many placeholders are missing in front of each column of a short prompt, of pictures in its row."""
+    picture, rank = ranks(image, kept)
+    kept, full = (torch.tensor(lengths, device=image.device) for lengths in (kept, full))
+    gap = (full - kept)[picture].masked_fill(~image | (rank != kept[picture] - 1), 0)
+    return gap.cumsum(1) - gap
+
+
+def place_pictures(positions: Tensor, image: Tensor, first: Sequence[Tensor]) -> Tensor:
     """Give each visual token the position of the first patch of its group.
 
     Parameters
@@ -153,21 +177,21 @@ def place_pictures(positions: Tensor, image: Tensor, first: Tensor) -> Tensor:
     positions : (B, S) position ids, where the placeholders of a picture count up from the position of its first one.
     image : (B, S) bool, True at placeholders; row by row they are the pictures in order. B may be a multiple of the
         rows that the pictures were given for (beams): then every row is repeated in place.
-    first : (images, K) index of the first patch of every visual token, counted within its picture.
+    first : per picture (K,) the first patch of every visual token, counted within its picture.
     """
-    shift = first - torch.arange(first.shape[1], device=first.device)
-    return positions + at_placeholders(image, shift.to(positions.device))
+    shift = [place - torch.arange(len(place), device=place.device) for place in first]
+    return positions + at_placeholders(image, [s.to(positions.device) for s in shift])
 
 
-def at_placeholders(image: Tensor, values: Tensor) -> Tensor:
-    """(B, S) with ``values`` (images, K) of visual tokens at their placeholders, 0 elsewhere; see `place_pictures`."""
-    kept = values.shape[1]
-    pictures = image.sum(1) // kept
-    repeats = max(1, int(pictures.sum()) // max(1, len(values)))
-    row_start = pictures[::repeats].cumsum(0) - pictures[::repeats]
+def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """(B, S) with ``values`` (K,) of each picture at its placeholders, 0 elsewhere; see `place_pictures`."""
+    flat = torch.cat(tuple(values))
+    counts = image.sum(1)
+    repeats = max(1, int(counts.sum()) // len(flat))
+    row_start = counts[::repeats].cumsum(0) - counts[::repeats]
     rank = (image.long().cumsum(1) - 1).clamp(min=0)
-    picture = row_start.repeat_interleave(repeats)[:, None] + rank // kept
-    return values[picture.clamp(max=len(values) - 1), rank % kept].masked_fill(~image, 0)
+    at = row_start.repeat_interleave(repeats)[:, None] + rank
+    return flat[at.clamp(max=len(flat) - 1)].masked_fill(~image, 0)
 
 
 def restore_prompt(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:

@@ -15,7 +15,7 @@ from .specs import Geometry
 logger = logging.getLogger(__name__)
 
 CHOICES = {
-    "where": ("tower", "projector", "both"),
+    "where": ("tower", "projector", "both", "packed"),
     "metric": ("keys", "history", "hidden", "projected"),
     "place": ("mid", "end"),
     "order": ("reading", "source"),
@@ -96,6 +96,7 @@ class Plan:
     ----------
     counts : patch tokens left after each merging block, class tokens not counted.
     rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
+    packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
     entering : patches of the picture that the tower gets.
     """
 
@@ -114,6 +115,7 @@ class Plan:
     positions: str
     llm_size_bias: bool
     energies: bool
+    packed: tuple[int, ...] = ()
 
     @property
     def available(self) -> int:
@@ -123,6 +125,8 @@ class Plan:
     @property
     def keep(self) -> int:
         """Visual tokens per picture that reach the LLM."""
+        if self.where == "packed":
+            return self.packed[-1] if self.packed else self.available
         patches = [self.entering, *self.counts, *self.rounds][-1]
         return patches + self.geometry.visible_class_tokens
 
@@ -142,12 +146,16 @@ class Plan:
     @property
     def context(self) -> dict[str, Any]:
         """What every `Reducer.match` gets besides metric, number, sizes, depth and attention."""
+        if self.where == "packed":  # behind the projector there are neither grid nor class token
+            return {}
         given = {"grid": self.geometry.grid} if "grid" in self.reducer.needs else {}
         return {"protected": self.geometry.class_tokens, **given}
 
     @property
     def steps(self) -> tuple[tuple[int, int, float], ...]:
-        """Patch tokens before and after every merge, and its depth; blocks first, then those before the projector."""
+        """Tokens before and after every merge, and its depth: in blocks, then before or behind the projector."""
+        if self.where == "packed":
+            return tuple((n, left, 1.0) for n, left in zip((self.available, *self.packed), self.packed))
         after = [(left, block / len(self.counts)) for block, left in enumerate(self.counts)]
         after += [(left, 1.0) for left in self.rounds]
         before = [self.entering, *(left for left, _ in after)]
@@ -184,7 +192,8 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         geometry=geometry,
         entering=entering,
         counts=tuple(counts),
-        rounds=tuple(steps),
+        rounds=() if settings.where == "packed" else tuple(steps),
+        packed=tuple(steps) if settings.where == "packed" else (),
         energies=settings.energies,
         **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
     )
@@ -221,6 +230,10 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
             value = left.pop(setting)
             logger.warning("%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_obstacle)
     complete = {**DEFAULTS, **left, **chosen}
+    if "where" not in chosen and complete["where"] not in geometry.places:
+        complete["where"] = geometry.places[0]
+    if "metric" not in chosen and complete["where"] == "packed":
+        complete["metric"] = "hidden"
     if left.get("metric") == "projected" and complete["where"] != "projector":
         complete["metric"] = "hidden"
     return replace(settings, **complete)
@@ -228,6 +241,16 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
 
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
     """ValueError where the model, or the place, lacks something that the method needs."""
+    if settings.where not in geometry.places:
+        raise ValueError(
+            f"where={settings.where!r} is not possible in this family: {geometry.obstacle}; choose "
+            f"{' or '.join(f'where={place!r}' for place in geometry.places)}"
+        )
+    if settings.where == "packed" and (settings.metric != "hidden" or reducer.needs):
+        got = f"{name} needs {' and '.join(reducer.needs)}" if reducer.needs else f"got metric={settings.metric!r}"
+        raise ValueError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")
+    if geometry.tiled and not reducer.forms_groups:
+        raise ValueError(f"{name} has no groups, so its tokens have no place among tiles; choose another method")
     if settings.metric == "projected" and settings.where != "projector":
         raise ValueError(
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
@@ -275,6 +298,8 @@ def _token_counts(
         shape = "last" if reducer.once else settings.schedule
         return patches, Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
     keep = _patch_keep(settings, reducer, name, geometry)
+    if settings.where == "packed":
+        return patches, [patches] * blocks, rounds(geometry.available, keep + geometry.visible_class_tokens, limit)
     if settings.where == "projector":
         return patches, [patches] * blocks, rounds(patches, keep, limit)
     tower = (

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import language
-from .placeholders import Layout, caller_positions, restore_prompt, shorten, take_all, unchanged
+from . import language, tiles
+from .features import pixels_in
+from .inputs import check_count, check_devices, check_features_alone, check_pictures
+from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -43,10 +45,11 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
 
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
     """
-    pictures, kept = _pictures(handle, kwargs)
+    full, kept = _pictures(handle, kwargs)
     marked = getattr(kwargs.get("past_key_values"), CACHE_MARK, None)
-    if not pictures and marked is None:
+    if not kept and marked is None:
         return None
+    check_devices(model, kwargs)
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
     seen = _seen(kwargs.get("past_key_values"), marked, image)
     if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
@@ -55,36 +58,31 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     fresh = image[:, seen.width if with_past else 0 :]
     real = _inferred_mask(model, kwargs, image) if mask is None else mask
     real = real[:, real.shape[1] - fresh.shape[1] :]
-    full, count = handle.geometry.available, int(fresh.sum())
+    count, merged = int(fresh.sum()), full != kept
+    short = count > 0 and count == sum(kept)
+    first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
     original = handle.plan.positions == "original" if marked is None else marked.original
-    move = original and pictures > 0 and count > 0 and kept < full
-    if move and kwargs.get("pixel_values") is None:  # features only: which patch a token started at is not known
-        if kwargs.get("position_ids") is None or count != pictures * kept:
-            raise ValueError(
-                "positions='original' with mm_encoder_outputs needs a short prompt and its position_ids; "
-                "or pass the pictures themselves as pixel_values"
-            )
+    move = original and count > 0 and merged
+    if merged and pixels_in(kwargs) is not None:
+        check_count(count, full, kept)
+    elif merged and count:
+        check_features_alone(handle.plan, kwargs, move, short)
         move = False
 
-    if pictures and count and kept < full and handle.plan.llm_size_bias and kwargs.get("pixel_values") is None:
-        raise ValueError(
-            "llm_size_bias=True does not go with mm_encoder_outputs, whose sizes are not known; pass the pictures "
-            "themselves as pixel_values, or attach with llm_size_bias=False"
-        )
-
-    if pictures and kept < full and count == pictures * full:
+    if merged and count == sum(full):
         new = shorten(fresh, real, full, kept)
     elif marked is not None:
         new = unchanged(*fresh.shape, fresh.device)
-    else:  # already short; or wrong, and left for the model to refuse
-        if move and count == pictures * kept:
-            kwargs = {**kwargs, "position_ids": caller_positions(real, image, kept, gap=full - kept)}
+    else:  # already short; or features alone, of which the model refuses a wrong number
+        if move and short:
+            positions = caller_positions(real) + missing_before(fresh, full, kept)
+            kwargs = {**kwargs, "position_ids": positions + first}
         return Call(kwargs, image, move=move)
     layout = replace(new if seen is None else seen.then(new), original=original)
-    return _shortened(model, Call(kwargs, image, layout, move), new)
+    return _shortened(model, Call(kwargs, image, layout, move), new, first)
 
 
-def _shortened(model: nn.Module, call: Call, new: Layout) -> Call:
+def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
     """The call with its per-token tensors in its layout, or in ``new`` where they hold the tokens of this call only."""
     layout, mask = call.layout, call.kwargs.get("attention_mask")
     short = take_all(call.kwargs, _pad_id(model), layout, new)
@@ -95,21 +93,33 @@ def _shortened(model: nn.Module, call: Call, new: Layout) -> Call:
     image = (layout if call.image.shape[1] == layout.width else new).take(call.image, False)
     if layout.original:
         real = torch.ones_like(layout.index[:, :1]).expand(-1, layout.width) if mask is None else mask
-        positions = layout.take(caller_positions(real, torch.zeros_like(real), kept=1, gap=0), 0)
+        positions = layout.take(caller_positions(real), 0) + first
         short["position_ids"] = positions[:, positions.shape[1] - image.shape[1] :]
     return Call(short, image, layout, call.move)
 
 
-def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """How many pictures a call brings, and how many visual tokens each will have."""
-    plan = handle.active
-    kept = handle.geometry.available if plan is None else plan.keep
-    if kwargs.get("pixel_values") is not None:
-        return len(kwargs["pixel_values"]), kept
+def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Visual tokens of every picture that a call brings: of the plain model, and as many as it will have."""
+    plan, available = handle.active, handle.geometry.available
+    pixels = pixels_in(kwargs)
+    if pixels is not None:
+        check_pictures(handle, pixels, kwargs.get("image_sizes"))
+        if handle.family.tiles == "anyres":
+            return tiles.lengths(handle, kwargs)
+        pictures = _number(pixels)
+        return [available] * pictures, [available if plan is None else plan.keep] * pictures
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
-        return len(encoded.pooler_output), len(encoded.pooler_output[0])
-    return 0, kept
+        kept = [len(features) for features in encoded.pooler_output]
+        if handle.family.tiles:  # how many they were is not known without the pictures
+            return kept if plan is None or plan.keep == available else [-1] * len(kept), kept
+        return [available] * len(kept), kept
+    return [], []
+
+
+def _number(pixels: Tensor) -> int:
+    """Pictures in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding."""
+    return len(pixels) if pixels.dim() == 4 else int((pixels.flatten(2) != 0).any(-1).sum())
 
 
 def _placeholders(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
@@ -171,7 +181,9 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
         kwargs["input_ids"] = inputs
-    call = rewrite(model, handle, kwargs, whole=True)
+    handle.state.encoded = None
+    with torch.no_grad():
+        call = rewrite(model, handle, kwargs, whole=True)
     if call is None:
         return plain(**kwargs)
     short = call.kwargs
@@ -251,13 +263,14 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     state.call = state.log_size = None
     kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
     if state.generating is not None:
-        pictures, kept = _pictures(handle, kwargs)
-        if not pictures:
+        full, kept = _pictures(handle, kwargs)
+        if not kept:
             return None
-        image, full = _placeholders(model, kwargs), handle.geometry.available
-        if kept == full or int(image.sum()) != pictures * full:  # the prompt that generate() shortened
+        image = _placeholders(model, kwargs)
+        if kept == full or int(image.sum()) != sum(full):  # the prompt that generate() shortened
             state.call = Call(kwargs, image, move=state.generating.move)
             return None
+    state.encoded = None
     state.call = rewrite(model, handle, kwargs, whole=False)
     return None if state.call is None else ((), state.call.kwargs)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .methods import Merge
+from .packing import Packed
 from .plan import Plan
 
 
@@ -22,6 +23,7 @@ class Stats:
     images : pictures (or tiles) in the run.
     merges : the merges in their order, blocks first, then the steps in front of the projector.
     token_sizes : (images, class_tokens + patch tokens, 1) patches per token at the end; None if nothing merged.
+    packed : of an anyres family, where pictures are several tiles: what became of each picture.
     """
 
     plan: Plan
@@ -29,6 +31,7 @@ class Stats:
     merges: tuple[Merge, ...]
     token_sizes: Tensor | None
     device: torch.device
+    packed: tuple[Packed, ...] = ()
 
     @property
     def method(self) -> str:
@@ -49,6 +52,13 @@ class Stats:
         return self.plan.keep
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Visual tokens of every picture that reached the LLM."""
+        if self.packed:
+            return tuple(len(picture.token) for picture in self.packed)
+        return (self.tokens_after,) * self.images
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Patch tokens after each merging block."""
         return self.plan.counts
@@ -59,11 +69,14 @@ class Stats:
         return self.plan.geometry.class_tokens - self.plan.geometry.visible_class_tokens
 
     @cached_property
-    def groups(self) -> Tensor | None:
+    def groups(self) -> Tensor | tuple[Tensor, ...] | None:
         """(images, tokens_before) int64: the visual token that each patch became, -1 = dropped.
 
-        None for methods without groups.
+        None for methods without groups. With ``where="packed"`` and pictures of several tiles it is one tensor for
+        each picture, over all the visual tokens of the plain model.
         """
+        if self.packed and self.where == "packed":
+            return tuple(picture.group for picture in self.packed)
         if not self.merges:
             return torch.arange(self.tokens_before, device=self.device).repeat(self.images, 1)
         group = reduce(Merge.then, self.merges).group
@@ -73,8 +86,13 @@ class Stats:
         return (group - self._hidden).where(group >= 0, -1)
 
     @cached_property
-    def first(self) -> Tensor:
-        """(images, tokens_after) int64: the first patch, in reading order, of every visual token."""
+    def first(self) -> Tensor | tuple[Tensor, ...]:
+        """(images, tokens_after) int64: the first patch, in reading order, of every visual token.
+
+        For pictures of several tiles (tokens,) for each one, counted among the visual tokens of the plain model.
+        """
+        if self.packed:
+            return tuple(picture.first for picture in self.packed)
         if self.groups is None:
             raise ValueError(f"{self.method} has no groups, so its tokens have no original position")
         patch = torch.arange(self.tokens_before, device=self.device).expand_as(self.groups)
@@ -83,8 +101,13 @@ class Stats:
         return full.scatter_reduce(1, slot, patch, "amin")[:, : self.tokens_after]
 
     @cached_property
-    def sizes(self) -> Tensor:
-        """(images, tokens_after) float32: patches that every visual token stands for."""
+    def sizes(self) -> Tensor | tuple[Tensor, ...]:
+        """(images, tokens_after) float32: patches that every visual token stands for.
+
+        For pictures of several tiles (tokens,) for each one, patches that only pad the picture not counted.
+        """
+        if self.packed:
+            return tuple(picture.size for picture in self.packed)
         if self.token_sizes is None:
             return torch.ones(self.images, self.tokens_after, device=self.device)
         return self.token_sizes[:, self._hidden :, 0]

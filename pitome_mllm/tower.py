@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .features import read, write
+from .merging import Clues, merge_once, merge_rounds
 from .methods import Merge
 from .methods.pooling import cells
 from .plan import Plan
@@ -22,10 +24,6 @@ from .specs import PLAIN_BACKENDS, TowerSpec
 from .stats import Stats
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
-
-# What a block tells about its tokens: "keys" (B, N, C / heads), mean over heads; "attention" (B, N, 1) that they get
-# from the class token, mean over heads. Merged tokens carry their means.
-Clues = dict[str, Tensor]
 
 
 class _Inbox(threading.local):
@@ -98,35 +96,27 @@ class Run:
         if r:
             depth = block / self.plan.geometry.merging_blocks
             metric = clues.get("keys", x)
-            self.merges[block], x, size, clues = self._merge(x, metric, clues, size, r, depth)
+            self.merges[block], x, size, clues = merge_once(self.plan, x, metric, r, depth, size, clues)
         if size is not None:
             self.sizes[block + 1] = size
         self.clues[block] = clues
         return x
 
+    def pushed(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The hidden states (B, N, C) with every feature layer sent through the merges of the blocks behind it."""
+        pushed = list(states)
+        for layer in self.plan.geometry.layers:
+            for block in (b for b in self.plan.merging if b >= layer):
+                size = self.sizes.get(block) if self.plan.weighted else None
+                pushed[layer] = self.merges[block].reduce(pushed[layer], size)[0]
+        return tuple(pushed)
+
     def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
         """The rounds in front of the projector: features, merges, and patches per token."""
         feature = self.plan.geometry.merging_blocks
-        size, clues, merges = self.sizes.get(feature), self.clues.get(feature - 1, {}), []
-        for count in self.plan.rounds:
-            r = x.shape[1] - self.plan.geometry.class_tokens - count
-            metric = projector(x) if self.plan.metric == "projected" else clues.get("keys", x)
-            merge, x, size, clues = self._merge(x, metric, clues, size, r, depth=1.0)
-            merges.append(merge)
-        return x, merges, size
-
-    def _merge(
-        self, x: Tensor, metric: Tensor, clues: Clues, size: Tensor | None, r: int, depth: float
-    ) -> tuple[Merge, Tensor, Tensor, Clues]:
-        plan = self.plan
-        attention = {"attention": clues["attention"][..., 0]} if "attention" in clues else {}
-        merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context, **attention)
-        if plan.order == "source":
-            merge = merge.in_source_order()
-        merged, total = merge.reduce(x, size if plan.weighted else None)
-        if not plan.weighted and size is not None:
-            total = merge.reduce(size, size)[1]
-        return merge, merged, total, {name: merge.reduce(clue, size)[0] for name, clue in clues.items()}
+        size, clues = self.sizes.get(feature), self.clues.get(feature - 1, {})
+        measure = projector if self.plan.metric == "projected" else None
+        return merge_rounds(self.plan, x, self.plan.rounds, size, clues, measure)
 
 
 class MergingLayer:
@@ -240,12 +230,14 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     x = output.last_hidden_state
     merges = [run.merges[block] for block in plan.merging]
     size = run.sizes.get(plan.geometry.merging_blocks)
+    if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
+        output.hidden_states = run.pushed(output.hidden_states)
     if plan.rounds:
-        if output.hidden_states is None:  # no features for a projector were asked for
+        features = read(output, plan.geometry)
+        if features is None:  # none for a projector were asked for
             return
-        states, feature = list(output.hidden_states), plan.geometry.merging_blocks
-        states[feature], late, size = run.before_projector(states[feature], handle.projector)
-        output.hidden_states = tuple(states)
+        features, late, size = run.before_projector(features, handle.projector)
+        write(output, plan.geometry, features)
         merges += late
     if plan.entering < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
         blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)

@@ -72,6 +72,26 @@ def encode(
     return Tokens(model.model.multi_modal_projector(x[:, 1:]), groups, size[:, 1:, 0])
 
 
+def states(tower: nn.Module, pixels: Tensor, counts: list[int], reducer: Any, protected: int) -> dict[int, Tensor]:
+    """Merged hidden states of every block, each with the merges of later blocks: {blocks before it: (B, K, C)}."""
+    x = tower.embeddings(pixels)
+    x = tower.pre_layrnorm(x) if protected else x
+    size, found, merged = torch.ones(*x.shape[:2], 1), {0: x}, False
+    for index, count in enumerate(counts):
+        layer = tower.encoder.layers[index]
+        mixed, keys = attention(layer.self_attn, layer.layer_norm1(x), size if merged else None)
+        x = x + mixed
+        r = x.shape[1] - protected - count
+        if r:
+            merge = reducer.match(keys, r, size=size, protected=protected, depth=index / len(counts))
+            found = {before: merge.reduce(state, size)[0] for before, state in found.items()}
+            x, size = merge.reduce(x, size)
+            merged = True
+        x = x + layer.mlp(layer.layer_norm2(x))
+        found[index + 1] = x
+    return found
+
+
 def attention(module: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax attention with log(size) added for every key, and the keys' mean over heads (B, N, head width).
 

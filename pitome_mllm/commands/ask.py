@@ -73,13 +73,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
     """Answer with (mode "merged") or without (mode "plain") merging."""
-    plan = handle.plan
-    visual = plan.available if mode == "plain" else plan.keep
+    plan, full = handle.plan, int((inputs["input_ids"] == model.config.image_token_id).sum())
+    known = mode == "plain" or not plan.geometry.tiled  # with tiles it depends on the picture
+    visual = full if mode == "plain" else plan.keep
     if not options.json:
-        sys.stdout.write(f"{mode}, {visual} of {plan.available} visual tokens: ")
+        sys.stdout.write(f"{mode}, {visual if known else 'some'} of {full} visual tokens: ")
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
-    return Run(mode, answer, visual, inputs["input_ids"].shape[1] - plan.available + visual)
+    visual = visual if known else sum(handle.stats.lengths)
+    return Run(mode, answer, visual, inputs["input_ids"].shape[1] - full + visual)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:

@@ -87,11 +87,12 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
 def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model).
 
-    The FLOPs of an LLM that `accounting` does not know stay None.
+    The FLOPs of an LLM that `accounting` does not know stay None, as those of pictures cut into tiles.
     """
     from ..accounting import MLP_MATRICES, estimate, kv_bytes_per_token
+    from ..specs import geometry
 
-    if model.config.text_config.model_type not in MLP_MATRICES:
+    if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).tiled:
         cached = run.prompt_tokens + TIMED_TOKENS - 1
         return replace(run, kv_cache_mb=cached * kv_bytes_per_token(model.config.text_config, model.dtype) / 1e6)
     text_tokens = run.prompt_tokens - run.visual_tokens

@@ -1,0 +1,115 @@
+"""Pictures cut into tiles: where every patch stands among a picture's visual tokens, before and after merging.
+
+An anyres family encodes an overview of the picture and tiles of it, puts the tiles together, cuts off what only pads
+them, and ends every row with a newline token. `Places` is that order; everything here is a pure function of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The visual tokens of one picture as the plain model packs them, the overview first.
+
+    Attributes
+    ----------
+    source : (L,) int64, the patch at each place, counted through all tiles; -1 = a newline. Where the model scales
+        the tiles' patches down, it only tells newlines from the others.
+    overview : tokens of the overview.
+    """
+
+    source: Tensor
+    overview: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def newline(self) -> Tensor:
+        """(L,) bool, True where a newline stands."""
+        return self.source < 0
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The places of the overview and of the tiles put together, without newlines; the latter only if there are."""
+        real = (~self.newline).nonzero()[:, 0]
+        overview, rest = real[: self.overview], real[self.overview :]
+        return (overview, rest) if len(rest) else (overview,)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The visual tokens of one picture that reach the LLM.
+
+    Attributes
+    ----------
+    token : (K,) int64, which merged token each one is, counted through all tiles or parts; -1 = a newline.
+    first : (K,) int64, its place among the tokens of the plain model: that of its first patch.
+    size : (K,) float32, how many tokens of the plain model it stands for.
+    group : (L,) int64, the place among the K that each token of the plain model went to, -1 = dropped.
+    """
+
+    token: Tensor
+    first: Tensor
+    size: Tensor
+    group: Tensor
+
+
+def survivors(places: Places, groups: Tensor, count: int) -> Packed:
+    """The tokens of merged tiles that show something of the picture, in reading order, with all newlines.
+
+    Parameters
+    ----------
+    places : of the picture.
+    groups : (tiles, patches) int64, the token 0 .. count-1 that each patch became, -1 = dropped.
+    count : tokens of each tile.
+
+    A token stands where its first patch stands that is no padding; one that holds nothing but padding is left out.
+    """
+    tiles = torch.arange(len(groups), device=groups.device)[:, None]
+    token = (groups + tiles * count).where(groups >= 0, -1).flatten()
+    source = places.source.to(groups.device)
+    return _collect(token[source.clamp(min=0)].where(source >= 0, -1), source < 0, len(groups) * count)
+
+
+def of_parts(places: Places, groups: Sequence[Tensor], counts: Sequence[int]) -> Packed:
+    """The tokens of merged parts, part by part in reading order, without newlines.
+
+    ``groups`` (n,) and ``counts`` of each of `Places.parts`.
+    """
+    token = torch.full((len(places),), -1, device=groups[0].device)
+    before = 0
+    for part, group, count in zip(places.parts, groups, counts):
+        token[part.to(token.device)] = (group + before).where(group >= 0, -1)
+        before += count
+    return _collect(token, torch.zeros_like(token, dtype=torch.bool), before)
+
+
+def _collect(token: Tensor, newline: Tensor, tokens: int) -> Packed:
+    """What is left of the places (L,), of which ``token`` (L,) says what they became, and of the newlines (L,)."""
+    length = len(token)
+    place = torch.arange(length, device=token.device)
+    slot = token.where(token >= 0, tokens)  # one more takes what is dropped
+    first = torch.full((tokens + 1,), length, device=token.device).scatter_reduce(0, slot, place, "amin")[:tokens]
+    size = torch.zeros(tokens + 1, device=token.device).scatter_add(0, slot, torch.ones_like(place).float())[:tokens]
+    seen = (first < length).nonzero()[:, 0]
+    ends = newline.nonzero()[:, 0]
+    first, order = torch.cat([first[seen], ends]).sort()
+    kept = torch.cat([seen, torch.full_like(ends, -1)])[order]
+    at = torch.full((tokens + 1,), -1, device=token.device)
+    at[kept[kept >= 0]] = (kept >= 0).nonzero()[:, 0]
+    group = at[slot]
+    group[ends] = (kept < 0).nonzero()[:, 0]
+    return Packed(kept, first, torch.cat([size[seen], torch.ones_like(ends).float()])[order], group)
+
+
+def part_keeps(places: Places, keep: int) -> tuple[int, ...]:
+    """Tokens that each of `Places.parts` keeps: ``keep`` of the overview, and the same share of the rest."""
+    overview, *rest = (len(part) for part in places.parts)
+    return (keep, *(max(1, round(n * keep / overview)) for n in rest))

@@ -1,0 +1,205 @@
+"""Pictures cut into tiles (anyres): how many visual tokens each one has, and how merged ones are packed.
+
+Where whole tiles merge, how many of a picture's tokens hold nothing but padding, and are left out, is known only once
+the tower has run. So the pictures are encoded first, the prompt is shortened by the real lengths, and the model finds
+its pictures encoded already.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .merging import merge_rounds
+from .methods import Merge
+from .packing import Packed, Places, of_parts, part_keeps, survivors
+from .plan import Plan
+from .schedule import rounds
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Pictures that a call brought, encoded before the model asks for them."""
+
+    pixels: Tensor
+    plan: Plan
+    output: Any
+
+    def answers(self, pixels: Tensor | None, plan: Plan | None) -> bool:
+        """Whether these are ``pixels``, or what generate() made of them for beams: each picture several times."""
+        if pixels is None or plan is not self.plan:
+            return False
+        if pixels is self.pixels:
+            return True
+        times, rest = divmod(len(pixels), len(self.pixels))
+        alike = (pixels.shape[1:], pixels.dtype, pixels.device) == (
+            self.pixels.shape[1:],
+            self.pixels.dtype,
+            self.pixels.device,
+        )
+        return alike and times > 0 and not rest and torch.equal(pixels[::times], self.pixels)
+
+    def repeated(self, pixels: Tensor) -> Any:
+        """The model's output for ``pixels``, which hold each of these pictures several times."""
+        times = len(pixels) // len(self.pixels)
+        output = copy.copy(self.output)
+        output.pooler_output = [one for one in self.output.pooler_output for _ in range(times)]
+        return output
+
+
+def lengths(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Visual tokens of every picture of a call: of the plain model, and as many as it will have."""
+    places, plan = _places_of(handle, kwargs), handle.active
+    full = [len(place) for place in places]
+    if plan is None or plan.keep == plan.available:
+        return full, full
+    if plan.where == "packed":
+        return full, [sum(part_keeps(place, plan.keep)) for place in places]
+    return full, [len(features) for features in _encode(handle, kwargs).pooler_output]
+
+
+def _encode(handle: Attachment, kwargs: dict[str, Any]) -> Any:
+    """The model's own encoding of a call's pictures, which the model will get when it asks for it."""
+    pixels, state = kwargs["pixel_values"], handle.state
+    if state.encoded is not None and state.encoded.answers(pixels, handle.active):
+        return state.encoded.repeated(pixels)
+    state.encoded = None
+    names = inspect.signature(type(handle.core).get_image_features).parameters
+    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    output = handle.core.get_image_features(**given, return_dict=True)
+    state.encoded = Encoded(pixels, handle.active, output)
+    return output
+
+
+def _places_of(handle: Attachment, kwargs: dict[str, Any]) -> list[Places]:
+    sizes, per_row = kwargs.get("image_sizes"), kwargs.get("batch_num_images")
+    cut = [True] * len(sizes) if per_row is None else [int(n) == 1 for n in per_row for _ in range(int(n))]
+    return [_places(handle, size, alone) for size, alone in zip(sizes, cut)]
+
+
+def _places(handle: Attachment, size: Any, cut: bool) -> Places:
+    """The model's own packing of a picture of ``size`` (height, width), cut into tiles or not; found once per size."""
+    key = (*(int(side) for side in size), cut)
+    if key not in handle.places:
+        handle.places[key] = _learned(handle.core, key[:2], cut)
+    return handle.places[key]
+
+
+def _learned(core: nn.Module, size: tuple[int, int], cut: bool) -> Places:
+    """What the model's own packing does to the indices of patches."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    vision, own = core.config.vision_config, type(core).pack_image_features
+    patches = (vision.image_size // vision.patch_size) ** 2
+    best = select_best_resolution(size, core.config.image_grid_pinpoints) if cut else (0, 0)
+    tiles = 1 + (best[0] // vision.image_size) * (best[1] // vision.image_size)
+    index = torch.arange(tiles * patches, dtype=torch.float32).view(tiles, patches, 1)
+    options = {
+        "vision_feature_select_strategy": core.config.vision_feature_select_strategy,
+        "vision_aspect_ratio": getattr(core.config, "vision_aspect_ratio", None),
+        "image_newline": torch.tensor([-1.0]),
+    }
+    names = inspect.signature(own).parameters
+    packed, _ = own(core, [index], [size], **{k: v for k, v in options.items() if k in names})
+    return Places(packed[0][:, 0].long(), patches)
+
+
+def packing_like(core: nn.Module) -> Callable[..., Any]:
+    """A pack_image_features() in place of the model's own, for merged tiles or for merging what is packed."""
+
+    @functools.wraps(type(core).pack_image_features)
+    def pack_image_features(self: nn.Module, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        handle, own = self._pitome, MethodType(type(self).pack_image_features, self)
+        plan, state = handle.active, handle.state
+        if plan is None or plan.where == "packed":
+            state.stats = plan and Stats(plan, sum(map(len, image_features)), (), None, image_features[0].device)
+        if plan is None or plan.keep == plan.available:
+            return own(image_features, image_sizes, *args, **kwargs)
+        places = [_places(handle, size, len(tiles) > 1) for size, tiles in zip(image_sizes, image_features)]
+        if plan.where == "packed":
+            full, _ = own(image_features, image_sizes, *args, **kwargs)
+            made = [_merged_parts(plan, features, place) for features, place in zip(full, places)]
+        else:
+            groups = state.stats.groups.split([len(tiles) for tiles in image_features])
+            newline = kwargs["image_newline"]
+            made = [_merged_tiles(*picture, newline) for picture in zip(image_features, groups, places)]
+        features, packed = zip(*made)
+        state.stats = replace(state.stats, packed=packed)
+        return list(features), torch.tensor([len(f) for f in features], device=features[0].device)
+
+    return pack_image_features
+
+
+def _merged_tiles(tiles: Tensor, groups: Tensor, place: Places, newline: Tensor) -> tuple[Tensor, Packed]:
+    """Tiles (n, K, C) that the tower merged into ``groups``, packed with newlines (C,): features (K', C)."""
+    packed = survivors(place, groups, tiles.shape[1])
+    features = torch.cat([tiles.flatten(0, 1), newline[None].to(tiles)])  # -1 is the newline
+    return features[packed.token], packed
+
+
+def _merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, Packed]:
+    """The plain model's packed features (L, C), overview and rest merged apart: features (K, C)."""
+    keeps, merged, groups = part_keeps(place, plan.keep), [], []
+    for part, keep in zip(place.parts, keeps):
+        x = features[part.to(features.device)][None]
+        steps = rounds(x.shape[1], keep, plan.reducer.max_removable)
+        x, merges, _ = merge_rounds(plan, x, steps, context={})
+        merged.append(x[0])
+        group = reduce(Merge.then, merges).group[0] if merges else torch.arange(len(part), device=x.device)
+        groups.append(group)
+    return torch.cat(merged), of_parts(place, groups, keeps)
+
+
+def encoding_like(core: nn.Module) -> Callable[..., Any]:
+    """A get_image_features() that hands out what was encoded ahead."""
+
+    @functools.wraps(type(core).get_image_features)
+    def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = self._pitome
+        encoded, handle.state.encoded = handle.state.encoded, None
+        pixels = kwargs.get("pixel_values", args[0] if args else None)
+        if encoded is not None and kwargs.get("return_dict", True) and encoded.answers(pixels, handle.active):
+            return encoded.repeated(pixels)
+        return type(self).get_image_features(self, *args, **kwargs)
+
+    return get_image_features
+
+
+def plain_like(core: nn.Module, name: str) -> Callable[..., Any]:
+    """A method of the model's own that never merges: a later step of it needs the whole grid of patches."""
+
+    @functools.wraps(getattr(type(core), name))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = self._pitome
+        stats = handle.state.stats
+        with handle.using(None):
+            output = getattr(type(self), name)(self, *args, **kwargs)
+        handle.state.stats = stats
+        return output
+
+    return method
+
+
+def after_projector(projector: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    """Forward hook of a projector that needs the whole grid of patches: merge the tokens (tiles, N, C) it makes."""
+    handle = projector._pitome
+    plan, state = handle.active, handle.state
+    if plan is None:
+        state.stats = None
+        return None
+    x, merges, size = merge_rounds(plan, output, plan.packed)
+    state.stats = Stats(plan, len(x), tuple(merges), size, x.device)
+    return x

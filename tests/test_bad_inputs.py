@@ -1,0 +1,139 @@
+"""Inputs that do not fit: a clear error, and a model that stays attached and works. Odd pictures just work."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from checks import logits
+from families import BY_TITLE, QUESTIONS, TWO_PICTURES, pictures
+from models import picture
+from PIL import Image
+
+from pitome_mllm import attach
+from pitome_mllm.attach import Attachment
+
+LLAVA, NEXT, PALI, IDEFICS = (BY_TITLE[t] for t in ("LLaVA-1.5", "LLaVA-NeXT (1.6)", "PaliGemma", "Idefics3"))
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def attached():
+    """A family's model with merging on, good inputs, and what it says of them."""
+    made = {}
+
+    def make(family):
+        if family.title not in made:
+            model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
+            attach(model, "pitome", keep=9)
+            made[family.title] = model, inputs, logits(model, inputs)
+        return made[family.title]
+
+    return make
+
+
+def assert_refused(attached, family, inputs, *words):
+    """Both calls say what is wrong; afterwards the model is attached and says what it said before."""
+    model, good, expected = attached(family)
+    for call in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=1)):
+        with pytest.raises(ValueError) as error:
+            call()
+        for word in words:
+            assert word in str(error.value), f"{word!r} is not said in: {error.value}"
+        assert Attachment.of(model) is not None
+        assert torch.equal(logits(model, good), expected)
+
+
+@pytest.mark.parametrize(
+    "family,other,words",
+    [
+        (
+            LLAVA,
+            NEXT,
+            ["(1, 4, 3, 48, 48)", "LlavaForConditionalGeneration takes (pictures, 3, H, W)", "own processor"],
+        ),
+        (LLAVA, IDEFICS, ["takes (pictures, 3, H, W)", "own processor"]),
+        (NEXT, LLAVA, ["without image_sizes", "own processor"]),
+        (IDEFICS, LLAVA, ["(1, 3, 48, 48)", "takes (pictures, tiles, 3, H, W)"]),
+    ],
+    ids=lambda value: getattr(value, "title", ""),
+)
+def test_the_processor_of_another_family(attached, family, other, words):
+    wide = [picture(1).resize((150, 48))]
+    made = other.process([(QUESTIONS[0], wide)])
+    inputs = {key: made[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    assert_refused(attached, family, inputs, *words)
+
+
+def test_pictures_of_another_size(attached):
+    _, good, _ = attached(LLAVA)
+    larger = {**good, "pixel_values": torch.zeros(1, 3, 96, 96)}
+    assert_refused(attached, LLAVA, larger, "96 x 96", "48 x 48", "own processor")
+
+
+def test_no_pictures_at_all(attached):
+    _, good, _ = attached(LLAVA)
+    none = {**good, "pixel_values": torch.zeros(0, 3, 48, 48)}
+    assert_refused(attached, LLAVA, none, "no picture", "leave them out")
+
+
+@pytest.mark.parametrize("family", [LLAVA, NEXT], ids=lambda family: family.title)
+def test_more_pictures_than_placeholders(attached, family):
+    two = family.process([(TWO_PICTURES, pictures(0, 0))])
+    one = family.process([(QUESTIONS[0], pictures(0))])
+    wrong = {**two, "input_ids": one["input_ids"], "attention_mask": one["attention_mask"]}
+    count = sum(family.full(family.build(), one))
+    assert_refused(attached, family, wrong, "2 pictures", f"{count} image placeholders", f"expected {2 * count}")
+
+
+@pytest.mark.parametrize("family", [LLAVA, NEXT], ids=lambda family: family.title)
+def test_a_prompt_without_image_token(attached, family):
+    _, good, _ = attached(family)
+    ids = torch.tensor([[5, 6, 7]])
+    wrong = {**good, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert_refused(attached, family, wrong, "1 picture", "no image placeholder", "<image>")
+
+
+def test_inputs_on_several_devices(attached):
+    _, good, _ = attached(LLAVA)
+    mixed = {**good, "attention_mask": good["attention_mask"].to("meta")}
+    assert_refused(attached, LLAVA, mixed, "attention_mask on meta", "input_ids on cpu", "inputs.to(model.device)")
+
+
+def odd(name: str) -> Image.Image:
+    colours = picture(0)
+    return {
+        "grey": lambda: colours.convert("L"),
+        "with alpha": lambda: colours.convert("RGBA"),
+        "CMYK": lambda: colours.convert("CMYK"),
+        "16 bit": lambda: Image.new("I;16", (60, 40), 40000),
+        "palette": lambda: colours.convert("P"),
+        "very wide": lambda: colours.resize((900, 6)),
+        "very high": lambda: colours.resize((6, 900)),
+        "one pixel": lambda: colours.resize((1, 1)),
+    }[name]()
+
+
+ODD = ["grey", "with alpha", "CMYK", "16 bit", "palette", "very wide", "very high", "one pixel"]
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("family", [LLAVA, NEXT, PALI, IDEFICS], ids=lambda family: family.title)
+def test_odd_pictures_merge_like_any(attached, family, name):
+    model, good, expected = attached(family)
+    inputs = family.process([(QUESTIONS[0], [odd(name)])])
+    handle = Attachment.of(model)
+    seen = logits(model, inputs)
+    full = sum(family.full(family.build(), inputs))
+    assert seen.isfinite().all() and seen.shape[1] == inputs["input_ids"].shape[1] - full + sum(handle.stats.lengths)
+    assert torch.equal(logits(model, good), expected)
+
+
+def test_a_truncated_file(attached):
+    model, good, expected = attached(LLAVA)
+    file = io.BytesIO()
+    picture(0).save(file, "JPEG")
+    with pytest.raises(OSError, match="truncated"):
+        LLAVA.process([(QUESTIONS[0], [Image.open(io.BytesIO(file.getvalue()[:1500]))])])
+    assert torch.equal(logits(model, good), expected)

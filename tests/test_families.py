@@ -1,0 +1,176 @@
+"""Every family: nothing lost at keep = all, exact counts, generate() as ever, batches, several pictures, turns."""
+
+from __future__ import annotations
+
+import family_table
+import pytest
+import torch
+from checks import logits, new_ids
+from families import BY_TITLE, FAMILIES, IMAGE, QUESTIONS, TWO_PICTURES, Family, pictures
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BitsAndBytesConfig
+
+from pitome_mllm import attach, estimate
+from pitome_mllm.specs import FAMILIES as SPECS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # PaliGemma's processor
+]
+CASES = [pytest.param(family, where, id=f"{family.title}-{where}") for family in FAMILIES for where in family.wheres]
+BITS = {
+    "8 bit": {"load_in_8bit": True},
+    "4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+}
+ROWS = [(QUESTIONS[0], (0,)), (TWO_PICTURES, (1, 2)), (QUESTIONS[1], (3,))]  # texts and their pictures
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The inputs of a family's batch, and of its rows alone."""
+    cache = {}
+
+    def make(family: Family):
+        if family.title not in cache:
+            rows = [(text, pictures(*numbers)) for text, numbers in ROWS]
+            cache[family.title] = family.process(rows), [family.process([row]) for row in rows]
+        return cache[family.title]
+
+    return make
+
+
+@pytest.mark.parametrize("family,where", CASES)
+def test_keeping_all_is_bit_identical(family, where, made):
+    model, plain = family.build(), family.build()
+    batch, _ = made(family)
+    for method in (None, "pitome"):
+        with attach(model, method, keep=1.0, where=where):
+            assert torch.equal(logits(model, batch), logits(plain, batch))
+            assert new_ids(model, batch) == new_ids(plain, batch)
+    assert torch.equal(logits(model, batch), logits(plain, batch))
+
+
+@pytest.mark.parametrize("family,where", CASES)
+def test_a_quarter_is_exact_and_rows_stand_alone(family, where, made):
+    """Also with several pictures in a row, and with every row of another length."""
+    model, plain = family.build(), family.build()
+    batch, alone = made(family)
+    with attach(model, "pitome", keep=0.25, where=where) as handle:
+        assert handle.plan.keep == round(handle.plan.available / 4)
+        together, answers = logits(model, batch), new_ids(model, batch)
+        lengths, groups = handle.stats.lengths, handle.stats.groups
+        before = 0
+        for row, inputs in enumerate(alone):
+            seen = logits(model, inputs)
+            kept = handle.stats.lengths
+            assert kept == lengths[before : before + len(kept)]
+            own = zip(handle.stats.groups, groups[: len(handle.stats.groups)], strict=True)
+            assert all(torch.equal(mine, other) for mine, other in own)
+            groups = groups[len(handle.stats.groups) :]
+            shorter = sum(family.full(plain, inputs)) - sum(kept)
+            assert seen.shape[1] == inputs["input_ids"].shape[1] - shorter > 0
+            torch.testing.assert_close(together[row, -seen.shape[1] :], seen[0], atol=1e-4, rtol=1e-4)
+            assert new_ids(model, inputs) == [answers[row]]
+            before += len(kept)
+        assert before == len(lengths) and len(groups) == 0
+        assert family.constant == (set(lengths) == {handle.plan.keep})
+    assert torch.equal(logits(model, batch), logits(plain, batch))
+
+
+@pytest.mark.parametrize("family,where", CASES)
+def test_generate_says_what_forward_says(family, where, made):
+    """Greedy search by hand, every step from the whole prompt, without a cache."""
+    model = family.build()
+    _, alone = made(family)
+    inputs = {key: value for key, value in alone[1].items() if key != "labels"}
+    with attach(model, "pitome", keep=0.25, where=where):
+        answer = new_ids(model, inputs, 4)[0]
+        longer = dict(inputs)
+        for token in answer:
+            assert int(logits(model, longer)[0, -1].argmax()) == token
+            for key in {"input_ids", "attention_mask", "token_type_ids"} & longer.keys():
+                added = {"input_ids": token, "attention_mask": 1, "token_type_ids": 1}[key]
+                longer[key] = torch.cat([longer[key], torch.full((1, 1), added)], 1)
+
+
+@pytest.mark.parametrize("family,where", CASES)
+def test_turns_continue_the_cache(family, where, made):
+    """A second question on the cache of the first answer: the same as the whole conversation anew."""
+    model = family.build()
+    _, alone = made(family)
+    inputs = {key: value for key, value in alone[1].items() if key != "labels"}
+    with attach(model, "pitome", keep=0.25, where=where):
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        question = torch.tensor([[7, 8, 9, 10]])
+        ids = torch.cat([first.sequences, question], 1)
+        more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "token_type_ids" in inputs:
+            added = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
+            more["token_type_ids"] = torch.cat([inputs["token_type_ids"], added], 1)
+        second = model.generate(**more, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        assert torch.equal(second[:, : ids.shape[1]], ids)
+        anew = new_ids(model, {**inputs, **more}, 4)
+        assert second[:, ids.shape[1] :].tolist() == anew
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a family's model was saved."""
+    saved = {}
+
+    def save(family: Family):
+        if family.title not in saved:
+            saved[family.title] = tmp_path_factory.mktemp("checkpoint")
+            family.build().save_pretrained(saved[family.title])
+        return saved[family.title]
+
+    return save
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
+def test_quantised(family, bits, made, folder):
+    """Counts are exact, nothing is lost at keep = all, and generate() is that of forward()."""
+    options = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "device_map": {"": "cpu"}}
+    model = family.cls.from_pretrained(folder(family), dtype=torch.float32, **options).eval()
+    batch, _ = made(family)
+    plain = logits(model, batch)
+    assert any("bit" in type(module).__name__ for module in model.modules())
+    with attach(model, "pitome", keep=1.0, where=family.wheres[-1]) as handle:
+        assert torch.equal(logits(model, batch), plain)
+        handle.update(keep=0.25)
+        seen = logits(model, batch)
+        assert seen.isfinite().all() and seen.shape[1] < plain.shape[1]
+        assert handle.plan.keep == round(handle.plan.available / 4)
+        assert [row[0] for row in new_ids(model, batch, 2)] == seen[:, -1].argmax(-1).tolist()
+    assert torch.equal(logits(model, batch), plain)
+
+
+def test_the_readme_has_these_families():
+    readme = family_table.README.read_text()
+    assert family_table.with_table(readme) == readme, "run: python tests/family_table.py"
+
+
+def test_every_row_of_the_package_is_tested():
+    assert set(SPECS) <= {family.model for family in FAMILIES}
+    for family in FAMILIES:
+        if family.model in SPECS:
+            assert family.wheres == SPECS[family.model].places
+
+
+@pytest.mark.parametrize("title", ["VipLLaVA", "PaliGemma", "Idefics3"])
+def test_the_estimate_counts_what_runs(title):
+    """FLOPs counted while forward() runs, where the projector is not LLaVA's."""
+    family = BY_TITLE[title]
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
+    model.set_attn_implementation("eager")  # the counter does not see into other kernels
+    inputs.pop("labels", None)
+    where = family.wheres[-1]
+    with attach(model, "pitome", keep=0.25, where=where) as handle:
+        with FlopCounterMode(display=False) as counter:
+            logits(model, inputs, logits_to_keep=1)
+        text, tiles = int((inputs["input_ids"] != IMAGE).sum()), handle.stats.images
+        own = estimate(model, "pitome", keep=0.25, where=where, images=tiles, text_tokens=text)
+    assert own.visual_tokens == handle.plan.keep
+    assert own.flops == counter.get_total_flops()

@@ -1,0 +1,82 @@
+"""What merged features of a family must be, written out from the definition: feature layers, norm, positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from by_hand import states
+from checks import logits
+from families import BY_TITLE, FEATURE_LAYERS, PATCHES, QUESTIONS, pictures
+
+from pitome_mllm import attach, get_method
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def features(model, inputs):
+    return model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+
+
+@torch.no_grad()
+def test_earlier_feature_layers_go_through_the_later_merges():
+    family = BY_TITLE["VipLLaVA"]
+    model, plain = family.build(), family.build()
+    inputs = family.process([(QUESTIONS[0], pictures(0)), (QUESTIONS[1], pictures(1))])
+    with attach(model, "pitome", keep=36) as handle:
+        seen = features(model, inputs)
+    found = states(plain.model.vision_tower, inputs["pixel_values"], handle.plan.counts, get_method("pitome"), 1)
+    assert list(getattr(model.config, FEATURE_LAYERS)) == [-2, -3, -5, 1] and len(handle.plan.counts) == 5
+    side_by_side = torch.cat([found[blocks][:, 1:] for blocks in (5, 4, 2, 1)], -1)
+    assert side_by_side.shape == (2, 36, 4 * 64)
+    torch.testing.assert_close(seen, plain.model.multi_modal_projector(side_by_side), **CLOSE)
+
+
+@torch.no_grad()
+def test_several_feature_layers_merge_alike_before_the_projector():
+    family = BY_TITLE["VipLLaVA"]
+    model, plain = family.build(), family.build()
+    inputs = family.process([(QUESTIONS[0], pictures(0))])
+    with attach(model, "tome", keep=72, where="projector", metric="hidden"):
+        seen = features(model, inputs)
+    output = plain.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    x = torch.cat([output.hidden_states[layer] for layer in (-2, -3, -5, 1)], -1)
+    merged = get_method("tome").match(x, 72, protected=1, depth=1.0).reduce(x)[0]
+    torch.testing.assert_close(seen, plain.model.multi_modal_projector(merged[:, 1:]), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["tower", "projector"])
+def test_a_projector_that_reads_the_normed_output(where):
+    family = BY_TITLE["PaliGemma"]
+    model, plain = family.build(), family.build()
+    inputs = family.process([(QUESTIONS[0], pictures(0)), (QUESTIONS[1], pictures(1))])
+    with attach(model, "pitome", keep=72, where=where, metric="keys" if where == "tower" else "hidden") as handle:
+        seen = features(model, inputs)
+    tower, reducer = plain.model.vision_tower, get_method("pitome")
+    x = states(tower, inputs["pixel_values"], handle.plan.counts, reducer, 0)[6]
+    x = tower.post_layernorm(x)
+    if where == "projector":
+        x = reducer.match(x, PATCHES - 72, depth=1.0).reduce(x)[0]
+    torch.testing.assert_close(seen, plain.model.multi_modal_projector(x), **CLOSE)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_positions_that_count_from_one(call):
+    """PaliGemma's first token has position 1; a merged token has that of its first patch."""
+    family = BY_TITLE["PaliGemma"]
+    model, seen = family.build(), []
+    inputs = family.process([(QUESTIONS[0], pictures(0))])
+    handle = attach(model, "pitome", keep=36, positions="original")
+    hook = lambda module, args, kwargs: seen.append(kwargs["position_ids"])  # noqa: E731
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    if call == "forward":
+        logits(model, inputs)
+    else:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    expected = torch.arange(1, inputs["input_ids"].shape[1] + 1)
+    merged = image[0] + handle.stats.first[0]
+    kept = torch.cat([torch.arange(image[0]), merged, torch.arange(image[-1] + 1, len(expected))])
+    assert torch.equal(seen[0][0], expected[kept])

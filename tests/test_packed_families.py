@@ -1,0 +1,126 @@
+"""Families whose projector or packing needs a whole grid: merging behind it; and videos, which stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import logits, new_ids
+from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, VIDEO, pictures
+from models import picture
+
+from pitome_mllm import attach, get_method
+from pitome_mllm.schedule import rounds
+
+
+def merged(x, keep, method):
+    """Features (N, C) merged to ``keep`` in rounds."""
+    reducer, x, sizes = get_method(method), x[None], None
+    for count in rounds(x.shape[1], keep, reducer.max_removable):
+        merge = reducer.match(x, x.shape[1] - count, size=sizes, depth=1.0)
+        x, sizes = merge.reduce(x, sizes)
+    return x[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(60, 150), (100, 100), (140, 140), (40, 300)])
+def test_onevision_merges_overview_and_rest_apart(size):
+    """Newlines are found by their value here; the larger pictures are scaled down before."""
+    family = BY_TITLE["LLaVA-OneVision"]
+    model, plain = family.build(), family.build()
+    inputs = family.process([(QUESTIONS[0], [picture(0).resize(size[::-1])])])
+    given = {key: inputs[key] for key in family.sized}
+    with attach(model, "tome", keep=36) as handle:
+        assert handle.plan.where == "packed"
+        (seen,) = model.model.get_image_features(**given).pooler_output
+    (full,) = plain.model.get_image_features(**given).pooler_output
+    assert len(full) == int((inputs["input_ids"] == IMAGE).sum())
+    rest = full[PATCHES:]
+    rest = rest[~(rest == plain.model.image_newline).all(-1)]
+    expected = torch.cat([merged(full[:PATCHES], 36, "tome"), merged(rest, round(len(rest) / 4), "tome")])
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_onevision_cuts_only_pictures_that_stand_alone():
+    family = BY_TITLE["LLaVA-OneVision"]
+    model = family.build()
+    with attach(model, "pitome", keep=36) as handle:
+        logits(model, family.process([(TWO_PICTURES, pictures(1, 2))]))
+        assert handle.stats.lengths == (36, 36)
+        logits(model, family.process([(QUESTIONS[0], pictures(1))]))
+        assert handle.stats.lengths[0] > 36
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("title", ["Idefics3", "SmolVLM"])
+def test_shuffled_patches_merge_behind_the_projector(title):
+    family = BY_TITLE[title]
+    model, plain, seen = family.build(), family.build(), []
+    inputs = family.process([(QUESTIONS[0], pictures(0))])
+    plain.model.connector.register_forward_hook(lambda module, args, output: seen.append(output))
+    logits(plain, inputs)
+    with attach(model, "pitome", keep=9) as handle:
+        logits(model, inputs)
+        assert handle.plan.available == PATCHES // 4 and handle.stats.images == len(seen[0]) > 1
+        assert torch.equal(handle.stats.sizes.sum(1), torch.full((len(seen[0]),), PATCHES / 4))
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"]).pooler_output
+    expected = torch.cat([merged(tile, 9, "pitome") for tile in seen[0]])
+    torch.testing.assert_close(torch.cat(list(features)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("title,reason", [("LLaVA-OneVision", "the whole grid"), ("Idefics3", "joins neighbouring")])
+def test_other_places_are_refused_with_the_reason(title, reason):
+    model = BY_TITLE[title].build()
+    for where in ("tower", "projector", "both"):
+        with pytest.raises(ValueError, match=rf"where='{where}' is not possible.*{reason}.*where='packed'"):
+            attach(model, "pitome", keep=9, where=where)
+    with pytest.raises(ValueError, match="ratio.*packed.*give keep"):
+        attach(model, ratio=0.9)
+
+
+def test_the_packed_place_is_for_tiles_and_for_features():
+    model = BY_TITLE["LLaVA-1.5"].build()
+    with pytest.raises(ValueError, match="where='packed' is not possible.*not cut into tiles.*where='tower'"):
+        attach(model, keep=36, where="packed")
+    model = BY_TITLE["LLaVA-NeXT (1.6)"].build()
+    for settings, words in [
+        ({"method": "pitome", "metric": "keys"}, "metric='keys'"),
+        ({"method": "diffrate"}, "diffrate needs attention"),
+        ({"method": "pool"}, "pool needs grid"),
+        ({"method": "dct"}, "dct has no groups"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            attach(model, keep=36, where="packed", **settings)
+
+
+FRAMES = 2
+PER_FRAME = {  # visual tokens of one frame, and of a whole video besides
+    "Video-LLaVA": (PATCHES + 1, 0),
+    "LLaVA-NeXT-Video": (PATCHES // 4, 0),
+    "LLaVA-OneVision": (PATCHES // 4, 1),
+}
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize("title", PER_FRAME)
+def test_videos_stay_as_they_are(title, where):
+    """Alone they are the plain model's, bit for bit; beside a picture, the picture merges."""
+    family = BY_TITLE[title]
+    model, plain = family.build(), family.build()
+    frame, more = PER_FRAME[title]
+    video = torch.full((1, FRAMES * frame + more), VIDEO)
+    made = family.process([(QUESTIONS[0], pictures(0))])
+    frames = torch.randn(1, FRAMES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    text = torch.tensor([[5, 6, 7]])
+    alone = {"input_ids": torch.cat([text, video, text], 1), "pixel_values_videos": frames}
+    ids = [video, made["input_ids"]] if where == "first" else [made["input_ids"], video, text]
+    both = {**made, "input_ids": torch.cat(ids, 1), "pixel_values_videos": frames}
+    both["attention_mask"] = torch.ones_like(both["input_ids"])
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+    with attach(model, keep=36, where=family.wheres[0]) as handle:
+        assert torch.equal(logits(model, alone), logits(plain, alone))
+        assert new_ids(model, alone, 3) == new_ids(plain, alone, 3)
+        seen = logits(model, both)
+        shorter = sum(family.full(plain, made)) - sum(handle.stats.lengths)
+        assert shorter > 0 and seen.shape[1] == both["input_ids"].shape[1] - shorter
+        assert new_ids(model, both, 1)[0][0] == int(seen[0, -1].argmax())
