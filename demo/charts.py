@@ -8,6 +8,7 @@ from functools import lru_cache
 from html import escape
 from itertools import pairwise
 from math import log2
+from typing import Any
 
 from pitome_mllm._companion import companion
 
@@ -53,8 +54,9 @@ class Curve:
 
 def curve(method: str, where: str) -> Curve | None:
     """What the benchmark's record says about a method in a place; None = not measured."""
-    plain, blind, cells = _record()
-    found = {keep: row for (m, w, keep), row in cells.items() if (m, w) == (method, where)}
+    record = _record()
+    plain, blind = record.plain, record.blind
+    found = {keep: row for (m, w, keep), row in record.cells.items() if (m, w) == (method, where)}
     if not found:
         return None
     values = {name: {keep: float(row[name]) for keep, row in found.items()} for name in ("value", "low", "high")}
@@ -64,9 +66,9 @@ def curve(method: str, where: str) -> Curve | None:
 
 
 @lru_cache(maxsize=1)
-def _record() -> tuple:
-    report, curves = companion("eval", "report"), companion("eval", "curves")
-    return report.parts(report.read(curves.RESULTS))
+def _record() -> Any:
+    tables, documents, curves = (companion("eval", name) for name in ("accuracy", "documents", "curves"))
+    return tables.Results.of(documents.read(curves.RESULTS))
 
 
 def bars(look: Look) -> str:
