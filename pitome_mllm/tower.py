@@ -62,11 +62,13 @@ class Run:
 
     def wants_clues(self, block: int) -> bool:
         """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
-        if not self.plan.clues:
-            return False
-        last = block == self.plan.geometry.merging_blocks - 1
-        later = self.plan.metric == "history" and block < self.plan.geometry.merging_blocks
-        return self.plan.removed(block) > 0 or later or (last and len(self.plan.rounds) > 0)
+        return bool(self.plan.clues) and (self.plan.removed(block) > 0 or self._told_later(block))
+
+    def _told_later(self, block: int) -> bool:
+        """Whether what a block tells is asked for after it, by the next block or in front of the projector."""
+        last = self.plan.geometry.merging_blocks - 1
+        history = self.plan.metric == "history" and block <= last
+        return history or (block == last and len(self.plan.rounds) > 0)
 
     def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
         """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
@@ -98,7 +100,8 @@ class Run:
         if r:
             depth = block / self.plan.geometry.merging_blocks
             metric = clues.get("keys", x)
-            self.merges[block], x, size, clues = self._merge(x, metric, clues, size, r, depth)
+            later = self._told_later(block)
+            self.merges[block], x, size, clues = self._merge(x, metric, clues, size, r, depth, later)
         if size is not None:
             self.sizes[block + 1] = size
         self.clues[block] = clues
@@ -111,13 +114,15 @@ class Run:
         for count in self.plan.rounds:
             r = x.shape[1] - self.plan.geometry.class_tokens - count
             metric = projector(x) if self.plan.metric == "projected" else clues.get("keys", x)
-            merge, x, size, clues = self._merge(x, metric, clues, size, r, depth=1.0)
+            later = count != self.plan.rounds[-1]
+            merge, x, size, clues = self._merge(x, metric, clues, size, r, 1.0, later)
             merges.append(merge)
         return x, merges, size
 
     def _merge(
-        self, x: Tensor, metric: Tensor, clues: Clues, size: Tensor | None, r: int, depth: float
+        self, x: Tensor, metric: Tensor, clues: Clues, size: Tensor | None, r: int, depth: float, later: bool
     ) -> tuple[Merge, Tensor, Tensor, Clues]:
+        """One merge; ``later`` says whether its tokens need clues again."""
         plan = self.plan
         attention = {"attention": clues["attention"][..., 0]} if "attention" in clues else {}
         merge = plan.reducer.match(metric, r, size=size, depth=depth, **plan.context, **attention)
@@ -126,7 +131,8 @@ class Run:
         merged, total = merge.reduce(x, size if plan.weighted else None)
         if not plan.weighted and size is not None:
             total = merge.reduce(size, size)[1]
-        return merge, merged, total, {name: merge.reduce(clue, size)[0] for name, clue in clues.items()}
+        kept = {name: merge.reduce(clue, size)[0] for name, clue in clues.items()} if later else {}
+        return merge, merged, total, kept
 
 
 class MergingLayer:
