@@ -231,7 +231,7 @@ def spending(path: Path) -> Spent:
     return {(row["method"], row["where"]): row for row in chosen}
 
 
-def put_in(document: Path, text: str) -> None:
+def put_in(document: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Replace what stands between the marks.
 
     Raises
@@ -239,11 +239,11 @@ def put_in(document: Path, text: str) -> None:
     ValueError : the marks are missing.
     """
     content = document.read_text()
-    if any(content.count(mark) != 1 for mark in MARKS):
-        raise ValueError(f"{str(document)!r} must hold each of {' and '.join(MARKS)} once")
-    before, rest = content.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    document.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+    if any(content.count(mark) != 1 for mark in marks):
+        raise ValueError(f"{str(document)!r} must hold each of {' and '.join(marks)} once")
+    before, rest = content.split(marks[0])
+    after = rest.split(marks[1])[1]
+    document.write_text(f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")
 
 
 def main(argv: list[str] | None = None) -> None:
