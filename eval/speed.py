@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
@@ -24,6 +24,7 @@ from .speed_rows import Row, append, commit, show
 from .stages import EAGER, IN_FRONT, STAGES, Load, Stages
 
 Key = tuple[str, int]  # stage, number of the contender
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -123,22 +124,35 @@ def measure(
                     flops[stage, number] = counted(call)
                     call.run = in_mode(call.run, mode)
                 calls[stage, number] = call
+    cached = ("first token", "decode")
+    kv = {key: stages[key[1]].kv_bytes() for key in calls if key[0] in cached}
     with Progress(transient=True) as bar:
         task = bar.add_task(f"batch {load.batch}", total=len(calls) * (repeats + warmup))
         taken = in_turns(calls, device, repeats, warmup, lambda: bar.advance(task))
     for key, times in taken.items():
         stage, number = key
         against = ("tower", number) if stage == "merge" else (stage, 0)
-        kv = stages[number].kv_bytes() if stage in ("first token", "decode") else ""
         peak = peak_bytes(calls[key], device)
         yield _row(
-            key, field[number], load, stages[number].keep, times, taken.get(against), flops.get(key, ""), kv, peak
+            key,
+            field[number],
+            load,
+            stages[number].keep,
+            times,
+            taken.get(against),
+            flops.get(key, ""),
+            kv.get(key, ""),
+            peak,
         )
 
 
 def counted(call: Call) -> float:
-    """10^9 floating-point operations of one turn."""
-    with FlopCounterMode(display=False) as counter:
+    """10^9 floating-point operations of one turn; torch by itself leaves attention on processors out."""
+
+    def attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention}) as counter:
         call.run()
     return round(counter.get_total_flops() / 1e9, 3)
 

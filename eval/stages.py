@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pitome_mllm import Attachment
+from pitome_mllm.prompt import Call as Prompt
 from pitome_mllm.specs import FAMILIES, FAMILY_OF_CONFIG, feature_index, geometry
 
 from .clocks import Call
@@ -30,6 +33,7 @@ STAGES = {
     "end to end": "preprocessing and generate() of all new tokens",
 }
 EAGER = ("preprocess", "first token", "decode", "end to end")
+SHORT = Prompt({}, torch.zeros(1, 0, dtype=torch.bool))  # says that nothing is left to shorten
 IN_FRONT = ("preprocess", "tower", "merge", "projector")
 
 
@@ -140,11 +144,14 @@ class Stages:
 
     def _decode(self) -> Call:
         steps, token = max(1, self.load.new_tokens - 1), self.inputs["input_ids"][:, -1:]
-        length = self.cache.get_seq_length()
+        length, handle = self.cache.get_seq_length(), Attachment.of(self.llm)
+        mask = torch.ones(self.load.batch, length + steps, dtype=torch.long, device=self.model.device)
 
         def run() -> None:
-            for _ in range(steps):
-                self.llm(input_ids=token, past_key_values=self.cache, use_cache=True)
+            with handle.generating(SHORT) if handle else nullcontext():  # as generate() does, whose prompt is short
+                for step in range(steps):
+                    seen = mask[:, : length + step + 1]
+                    self.llm(input_ids=token, past_key_values=self.cache, attention_mask=seen, use_cache=True)
 
         def back() -> None:
             if extra := self.cache.get_seq_length() - length:

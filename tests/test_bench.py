@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import build
 
-from pitome_mllm import METHODS, attach, cli
+from pitome_mllm import METHODS, attach, cli, estimate
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,25 +101,15 @@ def test_rows_hold_times_ratios_flops_and_cache(field):
     assert found["merge", "tome"].against == "own tower" and 0 < found["merge", "tome"].ratio < 1
     assert found["decode", "tome"].kv_bytes / (144 + 8) == found["decode", "plain"].kv_bytes / (576 + 8)
     assert 0 < found["tower", "tome"].gflops < found["tower", "plain"].gflops
+    counted = estimate(field[0].model).tower_flops / 1e9
+    assert found["tower", "plain"].gflops == pytest.approx(counted, abs=1e-3)
     assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes == "" for row in rows)
 
 
 def test_a_bare_checkout_runs_it(tmp_path):
     """Nothing of ours is installed there: the finder of the editable installation is taken out."""
     out = tmp_path / "bench.csv"
-    arguments = [
-        "--stages",
-        "tower",
-        "merge",
-        "--methods",
-        "tome",
-        "--repeats",
-        "1",
-        "--warmup",
-        "0",
-        "--out",
-        str(out),
-    ]
+    arguments = f"--stages tower merge --methods tome oracle --repeats 1 --warmup 0 --out {out}".split()
     code = (
         "import sys, runpy\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
