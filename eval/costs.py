@@ -56,10 +56,18 @@ def config_of(shape: str) -> Any:
 
 
 class Picture:
-    """Random tensors of one picture as they enter and leave the blocks of a tower, with the token counts of a plan."""
+    """Random tensors of pictures as they enter and leave the blocks of a tower, with the token counts of a plan."""
 
-    def __init__(self, plan: Plan, config: Any) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        config: Any,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.plan, vision = plan, config.vision_config
+        self.batch, self.kind = batch, {"dtype": dtype, "device": device}
         self.heads, self.width = vision.num_attention_heads, vision.hidden_size
         self.random = torch.Generator().manual_seed(0)
         counts = [plan.entering, *plan.counts]
@@ -69,10 +77,10 @@ class Picture:
             torch.nn.Linear(self.width, config.text_config.hidden_size),
             torch.nn.GELU(),
             torch.nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size),
-        )
+        ).to(**self.kind)
 
     def _draw(self, *shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, generator=self.random)
+        return torch.randn(self.batch, *shape, generator=self.random).to(**self.kind)
 
     @torch.inference_mode()
     def merge(self) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from . import __version__
-from .commands import ask, cost, demo, groups, methods, reproduce, serve, spectrum
+from .commands import ask, bench, cost, demo, groups, methods, reproduce, serve, spectrum
 
 DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual tokens.
 
@@ -23,6 +23,7 @@ DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual
   pitome-mllm groups --out groups.png                 draw which patches were merged
   pitome-mllm spectrum                                how far methods change the graph of a picture's tokens
   pitome-mllm cost                                    FLOPs and KV cache of published models, from their sizes alone
+  pitome-mllm bench                                   how long every stage takes here, plain and with every method
   pitome-mllm reproduce --table pitome-paper --plan   a published table through lmms-eval; --plan says what it takes
   pitome-mllm methods                                 the methods there are"""
 
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pitome-mllm {__version__}")
     parser.add_argument("--debug", action="store_true", help="log what happens, and show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ask, demo, serve, groups, spectrum, cost, reproduce, methods):
+    for command in (ask, demo, serve, groups, spectrum, cost, bench, reproduce, methods):
         command.register(commands)
     return parser
 

@@ -25,8 +25,12 @@ def merge_once(
     size: Tensor | None = None,
     clues: Mapping[str, Tensor] | None = None,
     context: Mapping[str, Any] | None = None,
+    later: bool = True,
 ) -> Step:
-    """Merge ``r`` of the tokens ``x`` (B, N, C) by ``metric`` (B, N, C'); ``context`` in place of the plan's own."""
+    """Merge ``r`` of the tokens ``x`` (B, N, C) by ``metric`` (B, N, C'); ``context`` in place of the plan's own.
+
+    ``later`` says whether the clues of what is left are asked for again.
+    """
     clues = clues or {}
     context = plan.context if context is None else context
     attention = {"attention": clues["attention"][..., 0]} if "attention" in clues else {}
@@ -36,7 +40,8 @@ def merge_once(
     merged, total = merge.reduce(x, size if plan.weighted else None)
     if not plan.weighted and size is not None:
         total = merge.reduce(size, size)[1]
-    return merge, merged, total, {name: merge.reduce(clue, size)[0] for name, clue in clues.items()}
+    kept = {name: merge.reduce(clue, size)[0] for name, clue in clues.items()} if later else {}
+    return merge, merged, total, kept
 
 
 def merge_rounds(
@@ -56,6 +61,7 @@ def merge_rounds(
     for count in counts:
         r = x.shape[1] - context.get("protected", 0) - count
         metric = (clues or {}).get("keys", x) if measure is None else measure(x)
-        merge, x, size, clues = merge_once(plan, x, metric, r, 1.0, size, clues, context)
+        later = count != counts[-1]
+        merge, x, size, clues = merge_once(plan, x, metric, r, 1.0, size, clues, context, later)
         merges.append(merge)
     return x, merges, size

@@ -60,11 +60,13 @@ class Run:
 
     def wants_clues(self, block: int) -> bool:
         """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
-        if not self.plan.clues:
-            return False
-        last = block == self.plan.geometry.merging_blocks - 1
-        later = self.plan.metric == "history" and block < self.plan.geometry.merging_blocks
-        return self.plan.removed(block) > 0 or later or (last and len(self.plan.rounds) > 0)
+        return bool(self.plan.clues) and (self.plan.removed(block) > 0 or self._told_later(block))
+
+    def _told_later(self, block: int) -> bool:
+        """Whether what a block tells is asked for after it, by the next block or in front of the projector."""
+        last = self.plan.geometry.merging_blocks - 1
+        history = self.plan.metric == "history" and block <= last
+        return history or (block == last and len(self.plan.rounds) > 0)
 
     def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
         """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
@@ -96,7 +98,8 @@ class Run:
         if r:
             depth = block / self.plan.geometry.merging_blocks
             metric = clues.get("keys", x)
-            self.merges[block], x, size, clues = merge_once(self.plan, x, metric, r, depth, size, clues)
+            later = self._told_later(block)
+            self.merges[block], x, size, clues = merge_once(self.plan, x, metric, r, depth, size, clues, later=later)
         if size is not None:
             self.sizes[block + 1] = size
         self.clues[block] = clues

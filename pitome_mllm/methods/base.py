@@ -10,18 +10,28 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` (B, K) of ``x`` (B, N, C), as (B, K, C)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def flat(index: Tensor, tokens: int) -> Tensor:
+    """``index`` (B, K) into rows of ``tokens`` tokens, as (B * K,) into all rows one after the other.
+
+    Selecting and adding whole rows by such an index is several times as fast as gather and scatter.
+    """
+    batch = len(index)
+    if batch > 1:
+        index = index + tokens * torch.arange(batch, device=index.device)[:, None]
+    return index.flatten()
 
 
 def unit_metric(metric: Tensor) -> Tensor:
@@ -30,14 +40,14 @@ def unit_metric(metric: Tensor) -> Tensor:
     A row with NaN or infinity becomes zero, and a zero row stays zero: such a token is similar to nothing.
     """
     metric = metric.detach().float()
-    usable = metric.isfinite().all(-1, keepdim=True)
-    return F.normalize(metric.where(usable, 0.0), dim=-1)
+    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+    return (metric / norm.clamp_min_(1e-12)).nan_to_num_(0.0)  # dividing by NaN or infinity leaves NaN or zero
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Products (B, S, T) of rows (B, S, C) and (B, T, C), cosines if they are unit, in float32 also under autocast."""
     kind = a.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return a @ b.mT
     with torch.autocast(kind, enabled=False):
         return a @ b.mT
@@ -70,8 +80,8 @@ def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     similarity : (B, S) cosine similarity to that target.
     target : (B, S) its token index; the first of equals.
     """
-    similarity = cosine(rows(unit, sources), rows(unit, targets))
-    return similarity.amax(-1), targets.gather(1, similarity.argmax(-1))
+    similarity, place = cosine(rows(unit, sources), rows(unit, targets)).max(-1)
+    return similarity, targets.gather(1, place)
 
 
 def ranked(score: Tensor) -> Tensor:
@@ -91,6 +101,8 @@ def spread(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def most_similar_first(unit: Tensor, sources: Tensor, targets: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The ``r`` sources that are most similar to their nearest target, and those targets, each (B, r)."""
     similarity, target = nearest(unit, sources, targets)
+    if r == sources.shape[1]:
+        return sources, target
     chosen = ranked(similarity)[:, :r]
     return sources.gather(1, chosen), target.gather(1, chosen)
 
@@ -113,8 +125,10 @@ class Merge:
         count: int,
         *,
         weight: Tensor | None = None,
-        source: Tensor | None = None,
+        source: Callable[[], Tensor] | None = None,
         energy: Tensor | None = None,
+        led: bool = False,
+        drops: bool = True,
     ) -> None:
         """Group tokens by a common root.
 
@@ -123,39 +137,48 @@ class Merge:
         root : (B, N) int64, the index of one token of the group, the same for all its tokens; -1 = dropped.
         count : how many different roots every row has.
         weight : (B, N) float32 factor of each token in its group's value; None = its share of the group's size.
-        source : (B, K) int64, one token of each group, in the order in which the reference code leaves the groups.
+        source : makes (B, K) int64, one token of each group, in the order in which the reference code leaves them.
+        led : every root is the first token of its group; saves looking for it.
+        drops : whether a root may be -1; False saves looking.
         """
         batch, tokens = root.shape
         index = torch.arange(tokens, device=root.device).expand(batch, tokens)
-        kept = root >= 0
-        slot = root.where(kept, tokens)  # one extra place takes what is dropped
-        smallest = torch.full((batch, tokens + 1), tokens, device=root.device).scatter_reduce(1, slot, index, "amin")
-        smallest = smallest.gather(1, slot)
-        first = kept & (smallest == index)
+        if not led:
+            slot = root.where(root >= 0, tokens)  # one extra place takes what is dropped
+            least = index.new_full((batch, tokens + 1), tokens).scatter_reduce(1, slot, index, "amin").gather(1, slot)
+            root = least.where(root >= 0, -1)
+        first = root == index
         number = first.cumsum(1) - 1
-        order = first.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+        place = number.where(first, index - number + (count - 1))  # first tokens in front, each part in reading order
+        order = torch.empty_like(place).scatter_(1, place, index)
+        group = number.gather(1, root.clamp(min=0) if drops else root)
 
         self.count = count
         self.energy = energy
-        self.group: Tensor | None = number.gather(1, smallest.clamp(max=tokens - 1)).where(kept, -1)
+        self.group: Tensor | None = group.where(root >= 0, -1) if drops else group
         self._source = source
         self._weight = weight
+        self._drops = drops
         self._first = order[:, :count]  # the first token of each group ...
         self._rest = order[:, count:]  # ... and all the others
 
     @classmethod
-    def join(cls, tokens: int, sources: Tensor, targets: Tensor, **extra: Tensor | None) -> Merge:
-        """Each of ``sources`` (B, r) joins the token of ``targets`` (B, r) beside it; the other tokens stay alone."""
+    def join(cls, tokens: int, sources: Tensor, targets: Tensor, **extra: Any) -> Merge:
+        """Each of ``sources`` (B, r) joins the token of ``targets`` (B, r) beside it; the other tokens stay alone.
+
+        No token is both.
+        """
         batch, r = sources.shape
-        root = torch.arange(tokens, device=sources.device).repeat(batch, 1)
-        return cls(root.scatter(1, sources, targets), tokens - r, **extra)
+        index = torch.arange(tokens, device=sources.device).expand(batch, tokens)
+        least = index.scatter_reduce(1, targets, sources, "amin")
+        return cls(least.scatter(1, sources, least.gather(1, targets)), tokens - r, led=True, drops=False, **extra)
 
     @classmethod
     def select(cls, tokens: int, kept: Tensor, protected: int = 0) -> Merge:
         """Only the tokens ``kept`` (B, K) and the first ``protected`` ones stay; all others are dropped."""
         index = torch.arange(tokens, device=kept.device).repeat(len(kept), 1)
         root = torch.full_like(index, -1).scatter(1, kept, kept)
-        return cls(index.where(index < protected, root), kept.shape[1] + protected)
+        return cls(index.where(index < protected, root), kept.shape[1] + protected, led=True)
 
     def weighted_by(self, value: Tensor) -> Merge:
         """This merge with means weighted by ``value`` (B, N), above zero, in place of sizes. In place; no dropping."""
@@ -176,24 +199,26 @@ class Merge:
         x : (B, K, C) in the dtype of ``x``, accumulated in at least float32; a token that stayed alone keeps its bits.
         size : (B, K, 1) float32.
         """
-        if size is None:
-            size = torch.ones_like(x[..., :1])
-        size = size.float()
-        slot = self.group.gather(1, self._rest)
-        dropped = slot[..., None] < 0
-        slot = slot.clamp(min=0)[..., None]
-        rest_size = rows(size, self._rest).masked_fill(dropped, 0.0)
-        first_size = rows(size, self._first)
+        batch, tokens, channels = x.shape
+        size = x.new_ones(batch, tokens, dtype=torch.float32) if size is None else size[..., 0].float()
+        slot, rest_size = self.group.gather(1, self._rest), size.gather(1, self._rest)
+        if self._drops:
+            dropped = slot < 0
+            slot, rest_size = slot.clamp(min=0), rest_size.masked_fill(dropped, 0.0)
+        first_size = size.gather(1, self._first)
         total = first_size.scatter_add(1, slot, rest_size)
+        if self._weight is None:
+            first_share, rest_share = first_size / total, rest_size / total.gather(1, slot)
+        else:
+            first_share, rest_share = (self._weight.gather(1, index) for index in (self._first, self._rest))
 
-        first_share, rest_share = first_size / total, rest_size / total.gather(1, slot)
-        if self._weight is not None:
-            first_share, rest_share = (rows(self._weight[..., None], index) for index in (self._first, self._rest))
         wide = torch.promote_types(x.dtype, torch.float32)
-        first = rows(x, self._first).to(wide) * first_share
-        rest = rows(x, self._rest).to(wide) * rest_share
-        rest = rest.masked_fill(dropped, 0.0)  # a NaN that is dropped must not come back as 0 * NaN
-        return first.scatter_add(1, slot.expand_as(rest), rest).to(x.dtype), total
+        first = rows(x, self._first).to(wide).mul_(first_share[..., None])
+        rest = rows(x, self._rest).to(wide).mul_(rest_share[..., None])
+        if self._drops:
+            rest = rest.masked_fill(dropped[..., None], 0.0)  # a NaN that is dropped must not come back as 0 * NaN
+        merged = first.flatten(0, 1).index_add_(0, flat(slot, self.count), rest.flatten(0, 1))
+        return merged.view(batch, self.count, channels).to(x.dtype), total[..., None]
 
     def expand(self, y: Tensor) -> Tensor:
         """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""
@@ -213,7 +238,7 @@ class Merge:
         """The same groups, numbered in the order that the reference code leaves (reading order where it has none)."""
         if self._source is None:
             return self
-        order = self.group.gather(1, self._source)  # (B, K): reading-order number of the group now at each place
+        order = self.group.gather(1, self._source())  # (B, K): reading-order number of the group now at each place
         place = order.argsort(dim=1)
         renumbered = object.__new__(type(self))
         renumbered.__dict__.update(self.__dict__)

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
 
 ENERGIES = ("paper", "elu")
+# Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32.
+BLOCK = {"cpu": 2**17, "gpu": 2**26}
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,51 @@ class PiToMe(Reducer):
         """Merge ``r`` tokens by the energies of all of ``metric``."""
         n = metric.shape[1] - protected
         unit = unit_metric(metric)
-        energy = self._energy(unit[:, protected:], depth)
+        energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected
         if r == 0:
             return Merge.join(metric.shape[1], order[:, :0], order[:, :0], energy=energy)
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
         a, b = order[:, 0:candidates:2], order[:, 1:candidates:2]
         merged, target = most_similar_first(unit, a, b, r)
-        source = None
-        if self.source_order:  # what the authors' code leaves: class token, protected by energy, then B
-            front = torch.arange(protected, device=order.device).expand(order.shape[0], protected)
-            source = torch.cat([front, order[:, candidates:], b], dim=1)
+        source = partial(authors_order, protected, order[:, candidates:], b) if self.source_order else None
         return Merge.join(metric.shape[1], merged, target, source=source, energy=energy)
 
-    def _energy(self, unit: Tensor, depth: float) -> Tensor:
+    def energy_of(self, unit: Tensor, depth: float) -> Tensor:
         """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
         margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
-        similarity = cosine(unit, unit)
-        value = F.elu(similarity - margin, alpha=self.alpha)
-        if self.energy == "paper":
-            value = similarity.where(similarity >= margin, value)
-        energy = value.mean(-1)
+        blocks = unit.split(block_rows(unit), dim=1)
+        energy = torch.cat([self._value(cosine(block, unit), margin).mean(-1) for block in blocks], 1)
         if self.smooth:
-            weight = similarity.clamp_min(0.0)
-            around = cosine(weight, energy[:, None])[..., 0] / weight.sum(-1).clamp_min(1e-6)
+            around = torch.cat([around_each(cosine(block, unit), energy) for block in blocks], 1)
             energy = energy.lerp(around, self.smooth)
         return energy
+
+    def _value(self, similarity: Tensor, margin: float) -> Tensor:
+        """f of similarities of any shape; in place and without boolean masks, which are slow on processors."""
+        above = similarity - margin
+        if self.energy == "elu":
+            value = above.clamp_min(0.0)
+        else:
+            value = torch.ge(similarity, margin, out=torch.empty_like(similarity)).mul_(similarity)
+        if not self.alpha:
+            return value
+        return value.add_(above.clamp_max_(0.0).exp_().sub_(1.0), alpha=self.alpha)
+
+
+def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
+    """What the authors' code leaves: class tokens, the ``others`` by energy, then B; (B, K)."""
+    front = torch.arange(protected, device=b.device).expand(len(b), protected)
+    return torch.cat([front, others, b], dim=1)
+
+
+def block_rows(unit: Tensor) -> int:
+    """How many tokens of ``unit`` (B, n, C) to compare with all others at once, so that memory stays bounded."""
+    batch, tokens = unit.shape[:2]
+    return max(1, BLOCK["cpu" if unit.device.type == "cpu" else "gpu"] // max(1, batch * tokens))
+
+
+def around_each(similarity: Tensor, energy: Tensor) -> Tensor:
+    """Mean of ``energy`` (B, n) around the tokens that ``similarity`` (B, S, n) is of, weighted by it: (B, S)."""
+    weight = similarity.clamp_min(0.0)
+    return cosine(weight, energy[:, None])[..., 0] / weight.sum(-1).clamp_min(1e-6)

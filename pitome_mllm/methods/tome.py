@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -36,8 +37,11 @@ class ToMe(Reducer):
         if r == 0:
             return Merge.join(tokens, a[:, :0], a[:, :0])
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
-        index = torch.arange(tokens, device=metric.device).expand(len(metric), tokens)
-        # The authors' code leaves the class token, what is left of A, and then B.
-        place = index.where(index < protected, index + tokens * (1 + index % 2))
-        source = place.scatter(1, merged, 3 * tokens).argsort(dim=1)[:, : tokens - r]
-        return Merge.join(tokens, merged, target, source=source)
+        return Merge.join(tokens, merged, target, source=partial(authors_order, tokens, merged, protected))
+
+
+def authors_order(tokens: int, merged: Tensor, protected: int) -> Tensor:
+    """What the authors' code leaves of ``tokens`` when ``merged`` (B, r) have gone: class token, rest of A, then B."""
+    index = torch.arange(tokens, device=merged.device).expand(len(merged), tokens)
+    place = index.where(index < protected, index + tokens * (1 + index % 2))
+    return place.scatter(1, merged, 3 * tokens).argsort(dim=1)[:, : tokens - merged.shape[1]]

@@ -1,0 +1,193 @@
+"""What the benchmark of speed compares: models that share their weights, each with its own merging, and oracles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pitome_mllm import attach
+from pitome_mllm.methods import METHODS, Merge, Reducer, unknown
+from pitome_mllm.plan import Plan
+from pitome_mllm.shapes import SHAPES, Shape, get_shape
+from pitome_mllm.specs import FAMILY_OF_CONFIG
+
+PLAIN, ORACLE, WEIGHTS = "plain", "oracle", "weights"
+
+
+class _Sliced(Merge):
+    """The first ``count`` tokens; no sizes, no groups."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.energy = self.group = self._source = None
+
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, None]:
+        return x[:, : self.count], None
+
+
+@dataclass(frozen=True)
+class Slice(Reducer):
+    """What merging could cost at best: as many tokens leave as with ``like``, without a decision and without work."""
+
+    forms_groups: ClassVar[bool] = False
+
+    like: Reducer
+
+    @property
+    def once(self) -> bool:
+        return self.like.once
+
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        return _Sliced(metric.shape[1] - r)
+
+    def max_removable(self, n: int) -> int:
+        return self.like.max_removable(n)
+
+    def allowed(self, n: int) -> Any:
+        return self.like.allowed(n)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model in the comparison.
+
+    Attributes
+    ----------
+    method : a name in `METHODS`, "plain", or "oracle".
+    variant : "weights" where the tower's attention writes its weights down, as the paper's code does; else empty.
+    like : the method whose token counts an oracle has.
+    asked : what `attach` was asked for, such as {"keep": 144}.
+    model : its own modules; weights are everybody's.
+    llm : where its LLM is; for an oracle the plain model.
+    plan : None for the plain model.
+    """
+
+    method: str
+    variant: str
+    like: str
+    asked: dict[str, Any]
+    model: Any
+    llm: Any
+    plan: Plan | None = None
+
+    @property
+    def is_oracle(self) -> bool:
+        return self.method == ORACLE
+
+
+def find_shape(name: str) -> Shape:
+    """The shape of this name, or the only one whose name begins so.
+
+    Raises
+    ------
+    ValueError : there is none, or several.
+    """
+    begun = [known for known in SHAPES if known.startswith(name)]
+    return get_shape(begun[0] if len(begun) == 1 else name)
+
+
+def configuration(shape: Shape, layers: int | None, tower_only: bool) -> Any:
+    """A LLaVA configuration of this shape, with ``layers`` LLM blocks (None: all), or with hardly any LLM at all."""
+    from transformers import LlamaConfig, LlavaConfig
+
+    config = shape.config()
+    if shape.text is None:
+        config = LlavaConfig(vision_config=config, text_config=LlamaConfig(), vision_feature_layer=-1)
+        tower_only = True
+    if tower_only:
+        width = config.vision_config.hidden_size if shape.text is None else config.text_config.hidden_size
+        config.text_config = LlamaConfig(hidden_size=width, num_hidden_layers=0, vocab_size=64)
+    elif layers is not None:
+        if not 1 <= layers <= config.text_config.num_hidden_layers:
+            raise ValueError(f"--layers {layers} is not possible; choose 1 to {config.text_config.num_hidden_layers}")
+        config.text_config.num_hidden_layers = layers
+    config.image_seq_length = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return config
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with random weights, as fast as any."""
+    import transformers
+
+    kind = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def twin(model: Any) -> Any:
+    """A model with modules of its own that shares every weight."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]]) -> Iterator[Contender]:
+    """The plain model and every method at every amount; for "oracle", one for every way down that these take.
+
+    Parameters
+    ----------
+    model : plain; it is left alone.
+    methods : names in `METHODS`, or such a name with ":weights" behind it, or "oracle".
+    amounts : keywords of `attach`, such as {"keep": 144} or {"ratio": 0.9}.
+
+    Raises
+    ------
+    ValueError : an unknown method or variant, or an amount that cannot be reached.
+    """
+    plain = twin(model)
+    yield Contender(PLAIN, "", "", {}, plain, plain)
+    for asked in amounts:
+        ways = {}
+        for name in (name for name in methods if name != ORACLE):
+            made = _merging(model, name, asked)
+            ways.setdefault(_way(made.plan), made)
+            yield made
+        for made in ways.values() if ORACLE in methods else ():
+            if not made.plan.reducer.shrinks_picture:
+                yield _oracle(model, made, plain)
+
+
+def _way(plan: Plan) -> tuple[Any, ...]:
+    return plan.entering, plan.counts, plan.rounds, plan.place
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Method and variant of "tome" or "tome:weights"; ValueError for what there is not."""
+    method, _, variant = name.partition(":")
+    if method not in METHODS:
+        raise ValueError(unknown("method", method, METHODS))
+    if variant not in ("", WEIGHTS):
+        raise ValueError(f"unknown variant {variant!r} of {method}; the one there is: {method}:{WEIGHTS}")
+    return method, variant
+
+
+def _merging(model: Any, name: str, asked: dict[str, Any]) -> Contender:
+    (method, variant), own = parted(name), twin(model)
+    if variant:
+        own.set_attn_implementation({"vision_config": "eager"})
+    return Contender(method, variant, "", asked, own, own, attach(own, method, **asked).plan)
+
+
+def _oracle(model: Any, made: Contender, plain: Any) -> Contender:
+    plan, own = made.plan, twin(model)
+    where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
+    preset = METHODS[made.method].settings if "counts" not in where else {}
+    told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
+    handle = attach(
+        own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, schedule=preset.get("schedule"), **told
+    )
+    if _way(handle.plan) != _way(plan):
+        raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")
+    return replace(made, method=ORACLE, variant="", like=made.method, model=own, llm=plain, plan=handle.plan)

@@ -1,0 +1,141 @@
+"""How merging grows with the number of tokens: ``python -m pitome_mllm_eval.growth``.
+
+One merge of PiToMe at ratio 0.9, widths of CLIP-L (keys 64, features 1024), random tokens, one thread. What works on
+pairs of tokens (energies, and the match of A with B) and what works on tokens is timed apart, and memory is that of the
+tensors which are alive at once, with energies in blocks of rows as they come and all at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pitome_mllm.methods import get_method
+from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_metric
+from pitome_mllm.methods.pitome import BLOCK
+
+from .clocks import Call, in_turns, quantiles
+from .runs import processor_name, write_csv
+
+RESULTS = Path(__file__).parent / "results" / "growth.csv"
+TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)
+KEYS, WIDTH, REMOVED, DEPTH = 64, 1024, 0.1, 0.5
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as these live; ``peak`` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if value.untyped_storage().data_ptr() not in self._known:
+                self._enter(value.untyped_storage())
+        return result
+
+    def _enter(self, storage: Any) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        self._known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, place, size)
+
+    def _leave(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One number of tokens: milliseconds with percentiles, and megabytes (10^6) of tensors alive at most.
+
+    ``pairs_ms`` is the part that works on pairs of tokens, ``pairs_share`` its share of the whole.
+    ``whole_mb`` is the memory with all energies at once.
+    """
+
+    tokens: int
+    removed: int
+    ms: float
+    p20: float
+    p80: float
+    pairs_ms: float
+    pairs_share: float
+    mb: float
+    whole_mb: float
+    repeats: int
+
+
+class Merging:
+    """One merge of ``tokens`` tokens, and the part of it that works on pairs."""
+
+    def __init__(self, tokens: int) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.keys = torch.randn(1, tokens, KEYS, generator=random)
+        self.x = torch.randn(1, tokens, WIDTH, generator=random)
+        self.removed, self.reducer = int(REMOVED * tokens), get_method("pitome")
+        self.unit = unit_metric(self.keys)
+        order = ranked(self.reducer.energy_of(self.unit, DEPTH))
+        self.a, self.b = order[:, 0 : 2 * self.removed : 2], order[:, 1 : 2 * self.removed : 2]
+
+    def whole(self) -> Merge:
+        merge = self.reducer.match(self.keys, self.removed, depth=DEPTH)
+        merge.reduce(self.x)
+        return merge
+
+    def pairs(self) -> None:
+        self.reducer.energy_of(self.unit, DEPTH)
+        most_similar_first(self.unit, self.a, self.b, self.removed)
+
+    def peak(self) -> float:
+        """10^6 bytes that one merge holds at most, besides keys and features."""
+        with Alive() as alive:
+            self.whole()
+        return alive.peak / 1e6
+
+
+@torch.inference_mode()
+def growth(tokens: int, repeats: int) -> Growth:
+    """What one merge of so many tokens takes."""
+    made = Merging(tokens)
+    calls = {"whole": Call(made.whole), "pairs": Call(made.pairs)}
+    taken = in_turns(calls, torch.device("cpu"), repeats, warmup=1)
+    low, middle, high = quantiles(taken["whole"])
+    pairs, share = quantiles(taken["pairs"])[1], quantiles([p / w for p, w in zip(taken["pairs"], taken["whole"])])[1]
+    bounded = made.peak()
+    with patch.dict(BLOCK, cpu=2**62):
+        whole = made.peak()
+    times = [round(value, 3) for value in (middle, low, high, pairs, share)]
+    return Growth(tokens, made.removed, *times, round(bounded, 1), round(whole, 1), repeats)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write the CSV."""
+    from rich.progress import track
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    found = [growth(tokens, args.repeats) for tokens in track(args.tokens, "tokens")]
+    about = {"processor": processor_name(), "torch": torch.__version__, "date": date.today().isoformat()}
+    write_csv(args.out, found, about)
+
+
+if __name__ == "__main__":
+    main()

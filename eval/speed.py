@@ -1,0 +1,216 @@
+"""How fast it is: every stage of a model timed apart, plain, with every method, and as oracles would have it.
+
+The command is ``pitome-mllm bench``, or ``python eval/bench.py`` in a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from pitome_mllm.loading import DTYPES
+from pitome_mllm.methods import unknown
+
+from .clocks import MODES, Call, clock_name, in_mode, in_turns, peak_bytes, quantiles
+from .contenders import ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
+from .runs import processor_name
+from .speed_rows import Row, append, commit, show
+from .stages import EAGER, IN_FRONT, STAGES, Load, Stages
+
+Key = tuple[str, int]  # stage, number of the contender
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure what the command line asks for.
+
+    Raises
+    ------
+    ValueError : options that are not possible.
+    """
+    device, wanted = _check(options), _stages(options)
+    torch.set_num_threads(options.threads)
+    about = _about(options, device)
+    model, processor, images = _model(options, device)
+    amounts = [{"ratio": r} for r in options.ratio] if options.ratio else [{"keep": k} for k in options.keep or [144]]
+    rows = []
+    with torch.inference_mode():
+        field = list(contenders(model, options.methods, amounts))
+        for batch in options.batch:
+            load = Load(batch, options.images or images, options.text_tokens, options.new_tokens, processor)
+            rows += measure(field, load, wanted, options.mode, options.repeats, options.warmup)
+    show(rows, about)
+    if options.out:
+        append(options.out, rows, about)
+
+
+def _check(options: argparse.Namespace) -> torch.device:
+    """The device; ValueError for what is not possible."""
+    for name, least in (("threads", 1), ("text_tokens", 1), ("new_tokens", 2), ("repeats", 1), ("warmup", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is not possible; give {least} or more"
+            )
+    if min(options.batch) < 1 or (options.images or 1) < 1:
+        raise ValueError(f"--batch {min(options.batch)} --images {options.images} is not possible; give 1 or more")
+    for name, choices in (("dtype", DTYPES), ("mode", MODES)):
+        if getattr(options, name) not in choices:
+            raise ValueError(unknown(name, getattr(options, name), choices))
+    for name in {*options.methods} - {ORACLE}:
+        parted(name)
+    for stage in options.stages or ():
+        if stage not in STAGES:
+            raise ValueError(unknown("stage", stage, STAGES))
+    if options.shape is None and (options.layers is not None or options.tower_only):
+        raise ValueError("--layers and --tower-only cut down a --shape; name one, such as --shape llava-1.5-7b")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} is not there; choose cpu")
+    if options.mode == "cudagraph" and device.type != "cuda":
+        raise ValueError(f"--mode cudagraph needs a CUDA device, got {device}; choose eager or compile")
+    return device
+
+
+def _stages(options: argparse.Namespace) -> list[str]:
+    """The stages to time, in their order."""
+    only_tower = options.tower_only or (options.shape and find_shape(options.shape).text is None)
+    possible = [s for s in (IN_FRONT if only_tower else STAGES) if options.mode == "eager" or s not in EAGER]
+    wanted = [stage for stage in possible if stage in (options.stages or possible)]
+    if len(wanted) < len(options.stages or ()):
+        raise ValueError(f"--stages: possible here are {', '.join(map(repr, possible))}")
+    return wanted
+
+
+def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any, int]:
+    """The plain model, what prepares its pictures, and how many of them a row has."""
+    if options.shape is None:
+        from pitome_mllm import load
+
+        model, processor = load(options.model, dtype=options.dtype, device=device)
+        processor, images = processor.image_processor, 1
+    else:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        shape = find_shape(options.shape)
+        config, images = configuration(shape, options.layers, options.tower_only), shape.images
+        side = config.vision_config.image_size
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        model = random_model(config, DTYPES[options.dtype], device)
+    if options.attention != "sdpa":
+        model.set_attn_implementation({"text_config": options.attention})
+    return model, processor, images
+
+
+def measure(
+    field: list[Contender], load: Load, wanted: list[str], mode: str, repeats: int, warmup: int
+) -> Iterator[Row]:
+    """One row for every stage of every contender."""
+    from rich.progress import Progress
+
+    device = field[0].model.device
+    stages = [Stages(contender, load) for contender in field]
+    calls, flops = {}, {}
+    for number, made in enumerate(stages):
+        for stage in wanted:
+            call = made.call(stage)
+            if call is not None:
+                if stage not in EAGER:
+                    flops[stage, number] = counted(call)
+                    call.run = in_mode(call.run, mode)
+                calls[stage, number] = call
+    cached = ("first token", "decode")
+    kv = {key: stages[key[1]].kv_bytes() for key in calls if key[0] in cached}
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"batch {load.batch}", total=len(calls) * (repeats + warmup))
+        taken = in_turns(calls, device, repeats, warmup, lambda: bar.advance(task))
+    for key, times in taken.items():
+        stage, number = key
+        against = ("tower", number) if stage == "merge" else (stage, 0)
+        peak = peak_bytes(calls[key], device)
+        yield _row(
+            key,
+            field[number],
+            load,
+            stages[number].keep,
+            times,
+            taken.get(against),
+            flops.get(key, ""),
+            kv.get(key, ""),
+            peak,
+        )
+
+
+def counted(call: Call) -> float:
+    """10^9 floating-point operations of one turn; torch by itself leaves attention on processors out."""
+
+    def attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention}) as counter:
+        call.run()
+    return round(counter.get_total_flops() / 1e9, 3)
+
+
+def _row(
+    key: Key, contender: Contender, load: Load, keep: int, times: list[float], base: list[float] | None,
+    flops: float | str, kv: int | str, peak: int | None,
+) -> Row:  # fmt: skip
+    low, middle, high = (round(q, 4) for q in quantiles(times))
+    share = ("", "", "")
+    if base:
+        share = tuple(round(q, 5) for q in quantiles(np.array(times) / np.array(base)))
+    return Row(
+        stage=key[0],
+        method=contender.method,
+        variant=contender.variant,
+        like=contender.like,
+        where=contender.plan.where if contender.plan else "",
+        keep=keep,
+        rho=contender.asked.get("ratio", ""),
+        batch=load.batch,
+        images=load.images,
+        text_tokens=load.text_tokens,
+        ms=middle,
+        p20=low,
+        p80=high,
+        against="own tower" if key[0] == "merge" else "plain",
+        ratio=share[1],
+        ratio_p20=share[0],
+        ratio_p80=share[2],
+        gflops=flops,
+        kv_bytes=kv,
+        peak_bytes="" if peak is None else peak,
+    )
+
+
+def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What every row says about the run."""
+    import transformers
+
+    import pitome_mllm
+
+    cuda = device.type == "cuda"
+    return {
+        "model": options.model if options.shape is None else find_shape(options.shape).title,
+        "llm_layers": "none" if options.tower_only else options.layers or "all",
+        "dtype": options.dtype,
+        "attention": options.attention,
+        "mode": options.mode,
+        "clock": clock_name(device),
+        "repeats": options.repeats,
+        "warmup": options.warmup,
+        "new_tokens": options.new_tokens,
+        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pitome_mllm": pitome_mllm.__version__,
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }

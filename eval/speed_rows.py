@@ -1,0 +1,115 @@
+"""What the benchmark of speed writes down: one self-describing row per measurement, and a table for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "bench.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of one contender.
+
+    Attributes
+    ----------
+    keep : visual tokens per picture that reach the LLM.
+    rho : the share of its tokens that every block keeps, where that was asked for; else empty.
+    ms, p20, p80 : median and percentiles of milliseconds; of one token for "decode".
+    against : what ``ratio`` relates to: the same stage of the plain model, or for "merge" the contender's own tower.
+    ratio, ratio_p20, ratio_p80 : of times in the same round.
+    gflops : counted while it ran, where the stage is made of matrix products.
+    kv_bytes : cache of the prompt. peak_bytes : most memory allocated during the stage, on GPUs.
+    """
+
+    stage: str
+    method: str
+    variant: str
+    like: str
+    where: str
+    keep: int
+    rho: float | str
+    batch: int
+    images: int
+    text_tokens: int
+    ms: float
+    p20: float
+    p80: float
+    against: str
+    ratio: float | str
+    ratio_p20: float | str
+    ratio_p80: float | str
+    gflops: float | str
+    kv_bytes: int | str
+    peak_bytes: int | str
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" behind it where files differ; empty outside a checkout."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
+    """Add rows to a CSV, which is made if there is none.
+
+    Raises
+    ------
+    ValueError : it has other columns.
+    """
+    made = [asdict(row) | about for row in rows]
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != list(made[0]):
+                raise ValueError(f"{str(path)!r} has other columns than this version writes; choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(made[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(made)
+
+
+def show(rows: list[Row], about: dict[str, Any]) -> None:
+    """A table in the terminal for every batch: contenders down, stages across."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    stages = list(dict.fromkeys(row.stage for row in rows))
+    for batch in dict.fromkeys(row.batch for row in rows):
+        table = Table(title=f"{about['model']}, batch {batch}: ms (share of the plain model's)", title_justify="left")
+        table.add_column("")
+        for stage in stages:
+            table.add_column(stage, justify="right")
+        lines: dict[str, dict[str, str]] = {}
+        for row in rows:
+            if row.batch == batch:
+                share = f" ({row.ratio:.3f})" if row.ratio != "" and row.method != "plain" else ""
+                lines.setdefault(label(row), {})[row.stage] = f"{row.ms:.4g}{share}"
+        for name, cells in lines.items():
+            table.add_row(name, *(cells.get(stage, "") for stage in stages))
+        console.print(table)
+    console.print(
+        f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['mode']}, torch {about['torch']}; "
+        f"medians of {about['repeats']} rounds, {about['clock']} time. Merge: as a share of the same model's tower.",
+        style="dim",
+    )
+
+
+def label(row: Row) -> str:
+    """What a table calls a contender."""
+    if row.method == "plain":
+        return f"plain, {row.keep}"
+    name = f"oracle of {row.like}" if row.like else row.method + (row.variant and f":{row.variant}")
+    return f"{name}, {row.keep}"

@@ -1,0 +1,163 @@
+"""The benchmark of speed: the timing loop, what is compared, its rows, and the command from a bare checkout."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build
+
+from pitome_mllm import METHODS, attach, cli, estimate
+from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def test_what_is_compared_takes_turns_and_warms_up():
+    seen = []
+    calls = {name: clocks.Call(lambda name=name: seen.append(name), times=2) for name in "ab"}
+    taken = clocks.in_turns(calls, CPU, repeats=2, warmup=1)
+    assert seen == list("ababab") and {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2}
+
+
+def test_preparing_is_not_timed_and_a_call_is_divided_by_what_it_does(monkeypatch):
+    now = iter((1.0, 1.5))
+    monkeypatch.setattr(clocks.time, "thread_time", lambda: next(now))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    order = []
+    call = clocks.Call(lambda: order.append("run"), lambda: order.append("prepare"), times=5)
+    assert clocks.milliseconds(call, CPU) == pytest.approx(100) and order == ["prepare", "run"]
+
+
+def test_several_threads_are_timed_by_the_wall_clock(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert clocks.clock_name(CPU) == "wall"
+
+
+@pytest.fixture(scope="module")
+def field():
+    """The plain model, four others and their oracles, on a random model."""
+    with torch.inference_mode():
+        return list(
+            contenders.contenders(build(), ["tome", "pitome", "tome:weights", "visionzip", "oracle"], [{"keep": 144}])
+        )
+
+
+def test_weights_are_shared_and_modules_are_not(field):
+    plain, other = field[0].model, field[1].model
+    assert plain is not other and [p.data_ptr() for p in plain.parameters()] == [
+        p.data_ptr() for p in other.parameters()
+    ]
+    assert not hasattr(plain, "_pitome") and hasattr(other, "_pitome")
+
+
+def test_there_is_one_oracle_for_every_way_down(field):
+    oracles = [c for c in field if c.is_oracle]
+    assert [c.like for c in oracles] == ["tome", "visionzip"]  # pitome goes the same way as tome
+    for oracle in oracles:
+        made = next(c for c in field if c.method == oracle.like)
+        same = ("entering", "counts", "rounds", "place")
+        assert all(getattr(oracle.plan, name) == getattr(made.plan, name) for name in same)
+        assert oracle.llm is field[0].model
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "downsample"])
+def test_every_method_has_an_oracle(method, plain):
+    *_, oracle = contenders.contenders(plain, [method, "oracle"], [{"keep": 144}])
+    assert oracle.is_oracle and oracle.plan.keep == 144
+
+
+def load(batch: int = 2) -> stages.Load:
+    return stages.Load(batch, 1, 8, 3, None)
+
+
+@torch.inference_mode()
+def test_every_contender_gives_the_llm_as_many_tokens_as_planned(field):
+    for contender in field:
+        made = stages.Stages(contender, load())
+        assert made.features().shape[:2] == (2, 144 if contender.plan else 576)
+        assert made.cache.get_seq_length() == (144 if contender.plan else 576) + 8
+    assert field[3].model.model.vision_tower.config._attn_implementation == "eager"
+
+
+@torch.inference_mode()
+def test_slicing_decides_nothing_and_keeps_the_first_tokens():
+    merge = contenders.Slice(attach(build(), "tome", keep=288).plan.reducer).match(torch.rand(1, 9, 4), 3)
+    x = torch.rand(1, 9, 2)
+    assert torch.equal(merge.reduce(x)[0], x[:, :6])
+
+
+@torch.inference_mode()
+def test_rows_hold_times_ratios_flops_and_cache(field):
+    rows = list(speed.measure(field[:3], load(1), ["tower", "merge", "llm", "decode"], "eager", 2, 0))
+    found = {(row.stage, row.method): row for row in rows}
+    assert found["tower", "plain"].ratio == 1 and ("merge", "plain") not in found
+    assert found["merge", "tome"].against == "own tower" and 0 < found["merge", "tome"].ratio < 1
+    assert found["decode", "tome"].kv_bytes / (144 + 8) == found["decode", "plain"].kv_bytes / (576 + 8)
+    assert 0 < found["tower", "tome"].gflops < found["tower", "plain"].gflops
+    counted = estimate(field[0].model).tower_flops / 1e9
+    assert found["tower", "plain"].gflops == pytest.approx(counted, abs=1e-3)
+    assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes == "" for row in rows)
+
+
+def test_a_bare_checkout_runs_it(tmp_path):
+    """Nothing of ours is installed there: the finder of the editable installation is taken out."""
+    out = tmp_path / "bench.csv"
+    arguments = f"--stages tower merge --methods tome oracle --repeats 1 --warmup 0 --out {out}".split()
+    code = (
+        "import sys, runpy\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.argv = ['eval/bench.py', *{arguments}]\n"
+        "sys.path.insert(0, 'eval')\n"
+        "runpy.run_path('eval/bench.py', run_name='__main__')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["stage"], row["method"]) for row in rows} == {
+        ("tower", "plain"), ("tower", "tome"), ("tower", "oracle"), ("merge", "tome")
+    }  # fmt: skip
+    assert all(row["device"] and row["torch"] and row["date"] and row["clock"] == "thread" for row in rows)
+
+
+def test_rows_of_other_columns_are_not_mixed(tmp_path):
+    out = tmp_path / "bench.csv"
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        speed_rows.append(out, [speed_rows.Row(*[0] * 20)], {})
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--shape", "llava"], "unknown shape 'llava'"),
+        (["--methods", "tom"], "did you mean 'tome'"),
+        (["--methods", "tome:fast"], "tome:weights"),
+        (["--mode", "cudagraph"], "needs a CUDA device"),
+        (["--mode", "fast"], "unknown mode"),
+        (["--stages", "towr"], "did you mean 'tower'"),
+        (["--shape", "clip-l", "--stages", "llm"], "possible here are 'preprocess'"),
+        (["--layers", "2"], "name one"),
+        (["--repeats", "0"], "--repeats 0 is not possible"),
+        (["--batch", "0"], "--batch 0"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_shapes_go_by_the_beginning_of_their_names():
+    config = contenders.configuration(contenders.find_shape("clip-l"), None, False)
+    assert config.vision_feature_layer == -1 and config.text_config.num_hidden_layers == 0
+    config = contenders.configuration(contenders.find_shape("llava-1.5-7b"), 2, False)
+    assert config.text_config.num_hidden_layers == 2 and config.image_seq_length == 576

@@ -1,0 +1,125 @@
+"""What must stay cheap: energies in bounded memory, attaching, decoding, and what reports say of speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import build
+
+from pitome_mllm import attach, get_method
+from pitome_mllm.methods.pitome import BLOCK
+from pitome_mllm.prompt import Call
+from pitome_mllm_eval import growth, speed_report
+from pitome_mllm_eval.growth import Alive, Merging
+
+SHORT = Call({}, torch.zeros(1, 0, dtype=torch.bool))  # a prompt that generate() knows to be short
+OPTIONS = [{}, {"energy": "elu"}, {"smooth": 0.5}, {"alpha": 0.0, "protect": 0.5, "steps": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("pairs", [1, 7 * 97 * 2, 96 * 96 * 2])  # a row at a time, several with a rest, all at once
+def test_energies_in_blocks_are_those_of_all_at_once(options, pairs):
+    metric = torch.randn(2, 97, 8, generator=torch.Generator().manual_seed(3))
+    reducer = get_method("pitome", **options)
+    with patch.dict(BLOCK, cpu=2**62):
+        whole = reducer.match(metric, 20, protected=1, depth=0.4)
+    with patch.dict(BLOCK, cpu=pairs):
+        blocks = reducer.match(metric, 20, protected=1, depth=0.4)
+    torch.testing.assert_close(blocks.steps[0].energy, whole.steps[0].energy, rtol=0, atol=1e-6)
+    assert torch.equal(blocks.group, whole.group)
+
+
+def test_blocks_bound_memory():
+    """A matrix of all pairs is never alive, let alone several."""
+    made = Merging(1500)
+    assert made.peak() < 1500 * growth.WIDTH * 4 * 2 / 1e6 + 8  # what it gives, and some of what it takes
+    with patch.dict(BLOCK, cpu=2**62):
+        assert made.peak() > 2 * 1500**2 * 4 / 1e6
+
+
+def test_what_counts_memory_sees_tensors_come_and_go():
+    with Alive() as alive:
+        a = torch.ones(1000)
+        b = a + 1
+        a.view(10, 100)
+        del b
+        b = a * 2
+    assert (alive.now, alive.peak) == (8000, 8000)
+    del a, b
+    assert alive.now == 0
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A model with as many tower blocks as CLIP-L."""
+    return build(layers=24)
+
+
+def test_attaching_updating_and_removing_are_quick(deep):
+    """Under 50 ms each; thread time, since others may use the processor too."""
+    taken: dict[str, list[float]] = {"attach": [], "update": [], "remove": []}
+    for _ in range(5):
+        ticks = [time.thread_time()]
+        handle = attach(deep, keep=144)
+        ticks.append(time.thread_time())
+        handle.update(keep=72, method="tome")
+        ticks.append(time.thread_time())
+        handle.remove()
+        ticks.append(time.thread_time())
+        for name, before, after in zip(taken, ticks, ticks[1:]):
+            taken[name].append(after - before)
+    assert {name: times for name, times in taken.items() if statistics.median(times) > 0.05} == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"method": "pitome", "keep": 144}, {"keep": 144}], ids=str)
+def test_a_decoding_step_of_generate_has_no_graph_break(one, settings):
+    """Within generate(), which knows that its prompt is short."""
+    model = build(layers=3)
+    model(**one)
+    torch.compiler.reset()
+    with attach(model, **settings) as handle:
+        out = model(**one, use_cache=True)
+        past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        mask = torch.ones(1, past.get_seq_length() + 1, dtype=torch.long)
+
+        def step(token, past, mask):
+            return model(input_ids=token, past_key_values=past, attention_mask=mask, use_cache=True).logits
+
+        with handle.generating(SHORT):
+            expected = step(token, past, mask)
+            past.crop(-1)
+            compiled = torch.compile(step, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(token, past, mask), expected)
+    torch.compiler.reset()
+
+
+def row(**given: str) -> dict[str, str]:
+    usual = {"model": "M", "llm_layers": "all", "device": "chip", "threads": "1", "dtype": "float32", "mode": "eager"}
+    usual |= {"attention": "sdpa", "batch": "1", "images": "1", "new_tokens": "8", "commit": "abc", "date": "today"}
+    usual |= {"stage": "tower", "method": "plain", "variant": "", "like": "", "keep": "576", "rho": "", "ms": "100"}
+    usual |= {"ratio": "1.0", "text_tokens": "40", "repeats": "3", "torch": "2", "clock": "thread"}
+    return usual | given
+
+
+def test_the_report_makes_a_table_of_every_run():
+    rows = [row(), row(method="tome", keep="144", ms="60", ratio="0.6"), row(method="tome", variant="weights", ms="9")]
+    rows += [row(method="oracle", like="tome", keep="144", stage="llm", ms="7.123", ratio="0.3"), row(batch="4")]
+    tables = [speed_report.table(run) for run in speed_report.runs(rows)]
+    assert len(tables) == 2 and "| plain | 576 | 100 |  |" in tables[0]
+    assert "| tome | 144 | 60 (0.600) |  |" in tables[0] and "| oracle of tome | 144 |  | 7.123 (0.300) |" in tables[0]
+    assert "tome:weights" in tables[0] and "chip, 1 thread" in tables[0] and "batch 4" in tables[1]
+    assert speed_report.devices(rows) == "GPU: not measured."
+    assert speed_report.devices([row(clock="CUDA events", device="H100")]) == "GPU: H100."
+
+
+def test_the_report_draws_both_plots(tmp_path):
+    rows = [row(stage="first token", method="tome", keep=str(k), batch=str(b)) for k in (72, 144) for b in (1, 2)]
+    speed_report.plots(rows, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"speed-keep.png", "speed-batch.png"}
+    with pytest.raises(ValueError, match="measure first"):
+        speed_report.read(tmp_path / "none.csv")
