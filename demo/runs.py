@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.features import pixel_values, tower_features
 from pitome_mllm.latency import now
-from pitome_mllm.specs import FAMILIES, FAMILY_OF_CONFIG
+from pitome_mllm.specs import family_of
 
 from .controls import Controls
 from .look import Look, looks
@@ -104,7 +104,7 @@ class _Words(TextStreamer):
 @contextmanager
 def _timed_tower(model: Any) -> Iterator[list[float]]:
     """Start and end of every call of the vision tower within the block, its merging included."""
-    tower, ticks = operator.attrgetter(FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]].tower)(model), []
+    tower, ticks = operator.attrgetter(family_of(model.config).tower)(model), []
 
     def tick(*_: Any) -> None:
         ticks.append(now(model.device))

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from pitome_mllm import Attachment
+from pitome_mllm.features import read
 from pitome_mllm.prompt import Call as Prompt
-from pitome_mllm.specs import FAMILIES, FAMILY_OF_CONFIG, feature_index, geometry
+from pitome_mllm.specs import family_of, geometry
 
 from .clocks import Call
 from .contenders import Contender
@@ -59,8 +60,8 @@ class Stages:
 
     def __init__(self, contender: Contender, load: Load) -> None:
         self.contender, self.load, self.model = contender, load, contender.model
-        config, family = self.model.config, FAMILIES[FAMILY_OF_CONFIG[self.model.config.model_type]]
-        self.config, self.geometry, self.feature = config, geometry(config), feature_index(config)
+        config, family = self.model.config, family_of(self.model.config)
+        self.config, self.geometry = config, geometry(config)
         self.tower, self.projector = map(self.model.get_submodule, (family.tower, family.projector))
         self.llm = contender.llm
         self.language = self.llm.get_submodule(family.language)
@@ -92,7 +93,7 @@ class Stages:
 
     def features(self) -> Tensor:
         """(B * I, K, C), what the projector gets."""
-        states = self.tower(self.pixels, output_hidden_states=True).hidden_states[self.feature]
+        states = read(self.tower(self.pixels, output_hidden_states=True), self.geometry)
         return states[:, self.geometry.class_tokens - self.geometry.visible_class_tokens :]
 
     def _merge(self) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.accounting import MLP_MATRICES
-from pitome_mllm.specs import FAMILIES, FAMILY_OF_CONFIG
+from pitome_mllm.specs import family_of
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Meter:
     """
 
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
-        family = FAMILIES[FAMILY_OF_CONFIG[model.config.model_type]]
+        family = family_of(model.config)
         self.model, self.tower = model, model.get_submodule(family.tower)
         self.settings, self.sums = settings, Counter()
         self.flops = lru_cache(maxsize=None)(self._flops) if knows_flops(model) else None
