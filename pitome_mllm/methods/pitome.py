@@ -109,7 +109,7 @@ class PiToMe(Reducer):
             value = torch.ge(similarity, margin, out=torch.empty_like(similarity)).mul_(similarity)
         if not self.alpha:
             return value
-        return value.add_(above.clamp_max_(0.0).exp_().sub_(1.0), alpha=self.alpha)
+        return value.add_(above.clamp_max_(0.0).expm1_(), alpha=self.alpha)
 
 
 def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
