@@ -173,4 +173,6 @@ def test_the_estimate_counts_what_runs(title):
         text, tiles = int((inputs["input_ids"] != IMAGE).sum()), handle.stats.images
         own = estimate(model, "pitome", keep=0.25, where=where, images=tiles, text_tokens=text)
     assert own.visual_tokens == handle.plan.keep
-    assert own.flops == counter.get_total_flops()
+    assert own.flops == pytest.approx(
+        counter.get_total_flops(), rel=1e-4
+    )  # transformers 5.17 runs 0.002 % more than 5.23
