@@ -152,7 +152,7 @@ class Page:
         shown = [self.chat, self.notice, self.box]
         look = {
             "fn": do.newest_look,
-            "outputs": [self.save, self.which, *self.inside],
+            "outputs": [self.which, *self.inside],
             "trigger_mode": "multiple",
             **QUIET,
         }
