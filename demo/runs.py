@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.features import pixel_values, tower_features
-from pitome_mllm.latency import now
-from pitome_mllm.specs import family_of
+from pitome_mllm.latency import now, timed_tower
 
 from .controls import Controls
 from .look import Look, looks
@@ -101,22 +98,6 @@ class _Words(TextStreamer):
         self.say(text)
 
 
-@contextmanager
-def _timed_tower(model: Any) -> Iterator[list[float]]:
-    """Start and end of every call of the vision tower within the block, its merging included."""
-    tower, ticks = operator.attrgetter(family_of(model.config).tower)(model), []
-
-    def tick(*_: Any) -> None:
-        ticks.append(now(model.device))
-
-    hooks = [tower.register_forward_pre_hook(tick, prepend=True), tower.register_forward_hook(tick)]
-    try:
-        yield ticks
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: threading.Event) -> Iterator[Event]:
     """Run ``work`` on the engine's thread and yield what happens, the last event with its result.
 
@@ -169,7 +150,7 @@ def answer(
 
     def work(say: Callable[[str], None]) -> Outcome:
         clock = _Clock(engine.model.device, stop)
-        with _using(engine, controls), _timed_tower(engine.model) as tower:
+        with _using(engine, controls), timed_tower(engine.model) as tower:
             start = now(engine.model.device)
             engine.model.generate(
                 **inputs,
@@ -191,7 +172,7 @@ def look_only(engine: Engine, pictures: Any, controls: Controls, title: str, sto
 
     def work(say: Callable[[str], None]) -> Outcome:
         pixels = pixel_values(engine.processor, [picture.image for picture in pictures])
-        with _using(engine, controls), _timed_tower(engine.model) as tower:
+        with _using(engine, controls), timed_tower(engine.model) as tower:
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
         return Outcome(tower_ms=_tower_ms(tower), looks=tuple(looks(engine.processor, pictures, stats, title)))

@@ -118,12 +118,13 @@ def lead(found: list[Row]) -> str:
     """The default method against every other, at each keep: a Markdown table of the closest ones, and who ties."""
     rows = [row for row in found if row["method"] == DEFAULT_METHOD and row["group"] == "all" and " " in row["against"]]
     lines, said = [["keep", "points ahead of", "difference", "95 % interval"]], []
+    change = Results.of(found).change
     for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
         closest = sorted((row for row in rows if int(row["keep"]) == keep), key=lambda row: float(row["value"]))
         for row in closest[:3]:  # what is negative leads
             value, low, high = _points(row)
             lines.append([str(keep), row["against"], f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"])
-        said.append(f"- keep {keep}: {_standing(closest)}{_room(found, keep)}.")
+        said.append(f"- keep {keep}: {_standing(closest)}{_room(change, keep)}.")
     return "\n".join([_markdown(lines), "", *said])
 
 
@@ -136,9 +137,9 @@ def _standing(rows: list[Row]) -> str:
     return f"`{DEFAULT_METHOD}`: {'; '.join(said)}" if said else f"`{DEFAULT_METHOD}` leads every other one"
 
 
-def _room(found: list[Row], keep: int) -> str:
+def _room(change: dict[Key, Row], keep: int) -> str:
     """How far below the plain model the default method stands, which bounds what anybody can lead it by."""
-    for (method, _, at), row in Results.of(found).change.items():
+    for (method, _, at), row in change.items():
         if (method, at) == (DEFAULT_METHOD, keep):
             value, low, high = _points(row)
             return f"; to the plain model {value:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -16,15 +16,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pitome_mllm.plan import Plan, Settings, make_plan
 from pitome_mllm.specs import geometry
 from pitome_mllm.tower import Run, smaller_picture
 
+from .clocks import quantiles
 from .curves import KEEPS, PLACES, Setting, settings
-from .runs import check_out, code_hash, processor_name, write_csv
+from .documents import write_csv
+from .runs import check_out, code_hash, processor_name
 
 RESULTS = Path(__file__).parent / "results" / "costs.csv"
 # What is timed: "tiny", or the widths of a published model's tower and LLM.
@@ -114,7 +115,7 @@ def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
     for setting in wanted:
         plan = make_plan(Settings().changed(**setting.keywords()), geometry(config))
         taken = milliseconds(Picture(plan, config), repeats)
-        low, middle, high = (round(float(q), 3) for q in np.quantile(taken, (0.2, 0.5, 0.8)))
+        low, middle, high = (round(q, 3) for q in quantiles(taken))
         yield Cost(shape, setting.method, setting.where, setting.keep, len(plan.steps), middle, low, high, repeats)
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from .benchmark import blind_answer, questions
+from .documents import write_csv
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
-from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder, write_csv
+from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder
 from .scenes import GRID, TIERS
 
 KEEPS = (288, 144, 72, 36, 16)

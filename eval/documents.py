@@ -1,9 +1,12 @@
-"""Reading what was measured, and putting what was made of it into documents."""
+"""Writing and reading what was measured, and putting what was made of it into documents."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -32,6 +35,18 @@ def read(path: Path, command: str = "curves") -> list[dict[str, str]]:
             f"{str(path)!r} does not hold results of today's pitome_mllm_eval.{command}; measure them again with it"
         )
     return found
+
+
+def write_csv(path: Path, made: Iterable[Any], about: dict[str, str] | None = None) -> None:
+    """Write dataclass rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
+    rows = [asdict(row) | (about or {}) for row in made]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    part.rename(path)
 
 
 def put_in(document: Path, text: str, marks: tuple[str, str]) -> None:

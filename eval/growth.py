@@ -25,7 +25,8 @@ from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_met
 from pitome_mllm.methods.pitome import BLOCK
 
 from .clocks import Call, in_turns, quantiles
-from .runs import processor_name, write_csv
+from .documents import write_csv
+from .runs import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"
 TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)

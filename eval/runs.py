@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -144,18 +143,6 @@ def check_out(out: Path, default: Path, whole: bool) -> None:
         raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
     if out == default and not (default.parents[2] / "pyproject.toml").is_file():
         raise ValueError(f"{default} is no file of a checkout; say with --out where the results go")
-
-
-def write_csv(path: Path, made: Iterable[Any], about: dict[str, str]) -> None:
-    """Write dataclass rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
-    rows = [asdict(row) | about for row in made]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    part.rename(path)
 
 
 def provenance(model_name: str, split: str) -> dict[str, str]:

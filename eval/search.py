@@ -22,7 +22,8 @@ from pitome_mllm.specs import geometry
 
 from .benchmark import questions
 from .curves import Bootstrap
-from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder, write_csv
+from .documents import write_csv
+from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
 
 KEEPS = (144, 72, 36, 16)
 RESULTS = Path(__file__).parent / "results" / "search.csv"

@@ -19,8 +19,8 @@ import torch
 from .benchmark import SCENES, scene
 from .correlation import Correlation, correlation
 from .curves import RESULTS, Setting
-from .documents import COLOURS, put_in, read
-from .runs import PLAIN, load, provenance, write_csv
+from .documents import COLOURS, put_in, read, write_csv
+from .runs import PLAIN, load, provenance
 
 LEAST_POINTS = 40
 BATCH = 10  # pictures whose graphs are in memory at once

@@ -96,9 +96,10 @@ def show(rows: list[Row], about: dict[str, Any]) -> None:
         for row in rows:
             if row.batch == batch:
                 share = f" ({row.ratio:.3f})" if row.ratio != "" and row.method != "plain" else ""
-                lines.setdefault(label(row), {})[row.stage] = f"{row.ms:.4g}{share}"
-        for name, cells in lines.items():
-            table.add_row(name, *(cells.get(stage, "") for stage in stages))
+                who = f"{name(row.method, row.variant, row.like)}, {row.keep}"
+                lines.setdefault(who, {})[row.stage] = f"{row.ms:.4g}{share}"
+        for who, cells in lines.items():
+            table.add_row(who, *(cells.get(stage, "") for stage in stages))
         console.print(table)
     console.print(
         f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['mode']}, torch {about['torch']}; "
@@ -107,9 +108,6 @@ def show(rows: list[Row], about: dict[str, Any]) -> None:
     )
 
 
-def label(row: Row) -> str:
-    """What a table calls a contender."""
-    if row.method == "plain":
-        return f"plain, {row.keep}"
-    name = f"oracle of {row.like}" if row.like else row.method + (row.variant and f":{row.variant}")
-    return f"{name}, {row.keep}"
+def name(method: str, variant: str, like: str) -> str:
+    """What a contender is called."""
+    return f"oracle of {like}" if like else method + (variant and f":{variant}")

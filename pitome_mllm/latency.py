@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,22 @@ def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     return [1000 * (tick - start) for tick in ticks]
+
+
+@contextmanager
+def timed_tower(model: Any) -> Iterator[list[float]]:
+    """Seconds at the start and at the end of every call of the vision tower within the block, its merging included."""
+    tower, ticks = model.get_submodule(family_of(model.config).tower), []
+
+    def tick(*_: Any) -> None:
+        ticks.append(now(model.device))
+
+    hooks = [tower.register_forward_pre_hook(tick, prepend=True), tower.register_forward_hook(tick)]
+    try:
+        yield ticks
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def now(device: torch.device) -> float:

@@ -8,14 +8,39 @@ import torch
 from by_hand import Reference, Tokens, encode
 from torch import Tensor, nn
 
-from pitome_mllm import get_method
+from pitome_mllm import cli, get_method
 
 TOLERANCE = 1e-4  # of logits, once the groups are equal
+
+
+def command_line(capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
 
 @torch.no_grad()
 def logits(model: nn.Module, inputs: Any, **options: Any) -> Tensor:
     return model(**inputs, **options).logits
+
+
+def positions_of(model: nn.Module, inputs: Any, call: str) -> list[Tensor]:
+    """The position ids that the LLM gets, call by call, in "forward" or in "generate" of one token."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"])
+
+    model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    if call == "forward":
+        logits(model, inputs)
+    else:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return seen
 
 
 def new_ids(model: nn.Module, inputs: Any, steps: int = 6, **options: Any) -> list[list[int]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from models import BOS, IMAGE, PAD, PATCH, VOCABULARY, picture, scale_weights, tokenizer
+from models import IMAGE, PAD, PATCH, picture, scale_weights, text_config, tokenizer
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
@@ -128,23 +128,6 @@ def siglip(**options: Any) -> Any:
     return vision("SiglipVisionConfig", vision_use_head=False, **options)
 
 
-def text(kind: str, **options: Any) -> Any:
-    """The configuration of a small LLM."""
-    settings = dict(
-        vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=BOS,
-        eos_token_id=None,
-        pad_token_id=PAD,
-    )
-    return getattr(transformers, kind)(**{**settings, **options})
-
-
 def config(kind: str, tower: Callable[[], Any], llm: Any, **options: Any) -> Callable[[], Any]:
     """A function that makes the configuration of a whole model."""
 
@@ -157,7 +140,7 @@ def config(kind: str, tower: Callable[[], Any], llm: Any, **options: Any) -> Cal
 
 
 def llm(kind: str, **options: Any) -> Callable[[], Any]:
-    return lambda: text(kind, **options)
+    return lambda: text_config(kind, **options)
 
 
 def clip_pictures() -> Any:

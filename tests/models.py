@@ -6,17 +6,18 @@ merge decision is a near-tie in float32.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -80,7 +81,8 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(np.clip(128 + 60 * canvas, 0, 255).astype(np.uint8))
 
 
-def llama_config(width: int = 64, **options: Any) -> LlamaConfig:
+def text_config(kind: str, width: int = 64, **options: Any) -> Any:
+    """The configuration of a small LLM."""
     settings = dict(
         vocab_size=len(VOCABULARY),
         hidden_size=width,
@@ -93,7 +95,10 @@ def llama_config(width: int = 64, **options: Any) -> LlamaConfig:
         eos_token_id=None,
         pad_token_id=PAD,
     )
-    return LlamaConfig(**{**settings, **options})
+    return getattr(transformers, kind)(**{**settings, **options})
+
+
+llama_config = partial(text_config, "LlamaConfig")
 
 
 def config(

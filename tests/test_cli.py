@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from checks import command_line
 from models import QUESTION, build
 from models import picture as textured
 from models import processor as plain_processor
@@ -18,22 +20,13 @@ from pitome_mllm.accounting import MLP_MATRICES
 from pitome_mllm.commands.groups import drawing
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "methods")
+COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")
 
 
 @pytest.fixture
 def run(capsys):
     """Run a command line; returns the exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return partial(command_line, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,15 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from checks import command_line
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from pitome_mllm import cli, estimate
+from pitome_mllm import estimate
 from pitome_mllm.commands.cost_tables import Costs, mae_h_settings, section
 from pitome_mllm.memory import largest_batch
 from pitome_mllm.shapes import SHAPES, get_shape
@@ -19,16 +21,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "cost.md"
 @pytest.fixture
 def run(capsys):
     """Run ``pitome-mllm cost``; returns the exit code, stdout and stderr."""
-
-    def call(*arguments):
-        try:
-            code = cli.main(["cost", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return partial(command_line, capsys, "cost")
 
 
 def test_the_page_is_what_the_command_prints(run):

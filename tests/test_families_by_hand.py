@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from by_hand import states
-from checks import logits
+from checks import positions_of
 from families import BY_TITLE, FEATURE_LAYERS, PATCHES, QUESTIONS, pictures
 
 from pitome_mllm import attach, get_method
@@ -66,15 +66,9 @@ def test_a_projector_that_reads_the_normed_output(where):
 def test_positions_that_count_from_one(call):
     """PaliGemma's first token has position 1; a merged token has that of its first patch."""
     family = BY_TITLE["PaliGemma"]
-    model, seen = family.build(), []
-    inputs = family.process([(QUESTIONS[0], pictures(0))])
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
     handle = attach(model, "pitome", keep=36, positions="original")
-    hook = lambda module, args, kwargs: seen.append(kwargs["position_ids"])  # noqa: E731
-    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
-    if call == "forward":
-        logits(model, inputs)
-    else:
-        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    seen = positions_of(model, inputs, call)
     image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     expected = torch.arange(1, inputs["input_ids"].shape[1] + 1)
     merged = image[0] + handle.stats.first[0]

@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from checks import command_line
 
-from pitome_mllm import METHODS, cli, estimate
+from pitome_mllm import METHODS, estimate
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.shapes import get_shape
 from pitome_mllm_eval.intervals import interval
@@ -17,12 +18,7 @@ from pitome_mllm_eval.tables import PUBLISHED, RELATIVE, TABLES, TASKS, narrowed
 
 
 def run(capsys, *arguments):
-    try:
-        code = cli.main(["reproduce", *map(str, arguments)])
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    return command_line(capsys, "reproduce", *arguments)
 
 
 def test_the_command_offers_every_table():

@@ -2,13 +2,15 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
+from checks import command_line
 from models import PATCHES, build, picture, processor
 from PIL import Image
 
-from pitome_mllm import METHODS, attach, cli, spectral_distance
+from pitome_mllm import METHODS, attach, spectral_distance
 from pitome_mllm.commands import spectrum
 from pitome_mllm.features import pixel_values, tower_features
 from pitome_mllm.methods import Merge, Method, Reducer
@@ -17,16 +19,7 @@ from pitome_mllm.methods import Merge, Method, Reducer
 @pytest.fixture
 def run(capsys):
     """Run ``pitome-mllm spectrum``; returns the exit code, stdout and stderr."""
-
-    def call(*arguments):
-        try:
-            code = cli.main(["spectrum", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return partial(command_line, capsys, "spectrum")
 
 
 def pixels(*numbers):

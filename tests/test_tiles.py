@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from by_hand import states
-from checks import logits, new_ids
+from checks import logits, new_ids, positions_of
 from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,14 +187,9 @@ def test_parts_without_tiles_are_the_overview():
 @pytest.mark.parametrize("where", ["tower", "packed"])
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_original_positions_are_places_in_the_long_prompt(model, call, where):
-    seen, inputs = [], NEXT.process([(TWO_PICTURES, pictures(1, 2))])
+    inputs = NEXT.process([(TWO_PICTURES, pictures(1, 2))])
     handle = attach(model, "pitome", keep=36, positions="original", where=where)
-    hook = lambda module, args, kwargs: seen.append(kwargs["position_ids"])  # noqa: E731
-    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
-    if call == "forward":
-        logits(model, inputs)
-    else:
-        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    seen = positions_of(model, inputs, call)
     image, start = inputs["input_ids"][0] == IMAGE, 0
     columns = image.nonzero()[:, 0]
     kept = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.accounting import MLP_MATRICES
-from pitome_mllm.specs import family_of
+from pitome_mllm.latency import now, timed_tower
 
 
 @dataclass
@@ -49,33 +48,25 @@ class Meter:
     """
 
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
-        family = family_of(model.config)
-        self.model, self.tower = model, model.get_submodule(family.tower)
-        self.settings, self.sums = settings, Counter()
+        self.model, self.settings, self.sums = model, settings, Counter()
         self.flops = lru_cache(maxsize=None)(self._flops) if knows_flops(model) else None
 
     @contextmanager
     def lap(self) -> Iterator[Lap]:
         """Time what runs inside the ``with`` block."""
-        lap, start, entered = Lap(), _now(self.model), []
+        lap, start = Lap(), now(self.model.device)
 
         def after_model(*_: Any) -> None:
-            lap.prefill = lap.prefill or _now(self.model) - start  # the first call is the prefill
+            lap.prefill = lap.prefill or now(self.model.device) - start  # the first call is the prefill
 
-        def after_tower(*_: Any) -> None:
-            lap.tower += _now(self.model) - entered.pop()
-
-        hooks = [
-            self.model.register_forward_hook(after_model),
-            self.tower.register_forward_pre_hook(lambda *_: entered.append(_now(self.model))),
-            self.tower.register_forward_hook(after_tower),
-        ]
+        hook = self.model.register_forward_hook(after_model)
         try:
-            yield lap
+            with timed_tower(self.model) as ticks:
+                yield lap
         finally:
-            for hook in hooks:
-                hook.remove()
-        lap.total = _now(self.model) - start
+            hook.remove()
+        lap.tower = sum(ticks[1::2]) - sum(ticks[::2])
+        lap.total = now(self.model.device) - start
 
     def add(self, lap: Lap, rows: Sequence[Row]) -> None:
         """Count a batch."""
@@ -146,10 +137,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _now(model: nn.Module) -> float:
-    """Seconds on a steady clock, once the model's device has finished what it was given."""
-    if model.device.type != "cpu":
-        getattr(torch, model.device.type).synchronize()
-    return time.perf_counter()

@@ -6,12 +6,11 @@ Reads what the plug-in left there, whether through ``pitome-mllm reproduce`` or 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..documents import COLOURS, put_in
+from ..documents import COLOURS, put_in, write_csv
 from ..intervals import FIGURES
 from ..results_files import Results, read
 
@@ -99,17 +98,6 @@ def rows(results: Results) -> list[Row]:
                 )
             )
     return found
-
-
-def write_csv(path: Path, found: Sequence[Row]) -> None:
-    """All rows; a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(found[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in found)
-    part.rename(path)
 
 
 def main_figures(found: Sequence[Row]) -> list[Row]:

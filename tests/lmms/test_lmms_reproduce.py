@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from checks import command_line
 from evaluating import answers, by_hand, evaluate
 from lmms_eval.tasks import __file__ as packaged
 from PIL import Image
 
-from pitome_mllm import cli
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm_eval import local_tasks, reproduce
 from pitome_mllm_eval.lmms.model import PitomeLlava
@@ -71,12 +71,7 @@ def picture(number: int) -> Image.Image:
 
 
 def run(capsys, *arguments):
-    try:
-        code = cli.main(["reproduce", *map(str, arguments)])
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    return command_line(capsys, "reproduce", *arguments)
 
 
 EMBEDDED = ("--table", "embedded", "--limit", 2, "--method", "tome", "--keep", 72)
