@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pitome_mllm import METHODS
-from pitome_mllm.plan import DEFAULT_METHOD
+from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS
 
 from .curves import BLIND
-from .documents import COLOURS, read
+from .documents import read
 from .runs import PLAIN
 
 Row = dict[str, str]
@@ -24,11 +23,12 @@ CAUTION = f"""\\*: {", ".join(LOOKING)} look at the attention of the class token
 embedded model asks anything of that token, so these rows tell less about the methods than they would with CLIP.
 cdpruner runs without the question, as LLaVA has no text encoder for it; of the tokens beyond the metric's width it
 takes the first. random is one draw."""
-LENT = f"""Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here every method
-has them from `{DEFAULT_METHOD}`. Lent "where": only these; metric, mean and place within the block stay its own. Lent
-"all": these too, with proportional attention, so that only matching and each method's own way to combine differ. The
-settings were searched for PiToMe, and for no other. Methods that reduce in one step keep their place and metric, and
-dct, which has no groups, its compact positions."""
+LENT = f"""Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here the others have
+them from `{DEFAULT_METHOD}`, as far as they can take them. Lent "where": only these; metric, mean and place within the
+block stay their own. Lent "all": these too, with proportional attention, so that only matching and each method's own
+way to combine differ. Methods that reduce in one step take what the LLM is told and nothing else, as they have no
+schedule and cannot merge at both places; dct, which has no groups, keeps compact positions. The settings were searched
+for PiToMe, and for no other."""
 LEAD = f"""## `{DEFAULT_METHOD}` against the closest others
 
 Differences in points, paired over the same questions, at each keep: the three that come closest, of all methods at all
@@ -86,31 +86,30 @@ def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
     """
     results = Results.of(found)
     heads = ["method", "where", "spectral", "ms", *(f"keep {keep}" for keep in results.keeps)]
-    lines = [heads, [PLAIN, "-", "-", "-", *[f"{_points(results.plain)[0]:.1f}"] * len(results.keeps)]]
+    lines = [heads, [PLAIN, "-", "-", "-", *[f"{points(results.plain)[0]:.1f}"] * len(results.keeps)]]
     for method, where in results.lines:
-        if everywhere or where == METHODS[method].settings.get("where", "tower"):
+        if everywhere or where == own_place(method):
             spectral = "yes" if METHODS[method].spectral else "no"
             cost = spent.get((method, where))
             milliseconds = f"{float(cost['ms']):.1f}" if cost else NOT_MEASURED
             lines.append([_name(method), where, spectral, milliseconds, *results.shown(method, where, results.keeps)])
-    return "\n\n".join([_markdown(lines), CAUTION, _about(results, spent)])
+    return "\n\n".join([_markdown(lines), CAUTION, _about(found, results, spent)])
 
 
-def lent(found: list[Row], kinds: Iterable[str] = ("where", "all")) -> str:
+def lent(found: list[Row], everywhere: bool = False) -> str:
     """A Markdown table of the methods with settings that the default method lends, and of itself.
 
-    ``kinds`` in the order of preference: with one, methods that cannot borrow it show what they can.
+    Every method with all it can borrow, at its own place, or ``everywhere`` and with all that was measured.
     """
-    own = Results.of(found)
-    keeps, shown, lines = own.keeps, set(), [["method", "where", "lent", *(f"keep {keep}" for keep in own.keeps)]]
-    lines += [[m, w, "its own", *own.shown(m, w, keeps)] for m, w in own.lines if m == DEFAULT_METHOD]
-    for kind in kinds:
-        results = Results.of(found, kind)
-        for method, where in results.lines:
-            shown.add(method)
-            lines.append([_name(method), where, kind, *results.shown(method, where, keeps)])
-    rest = Results.of(found, "where")
-    lines += [[_name(m), w, "where", *rest.shown(m, w, keeps)] for m, w in rest.lines if m not in shown]
+    own, part, whole = (Results.of(found, like) for like in ("", "where", "all"))
+    borrowing = {method for method, _ in whole.lines}
+    chosen = [(own, "its own", key) for key in own.lines if key == (DEFAULT_METHOD, own_place(DEFAULT_METHOD))]
+    chosen += [(whole, "all", key) for key in whole.lines]
+    for method, where in part.lines:
+        if everywhere or method not in borrowing and where == own_place(method):
+            chosen.append((part, "where", (method, where)))
+    lines = [["method", "where", "lent", *(f"keep {keep}" for keep in own.keeps)]]
+    lines += [[_name(key[0]), key[1], kind, *results.shown(*key, own.keeps)] for results, kind, key in chosen]
     return _markdown(lines)
 
 
@@ -122,7 +121,7 @@ def lead(found: list[Row]) -> str:
     for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
         closest = sorted((row for row in rows if int(row["keep"]) == keep), key=lambda row: float(row["value"]))
         for row in closest[:3]:  # what is negative leads
-            value, low, high = _points(row)
+            value, low, high = points(row)
             lines.append([str(keep), row["against"], f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"])
         said.append(f"- keep {keep}: {_standing(closest)}{_room(change, keep)}.")
     return "\n".join([_markdown(lines), "", *said])
@@ -141,21 +140,27 @@ def _room(change: dict[Key, Row], keep: int) -> str:
     """How far below the plain model the default method stands, which bounds what anybody can lead it by."""
     for (method, _, at), row in change.items():
         if (method, at) == (DEFAULT_METHOD, keep):
-            value, low, high = _points(row)
+            value, low, high = points(row)
             return f"; to the plain model {value:+.1f} ({low:+.1f} to {high:+.1f})"
     return ""
 
 
-def _about(results: Results, spent: Spent) -> str:
+def _hours(found: list[Row]) -> str:
+    """CPU time of all runs, and of the longest."""
+    seconds = [float(row["seconds"]) for row in found if row["seconds"] and row["group"] == "all"]
+    return f"{sum(seconds) / 3600:.1f} hours of CPU time, the longest {max(seconds):.0f} s"
+
+
+def _about(found: list[Row], results: Results, spent: Spent) -> str:
     plain = results.plain
-    value, low, high = _points(plain)
+    value, low, high = points(plain)
     text = (
         f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, code "
         f"{plain['code']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
         f"{plain['date']}; per cent right, in brackets the paired 95 % bootstrap interval, over pictures, of the "
         f"difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most "
-        f"common answer to the same text in training data): {_points(results.blind)[0]:.1f}. Spectral: its paper "
-        "proves that it keeps the spectrum."
+        f"common answer to the same text in training data): {points(results.blind)[0]:.1f}. Spectral: its paper "
+        f"proves that it keeps the spectrum. All runs took {_hours(found)}."
     )
     if spent:
         row = next(iter(spent.values()))
@@ -167,68 +172,27 @@ def _about(results: Results, spent: Spent) -> str:
     return text
 
 
+def own_place(method: str) -> str:
+    return METHODS[method].settings.get("where", DEFAULTS["where"])
+
+
 def _name(method: str) -> str:
     return f"{method} \\*" if method in LOOKING else method
 
 
-def _points(row: Row) -> list[float]:
+def points(row: Row) -> list[float]:
     """Value and interval in per cent, or points."""
     return [100 * float(row[name]) for name in ("value", "low", "high")]
 
 
 def _cell(row: Row, change: Row) -> str:
-    _, low, high = _points(change)
-    return f"{_points(row)[0]:.1f} ({low:+.1f} to {high:+.1f})"
+    _, low, high = points(change)
+    return f"{points(row)[0]:.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _markdown(lines: list[list[str]]) -> str:
     head, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
-
-
-def plot(found: list[Row], path: Path) -> None:
-    """Accuracy over visual tokens, one panel per place, one line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = Results.of(found)
-    cells = results.cells
-    methods = list(dict.fromkeys(method for method, _ in results.lines))
-    places = list(dict.fromkeys(where for _, where in results.lines))
-    figure, axes = plt.subplots(1, len(places), figsize=(5 * len(places) + 2, 5.4), sharey=True, squeeze=False)
-    lines = {}
-    for axis, where in zip(axes[0], places, strict=True):
-        lines["plain, 576 tokens"] = axis.axhline(_points(results.plain)[0], color="black", linestyle=":")
-        for number, method in enumerate(methods):
-            points = sorted((k, row) for (m, w, k), row in cells.items() if (m, w) == (method, where))
-            if points:
-                lines[method] = _line(axis, points, number, method)
-        keeps = sorted({k for m, w, k in cells if w == where})
-        axis.set(xscale="log", xlabel="visual tokens", title=where)
-        axis.set_xticks(keeps, [str(k) for k in keeps])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("right answers, %")
-    figure.legend(lines.values(), lines, loc="center right", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1 - 2 / (5 * len(places) + 2), 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _line(axis, points: list[tuple[int, Row]], number: int, method: str) -> Any:
-    """One method's line; the default method stands out, and line styles tell methods of one colour apart."""
-    value, low, high = ([100 * float(row[name]) for _, row in points] for name in ("value", "low", "high"))
-    below = [v - bound for v, bound in zip(value, low, strict=True)]
-    above = [bound - v for v, bound in zip(value, high, strict=True)]
-    style = {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": ("-", "--", "-.")[number // len(COLOURS) % 3],
-        "linewidth": 3 if method == DEFAULT_METHOD else 1.2,
-    }
-    return axis.errorbar([k for k, _ in points], value, (below, above), marker="o", ms=4, capsize=2, **style)
 
 
 def spending(path: Path) -> Spent:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .curves import DRAWS
+from .bootstrap import DRAWS
 
 
 @dataclass(frozen=True)

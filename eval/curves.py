@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from .benchmark import blind_answer, questions
+from .bootstrap import Bootstrap, groups
 from .documents import write_csv
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question
 from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder
-from .scenes import GRID, TIERS
+from .scenes import GRID
 
 KEEPS = (288, 144, 72, 36, 16)
 PLACES = ("tower", "projector", "both")
 BLIND = "blind"
-DRAWS = 2000
 RESULTS = Path(__file__).parent / "results" / "curves.csv"
 
 
@@ -89,13 +89,10 @@ def loans(method: str, where: str) -> tuple[str, ...]:
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
-    """Every combination that exists; a method with a place of its own is measured there, others at all of them."""
-    from pitome_mllm import METHODS
+    """Every combination that exists."""
     from pitome_mllm.plan import Settings, make_plan
 
     for method, where, keep in product(methods, places, keeps):
-        if where != METHODS[method].settings.get("where", where):
-            continue
         for like in loans(method, where):
             setting = Setting(method, where, keep, like)
             try:
@@ -105,45 +102,12 @@ def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int]
             yield setting
 
 
-def groups(asked: list[tuple[int, Question]]) -> dict[str, np.ndarray]:
-    """Masks over the questions: all, per category and per tier, as far as there are any."""
-    masks = {"all": np.ones(len(asked), bool)}
-    masks |= {c: np.array([q.category == c for _, q in asked]) for c in CATEGORIES}
-    masks |= {t: np.array([q.tier == t for _, q in asked]) for t in TIERS}
-    return {name: mask for name, mask in masks.items() if mask.any()}
-
-
-class Bootstrap:
-    """Paired 95 % intervals. Pictures are resampled, the same ones for every run, as questions on one depend."""
-
-    def __init__(self, scenes: np.ndarray, seed: int = 0):
-        self.member = (scenes[None] == np.unique(scenes)[:, None]).astype(float)  # (pictures, questions)
-        count = len(self.member)
-        self.weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)
-
-    def __call__(self, values: np.ndarray, mask: np.ndarray, less: np.ndarray | None = None) -> tuple[float, ...]:
-        """Mean of ``values`` over ``mask``, minus that over the mask ``less`` if there is one, and the interval."""
-        mean, rates = self._rates(values, mask)
-        if less is not None:
-            other, other_rates = self._rates(values, less)
-            mean, rates = mean - other, rates - other_rates
-        low, high = np.nanquantile(rates, (0.025, 0.975))
-        return float(mean), float(low), float(high)
-
-    def _rates(self, values: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
-        """The mean, and that of every draw; NaN for one that misses a small group altogether."""
-        sums, counts = self.member @ (values * mask), self.member @ mask
-        drawn = self.weights @ counts
-        return sums.sum() / counts.sum(), np.divide(
-            self.weights @ sums, drawn, out=np.full(DRAWS, np.nan), where=drawn > 0
-        )
-
-
 class Rows:
     """Makes the rows of the CSV from what was answered right."""
 
     def __init__(self, asked: list[tuple[int, Question]]) -> None:
-        self.bootstrap, self.masks = Bootstrap(np.array([scene for scene, _ in asked])), groups(asked)
+        scenes, questions = zip(*asked, strict=True)
+        self.bootstrap, self.masks = Bootstrap(np.array(scenes)), groups(questions)
 
     def accuracy(self, setting: Setting, right: np.ndarray, seconds: float | str = "") -> Iterator[Row]:
         """The share of right answers, in every group."""

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from .benchmark import PER_SCENE, SCENES, blind_answer, scene
+from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
-from .questions import CATEGORIES, Question
-from .scenes import TIERS
+from .questions import Question
 
 PROMPT = "USER: <image>\n{} ASSISTANT:"
 
@@ -114,32 +114,15 @@ def _record(number: int, question: Question, predicted: str) -> Record:
     )
 
 
-def interval(records: list[Record], draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Accuracy with its 95 % bootstrap interval; pictures are resampled, as questions on one picture depend."""
-    scenes = sorted({r.scene for r in records})
-    place = {s: i for i, s in enumerate(scenes)}
-    hits, counts = np.zeros(len(scenes)), np.zeros(len(scenes))
-    for r in records:
-        hits[place[r.scene]] += r.right
-        counts[place[r.scene]] += 1
-    chosen = np.random.default_rng(seed).integers(len(scenes), size=(draws, len(scenes)))
-    rates = hits[chosen].sum(1) / counts[chosen].sum(1)
-    return hits.sum() / counts.sum(), *np.quantile(rates, (0.025, 0.975)).tolist()
-
-
 def table(records: list[Record]) -> list[dict]:
     """Accuracy, interval and blind baseline: overall, per category and per tier."""
-    groups = {"all": records}
-    groups |= {c: [r for r in records if r.category == c] for c in CATEGORIES}
-    groups |= {t: [r for r in records if r.tier == t] for t in TIERS}
+    bootstrap = Bootstrap(np.array([r.scene for r in records]))
+    right, blind = np.array([(r.right, r.blind == r.answer) for r in records], float).T
     rows = []
-    for name, members in groups.items():
-        if members:
-            rate, low, high = interval(members)
-            blind = sum(r.blind == r.answer for r in members) / len(members)
-            rows.append(
-                {"group": name, "questions": len(members), "accuracy": rate, "low": low, "high": high, "blind": blind}
-            )
+    for name, mask in groups(records).items():
+        rate, low, high = bootstrap(right, mask)
+        about = {"group": name, "questions": int(mask.sum()), "accuracy": rate, "low": low, "high": high}
+        rows.append(about | {"blind": blind[mask].mean()})
     return rows
 
 

@@ -21,7 +21,7 @@ from pitome_mllm.schedule import SHAPES
 from pitome_mllm.specs import geometry
 
 from .benchmark import questions
-from .curves import Bootstrap
+from .bootstrap import Bootstrap
 from .documents import write_csv
 from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
 

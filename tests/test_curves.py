@@ -11,8 +11,10 @@ import pytest
 from pitome_mllm.plan import Settings, make_plan
 from pitome_mllm.specs import Geometry
 from pitome_mllm_eval import accuracy, curves, documents, report, runs
-from pitome_mllm_eval.curves import Bootstrap, Rows, Setting
-from pitome_mllm_eval.gates import check_whole, gates
+from pitome_mllm_eval.accuracy_plot import panels
+from pitome_mllm_eval.bootstrap import Bootstrap
+from pitome_mllm_eval.curves import Rows, Setting
+from pitome_mllm_eval.gates import check_whole, every_setting, gates, table
 from pitome_mllm_eval.questions import CATEGORIES, Question
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
@@ -190,26 +192,40 @@ def test_the_report_says_whom_the_default_does_not_lead():
     assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower." in text
 
 
-def test_the_tables_of_lent_settings():
+def lent_rows() -> list[dict[str, str]]:
     rows = [result("plain", "none", 576, "all", 0.9), result("blind", "none", 0, "all", 0.3)]
     for method, where, like in (
         (report.DEFAULT_METHOD, "both", ""),
+        (report.DEFAULT_METHOD, "tower", ""),
+        ("tome", "tower", ""),
         ("tome", "both", "where"),
         ("tome", "both", "all"),
         ("divprune", "projector", "where"),
+        ("divprune", "tower", "where"),
     ):
         rows += [result(method, where, 72, "all", 0.8) | {"like": like}]
         rows += [result(method, where, 72, "all", -0.1, "plain") | {"like": like}]
-    both, short = (accuracy.lent(rows, *kinds).splitlines() for kinds in ((), (["all"],)))
-    assert (
-        "| tome | both | where | 80.0 (-12.0 to -8.0) |" in both
-        and "| tome | both | all | 80.0 (-12.0 to -8.0) |" in both
-    )
+    return rows
+
+
+def test_the_tables_of_lent_settings():
+    full, short = (accuracy.lent(lent_rows(), everywhere).splitlines() for everywhere in (True, False))
+    assert "| tome | both | where | 80.0 (-12.0 to -8.0) |" in full
+    assert "| divprune | tower | where | 80.0 (-12.0 to -8.0) |" in full and len(full) == 2 + 5
     assert [line.split(" | ")[:3] for line in short[2:]] == [
         ["| " + report.DEFAULT_METHOD, "both", "its own"],
         ["| tome", "both", "all"],
         ["| divprune", "projector", "where"],
     ]
+
+
+def test_the_plot_shows_own_settings_by_place_and_the_lent_ones_beside_the_lender():
+    shown = {title: {key[0] for key in cells} for title, cells in panels(lent_rows()).items()}
+    assert shown == {
+        "both, own settings": {report.DEFAULT_METHOD},
+        "tower, own settings": {report.DEFAULT_METHOD, "tome"},
+        f"both, settings of {report.DEFAULT_METHOD}": {report.DEFAULT_METHOD, "tome"},
+    }
 
 
 def test_what_is_lent_to_whom():
@@ -219,6 +235,7 @@ def test_what_is_lent_to_whom():
         ("tome", "both", "where"),
         ("tome", "both", "all"),
         ("divprune", "projector", "where"),
+        ("divprune", "tower", "where"),
         ("dct", "both", "where"),
         ("dct", "both", "all"),
     }
@@ -272,16 +289,41 @@ def test_gates_show_the_interval_the_right_way_round():
         assert gate.value == pytest.approx(value) and gate.interval == pytest.approx((value - 2, value + 2))
 
 
-def test_the_recorded_results_pass_every_gate():
+def test_the_recorded_results_are_whole_and_pass_every_gate():
     found = documents.read(curves.RESULTS)
-    check_whole(found)
+    check_whole(found, every_setting())
     assert [gate.name for gate in gates(found) if not gate.passed] == []
 
 
+def test_gates_are_about_every_place_and_what_is_lent():
+    wanted = every_setting()
+    assert {
+        Setting("tome", "tower", 72),
+        Setting("visionzip", "tower", 288),
+        Setting("tome", "both", 36, "all"),
+    } < wanted
+    lent = [row | {"like": "where", "low": "0.3"} if row["keep"] == "288" else row for row in results(0.5)]
+    assert {gate.name for gate in gates(lent) if not gate.passed} == {
+        f"low end of random-tower-288-like-where - blind, {category}" for category in CATEGORIES
+    }
+
+
+def test_the_table_of_gates_shows_the_closest_of_those_at_chance():
+    lines = table(results(0.5)).splitlines()
+    assert "| blind, all | 40.0 | 38.0 to 42.0 | at most 45 | passes |" in lines
+    assert (
+        "| low end of random-tower-288 - blind, existence (the closest of 7) | 38.0 |  | at least 0 | passes |" in lines
+    )
+    assert len(lines) == 2 + 1 + 7 + 1 + 3 + 1 + 1
+
+
 @pytest.mark.parametrize(
-    "change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}, {"method": "pitome"}]
+    "change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}, {"method": "pitome"}, {"like": "all"}]
 )
 def test_gates_refuse_part_of_the_results(change):
-    check_whole(results(0.5))
+    wanted = {Setting("tome", "tower", 72), Setting("random", "tower", 72), Setting("random", "tower", 288)}
+    check_whole(results(0.5), wanted)
     with pytest.raises(ValueError, match="whole test set"):
-        check_whole([row | change for row in results(0.5)])
+        check_whole([row | change for row in results(0.5)], wanted)
+    with pytest.raises(ValueError, match="missing tome-tower-144,"):
+        check_whole(results(0.5), wanted | {Setting("tome", "tower", 144)})

@@ -71,9 +71,23 @@ def test_rows_tell_the_gain_over_the_setting_before(searched):
     text = report.ablation(rows)
     assert "| 1 | where | where=both | yes | 75.0 | +25.0 |" in text
     assert "In all +25.0 points, from where=tower to the end. Beyond chance: nothing." in text
-    assert text.endswith("Best by an interval that holds zero: where=both +25.0.")
+    assert "Best by an interval that holds zero: where=both +25.0." in text
     surely = report.ablation([row | {"difference_low": row["difference"]} for row in rows])
-    assert surely.endswith("Beyond chance: where=both +25.0. Best by an interval that holds zero: nothing.")
+    assert "Beyond chance: where=both +25.0. Best by an interval that holds zero: nothing." in surely
+
+
+def test_the_report_tells_gains_of_settings_from_gains_of_pitome():
+    rows = [
+        {"alternative": name, "difference": str(gain)}
+        for name, gain in (
+            ("where=both", 0.06),
+            ("llm_size_bias=True", 0.02),
+            ("tower_keep=None", 0),
+            ("steps=2", 0.01),
+        )
+    ]
+    said = report.shares(rows)
+    assert "step by step can take gained +8.0 points" in said and "steps) +1.0:" in said
 
 
 @pytest.mark.parametrize("factor", search.FACTORS)
@@ -146,12 +160,15 @@ def test_finished_runs_belong_to_weights_split_limit_and_code(monkeypatch, tmp_p
 # ---- costs, and who is measured where --------------------------------------------------------------------------------
 
 
-def test_methods_are_measured_at_their_places():
+def test_methods_are_measured_at_all_places_they_can_take():
     made = list(settings(["tome", "visionzip", DEFAULT_METHOD], ["tower", "projector", "both"], [144], GEOMETRY))
-    default = METHODS[DEFAULT_METHOD].settings["where"]
-    assert {s.where for s in made if s.method == "visionzip"} == {"projector"}
+    assert {s.where for s in made if s.method == "visionzip"} == {"tower", "projector"}
     assert {s.where for s in made if s.method == "tome"} == {"tower", "projector", "both"}
-    assert [(s.where, s.like) for s in made if s.method == DEFAULT_METHOD] == [(default, "")]
+    assert [(s.where, s.like) for s in made if s.method == DEFAULT_METHOD] == [
+        ("tower", ""),
+        ("projector", ""),
+        ("both", ""),
+    ]
 
 
 @dataclass(frozen=True)
