@@ -35,7 +35,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "where": [{"where": place} for place in ("tower", "projector", "both")],
     "positions": [{"positions": "compact"}, {"positions": "original"}],
     "size bias in the LLM": [{"llm_size_bias": False}, {"llm_size_bias": True}],
-    "schedule": [{"schedule": shape} for shape in SHAPES],
+    "schedule, first and last merging block": [{"schedule": shape} for shape in SHAPES],
     "tokens out of the tower": [{"tower_keep": share} for share in (None, 0.75, 0.5, 0.25)],
     "order": [{"order": "reading"}, {"order": "source"}],
     "protected share": [{"protect": share} for share in (1.0, 0.75, 0.5, 0.25, 0.0)],
@@ -49,7 +49,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "smoothed energy": [{"smooth": share} for share in (0.0, 0.5, 1.0)],
     "steps per merge": [{"steps": steps} for steps in (1, 2, 3)],
 }
-AGAIN = ("protected share", "place", "proportional attention", "margin")
+AGAIN = ("schedule, first and last merging block", "protected share", "place", "proportional attention", "margin")
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     If you want to tinker
     ---------------------
     These are the method's own choice unless given; `METHODS` says which.
-    schedule : shape of the way down to keep over the blocks: "equal", "constant", "linear", "late", "early",
-        "delayed", "last".
+    schedule : shape of the way down to keep over the blocks, a name in `schedule.SHAPES`: "equal", "constant",
+        "linear", "late", "early", "delayed", "first-half", "second-half", "middle", "last".
     where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
         tower, by default the geometric mean of all and keep); where pictures are cut into tiles also "packed" (behind
         the projector, overview and tiles apart, without newlines).

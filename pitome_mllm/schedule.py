@@ -14,14 +14,25 @@ from fractions import Fraction
 
 MaxRemovable = Callable[[int], int]
 
+Shape = Callable[[float, int, int], float]
+
+
+def _equal(begin: float, end: float) -> Shape:
+    """Every block between the shares ``begin`` and ``end`` of all blocks removes the same share."""
+    return lambda t, first, last: first * (last / first) ** min(max((t - begin) / (end - begin), 0), 1)
+
+
 # Tokens left after the share t of the blocks, when `first` become `last`: the shape of the way down.
-SHAPES: dict[str, Callable[[float, int, int], float]] = {
-    "equal": lambda t, first, last: first * (last / first) ** t,  # every block removes the same share
+SHAPES: dict[str, Shape] = {
+    "equal": _equal(0, 1),
     "constant": lambda t, first, last: first - (first - last) * t,  # ... the same number
     "linear": lambda t, first, last: first - (first - last) * (2 * t - t * t),  # ... a number that falls to zero
     "late": lambda t, first, last: first - (first - last) * t * t,  # ... a number that grows from zero
-    "early": lambda t, first, last: first * (last / first) ** min(1.5 * t, 1),  # equal in the first two thirds
-    "delayed": lambda t, first, last: first * (last / first) ** max(1.5 * t - 0.5, 0),  # equal in the last two thirds
+    "early": _equal(0, 2 / 3),
+    "delayed": _equal(1 / 3, 1),
+    "first-half": _equal(0, 1 / 2),
+    "second-half": _equal(1 / 2, 1),
+    "middle": _equal(1 / 4, 3 / 4),
     "last": lambda t, first, last: first if t < 1 else last,  # as late as possible
 }
 
