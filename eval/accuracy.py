@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pitome_mllm import METHODS
-from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS
+from pitome_mllm.plan import DEFAULT_METHOD
 
-from .curves import BLIND
+from .curves import BLIND, own_place
 from .documents import read
 from .runs import PLAIN
 
@@ -170,10 +170,6 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
             f"{row['torch']}, code {row['code']}, {row['date']}; without what the logarithms of sizes cost attention."
         )
     return text
-
-
-def own_place(method: str) -> str:
-    return METHODS[method].settings.get("where", DEFAULTS["where"])
 
 
 def _name(method: str) -> str:

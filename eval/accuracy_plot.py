@@ -7,7 +7,8 @@ from typing import Any
 
 from pitome_mllm.plan import DEFAULT_METHOD
 
-from .accuracy import Key, Results, Row, own_place, points
+from .accuracy import Key, Results, Row, points
+from .curves import own_place
 from .documents import COLOURS
 
 

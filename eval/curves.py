@@ -85,7 +85,15 @@ def loans(method: str, where: str) -> tuple[str, ...]:
         return ("",)
     if METHODS[method].reducer.once:
         return "", "where"
-    return ("", "where", "all") if where == METHODS[DEFAULT_METHOD].settings.get("where") else ("",)
+    return ("", "where", "all") if where == own_place(DEFAULT_METHOD) else ("",)
+
+
+def own_place(method: str) -> str:
+    """Where a method merges if nobody says."""
+    from pitome_mllm import METHODS
+    from pitome_mllm.plan import DEFAULTS
+
+    return METHODS[method].settings.get("where", DEFAULTS["where"])
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
@@ -136,7 +144,7 @@ def rows(
     runs: dict[Setting, Answers], plain: Answers, blind: np.ndarray, asked: list[tuple[int, Question]]
 ) -> Iterator[Row]:
     """Accuracies, and differences: to the plain model, between methods at the same place and keep, and between the
-    default method and every other, wherever that merges, at the same keep."""
+    default method at its own place and every other, wherever that merges, at the same keep."""
     made = Rows(asked)
     yield from made.accuracy(Setting(PLAIN, "none", GRID * GRID), plain.right, round(plain.seconds, 1))
     yield from made.accuracy(Setting(BLIND, "none", 0), blind)
@@ -153,9 +161,9 @@ def _opponent(one: Setting, other: Setting) -> str:
     """What to call ``other`` where ``one`` is compared with it; empty where it is not."""
     from pitome_mllm.plan import DEFAULT_METHOD
 
-    if one.keep != other.keep or other.method == DEFAULT_METHOD:
+    if one.keep != other.keep or one.method == other.method:
         return ""
-    if one.method == DEFAULT_METHOD:
+    if one.method == DEFAULT_METHOD and one.where == own_place(DEFAULT_METHOD):
         return f"{other.method} {other.where}{other.like and f' (lent {other.like})'}"
     return other.method if (one.where, one.like) == (other.where, other.like) and one.method < other.method else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -225,6 +226,26 @@ def test_the_plot_shows_own_settings_by_place_and_the_lent_ones_beside_the_lende
         "both, own settings": {report.DEFAULT_METHOD},
         "tower, own settings": {report.DEFAULT_METHOD, "tome"},
         f"both, settings of {report.DEFAULT_METHOD}": {report.DEFAULT_METHOD, "tome"},
+    }
+
+
+def test_who_is_compared_with_whom():
+    default, both, tower = report.DEFAULT_METHOD, Setting("tome", "both", 72), Setting("tome", "tower", 72)
+    mine, elsewhere = Setting(default, "both", 72), Setting(default, "tower", 72)
+    lent = Setting("tome", "both", 72, "all")
+    compared = {
+        (one, other): against
+        for one, other in permutations((mine, elsewhere, both, tower, lent, Setting("dct", "tower", 72)), 2)
+        if (against := curves._opponent(one, other))
+    }
+    assert compared == {
+        (mine, both): "tome both",
+        (mine, tower): "tome tower",
+        (mine, lent): "tome both (lent all)",
+        (mine, Setting("dct", "tower", 72)): "dct tower",
+        (elsewhere, tower): "tome",
+        (Setting("dct", "tower", 72), elsewhere): default,
+        (Setting("dct", "tower", 72), tower): "tome",
     }
 
 
