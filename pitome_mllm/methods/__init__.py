@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
     ),
     "pitome-tuned": Method(
         PiToMe,
-        "the default: what measured best on the embedded benchmark's validation set",
+        "the default: what the search on the embedded benchmark's validation set ended at",
         _PITOME,
         {"protect": 0.5, "alpha": 0.0, "margin": 0.6, "steps": 2},
         {
@@ -100,7 +100,12 @@ METHODS: dict[str, Method] = {
         PruMerge, "prumerge, half of it from equal distances", "arXiv 2403.15388", {"uniform": 0.5}, _BEFORE_PROJECTOR
     ),
     "divprune": Method(DivPrune, "keep the most diverse tokens (max-min)", "arXiv 2503.02175", settings=_PROJECTED),
-    "dart": Method(DART, "keep what duplicates a few pivots least", "arXiv 2502.11494", settings=_BEFORE_PROJECTOR),
+    "dart": Method(
+        DART,
+        "keep what duplicates a few pivots least",
+        "arXiv 2502.11494",
+        settings={**_BEFORE_PROJECTOR, "metric": "hidden"},
+    ),
     "cdpruner": Method(
         CDPruner,
         "keep the most diverse tokens (determinant); without the question",

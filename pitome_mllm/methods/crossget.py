@@ -14,10 +14,14 @@ from .base import Merge, Reducer, cosine, most_similar_first, ranked, unit_metri
 
 @dataclass(frozen=True)
 class CrossGET(Reducer):
-    """Match on the complete graph instead of between two halves.
+    r"""Match on the complete graph instead of between two halves.
 
-    Tokens are ranked by their best similarity to any other. Each one looks at those ranked behind it only; the r with
-    the best similarity there are the sources, and join their most similar token among the rest.
+    Tokens are ranked by their best similarity to any other, :math:`\max_{j \ne i} c_{ij}`. Each one looks at those
+    ranked behind it only; the r with the best similarity there are the sources S, and join their most similar token
+    among the rest:
+
+    .. math:: S = \operatorname{top}_r \max_{\operatorname{rank} j > \operatorname{rank} i} c_{ij}, \quad
+        t(i) = \arg\max_{j \notin S} c_{ij} .
 
     The paper's learned cross tokens, which guide the matching by the other modality, need training: left out.
     """

@@ -14,13 +14,17 @@ from .base import Merge, Reducer, check_count, cosine, ranked, rows, unit_metric
 
 @dataclass(frozen=True)
 class DART(Reducer):
-    """Keep a few pivots, and what duplicates them least (section 3.3).
+    r"""Keep a few pivots, and what duplicates them least (section 3.3).
 
-    Pivots are the tokens with the largest L1 norm of their keys. Each pivot in turn keeps its share of the others:
-    those least similar to it that are not kept yet. The rest is dropped.
+    Pivots :math:`P` are the tokens with the largest L1 norm. Each in turn keeps its share of the others, those least
+    similar to it that are not kept yet, and the rest is dropped:
 
-    The paper works behind the LLM's second layer, where text tokens are pivots too; in front of the projector there are
-    visual tokens only, and keys, as mean over heads, are the metric of both norm and similarity.
+    .. math:: K \leftarrow K \cup \operatorname{arg\,least}_{j \notin K} \, c_{pj}, \quad p \in P, \; K = P
+        \text{ at first.}
+
+    The paper works behind the LLM's second layer: pivots, text tokens among them, are those of the largest keys there,
+    and hidden states are compared. In front of the projector there are visual tokens only, and one metric; the preset
+    takes the features themselves, for the norm too.
 
     Parameters
     ----------

@@ -53,8 +53,12 @@ class LowPass(Merge):
 class DCT(Reducer):
     r"""Drop the high frequencies of the token sequence.
 
-    The orthonormal DCT-II of every channel over N tokens in reading order is cut after K coefficients, brought back by
-    the inverse of length K, and scaled by :math:`\sqrt{K/N}`. It looks at no metric, and forms no groups.
+    The orthonormal DCT-II :math:`D_N` of every channel over N tokens in reading order is cut after K coefficients and
+    brought back by the inverse of length K, scaled so that a constant stays what it is:
+
+    .. math:: y = \sqrt{K/N} \; D_K^\top \, (D_N x)_{1 \dots K} .
+
+    It looks at no metric, and forms no groups.
     """
 
     bipartite: ClassVar[bool] = False

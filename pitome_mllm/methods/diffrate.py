@@ -13,7 +13,11 @@ from .base import Merge, Reducer, most_similar_first, ranked, unit_metric
 
 @dataclass(frozen=True)
 class DiffRate(Reducer):
-    """Keep the tokens that the class token looks at; every other one joins its most similar kept token (section 3).
+    r"""Keep the tokens that the class token looks at; every other one joins its most similar kept token (section 3).
+
+    With class attention :math:`a` and cosine similarity :math:`c_{ij}`:
+
+    .. math:: K = \operatorname{top}_{N-r} a_i, \quad t(i) = \arg\max_{j \in K} c_{ij} .
 
     The paper learns how many tokens every block prunes and merges; here the schedule says how many, and all merge.
     Groups take the size-weighted mean.

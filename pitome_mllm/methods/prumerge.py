@@ -13,12 +13,17 @@ from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_me
 
 @dataclass(frozen=True)
 class PruMerge(Reducer):
-    """Keep the tokens that the class token looks at most, and let each absorb the dropped ones like it (section 3).
+    r"""Keep the tokens that the class token looks at most, and let each absorb the dropped ones like it (section 3).
 
-    The paper takes as many as are outliers of the attention; here ``keep`` says how many. It averages each kept token
-    with its k nearest others, weighted by their class attention; these may overlap, and what is nobody's neighbour is
-    lost. Here each token joins its most similar kept one, by keys, so that groups exist and no token is lost; a group's
-    mean is weighted by class attention, the kept token included.
+    With class attention :math:`a` each token joins the most similar kept one, by keys, and a group :math:`G` becomes
+
+    .. math:: \sum_{j \in G} a_j x_j \Big/ \sum_{j \in G} a_j .
+
+    The paper takes as many as are outliers of the attention; here ``keep`` says how many. It combines each kept token
+    with its k nearest others; these may overlap, and what is nobody's neighbour is lost. Here groups are disjoint and
+    no token is lost. The published code adds the neighbours' :math:`a_j x_j` to the kept token without dividing,
+    appends one token that sums up all dropped ones, and reads attention and keys behind the features, in the tower's
+    last block; here they come from the block that the features come from, and from no later one.
 
     Parameters
     ----------

@@ -20,7 +20,11 @@ def alternate(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ToMe(Reducer):
-    """Bipartite soft matching: tokens alternate between A and B by position; of A, the r most similar to B merge.
+    r"""Bipartite soft matching: tokens alternate between A and B by position; of A, the r most similar to B merge.
+
+    With cosine similarity :math:`c_{ij}` a token i of A, if its best similarity is among the r largest, joins
+
+    .. math:: t(i) = \arg\max_{j \in B} c_{ij} .
 
     The alternation counts from the class token on, so that it is the first of A; it never merges.
     """

@@ -15,11 +15,15 @@ COMBINATIONS = ("add", "mean")
 
 @dataclass(frozen=True)
 class VisionZip(Reducer):
-    """Keep the dominant tokens, and merge the rest into a few contextual ones (sections 2.2 and 2.3).
+    r"""Keep the dominant tokens, and merge the rest into a few contextual ones (sections 2.2 and 2.3).
 
     Dominant are the tokens that the class token looks at most. Of the rest, tokens at equal distances in reading order
-    are targets (at least one); every other one joins its most similar target, by the keys of the block that the
-    features come from. The published code hands on the class token too; here a model's own selection of features
+    are targets T (at least one); every other one joins its most similar target, by the keys of the block that the
+    features come from, and a target j becomes
+
+    .. math:: x_j + \frac{1}{|S_j|} \sum_{i \in S_j} x_i, \quad S_j = \{ i : \arg\max_{t \in T} c_{it} = j \} .
+
+    The published code hands on the class token too; here a model's own selection of features
     decides that.
 
     Parameters
