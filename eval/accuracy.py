@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pitome_mllm import METHODS
 from pitome_mllm.plan import DEFAULT_METHOD
@@ -25,14 +26,15 @@ cdpruner runs without the question, as LLaVA has no text encoder for it; of the 
 takes the first. random is one draw."""
 LENT = f"""Place, schedule and what the LLM is told of positions and sizes are no part of a method. Here the others have
 them from `{DEFAULT_METHOD}`, as far as they can take them. Lent "where": only these; metric, mean and place within the
-block stay their own. Lent "all": these too, with proportional attention, so that only matching and each method's own
-way to combine differ. Methods that reduce in one step take what the LLM is told and nothing else, as they have no
-schedule and cannot merge at both places; dct, which has no groups, keeps compact positions. The settings were searched
-for PiToMe, and for no other."""
+block stay their own. Lent "all": these too, and whether attention is proportional, so that only matching and each
+method's own way to combine differ. Methods that reduce in one step take what the LLM is told and nothing else, as they
+have no schedule and cannot merge at both places; dct, which has no groups, keeps compact positions. The settings were
+searched for PiToMe, and for no other."""
 LEAD = f"""## `{DEFAULT_METHOD}` against the closest others
 
 Differences in points, paired over the same questions, at each keep: the three that come closest, of all methods at all
 places, with their own and with lent settings."""
+LENDER = (DEFAULT_METHOD, own_place(DEFAULT_METHOD))
 
 
 @dataclass(frozen=True)
@@ -96,53 +98,88 @@ def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
     return "\n\n".join([_markdown(lines), CAUTION, _about(found, results, spent)])
 
 
-def lent(found: list[Row], everywhere: bool = False) -> str:
-    """A Markdown table of the methods with settings that the default method lends, and of itself.
+def borrowers(found: list[Row], everywhere: bool = False) -> Iterator[tuple[Results, str, str, str]]:
+    """Results, what was lent, method and place of the default method and of those that borrow its settings.
 
     Every method with all it can borrow, at its own place, or ``everywhere`` and with all that was measured.
     """
     own, part, whole = (Results.of(found, like) for like in ("", "where", "all"))
     borrowing = {method for method, _ in whole.lines}
-    chosen = [(own, "its own", key) for key in own.lines if key == (DEFAULT_METHOD, own_place(DEFAULT_METHOD))]
-    chosen += [(whole, "all", key) for key in whole.lines]
+    yield own, "its own", *LENDER
+    for method, where in whole.lines:
+        yield whole, "all", method, where
     for method, where in part.lines:
         if everywhere or method not in borrowing and where == own_place(method):
-            chosen.append((part, "where", (method, where)))
-    lines = [["method", "where", "lent", *(f"keep {keep}" for keep in own.keeps)]]
-    lines += [[_name(key[0]), key[1], kind, *results.shown(*key, own.keeps)] for results, kind, key in chosen]
+            yield part, "where", method, where
+
+
+def lent(found: list[Row], everywhere: bool = False) -> str:
+    """A Markdown table of the `borrowers`."""
+    keeps = Results.of(found).keeps
+    lines = [["method", "where", "lent", *(f"keep {keep}" for keep in keeps)]]
+    for results, kind, method, where in borrowers(found, everywhere):
+        lines.append([_name(method), where, kind, *results.shown(method, where, keeps)])
     return _markdown(lines)
+
+
+def rivals(found: list[Row]) -> dict[int, list[Row]]:
+    """By keep, what the default method is ahead of every other, the closest ones first; what is negative leads it."""
+    rows = [row for row in found if row["method"] == DEFAULT_METHOD and row["group"] == "all" and " " in row["against"]]
+    rows.sort(key=lambda row: float(row["value"]))
+    keeps = sorted({int(row["keep"]) for row in rows}, reverse=True)
+    return {keep: [row for row in rows if int(row["keep"]) == keep] for keep in keeps}
 
 
 def lead(found: list[Row]) -> str:
     """The default method against every other, at each keep: a Markdown table of the closest ones, and who ties."""
-    rows = [row for row in found if row["method"] == DEFAULT_METHOD and row["group"] == "all" and " " in row["against"]]
     lines, said = [["keep", "points ahead of", "difference", "95 % interval"]], []
     change = Results.of(found).change
-    for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
-        closest = sorted((row for row in rows if int(row["keep"]) == keep), key=lambda row: float(row["value"]))
-        for row in closest[:3]:  # what is negative leads
+    for keep, closest in rivals(found).items():
+        for row in closest[:3]:
             value, low, high = points(row)
             lines.append([str(keep), row["against"], f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"])
-        said.append(f"- keep {keep}: {_standing(closest)}{_room(change, keep)}.")
+        value, low, high = points(change[(*LENDER, keep)])  # bounds what anybody can lead it by
+        to_plain = f"to the plain model {value:+.1f} ({low:+.1f} to {high:+.1f})"
+        said.append(f"- keep {keep}: {_standing(closest)}; {to_plain}.")
     return "\n".join([_markdown(lines), "", *said])
 
 
 def _standing(rows: list[Row]) -> str:
     """Whom the default method does not lead by an interval above zero, in words."""
-    ahead = [row["against"] for row in rows if float(row["high"]) < 0]
-    level = [row["against"] for row in rows if float(row["low"]) <= 0 <= float(row["high"])]
+    ahead, level = ([row["against"] for row in rows if holds(row)] for holds in (_behind, _level))
     said = [f"behind {', '.join(ahead)}"] if ahead else []
     said += [f"no interval above zero against {', '.join(level)}"] if level else []
     return f"`{DEFAULT_METHOD}`: {'; '.join(said)}" if said else f"`{DEFAULT_METHOD}` leads every other one"
 
 
-def _room(change: dict[Key, Row], keep: int) -> str:
-    """How far below the plain model the default method stands, which bounds what anybody can lead it by."""
-    for (method, _, at), row in change.items():
-        if (method, at) == (DEFAULT_METHOD, keep):
-            value, low, high = points(row)
-            return f"; to the plain model {value:+.1f} ({low:+.1f} to {high:+.1f})"
-    return ""
+def _behind(row: Row) -> bool:
+    return float(row["high"]) < 0
+
+
+def _level(row: Row) -> bool:
+    return float(row["low"]) <= 0 <= float(row["high"])
+
+
+def summary(found: list[Row]) -> str:
+    """In two sentences how the default method stands against the others with their own settings, and with lent ones."""
+    said = []
+    for title, lending in (("with their own settings", False), (f"with those of `{DEFAULT_METHOD}`", True)):
+        leads, levels, behind = [], [], []
+        for keep, rows in rivals(found).items():
+            chosen = [row for row in rows if ("(lent" in row["against"]) == lending]
+            among = behind if any(map(_behind, chosen)) else levels if any(map(_level, chosen)) else leads
+            among.append((keep, chosen[0] if chosen else None))
+        closest = [row for _, row in leads if row]
+        nearest = f", by {min(points(row)[0] for row in closest):.1f} points or more" if closest else ""
+        words = [f"leads all of them at keep {_numbers(leads)}{nearest}"] if leads else []
+        words += [f"is level with the best of them at keep {_numbers(levels)}"] if levels else []
+        words += [f"is behind the best of them at keep {_numbers(behind)}"] if behind else []
+        said.append(f"Against the others {title} `{DEFAULT_METHOD}` {', '.join(words)}.")
+    return " ".join([*said, "(Leading: the 95 % interval of the difference lies above zero. Level: it holds zero.)"])
+
+
+def _numbers(chosen: list[tuple[int, Any]]) -> str:
+    return ", ".join(str(keep) for keep, _ in chosen)
 
 
 def _hours(found: list[Row]) -> str:

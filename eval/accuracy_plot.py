@@ -7,20 +7,19 @@ from typing import Any
 
 from pitome_mllm.plan import DEFAULT_METHOD
 
-from .accuracy import Key, Results, Row, points
-from .curves import own_place
+from .accuracy import Key, Results, Row, borrowers, points
 from .documents import COLOURS
 
 
 def panels(found: list[Row]) -> dict[str, dict[Key, Row]]:
     """What the panels of the plot show, by title: a place each, and the methods with what the default one lends."""
-    own, whole = Results.of(found), Results.of(found, "all")
+    own = Results.of(found)
     places = dict.fromkeys(where for _, where in own.lines)
     shown = {f"{place}, own settings": {k: row for k, row in own.cells.items() if k[1] == place} for place in places}
-    if whole.cells:
-        lender = {k: row for k, row in own.cells.items() if k[:2] == (DEFAULT_METHOD, own_place(DEFAULT_METHOD))}
-        shown[f"{own_place(DEFAULT_METHOD)}, settings of {DEFAULT_METHOD}"] = whole.cells | lender
-    return shown
+    lent = {}
+    for results, _, method, where in borrowers(found):
+        lent |= {key: row for key, row in results.cells.items() if key[:2] == (method, where)}
+    return shown | {f"settings of {DEFAULT_METHOD}": lent}
 
 
 def plot(found: list[Row], path: Path) -> None:

@@ -52,7 +52,7 @@ training.
 
 All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.score --split SPLIT`. The intervals are 95 %
 bootstraps over pictures; "blind" is the most common answer to the same text in training data. On another machine the
-accuracy on the first 208 test questions is within 2 points of the one in `accuracy.json`; a test checks it.
+accuracy on the first {sample} test questions is within 2 points of the one in `accuracy.json`; a test checks it.
 
 {accuracy}
 """
@@ -108,7 +108,7 @@ def export(
         card = CARD.format(
             parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=model.config.text_config.vocab_size - 5,
             phases=f" --phases {phases}" if phases else "", device=device, pictures=state["progress"][1],
-            steps=state["progress"][0], accuracy=accuracy_table(results),
+            steps=state["progress"][0], accuracy=accuracy_table(results), sample=SAMPLE,
             note=f"\n{textwrap.fill(note, 118)}\n" if note else "",
         )  # fmt: skip
         (folder / "README.md").write_text(card)

@@ -95,11 +95,18 @@ def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
 
     Raises
     ------
-    ValueError : another split than test, a part of its questions, or not the runs that are ``wanted``.
+    ValueError : another split than test, a part of its questions or categories, several models or versions of the
+        code, or not the runs that are ``wanted``.
     """
     whole = [row for row in found if row["group"] == "all" and not row["against"]]
     splits, counts = {row["split"] for row in whole}, {int(row["questions"]) for row in whole}
     measured = {_setting(row) for row in whole if row["method"] not in (PLAIN, BLIND)}
+    for name in ("weights", "code"):
+        if len(several := {row[name] for row in found}) > 1:
+            raise ValueError(f"the gates need runs of one model and one code; got {name} {', '.join(sorted(several))}")
+    for group in CATEGORIES:
+        if len(part := [row for row in found if row["group"] == group and not row["against"]]) != len(whole):
+            raise ValueError(f"the gates need every category of every run; got {len(part)} of {len(whole)} for {group}")
     if splits != {"test"} or counts != {SCENES * PER_SCENE} or measured != wanted:
         missing, unknown = (", ".join(sorted(map(str, some))[:5]) for some in (wanted - measured, measured - wanted))
         raise ValueError(

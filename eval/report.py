@@ -9,7 +9,7 @@ from pathlib import Path
 from pitome_mllm.plan import DEFAULT_METHOD, Settings
 
 from . import gates
-from .accuracy import LEAD, LENT, lead, lent, spending, table
+from .accuracy import LEAD, LENT, lead, lent, spending, summary, table
 from .accuracy_plot import plot
 from .curves import RESULTS
 from .documents import put_in, read
@@ -63,15 +63,14 @@ def gains(rows: list[dict[str, str]]) -> str:
 
 
 def shares(chosen: list[dict[str, str]]) -> str:
-    """How much of the gain comes from settings that other methods can take, and how much from PiToMe's own options."""
+    """How much of the gain comes from settings that can be lent, and how much from PiToMe's own options."""
     points = {"other": 0.0, "own": 0.0}
     for row in chosen:
         name = row["alternative"].split("=")[0]
         points["other" if name in {f.name for f in fields(Settings)} else "own"] += 100 * float(row["difference"])
     return (
-        f"Settings that any method which merges step by step can take gained {points['other']:+.1f} points, options of "
-        f"PiToMe alone (energy, alpha, margin, protected share, smoothing, steps) {points['own']:+.1f}: that is why "
-        "the best of the others come so close once they are lent these settings."
+        f"Settings that can be lent to a method which merges step by step gained {points['other']:+.1f} points, "
+        f"options of PiToMe alone (energy, alpha, margin, protected share, smoothing, steps) {points['own']:+.1f}."
     )
 
 
@@ -85,13 +84,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the full tables and the plot")
     args = parser.parse_args(argv)
     try:
-        spent = spending(args.costs)
-        found, searched = read(args.results), read(args.search, "search")
-        short = [table(found, spent), f"The same methods {TITLE}:", lent(found), LENT]
+        spent, found, searched = spending(args.costs), read(args.results), read(args.search, "search")
+        short = [table(found, spent), f"The same methods {TITLE}:", lent(found), LENT, summary(found)]
         put_in(args.readme, "\n\n".join(short), MARKS)
         lending = [f"## All methods {TITLE}", LENT, lent(found, everywhere=True)]
         chosen = [row for row in searched if row["keep"] == "0" and row["chosen"] == "True"]
-        everything = [table(found, spent, everywhere=True), *lending, LEAD, lead(found), WHY, shares(chosen)]
+        everything = [
+            table(found, spent, everywhere=True),
+            *lending,
+            LEAD,
+            summary(found),
+            lead(found),
+            WHY,
+            shares(chosen),
+        ]
         put_in(args.docs / "accuracy.md", "\n\n".join([*everything, GATES, gates.table(found)]), MARKS)
         put_in(args.docs / "search.md", ablation(searched), MARKS)
     except ValueError as error:

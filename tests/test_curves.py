@@ -89,7 +89,8 @@ def test_a_second_run_asks_only_what_is_missing(measured):
     first = run()
     assert len(asked) == 3  # plain, pitome, tome
     assert run() == first and len(asked) == 3
-    assert all(float(row["seconds"]) >= 0 for row in first if not row["against"] and row["method"] != "blind")
+    timed = {row["method"] for row in first if row["seconds"]}
+    assert timed == {"plain", "pitome", "tome"} and not any(row["seconds"] for row in first if row["against"])
     run("288")  # another keep: two runs more
     assert len(asked) == 5
 
@@ -181,16 +182,31 @@ def lead_row(keep: int, against: str, value: float) -> dict[str, str]:
 
 def test_the_report_says_whom_the_default_does_not_lead():
     plain = [result("plain", "none", 576, "all", 0.9), result("blind", "none", 0, "all", 0.3)]
-    plain += [lead_row(72, "plain", -0.05)]
+    plain += [lead_row(keep, "plain", -0.05) for keep in (144, 72, 36)] + [lead_row(144, "", 0.8)]
     rows = plain + [
         lead_row(144, "tome both", 0.01),
         lead_row(144, "dart projector", 0.3),
         lead_row(72, "tome both", 0.1),
     ]
     text = accuracy.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
-    assert "- keep 144: `pitome-tuned`: no interval above zero against tome both." in text
+    assert "- keep 144: `pitome-tuned`: no interval above zero against tome both; to the plain model -5.0" in text
     assert "- keep 72: `pitome-tuned` leads every other one; to the plain model -5.0 (-7.0 to -3.0)." in text
-    assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower." in text
+    assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower;" in text
+
+
+def test_the_summary_tells_own_settings_from_lent_ones():
+    rows = [
+        lead_row(144, "tome both", 0.05),
+        lead_row(144, "tome both (lent all)", 0.01),
+        lead_row(72, "tome both", 0.04),
+        lead_row(72, "tome both (lent all)", -0.03),
+        lead_row(36, "tome both", 0.0),
+        lead_row(36, "tome both (lent all)", 0.06),
+    ]
+    text = accuracy.summary(rows)
+    assert "own settings `pitome-tuned` leads all of them at keep 144, 72, by 4.0 points or more, is level" in text
+    assert "with those of `pitome-tuned` `pitome-tuned` leads all of them at keep 36, by 6.0 points or more, is" in text
+    assert "is level with the best of them at keep 144, is behind the best of them at keep 72." in text
 
 
 def lent_rows() -> list[dict[str, str]]:
@@ -225,7 +241,7 @@ def test_the_plot_shows_own_settings_by_place_and_the_lent_ones_beside_the_lende
     assert shown == {
         "both, own settings": {report.DEFAULT_METHOD},
         "tower, own settings": {report.DEFAULT_METHOD, "tome"},
-        f"both, settings of {report.DEFAULT_METHOD}": {report.DEFAULT_METHOD, "tome"},
+        f"settings of {report.DEFAULT_METHOD}": {report.DEFAULT_METHOD, "tome", "divprune"},
     }
 
 
@@ -273,7 +289,7 @@ def test_what_is_lent_to_whom():
 
 def result(method: str, where: str, keep: int, group: str, value: float, against: str = "") -> dict[str, str]:
     figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02), "seconds": "11.5"}
-    about = {"split": "test", "questions": "3360"}
+    about = {"split": "test", "questions": "3360", "weights": "w", "code": "c"}
     place = {"method": method, "where": where, "keep": str(keep), "like": ""}
     return {**place, "group": group, "against": against, **figures, **about}
 
@@ -336,6 +352,20 @@ def test_the_table_of_gates_shows_the_closest_of_those_at_chance():
         "| low end of random-tower-288 - blind, existence (the closest of 7) | 38.0 |  | at least 0 | passes |" in lines
     )
     assert len(lines) == 2 + 1 + 7 + 1 + 3 + 1 + 1
+
+
+@pytest.mark.parametrize("name", ["weights", "code"])
+def test_gates_refuse_results_of_several_models_or_versions(name):
+    rows = results(0.5)
+    rows[0] = rows[0] | {name: "other"}
+    with pytest.raises(ValueError, match=f"one model and one code; got {name}"):
+        check_whole(rows, set())
+
+
+def test_gates_refuse_runs_without_a_category():
+    rows = [row for row in results(0.5) if (row["keep"], row["group"]) != ("288", "digit")]
+    with pytest.raises(ValueError, match="every category of every run; got 4 of 5 for digit"):
+        check_whole(rows, set())
 
 
 @pytest.mark.parametrize(

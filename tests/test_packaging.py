@@ -195,7 +195,7 @@ def test_the_embedded_model_answers_from_a_wheel(built, tmp_path):
     package, evaluation, right, seconds = python(code, "-E").split(" ")
     assert Path(package) == tmp_path / "pitome_mllm" / "__init__.py"
     assert Path(evaluation) == tmp_path / "pitome_mllm_eval" / "score.py" and int(right) >= 12
-    assert float(seconds) < 2  # of CPU time, without the imports of transformers
+    assert float(seconds) < 0.5  # of CPU time; transformers' own imports take longer
 
 
 def test_the_files_of_the_embedded_model_are_those_recorded():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from pitome_mllm import METHODS
 from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS, Settings, make_plan
 from pitome_mllm.specs import Geometry
 from pitome_mllm.tower import Run
-from pitome_mllm_eval import costs, report, runs, search
+from pitome_mllm_eval import costs, documents, report, runs, search
 from pitome_mllm_eval.curves import Setting, settings
+from pitome_mllm_eval.gates import every_setting
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
 QUESTIONS = 64
@@ -87,7 +91,7 @@ def test_the_report_tells_gains_of_settings_from_gains_of_pitome():
         )
     ]
     said = report.shares(rows)
-    assert "step by step can take gained +8.0 points" in said and "steps) +1.0:" in said
+    assert "step by step gained +8.0 points" in said and "steps) +1.0." in said
 
 
 @pytest.mark.parametrize("factor", search.FACTORS)
@@ -119,6 +123,37 @@ def test_the_default_is_what_the_search_found():
         usual = getattr(plain.reducer, name, DEFAULTS.get(name))
         assert tuned.pop(name, usual) == value, name
     assert not tuned
+
+
+def test_the_recorded_search_asked_what_the_code_asks():
+    rows = documents.read(search.RESULTS, "search")
+    asked = {(row["sweep"], row["factor"], row["alternative"]) for row in rows}
+    every = {(sweep, factor) for sweep, factors in (("1", search.FACTORS), ("2", search.AGAIN)) for factor in factors}
+    assert {key[:2] for key in asked} == every
+    for sweep, factor in every:
+        assert {name for *key, name in asked if key == [sweep, factor]} == set(
+            map(search.label, search.FACTORS[factor])
+        )
+    assert {row["questions"] for row in rows} == {"3360"} and {row["split"] for row in rows} == {"validation"}
+    assert {row["weights"] for row in rows} == {runs.provenance("tiny", "validation")["weights"]}
+
+
+def test_the_recorded_costs_are_of_every_setting():
+    rows = documents.read(costs.RESULTS, "costs")
+    measured = {(row["shape"], row["method"], row["where"], int(row["keep"])) for row in rows}
+    wanted = {(shape, s.method, s.where, s.keep) for shape, s in product(costs.SHAPES, every_setting()) if not s.like}
+    assert measured == wanted and len(rows) == len(wanted)
+
+
+def test_readme_and_docs_show_what_was_measured(tmp_path):
+    """Which is to say that `report` has been run since."""
+    root = Path(__file__).resolve().parents[1]
+    for name in ("README.md", "docs/accuracy.md", "docs/search.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    report.main(["--readme", str(tmp_path / "README.md"), "--docs", str(tmp_path / "docs")])
+    for name in ("README.md", "docs/accuracy.md", "docs/search.md"):
+        assert (tmp_path / name).read_text() == (root / name).read_text(), name
 
 
 # ---- several settings at a time --------------------------------------------------------------------------------------
