@@ -6,9 +6,11 @@ Reads what the plug-in left there, whether through ``pitome-mllm reproduce`` or 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..documents import COLOURS, put_in, write_csv
 from ..intervals import FIGURES
@@ -48,6 +50,9 @@ class Row:
     processes: int
     device: str
     dtype: str
+    bits: int | str
+    attention: str
+    system_prompt: str
     date: str
     pitome_mllm: str
     torch: str
@@ -93,6 +98,7 @@ def rows(results: Results) -> list[Row]:
                     processes=said["processes"],
                     device=said["device"],
                     dtype=said["dtype"].removeprefix("torch."),
+                    **{name: said[name] for name in ("bits", "attention", "system_prompt")},
                     date=content["date"],
                     **{name: said["versions"][name] for name in ("pitome_mllm", "torch", "transformers", "lmms_eval")},
                 )
@@ -100,11 +106,34 @@ def rows(results: Results) -> list[Row]:
     return found
 
 
+# What tells runs of one setting apart; in the table where it differs.
+CONDITIONS = (
+    *("questions", "device", "dtype", "bits", "attention", "system_prompt", "batch", "processes"),
+    *("pitome_mllm", "lmms_eval", "torch", "transformers"),
+)
+
+
+def differing(found: Sequence[Row]) -> list[str]:
+    """The conditions that are not the same for all rows."""
+    return [name for name in CONDITIONS if len({getattr(row, name) for row in found}) > 1]
+
+
 def main_figures(found: Sequence[Row]) -> list[Row]:
-    """One row per run and task: the first metric whose interval is known, else the first."""
-    best: dict[tuple[str, str, str, str], Row] = {}
+    """One row per run and task: the first metric whose interval is known, else the first.
+
+    Raises
+    ------
+    ValueError : two runs of one setting, under the same conditions.
+    """
+    best: dict[tuple[Any, ...], Row] = {}
+    seen: dict[tuple[Any, ...], Row] = {}
     for row in found:
-        key = (row.model, row.method, row.asked, row.task)
+        key = (row.model, row.method, row.asked, row.task, *(getattr(row, name) for name in CONDITIONS))
+        if (before := seen.setdefault((*key, row.metric), row)) is not row:
+            raise ValueError(
+                f"two runs of {row.model} {row.method} {row.asked} on {row.task} under the same conditions, of "
+                f"{before.date} and {row.date}; name the folder of one of them only"
+            )
         if key not in best or (best[key].metric not in FIGURES and row.metric in FIGURES):
             best[key] = row
     methods = list(dict.fromkeys(row.method for row in best.values()))
@@ -121,7 +150,7 @@ COLUMNS = (
     ("visual tokens", "visual_tokens", "{:.1f}"),
     ("prompt tokens", "prompt_tokens", "{:.1f}"),
     ("GFLOPs", "gflops", "{:.2f}"),
-    ("peak MB", "peak_memory_mb", "{:.0f}"),
+    ("peak GPU MB", "peak_memory_mb", "{:.0f}"),
 )
 TIMES = (
     ("tower ms", "tower_ms", "{:.1f}"),
@@ -132,24 +161,25 @@ TIMES = (
 
 
 def table(found: Sequence[Row], times: bool = False) -> str:
-    """A Markdown table: one line per run, score and cost, with ``times`` what they took."""
-    columns = COLUMNS + (TIMES if times else ())
-    heads = ("model", "method", "asked", "task", "score", *(heading for heading, _, _ in columns))
+    """A Markdown table: one line per run, score and cost, with ``times`` what they took; no column that is empty."""
+    lines_of = main_figures(found)
+    columns = [c for c in COLUMNS + (TIMES if times else ()) if any(getattr(row, c[1]) != "" for row in lines_of)]
+    apart = differing(lines_of)
+    names = [name.replace("_", " ") for name in apart]
+    heads = ("model", "method", "asked", *names, "task", "score", *(heading for heading, _, _ in columns))
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in main_figures(found):
+    for row in lines_of:
         score = f"{row.value:.3f}" + (f" ({row.low:.3f}-{row.high:.3f})" if row.low != "" else "")
         values = [(getattr(row, name), form) for _, name, form in columns]
         cells = ["-" if value == "" else form.format(value) for value, form in values]
-        lines.append(f"| {' | '.join([row.model, row.method, row.asked, f'{row.task} {row.metric}', score, *cells])} |")
+        said = [row.model, row.method, row.asked, *(str(getattr(row, name)) for name in apart)]
+        lines.append(f"| {' | '.join([*said, f'{row.task} {row.metric}', score, *cells])} |")
     return "\n".join([*lines, "", _about(found, times)])
 
 
 def _about(found: Sequence[Row], times: bool) -> str:
     """What the runs have in common; what they have not, by its several values."""
-    common = {
-        name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in found))
-        for name in ("questions", "device", "dtype", "batch", "processes", "lmms_eval", "torch", "transformers")
-    }
+    common = {name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in found)) for name in CONDITIONS}
     said = (
         f"{common['questions']} questions per run; in brackets 95 % bootstrap intervals over pictures. Means per "
         f"question, batches of {common['batch']}, {common['processes']} process(es), {common['dtype']}, "
@@ -160,7 +190,7 @@ def _about(found: Sequence[Row], times: bool) -> str:
 
 
 def plot(found: Sequence[Row], over: str, path: Path) -> None:
-    """Score over ``over``, a field of `Row`; one panel per task, one line per method."""
+    """Score over ``over``, a field of `Row`; one panel per task, one line per method and conditions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,11 +201,14 @@ def plot(found: Sequence[Row], over: str, path: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.5), squeeze=False)
     for axis, key in zip(axes[0], tasks, strict=True):
         here = [row for row in chosen if (row.model, row.task, row.metric) == key]
-        for number, method in enumerate(dict.fromkeys(row.method for row in here)):
-            points = sorted((row for row in here if row.method == method), key=lambda row: getattr(row, over))
+        lines: dict[str, list[Row]] = defaultdict(list)
+        for row in here:
+            lines[" ".join([row.method, *(str(getattr(row, name)) for name in differing(here))])].append(row)
+        for number, (label, points) in enumerate(lines.items()):
+            points.sort(key=lambda row: getattr(row, over))
             x, y = [getattr(row, over) for row in points], [row.value for row in points]
             bars = [[_away(row, getattr(row, bound)) for row in points] for bound in ("low", "high")]
-            axis.errorbar(x, y, bars, marker="o", ms=4, capsize=2, color=COLOURS[number % len(COLOURS)], label=method)
+            axis.errorbar(x, y, bars, marker="o", ms=4, capsize=2, color=COLOURS[number % len(COLOURS)], label=label)
         axis.set(xlabel=PLOTS[over], ylabel=key[2], title=f"{key[0].split('/')[-1]}, {key[1]}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -203,14 +236,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         found = [row for results in read(args.folders) for row in rows(results)]
+        text = table(found, args.times)
         if args.readme:
-            put_in(args.readme, table(found, args.times), MARKS)
+            put_in(args.readme, text, MARKS)
     except ValueError as error:
         parser.error(str(error))
     write_csv(args.csv, found)
     for over in PLOTS:
         plot(found, over, args.plots / f"lmms_{over}.png")
-    print(table(found, args.times))
+    print(text)
 
 
 if __name__ == "__main__":
