@@ -49,7 +49,7 @@ def _cut(handle: Any) -> bool:
 
 
 def _uncut(handle: Any, placeholders: Sequence[int]) -> list[int]:
-    if not handle:
+    if not handle or handle.plan.keep == handle.plan.available:
         return list(placeholders)
     return [count // handle.plan.available * handle.plan.keep for count in placeholders]
 
