@@ -279,6 +279,14 @@ def test_results_that_do_not_follow_from_their_questions_are_refused(folders):
         found.figure("own", "exact_match")
 
 
+def test_questions_come_in_order_whichever_process_asked_them(folders):
+    file = folders / "a" / "1_samples_own.jsonl"
+    (found,) = read([folders / "a"])
+    before = found.samples("own")
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert found.samples("own") == before != list(reversed(before))
+
+
 def test_the_report_refuses_what_it_cannot_read(folders, capsys):
     with pytest.raises(SystemExit):
         report.main([str(folders / "nothing")])
