@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import evaluating
 import pytest
@@ -165,6 +166,14 @@ def test_two_processes_reproduce_what_one_does(capsys, tmp_path):
     abouts = [json.loads(path.read_text())["config"]["batch_sizes"][0] for path in tmp_path.rglob("*_results.json")]
     assert sorted(about["processes"] for about in abouts) == [1, 1, 2, 2], "runs of their own"
     assert {about["cost"]["questions_asked"] for about in abouts} == {21}
+
+
+def test_every_process_loads_the_model_onto_its_own_device():
+    second = SimpleNamespace(num_processes=2, device="cuda:1")
+    options = reproduce.Options(load={"bits": None, "dtype": "float16", "device": "cuda"})
+    assert reproduce._load_options(options, second) == {"bits": None, "dtype": "float16", "device": "cuda:1"}
+    with pytest.raises(ValueError, match="device_map=auto spreads one model over all GPUs; start a single process"):
+        reproduce._load_options(reproduce.Options(load={"device": "auto"}), second)
 
 
 def test_a_question_that_fails_is_code_1_and_goes_on_where_it_was(capsys, tmp_path, monkeypatch):
