@@ -214,7 +214,8 @@ def results(folder, method, keep, scores, milliseconds, peak=None, **conditions)
         "results": {"own": {"exact_match,none": float(np.mean(scores)), "exact_match_stderr,none": "N/A"}},
         "group_subtasks": {"own": []},
         "config": {"batch_sizes": [about]},
-        "date": "today",
+        "date": f"{folder.name} day",
+        "total_evaluation_time_seconds": "18.0",
     }
     folder.mkdir(parents=True)
     (folder / "1_results.json").write_text(json.dumps(content))
@@ -244,7 +245,7 @@ def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
     assert capsys.readouterr().out.strip() in text
-    assert "prefill ms" not in text
+    assert "prefill ms" not in text and "FLOPs are calculated. All 3 runs together took 0.9 minutes." in text
     report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--times"])
     line = next(line for line in capsys.readouterr().out.splitlines() if "keep=144" in line)
     assert line.endswith("| 144.0 | 600.0 | 1.50 | 3.0 | 12.0 | 2.0 | 9.0 |"), "no column of peaks, as there are none"
@@ -263,12 +264,24 @@ def test_runs_under_other_conditions_are_lines_of_their_own(folders, capsys):
     assert [line.split(" | ")[-1] for line in found] == ["- |", "500 |"]
 
 
+def test_the_time_of_runs_that_found_answers_in_the_cache_is_not_told(folders, capsys):
+    file = folders / "a" / "1_results.json"
+    content = json.loads(file.read_text())
+    content["config"]["batch_sizes"][0]["cost"]["questions_asked"] = 4
+    file.write_text(json.dumps(content))
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    assert "together took" not in capsys.readouterr().out
+
+
 def test_two_runs_of_one_setting_are_refused(folders, capsys):
     results(folders / "again", "tome", 144, [1.0] * 9 + [0.0], 6.0)
     with pytest.raises(SystemExit):
         report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
     err = capsys.readouterr().err
-    assert "two runs of tiny tome keep=144 on own under the same conditions" in err and not (folders / "x.csv").exists()
+    assert (
+        "two runs of tiny tome keep=144 on own under the same conditions, of a day and again day" in err
+        and not (folders / "x.csv").exists()
+    )
 
 
 def test_results_that_do_not_follow_from_their_questions_are_refused(folders):
