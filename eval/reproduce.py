@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from accelerate import Accelerator
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.tasks import TaskManager
@@ -19,11 +20,12 @@ from loguru import logger
 
 from pitome_mllm import load
 
+from .identity import identity, model_identity, short
+from .lmms.arguments import place
 from .lmms.asked import EvaluationError
 from .lmms.manifest import NAME
 from .lmms.model import PitomeLlava
 from .results_files import Results, newest
-from .runs import sources
 from .scene_tasks import GROUP, TASKS
 from .tables import PLAIN, RELATIVE, Run, Table, published
 from .tables import TASKS as KNOWN
@@ -73,22 +75,10 @@ class Row:
         return self.ours - self.published, *bounds
 
 
-def folder_of(name: str, options: Options) -> Path:
-    """Where a table's runs are kept: another folder for another limit, other data, code or libraries."""
-    import torch
-    import transformers
-
-    here = Path(__file__).parent
-    files = [*sources(), *sorted((here / "lmms").glob("*.py")), here / "scene_tasks.py"]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
-    loading = "-".join(f"{key}={value}" for key, value in sorted((options.load or {}).items()) if value is not None)
-    local = options.data and f"data={hashlib.sha256(str(options.data.resolve()).encode()).hexdigest()[:6]}"
-    parts = [name, options.limit or "all", f"batch={options.batch_size}", local, loading, code]
-    return options.out / "-".join(str(part) for part in [*parts, torch.__version__, transformers.__version__] if part)
-
-
 def reproduce(name: str, table: Table, options: Options, say: Callable[[str], None]) -> dict[Run, Results]:
     """The results of every run, from where they are already, or asked for now; a killed run goes on where it was.
+
+    In a parallel run only the first process has results, and says anything.
 
     Raises
     ------
@@ -96,18 +86,35 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
     ValueError : a data set is missing in ``options.data``; settings that `attach` or `load` refuse.
     """
     quiet()
-    folder, found, loaded = folder_of(name, options), {}, {}
+    accelerator, found, loaded = Accelerator(), {}, {}
+    first, load_with = accelerator.is_main_process, _load_options(options, accelerator)
+    how = {"limit": options.limit, "batch_size": options.batch_size, "processes": accelerator.num_processes}
+    how |= {key: value and str(value) for key, value in load_with.items()}
+    models = {model: model_identity(model) for model in dict.fromkeys(run.model for run in table.runs)}
     for number, run in enumerate(table.runs, start=1):
-        here = folder / str(run).replace(" ", "-")
+        known = identity(run, table, options.data, models[run.model], how)
+        here = options.out / name / f"{str(run).replace(' ', '-')}-{short(known)}"
         there = newest(here)
-        say(f"[{number}/{len(table.runs)}] {run}{' is there already' if there else ''}")
+        accelerator.wait_for_everyone()  # before one of them writes there
+        if first:
+            say(f"[{number}/{len(table.runs)}] {run}{' is there already' if there else ''}")
         if there is None:
             if run.model not in loaded:
-                loaded = {run.model: load(run.model, **(options.load or {}))}
-            there = _ask(run, table, loaded[run.model], options, here, folder / "cache")
-        if there is not None:  # only the first process has results
+                loaded = {run.model: load(run.model, **load_with)}
+            if first:
+                here.mkdir(parents=True, exist_ok=True)
+                (here / "identity.json").write_text(json.dumps(known, indent=1))
+            there = _ask(run, table, loaded[run.model], options, here)
+        if there is not None and first:
             found[run] = there
     return found
+
+
+def _load_options(options: Options, accelerator: Accelerator) -> dict[str, Any]:
+    """Keywords of `load`, with the device of this process."""
+    given = {"bits": None, "dtype": None, "device": None} | (options.load or {})
+    spread = given["device"] if given["device"] == "auto" else None
+    return given | {"device": place(given["device"], spread, given["bits"], accelerator)}
 
 
 def quiet() -> None:
@@ -116,7 +123,7 @@ def quiet() -> None:
     logger.add(sys.stderr, level="WARNING")
 
 
-def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path, cache: Path) -> Results | None:
+def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path) -> Results | None:
     """Evaluate one run and write what lmms-eval's command line would write."""
     model_args = ",".join(f"{key}={value}" for key, value in {"pretrained": run.model, **run.settings}.items())
     own = set(table.tasks) <= {GROUP}
@@ -135,7 +142,7 @@ def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path, cach
             task_manager=manager,
             batch_size=options.batch_size,
             limit=options.limit,
-            use_cache=str(cache),
+            use_cache=str(here / "cache"),
             bootstrap_iters=0,
             datetime_str=when,
             cli_args=argparse.Namespace(output_path=str(here), process_with_media=False),

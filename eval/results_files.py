@@ -44,13 +44,16 @@ class Results:
         return said[0]
 
     def samples(self, task: str) -> list[dict[str, Any]]:
-        """Every question of a task, or of the tasks of a group; empty where they were not logged."""
+        """Every question of a task, or of the tasks of a group, in order; empty where they were not logged.
+
+        Several processes leave theirs one after the other, and a bootstrap draws by place.
+        """
         names = self.content["group_subtasks"].get(task) or [task]
         files = [self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}_samples_{name}.jsonl") for name in names]
         found = []
         for name, file in zip(names, files, strict=True):
             if file.is_file():
-                rows = map(json.loads, file.read_text().splitlines())
+                rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
                 found += [row | {"doc_id": (name, row["doc_id"])} for row in rows]
         return found
 

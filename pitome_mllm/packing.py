@@ -36,6 +36,11 @@ class Places:
         return self.source < 0
 
     @property
+    def tiles(self) -> int:
+        """How many tiles these are of, the overview included, where the patches of all count."""
+        return int(self.source.max()) // self.overview + 1
+
+    @property
     def parts(self) -> tuple[Tensor, ...]:
         """The places of the overview and of the tiles put together, without newlines; the latter only if there are."""
         real = (~self.newline).nonzero()[:, 0]

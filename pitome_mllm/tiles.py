@@ -62,13 +62,22 @@ class Encoded:
 
 def lengths(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Visual tokens of every picture of a call: of the plain model, and as many as it will have."""
-    places, plan = _places_of(handle, kwargs), handle.active
-    full = [len(place) for place in places]
-    if plan is None or plan.keep == plan.available:
-        return full, full
-    if plan.where == "packed":
-        return full, [sum(part_keeps(place, plan.keep)) for place in places]
+    full, plan = [len(place) for place in _places_of(handle, kwargs)], handle.active
+    if plan is None or plan.keep == plan.available or plan.where == "packed":
+        return full, at_most(handle, kwargs)
     return full, [len(features) for features in _encode(handle, kwargs).pooler_output]
+
+
+def at_most(handle: Attachment, kwargs: dict[str, Any]) -> list[int]:
+    """Visual tokens that each picture of a call can have, found without running the tower, which alone knows how many
+    of them hold nothing but padding.
+    """
+    places, plan = _places_of(handle, kwargs), handle.active
+    if plan is None or plan.keep == plan.available:
+        return [len(place) for place in places]
+    if plan.where == "packed":
+        return [sum(part_keeps(place, plan.keep)) for place in places]
+    return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
 
 
 def _encode(handle: Attachment, kwargs: dict[str, Any]) -> Any:

@@ -3,18 +3,24 @@
 import csv
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from checks import command_line
 
-from pitome_mllm import METHODS, estimate
+from pitome_mllm import METHODS, estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.shapes import get_shape
+from pitome_mllm_eval import identity
 from pitome_mllm_eval.intervals import interval
 from pitome_mllm_eval.lmms import report
+from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.results_files import read
-from pitome_mllm_eval.tables import PUBLISHED, RELATIVE, TABLES, TASKS, narrowed, plan, published
+from pitome_mllm_eval.tables import PUBLISHED, RELATIVE, TABLES, TASKS, Run, narrowed, plan, published
 
 
 def run(capsys, *arguments):
@@ -61,8 +67,10 @@ def test_the_plan_counts_questions_and_flops(capsys):
     code, out, err = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10)
     assert (code, err) == (0, "") and "llava-1.5-13b-hf tofu ratio=0.925" in out
     assert "llava-hf/llava-1.5-7b-hf (14.1 GB)" in out and "lmms-lab-encoder/GQA" in out
+    assert "vizwiz_vqa_val 4,319" in out and "gqa about 12,578" in out
     code, out, _ = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10, "--json")
     said = json.loads(out)
+    assert said["sizes_about_right"] == ["gqa", "textvqa_val", "mme"]
     assert code == 0 and len(said["runs"]) == len(table.runs) and {r["questions"] for r in said["runs"]} == {60}
 
 
@@ -118,21 +126,96 @@ def test_f1_and_pairs_are_counted_as_their_benchmarks_do():
     assert value == (200 + 50) / 2 + (0 + 200) / 2 and low < value < high
 
 
-def results(folder, method, keep, scores, milliseconds):
+def files_of(folder, **contents):
+    """A model's folder, as far as its identity goes."""
+    folder.mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture
+def known(monkeypatch, tmp_path):
+    """The identity of a run of the embedded table, and what may be told otherwise."""
+    monkeypatch.setattr(identity, "version", lambda package: f"{package} 1")
+
+    def one(model="tiny", keep=72, data=None, table=TABLES["embedded"], **how):
+        about = identity.model_identity(str(model))
+        run = Run(str(model), "tome", keep=keep)
+        return identity.short(identity.identity(run, table, data, about, {"limit": 2, "batch_size": 8, **how}))
+
+    return one
+
+
+def test_a_run_is_known_by_its_model_s_files_not_by_the_name_of_its_folder(known, tmp_path):
+    same = {"config.json": "{}", "model.safetensors": "weights"}
+    one = files_of(tmp_path / "one" / "model", **same)
+    other = files_of(tmp_path / "other" / "model", **{**same, "model.safetensors": "weighty"})
+    copy = files_of(tmp_path / "copy" / "model", **same)
+    assert known(one) == known(copy) and len({known(one), known(other), known("tiny")}) == 3
+    (one / "chat_template.jinja").write_text("another prompt")
+    assert known(one) != known(copy)
+
+
+def test_a_run_is_known_by_all_that_its_results_follow_from(known, tmp_path, monkeypatch):
+    table = TABLES["embedded"]
+    found = [
+        known(), known(keep=36), known(limit=3), known(batch_size=4), known(processes=2), known(bits="4"),
+        known(table=replace(table, system_prompt="Be brief.")), known(table=replace(table, tasks=("gqa",))),
+    ]  # fmt: skip
+    assert known() == found[0] and len(set(found)) == len(found)
+    monkeypatch.setattr(identity, "version", lambda package: f"{package} 2")
+    assert known() not in found
+
+
+@pytest.mark.parametrize("changed", ["_scenes", "pitome_scenes.yaml", "data/count.parquet"])
+def test_a_run_is_known_by_the_files_of_its_tasks(known, tmp_path, monkeypatch, changed):
+    before = known()
+    monkeypatch.setattr(identity, "TASKS", shutil.copytree(identity.TASKS, tmp_path / "tasks"))
+    assert known() == before
+    with (tmp_path / "tasks" / changed).open("ab") as file:
+        file.write(b" ")
+    assert known() != before
+
+
+def test_a_run_is_known_by_local_data(known, tmp_path):
+    table, data = replace(TABLES["embedded"], tasks=("gqa",)), files_of(tmp_path / "data", **{"gqa.parquet": "rows"})
+    before = known(table=table, data=data)
+    (data / "gqa.parquet").write_text("more")
+    assert len({before, known(table=table, data=data), known(table=table)}) == 3
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ("cuda:0", "cuda:1", "cpu")])
+def test_the_peak_of_memory_is_that_of_the_gpus_since_the_meter_began(devices, monkeypatch):
+    peaks = {torch.device(name): 7e6 for name in devices if name != "cpu"}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: peaks.__setitem__(gpu, 1e6))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
+    config = load("tiny")[0].config
+    parts = [SimpleNamespace(device=torch.device(name)) for name in (*devices, *devices)]
+    meter = Meter(SimpleNamespace(parameters=lambda: iter(parts), config=config), {})
+    meter.sums.update(questions=1, seconds=2.0, new_tokens=2)
+    found = meter.gather(processes=1)
+    assert found.get("peak_memory_mb") == (2.0 if peaks else None)
+
+
+def results(folder, method, keep, scores, milliseconds, peak=None, **conditions):
     """What lmms-eval writes about one run of one task."""
     asked = {"method": method, "keep": keep} if keep else {}
     cost = {
         "questions_asked": len(scores), "visual_tokens": keep or 576.0, "prompt_tokens": 600.0, "tower_ms": 3.0,
-        "prefill_ms": milliseconds, "decode_ms": 2.0, "tokens_per_second": 9.0, "peak_memory_mb": 500.0, "gflops": 1.5,
+        "prefill_ms": milliseconds, "decode_ms": 2.0, "tokens_per_second": 9.0, "gflops": 1.5,
     }  # fmt: skip
+    cost |= {"peak_memory_mb": peak} if peak else {}
     versions = dict.fromkeys(("pitome_mllm", "torch", "transformers", "lmms_eval"), "1.0")
     about = {"pretrained": "tiny", "method": method, "asked": asked, "cost": cost, "versions": versions}
     about |= {"batch": 8, "processes": 1, "device": "a processor", "dtype": "torch.float32"}
+    about |= {"bits": "", "attention": "sdpa", "system_prompt": ""} | conditions
     content = {
         "results": {"own": {"exact_match,none": float(np.mean(scores)), "exact_match_stderr,none": "N/A"}},
         "group_subtasks": {"own": []},
         "config": {"batch_sizes": [about]},
-        "date": "today",
+        "date": f"{folder.name} day",
+        "total_evaluation_time_seconds": "18.0",
     }
     folder.mkdir(parents=True)
     (folder / "1_results.json").write_text(json.dumps(content))
@@ -162,11 +245,43 @@ def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
     assert capsys.readouterr().out.strip() in text
-    assert "prefill ms" not in text
+    assert "prefill ms" not in text and "FLOPs are calculated. All 3 runs together took 0.9 minutes." in text
     report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--times"])
     line = next(line for line in capsys.readouterr().out.splitlines() if "keep=144" in line)
-    assert line.endswith("| 144.0 | 600.0 | 1.50 | 500 | 3.0 | 12.0 | 2.0 | 9.0 |")
+    assert line.endswith("| 144.0 | 600.0 | 1.50 | 3.0 | 12.0 | 2.0 | 9.0 |"), "no column of peaks, as there are none"
     assert {path.name for path in folders.glob("*.png")} == {"lmms_visual_tokens.png", "lmms_latency_ms.png"}
+
+
+def test_runs_under_other_conditions_are_lines_of_their_own(folders, capsys):
+    results(folders / "half", "tome", 144, [1.0] * 5, 6.0, peak=500.0, batch=1, device="a GPU", bits=4)
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    out = capsys.readouterr().out
+    heads, *lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert heads.startswith("| model | method | asked | questions | device | bits | batch | task |")
+    assert heads.endswith("| peak GPU MB |")
+    found = sorted(line for line in lines if "| tome | keep=144 |" in line)
+    assert [line.split(" | ")[3:7] for line in found] == [["10", "a processor", "", "8"], ["5", "a GPU", "4", "1"]]
+    assert [line.split(" | ")[-1] for line in found] == ["- |", "500 |"]
+
+
+def test_the_time_of_runs_that_found_answers_in_the_cache_is_not_told(folders, capsys):
+    file = folders / "a" / "1_results.json"
+    content = json.loads(file.read_text())
+    content["config"]["batch_sizes"][0]["cost"]["questions_asked"] = 4
+    file.write_text(json.dumps(content))
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    assert "together took" not in capsys.readouterr().out
+
+
+def test_two_runs_of_one_setting_are_refused(folders, capsys):
+    results(folders / "again", "tome", 144, [1.0] * 9 + [0.0], 6.0)
+    with pytest.raises(SystemExit):
+        report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    err = capsys.readouterr().err
+    assert (
+        "two runs of tiny tome keep=144 on own under the same conditions, of a day and again day" in err
+        and not (folders / "x.csv").exists()
+    )
 
 
 def test_results_that_do_not_follow_from_their_questions_are_refused(folders):
@@ -175,6 +290,14 @@ def test_results_that_do_not_follow_from_their_questions_are_refused(folders):
     (found,) = read([folders / "a"])
     with pytest.raises(RuntimeError, match="exact_match of own is 0.8, but its questions give 0.88"):
         found.figure("own", "exact_match")
+
+
+def test_questions_come_in_order_whichever_process_asked_them(folders):
+    file = folders / "a" / "1_samples_own.jsonl"
+    (found,) = read([folders / "a"])
+    before = found.samples("own")
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert found.samples("own") == before != list(reversed(before))
 
 
 def test_the_report_refuses_what_it_cannot_read(folders, capsys):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from torch import nn
 from pitome_mllm import estimate
 from pitome_mllm.accounting import MLP_MATRICES
 from pitome_mllm.latency import now, timed_tower
+from pitome_mllm.specs import geometry
 
 
 @dataclass
@@ -50,6 +49,14 @@ class Meter:
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         self.model, self.settings, self.sums = model, settings, Counter()
         self.flops = lru_cache(maxsize=None)(self._flops) if knows_flops(model) else None
+        self.gpus = {part.device for part in model.parameters() if part.device.type == "cuda"}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, with the peak of the GPUs' memory too."""
+        self.sums.clear()
+        for gpu in self.gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
 
     @contextmanager
     def lap(self) -> Iterator[Lap]:
@@ -89,7 +96,7 @@ class Meter:
 
     def gather(self, processes: int) -> dict[str, float]:
         """The means of all processes; empty if none of them answered anything. Every process has to call it."""
-        mine = (dict(self.sums), peak_memory(self.model.device))
+        mine = (dict(self.sums), sum(map(torch.cuda.max_memory_allocated, self.gpus)))
         found = [mine]
         if processes > 1:
             found = [None] * processes
@@ -98,10 +105,11 @@ class Meter:
 
 
 def summary(sums: Sequence[dict[str, float]], peaks: Sequence[int]) -> dict[str, float]:
-    """Per question over all processes, from the sums and the peak bytes of each; empty without questions.
+    """Per question over all processes, from the sums of each and its peak bytes on GPUs; empty without questions.
 
     Times of a batch are shared out evenly among its questions, and tokens per second count the new tokens of all
-    processes over the time of the slowest.
+    processes over the time of the slowest. On a CPU there is no peak: an operating system tells that of a whole
+    process only, with all that ran in it before.
     """
     total = Counter()
     for one in sums:
@@ -121,19 +129,11 @@ def summary(sums: Sequence[dict[str, float]], peaks: Sequence[int]) -> dict[str,
         "total_new_tokens": total["new_tokens"],
         "seconds": elapsed,
         "tokens_per_second": total["new_tokens"] / elapsed,
-        "peak_memory_mb": max(peaks) / 1e6,
+        **({"peak_memory_mb": max(peaks) / 1e6} if any(peaks) else {}),
         **({"gflops": total["flops"] / asked / 1e9} if "flops" in total else {}),
     }
 
 
 def knows_flops(model: nn.Module) -> bool:
-    """Whether `estimate` knows the model's LLM."""
-    return model.config.text_config.model_type in MLP_MATRICES
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the GPU that the model is on, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Whether `estimate` knows the model's LLM, and how many tokens its pictures have: not where they are tiles."""
+    return model.config.text_config.model_type in MLP_MATRICES and not geometry(model.config).tiled

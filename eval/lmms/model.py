@@ -16,12 +16,13 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from pitome_mllm import attach, load
+from pitome_mllm.loading import BITS
 
 from ..runs import processor_name
-from . import arguments
+from . import arguments, counts
 from . import asked as ask
 from .answers import Coming, likelihood
-from .cost import Meter, Row
+from .cost import Lap, Meter, Row
 from .manifest import NAME
 
 RUN_ID = "LMMS_CACHE_RUN_ID"
@@ -119,7 +120,7 @@ class PitomeLlava(lmms):
     def clean(self) -> None:
         """Called once after all answers, in every process: gather what they cost for the results."""
         found = self.meter.gather(self.world_size)
-        self.meter.sums.clear()
+        self.meter.reset()
         # The one place in the results where a model may put words: config.batch_sizes, a list with these values.
         self.batch_sizes = {NAME: self.about() | {"cost": found}}
         if found and self.rank == 0:
@@ -143,6 +144,9 @@ class PitomeLlava(lmms):
             "batch": self.batch_size,
             "processes": self.world_size,
             "dtype": str(self.model.dtype),
+            "bits": next((n for n in BITS if getattr(self.model, f"is_loaded_in_{n}bit", False)), ""),
+            "attention": self.model.config._attn_implementation,
+            "system_prompt": self.system_prompt,
             "device": torch.cuda.get_device_name(self.device) if gpu else processor_name(),
             "versions": {name: version(name) for name in packages},
         }
@@ -168,21 +172,19 @@ class PitomeLlava(lmms):
         return batch[:same]
 
     def _encode(self, asked: Sequence[ask.Asked], texts: Sequence[str]) -> Any:
-        pictures = [picture for one in asked for picture in one.pictures]
-        inputs = self.processor(images=pictures or None, text=list(texts), padding=True, return_tensors="pt")
+        rows = [list(one.pictures) for one in asked]  # some processors tell one picture from several in a row
+        inputs = self.processor(images=rows if any(rows) else None, text=list(texts), padding=True, return_tensors="pt")
         return inputs.to(self.device, dtype=self.model.dtype)
 
     @torch.inference_mode()
     def _generate(self, asked: Sequence[ask.Asked]) -> list[GenerationResult]:
         options, until = ask.generation(asked[0].options)
         inputs = self._encode(asked, [ask.prompt(self.processor, one, self.system_prompt) for one in asked])
-        rows = self._rows(asked, inputs)
-        options["max_new_tokens"] = min(options["max_new_tokens"], self._room(rows))
+        options["max_new_tokens"] = min(options["max_new_tokens"], self._room(asked, inputs))
         with self.meter.lap() as lap:
             ids = self.model.generate(**inputs, **options)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        rows = [Row(row.pictures, row.text, row.visual, count) for row, count in zip(rows, self._lengths(new))]
-        self._count(lap, asked, rows)
+        rows = self._count(lap, asked, inputs, self._lengths(new))
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         return [
             GenerationResult(ask.cut(text, until), TokenCounts(row.visual + row.text, row.new))
@@ -195,11 +197,10 @@ class PitomeLlava(lmms):
         whole = [f"{text} {one.continuation}" for text, one in zip(prompts, asked, strict=True)]
         lengths = [self._continued(*pair) for pair in zip(prompts, whole, strict=True)]
         inputs = self._encode(asked, whole)
-        rows = self._rows(asked, inputs)
-        self._room(rows)
+        self._room(asked, inputs)
         with self.meter.lap() as lap:
             logits = self.model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
-        self._count(lap, asked, rows)
+        self._count(lap, asked, inputs, [0] * len(asked))
         return [
             likelihood(scores[-n - 1 : -1], ids[-n:])
             for scores, ids, n in zip(logits, inputs["input_ids"], lengths, strict=True)
@@ -212,36 +213,32 @@ class PitomeLlava(lmms):
             raise ValueError(f"the continuation of {prompt[-40:]!r} has no tokens of its own; rephrase the choice")
         return len(after) - len(before)
 
-    def _rows(self, asked: Sequence[ask.Asked], inputs: Any) -> list[Row]:
-        """What each row holds before its answer."""
-        kept = self.handle.plan.keep if self.handle else None
-        placeholders = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        return [
-            Row(len(one.pictures), length - visual, visual if kept is None else kept * len(one.pictures), 0)
-            for one, length, visual in zip(asked, lengths, placeholders, strict=True)
-        ]
-
-    def _room(self, rows: Sequence[Row]) -> int:
+    def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
         """New tokens that the LLM can hold; ValueError if there is no room for any."""
-        longest, most = (
-            max(row.visual + row.text for row in rows),
-            self.model.config.text_config.max_position_embeddings,
-        )
+        pictures, placeholders, texts = counts.lay_out(self.model, asked, inputs)
+        visual = counts.before(self.handle, inputs, placeholders, pictures)
+        longest, most = max(map(sum, zip(visual, texts))), self.model.config.text_config.max_position_embeddings
         if longest >= most:
             raise ValueError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
         return most - longest
 
     def _lengths(self, new: torch.Tensor) -> list[int]:
-        """New tokens of every row, the one that ends it included."""
+        """New tokens of every row, the one that ends it included; all of them where the model has no such token."""
         ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            return [new.shape[1]] * len(new)
         ended = torch.isin(new, torch.tensor(ends, device=new.device)).cumsum(1)
         return ((ended == 0).sum(1) + (ended > 0).any(1)).tolist()
 
-    def _count(self, lap: Any, asked: Sequence[ask.Asked], rows: Sequence[Row]) -> None:
+    def _count(self, lap: Lap, asked: Sequence[ask.Asked], inputs: Any, new: Sequence[int]) -> list[Row]:
+        """What each row held, and ``new`` tokens of an answer; the meter gets all but those that only pad."""
+        pictures, placeholders, texts = counts.lay_out(self.model, asked, inputs)
+        visual = counts.after(self.handle, placeholders, pictures)
+        rows = [Row(*counted) for counted in zip(pictures, texts, visual, new, strict=True)]
         real = [row for one, row in zip(asked, rows, strict=True) if not one.padding]
         if real:
             self.meter.add(lap, real)
+        return rows
 
 
 class PitomeLlavaChat(PitomeLlava):

@@ -62,13 +62,12 @@ def run(options: argparse.Namespace) -> None:
         _show_plan(options, table, tables)
         return
     reproduce = companion("eval", "reproduce")
-    device = options.device or _first_gpu(options.bits)
     asked = reproduce.Options(
         limit=options.limit,
         batch_size=options.batch_size,
         data=options.data,
         out=options.out,
-        load={"bits": options.bits, "dtype": options.dtype, "device": device},
+        load={"bits": options.bits, "dtype": options.dtype, "device": options.device},
     )
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
@@ -82,12 +81,6 @@ def run(options: argparse.Namespace) -> None:
         _show(options, table, rows)
 
 
-def _first_gpu(bits: int | None) -> str | None:
-    import torch
-
-    return "cuda" if bits is None and torch.cuda.is_available() else None
-
-
 def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
     estimated = tables.plan(table, options.limit, options.tflops)
     fetched = tables.downloads(table)
@@ -97,7 +90,9 @@ def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
             {"run": str(one.run), "questions": one.documents, "gflops": one.gflops, "hours": one.hours}
             for one in estimated
         ]
-        sys.stdout.write(json.dumps({"runs": runs, "downloads": fetched, "hours": hours}) + "\n")
+        about = [name for name in table.tasks if not tables.TASKS[name].counted]
+        said = {"runs": runs, "downloads": fetched, "hours": hours, "sizes_about_right": about}
+        sys.stdout.write(json.dumps(said) + "\n")
         return
     console = _console()
     console.print(f"{options.table}: {table.about}", markup=False)
@@ -105,8 +100,9 @@ def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
     for one in estimated:
         view.add_row(str(one.run), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
     console.print(view)
-    sizes = ", ".join(f"{name} {tables.TASKS[name].documents:,}" for name in table.tasks)
-    console.print(f"questions per task: {sizes}")
+    tasks = {name: tables.TASKS[name] for name in table.tasks}
+    sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
+    console.print(f"questions per task: {', '.join(sizes)}")
     console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
     console.print(
         f"{hours:.1f} hours in all, by FLOPs at {options.tflops:g} TFLOP/s sustained, prompts of {tables.TEXT_TOKENS} "

@@ -31,9 +31,9 @@ def answers(results: dict[str, Any]) -> dict[tuple[str, int], str]:
     return {(task, one["doc_id"]): one["filtered_resps"][0] for task in samples for one in samples[task]}
 
 
-def by_hand(pictures: list[Any], text: str, new_tokens: int = 4, **settings: Any) -> str:
+def by_hand(pictures: list[Any], text: str, new_tokens: int = 4, bits: int | None = None, **settings: Any) -> str:
     """The answer that `pitome_mllm` gives without lmms-eval, one question at a time."""
-    model, processor = load("tiny")
+    model, processor = load("tiny", bits=bits)
     if settings:
         attach(model, **settings)
     content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]

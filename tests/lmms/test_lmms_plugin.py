@@ -185,7 +185,7 @@ def test_the_cost_stands_in_the_results(make):
     assert cost["questions_asked"] == 5 and cost["visual_tokens"] == 72
     assert (about["method"], about["settings"]["where"], about["asked"]["keep"]) == ("tome", "tower", 72)
     assert set(about["versions"]) >= {"lmms_eval", "torch", "transformers", "pitome_mllm"}
-    assert 0 < cost["tower_ms"] < cost["prefill_ms"] and cost["decode_ms"] > 0 and cost["peak_memory_mb"] > 100
+    assert 0 < cost["tower_ms"] < cost["prefill_ms"] and cost["decode_ms"] > 0 and "peak_memory_mb" not in cost
     assert cost["tokens_per_second"] == pytest.approx(cost["total_new_tokens"] / cost["seconds"])
     assert {f"avg_{name}" for name in cost} <= set(results["throughput"])
     counts = [one["token_counts"][0] for one in results["samples"][COUNT]]
@@ -216,3 +216,25 @@ def test_unknown_generation_options_are_refused(make):
     lm.task_dict = {"own": {"test": [[]]}}
     with pytest.raises(EvaluationError, match="document 0: ValueError: unknown generation options beams"):
         list(lm.generate_until([request(0, "what colour is the star?", {"beams": 3})]))
+
+
+def test_a_model_without_a_token_that_ends_answers_is_counted_whole():
+    model, processor = load("tiny")
+    model.generation_config.eos_token_id = None
+    lm = PitomeLlava("tiny", loaded=(model, processor), **SETTINGS)
+    lm.task_dict = {"own": {"test": [[]]}}
+    (found,) = lm.generate_until([request(0, "what colour is the star?", GREEDY)])
+    assert found.token_counts.output_tokens == GREEDY["max_new_tokens"]
+
+
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_models_answer_like_the_python_api(bits):
+    model_args = f"pretrained=tiny,bits={bits},method=tome,keep=72"
+    results = evaluate("pitome_llava", [COLOUR], model_args=model_args, batch_size=1, limit=3)
+    (about,) = results["config"]["batch_sizes"]
+    assert about["bits"] == bits
+    rows = scene_tasks.rows("colour")[:3]
+    expected = [by_hand(scene_tasks.picture(row), row["question"], bits=bits, **SETTINGS) for row in rows]
+    assert list(answers(results).values()) == expected

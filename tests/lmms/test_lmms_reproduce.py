@@ -1,10 +1,18 @@
 """Tables run through lmms-eval, on the embedded tasks and with the real prompts and metrics of published ones."""
 
 import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
+import evaluating
 import pytest
 from checks import command_line
-from evaluating import answers, by_hand, evaluate
+from evaluating import ROOT, answers, by_hand, evaluate
 from lmms_eval.tasks import __file__ as packaged
 from PIL import Image
 
@@ -90,6 +98,82 @@ def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypa
     again = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
     assert (again[0], again[1]) == (0, out) and err.count("is there already") == 0
     assert again[2].count("is there already") == 2
+
+
+# The command, which writes a line into a file for each question that it asks the model.
+NOTING = """
+import sys, time
+from pitome_mllm import cli
+from pitome_mllm_eval.lmms.model import PitomeLlava
+plain = PitomeLlava._generate
+def answer(self, asked):
+    found = plain(self, asked)
+    with open(sys.argv[1], "a") as file:
+        file.write("asked\\n" * len(asked))
+    time.sleep(0.05)
+    return found
+PitomeLlava._generate = answer
+sys.exit(cli.main(sys.argv[2:]))
+"""
+SMALL = (
+    "reproduce",
+    "--table",
+    "embedded",
+    "--limit",
+    3,
+    "--method",
+    "tome",
+    "--keep",
+    72,
+    "--batch-size",
+    1,
+    "--json",
+)
+
+
+def lines(file):
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_a_killed_run_goes_on_without_asking_again(capsys, tmp_path):
+    out, first, second = tmp_path / "out", tmp_path / "first", tmp_path / "second"
+    command = [sys.executable, "-c", NOTING, first, *SMALL, "--out", out]
+    with subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        while lines(first) < 21 + 5 and running.poll() is None:  # the plain run is done, the second one is not
+            time.sleep(0.02)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    stored = 0
+    for database in out.rglob("rank_0.db"):
+        with sqlite3.connect(database) as answers_of:
+            stored += answers_of.execute("SELECT COUNT(*) FROM responses").fetchone()[0]
+    assert 21 + 4 <= stored <= lines(first) < 42, "at most the question that was being asked is lost"
+    done = evaluating.run("-c", NOTING, second, *SMALL, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert lines(second) == 42 - stored and done.stderr.count("is there already") == 1
+    code, whole, _ = command_line(capsys, *SMALL, "--out", tmp_path / "whole")
+    assert code == 0 and json.loads(done.stdout) == json.loads(whole)
+
+
+def test_two_processes_reproduce_what_one_does(capsys, tmp_path):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "pitome_mllm.cli")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = evaluating.run(*launch, *SMALL, "--out", tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    code, alone, _ = command_line(capsys, *SMALL, "--out", tmp_path)
+    assert code == 0 and json.loads(done.stdout) == json.loads(alone)
+    assert done.stderr.count("[1/2] tiny none") == 1, "only the first process speaks"
+    abouts = [json.loads(path.read_text())["config"]["batch_sizes"][0] for path in tmp_path.rglob("*_results.json")]
+    assert sorted(about["processes"] for about in abouts) == [1, 1, 2, 2], "runs of their own"
+    assert {about["cost"]["questions_asked"] for about in abouts} == {21}
+
+
+def test_every_process_loads_the_model_onto_its_own_device():
+    second = SimpleNamespace(num_processes=2, device="cuda:1")
+    options = reproduce.Options(load={"bits": None, "dtype": "float16", "device": "cuda"})
+    assert reproduce._load_options(options, second) == {"bits": None, "dtype": "float16", "device": "cuda:1"}
+    with pytest.raises(ValueError, match="device_map=auto spreads one model over all GPUs; start a single process"):
+        reproduce._load_options(reproduce.Options(load={"device": "auto"}), second)
 
 
 def test_a_question_that_fails_is_code_1_and_goes_on_where_it_was(capsys, tmp_path, monkeypatch):

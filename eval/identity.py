@@ -1,0 +1,84 @@
+"""What tells one run of a table from another: its results may be used again only where all of this is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pitome_mllm.loading import TINY, read_config
+
+from .runs import sources
+from .scene_tasks import GROUP, TASKS
+from .tables import TASKS as KNOWN
+from .tables import Run, Table
+
+PACKAGES = ("torch", "transformers", "lmms_eval")
+BLOCK = 1 << 20  # bytes that are read at once
+HERE = Path(__file__).parent
+
+
+def identity(
+    run: Run, table: Table, data: Path | None, model: Mapping[str, str], how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that a run's results follow from, so that it can be written beside them.
+
+    Parameters
+    ----------
+    model : its `model_identity`, which takes long for large files.
+    data : folder of local data; None = lmms-eval's own data sets, which are known by their names only.
+    how : limit, batch size, what the model is loaded with, and the like.
+    """
+    mine = [*sources(), *(HERE / "lmms").glob("*.py"), HERE / "scene_tasks.py"]
+    return {
+        "model": dict(model),
+        "settings": run.settings,
+        "system_prompt": table.system_prompt,
+        "tasks": {name: _task(name, data) for name in table.tasks},
+        "how": dict(how),
+        "code": fingerprint(mine),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def model_identity(model: str) -> dict[str, str]:
+    """A model on the hub by its name and commit, one that is here by what is in its files, wherever they lie.
+
+    Raises
+    ------
+    ValueError : no such model.
+    """
+    folder = TINY if model == "tiny" else Path(model).expanduser()
+    if folder.is_dir():
+        return {"files": fingerprint(path for path in folder.iterdir() if path.is_file())}
+    return {"hub": model, "commit": str(getattr(read_config(model), "_commit_hash", None))}
+
+
+def _task(name: str, data: Path | None) -> dict[str, Any]:
+    """A task by its definition and data where they are files of ours or of the user's."""
+    task = KNOWN[name]
+    files = [path for path in TASKS.rglob("*") if path.is_file()] if name == GROUP else []
+    if data is not None and task.data:
+        files.append(data / f"{task.task}.parquet")
+    known = {"task": task.task, "metric": task.metric, "changes": task.changes}
+    return known | {"files": fingerprint(path for path in files if path.is_file())}
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Of names and contents; bytes that Python leaves beside its sources do not count."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in files if path.suffix != ".pyc"):
+        sha.update(f"\0{path.name}\0{os.path.getsize(path)}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                sha.update(block)
+    return sha.hexdigest()
+
+
+def short(known: Mapping[str, Any]) -> str:
+    """Enough of its hash to name a folder."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
