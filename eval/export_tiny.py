@@ -29,8 +29,8 @@ pipeline_tag: image-text-to-text
 A small LLaVA (CLIP tower with 24 x 24 patches of 8 pixels, MLP projector, LLaMA with four layers; {parameters:.1f} M
 parameters, half precision) that answers one-word questions about drawn scenes: shapes, colours and handwritten digits.
 It exists so that token reduction can be tried, tested and measured anywhere, within seconds and without a download.
-`load("tiny")` takes less than half a second of CPU time (a test bounds it), after the imports of torch and transformers,
-which take longer.
+`load("tiny")` takes less than half a second of CPU time (a test bounds it), after the imports of torch and transformers
+themselves, which take longer.
 
 It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/scenes.py`), with words
 of its vocabulary. How much a reduction method costs here says how methods compare with each other on this task; it does
