@@ -12,13 +12,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 
 from pitome_mllm import METHODS
+from pitome_mllm.commands.uploads import FORMATS, MAX_BYTES
 from pitome_mllm.plan import DEFAULT_METHOD
 
 from . import examples
 from .controls import AMOUNTS, OWN_PLACE, PLACES
 from .handlers import BITS, Handlers
 from .models import Models
-from .pictures import FORMATS, MAX_BYTES
 from .session import Visitors
 
 HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
@@ -56,7 +56,7 @@ class Page:
 
     def __init__(self, models: Models, picker: bool, folder: Path) -> None:
         self.handlers = Handlers(Visitors(models), folder)
-        self.first = models.open(*models.first)  # held for as long as the page lives
+        self.first = models.open(models.first)  # held for as long as the page lives
         with gr.Blocks(title="pitome-mllm", analytics_enabled=False, delete_cache=(60, LIVE_SECONDS)) as self.blocks:
             gr.HTML(HEAD)
             with gr.Row(equal_height=False):
