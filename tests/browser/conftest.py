@@ -9,40 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from models import build, processor
 
 from pitome_mllm_demo.app import serve
 from pitome_mllm_demo.models import Models
-from pitome_mllm_eval.benchmark import scene
 
 WIDE, NARROW = (1280, 900), (390, 844)
 FLAGS = [
     "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking",
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """Held-out scenes as files, by number."""
-    folder = tmp_path_factory.mktemp("uploads")
-    paths = {}
-    for number in (0, 6, 16):
-        paths[number] = folder / f"scene{number}.png"
-        scene(number)[0].save(paths[number])
-    return paths
-
-
-@pytest.fixture(scope="session")
-def wordy(tmp_path_factory):
-    """A folder with random weights and long answers."""
-    folder = tmp_path_factory.mktemp("wordy")
-    model = build()
-    model.generation_config.max_new_tokens = 120
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

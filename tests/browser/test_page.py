@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import NARROW, WIDE
+from models import LONG
 
 from pitome_mllm_eval.benchmark import scene
 
@@ -57,7 +58,7 @@ def test_a_reply_streams_and_can_be_stopped(visitor, files, wordy):
     visitor.until(lambda: page.locator(".pm-merged.pm-writing").count() > 0)
     page.locator("#pm-stop").click()
     visitor.until(lambda: page.locator(".pm-merged.pm-stopped").count() == 1)
-    assert len(visitor.last(".pm-merged .pm-text").split()) < 120
+    assert len(visitor.last(".pm-merged .pm-text").split()) < LONG
 
 
 def test_a_model_that_cannot_be_loaded(visitor, files):
