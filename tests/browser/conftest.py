@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pitome_mllm_demo.app import serve
+from pitome_mllm_demo.app import CACHE, serve
 from pitome_mllm_demo.models import Models
 
 WIDE, NARROW = (1280, 900), (390, 844)
@@ -22,12 +22,13 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """The page of the embedded model: its parts, and its address as ``served.url``."""
+    """The page of the embedded model: its parts, its address as ``served.url``, Gradio's folder as ``served.cache``."""
+    folder = tmp_path_factory.mktemp("demo")
     page = serve(
-        Models(), tmp_path_factory.mktemp("demo"), "127.0.0.1", None, share=False, picker=True,
+        Models(), folder, "127.0.0.1", None, share=False, picker=True,
         prevent_thread_lock=True, quiet=True,
     )  # fmt: skip
-    page.url = page.blocks.local_url
+    page.url, page.cache = page.blocks.local_url, folder / CACHE
     yield page
     page.blocks.close()
 
