@@ -106,7 +106,8 @@ class Handlers:
         try:
             chat.use(name, BITS[bits], lambda share, text: progress(share, desc=text))
         except ValueError as error:
-            return gr.skip(), _loud(str(error)), self.show_model(request), gr.skip()
+            known = gr.update(maximum=chat.engine.available)
+            return gr.skip(), _loud(str(error)), self.show_model(request), known
         most = chat.engine.available
         keep = gr.update(maximum=most, value=most // 4)
         return [], _loud(f"{chat.engine.name} is ready", "info"), self.show_model(request), keep
@@ -131,10 +132,8 @@ class Handlers:
         if look is None:
             return None, "", gr.update(visible=False), None, "", ""
         try:
-            groups, picked = (
-                self._drawn(request, look.draw()),
-                _note("Click on a patch to light up everything that shares its token."),
-            )
+            groups = self._drawn(request, look.draw())
+            picked = _note("Click on a patch to light up everything that shares its token.")
         except ValueError as error:
             groups, picked = None, view.notice(str(error), "info")
         steps = look.energy_steps

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from .models import Models
 from .session import Conversation
 
-MAX_VISITORS = 64
+MAX_VISITORS = 128  # with room for those who just closed the page: Gradio notices a quarter of a minute later
 IDLE_SECONDS = 1800  # after which a visitor who did not say goodbye counts as gone
 
 
