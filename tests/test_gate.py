@@ -57,7 +57,7 @@ def send(body, path="/v1/chat/completions", method="POST", allow_urls=False, pie
         await send({"type": "http.response.body", "body": b"{}"})
 
     scope = {"type": "http", "path": path, "method": method, "headers": [(b"content-length", b"1")]}
-    asyncio.run(Gate(app, allow_urls)(scope, receive, reply))
+    asyncio.run(Gate(app, "tiny", allow_urls)(scope, receive, reply))
     return sent[0]["status"], json.loads(sent[1]["body"]), arrived[0] if arrived else None
 
 
@@ -132,6 +132,11 @@ def test_only_answers_are_served(path):
 
 def test_what_has_no_pictures_passes():
     assert send(b"", "/health", "GET")[0] == send({"prompt": "hello"}, "/v1/completions")[0] == 200
+
+
+def test_the_served_model_is_the_only_one_listed():
+    status, reply, arrived = send(b"", "/v1/models", "GET")
+    assert status == 200 and [model["id"] for model in reply["data"]] == ["tiny"] and arrived is None
 
 
 @pytest.fixture

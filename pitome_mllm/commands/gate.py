@@ -17,7 +17,8 @@ from typing import Any
 
 from .uploads import MAX_BYTES, read_upload
 
-PATHS = ("/health", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses")
+MODELS = "/v1/models"
+PATHS = ("/health", MODELS, "/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_BODY = 64_000_000  # bytes of a request
 MAX_PICTURES = 8  # in a request
 REFUSED = ("video_url", "audio_url", "input_audio", "chat_template_kwargs")
@@ -30,17 +31,21 @@ class Gate:
     Parameters
     ----------
     app : transformers' server.
+    model : the name of the model that it serves.
     allow_urls : pictures may be http(s) addresses, which are fetched from here.
     """
 
-    def __init__(self, app: Any, allow_urls: bool = False) -> None:
-        self.app, self.allow_urls = app, allow_urls
+    def __init__(self, app: Any, model: str, allow_urls: bool = False) -> None:
+        self.app, self.model, self.allow_urls = app, model, allow_urls
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["path"] not in PATHS:
             return await _refuse(send, 404, f"nothing is served at {scope['path']}; possible: {', '.join(PATHS)}")
+        if scope["path"] == MODELS:  # the other server would list all that lie in this machine's cache
+            served = {"id": self.model, "object": "model", "created": 0, "owned_by": "pitome-mllm"}
+            return await _answer(send, 200, {"object": "list", "data": [served]})
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
         body = await _read(receive)
@@ -147,7 +152,11 @@ def _replay(body: bytes, receive: Any) -> Callable[[], Any]:
 
 async def _refuse(send: Any, status: int, message: str) -> None:
     """An error as OpenAI's clients read it."""
-    error = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    await _answer(send, status, {"error": error})
+
+
+async def _answer(send: Any, status: int, content: dict[str, Any]) -> None:
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(error).encode()})
+    await send({"type": "http.response.body", "body": json.dumps(content).encode()})

@@ -75,7 +75,7 @@ def server_with(name: str, model: Any, processor: Any, allow_urls: bool = False)
             manager = self._model_manager
             manager.force_model = name  # the only one that requests may ask for
             manager.loaded_models[manager.process_model_name(name)] = TimedModel(model, -1, processor)
-            self.server.config.app = Gate(self.server.config.app, allow_urls)
+            self.server.config.app = Gate(self.server.config.app, name, allow_urls)
             self.server.run()
 
     return OneModel

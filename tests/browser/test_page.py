@@ -327,7 +327,7 @@ SHOWN = """const shown = e => {
     return box.width > 1 && box.height > 1 && style.visibility !== 'hidden' && style.opacity !== '0'
         && !e.closest('.sr-only, .visually-hidden, [aria-hidden=true]');
 };"""
-TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab], button, label > span'"
+TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab]'"
 MISFITS = """() => { SHOWN return [...document.querySelectorAll('body *')].filter(e => {
     const box = e.getBoundingClientRect();
     return shown(e) && (box.right > innerWidth + 1 || box.left < -1);

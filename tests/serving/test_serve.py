@@ -147,20 +147,14 @@ def test_clients_load_and_reset_nothing(server):
     for path in ("/load_model", "/reset", "/v1/audio/transcriptions"):
         with pytest.raises(openai.NotFoundError, match=f"nothing is served at {path}"):
             server.client.post(f"{str(server.client.base_url).removesuffix('/v1/')}{path}", body={}, cast_to=object)
-    assert [model.id for model in server.client.models.list()]
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
 
 
 def test_responses_pass_the_same_checks(server, tmp_path):
     scene(0)[0].save(tmp_path / "scene.png")
-    text = {"type": "input_text", "text": "is there a star?"}
-
-    def ask(url):
-        content = [{"type": "input_image", "image_url": url}, text]
-        return server.client.responses.create(model="tiny", input=[{"role": "user", "content": content}], temperature=0)
-
-    assert ask(data_url((tmp_path / "scene.png").read_bytes())).output_text.strip() in ("yes", "no")
+    content = [{"type": "input_image", "image_url": str(tmp_path / "scene.png"), "detail": "auto"}]
     with pytest.raises(openai.BadRequestError, match="neither a data: URL"):
-        ask(str(tmp_path / "scene.png"))
+        server.client.responses.create(model="tiny", input=[{"role": "user", "content": content}])
 
 
 def test_it_says_what_it_serves(server):
