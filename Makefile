@@ -5,6 +5,7 @@
 # make demo         the chat in a browser
 # make test-browser the chat in headless Chromium and through gradio_client (installs a Chromium where there is none)
 # make test-load    eight visitors of the chat for two minutes
+# make record-chat  both of these, and their figures into eval/results/chat.csv and the README
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make lint         style checks
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
@@ -21,7 +22,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask demo test test-oldest test-lmms test-browser test-load test-serve chromium lint clean
+.PHONY: ask demo test test-oldest test-lmms test-browser test-load record-chat test-serve chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -44,6 +45,9 @@ test-browser: $(BROWSER)/.ready chromium
 
 test-load: $(BROWSER)/.ready
 	$(BROWSER)/bin/python -m pytest -q -s -m load tests/browser
+
+record-chat: export PITOME_RECORD = 1
+record-chat: test-browser test-load
 
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest -q tests/serving

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 
 from pitome_mllm import METHODS
+from pitome_mllm.commands.uploads import FORMATS, MAX_BYTES
 from pitome_mllm.plan import DEFAULT_METHOD
 
 from . import examples
+from .belongings import Belongings
 from .controls import AMOUNTS, OWN_PLACE, PLACES
 from .handlers import BITS, Handlers
 from .models import Models
-from .pictures import FORMATS, MAX_BYTES
-from .session import Visitors
 
 HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
 <p>A vision-language model reads a picture as hundreds of tokens, many of them alike. Merge them, ask both ways, and
@@ -34,7 +35,8 @@ STYLE = Path(__file__).with_name("style.css")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 DOWNLOAD = "() => setTimeout(() => document.querySelector('#pm-file').click(), 200)"  # once it has the new file
-LIVE_SECONDS = 3600  # that a drawn picture or an uploaded file stays in the temporary folder
+LIVE_SECONDS = 600  # that a file which nobody asked about, or an old drawing, stays in the temporary folder
+CACHE = "cache"  # Gradio's folder in ours
 
 
 def theme() -> gr.themes.Base:
@@ -55,8 +57,7 @@ class Page:
     """
 
     def __init__(self, models: Models, picker: bool, folder: Path) -> None:
-        self.handlers = Handlers(Visitors(models), folder)
-        self.first = models.open(*models.first)  # held for as long as the page lives
+        self.first = models.open(models.first)  # held for as long as the page lives
         with gr.Blocks(title="pitome-mllm", analytics_enabled=False, delete_cache=(60, LIVE_SECONDS)) as self.blocks:
             gr.HTML(HEAD)
             with gr.Row(equal_height=False):
@@ -66,6 +67,8 @@ class Page:
                     self._lay_out_settings()
                     self._lay_out_look()
                     self._lay_out_models(picker)
+            of_the_page = list((folder / CACHE).rglob("*"))  # that Gradio has copied into its folder by now
+            self.handlers = Handlers(models, Belongings(folder / CACHE, keep=of_the_page))
             self._wire(picker)
             self._offer_api()
 
@@ -180,6 +183,7 @@ class Page:
                 do.load_model, [self.name, self.bits], loaded, api_visibility="private", show_progress_on=self.about
             ).then(do.show_plan, self.controls, planned, **QUIET)
         self.blocks.unload(do.leave)
+        uploads_only(self.box, self.camera)
 
     def _offer_api(self) -> None:
         """What gradio_client calls: hidden parts, so that uploads pass the same checks."""
@@ -188,9 +192,25 @@ class Page:
         question = gr.Textbox(visible=False, label="question")
         answer = gr.JSON(visible=False, label="turn")
         button = gr.Button(visible=False)
+        uploads_only(picture)
         inputs = [question, picture, *self.controls, self.compare]
         button.click(do.api_ask, inputs, answer, api_name="ask")
         button.click(do.api_conversation, None, answer, api_name="conversation")
+
+
+def uploads_only(*parts: gr.components.Component) -> None:
+    """Have parts of a page refuse addresses in the place of files, which Gradio would fetch from other machines."""
+
+    def guarded(take: Callable[..., Any]) -> Callable[..., Any]:
+        async def taken(path: Any) -> Any:
+            if str(path).startswith(("http://", "https://")):
+                raise gr.Error("addresses are not fetched here; send the picture itself", print_exception=False)
+            return await take(path)
+
+        return taken
+
+    for part in parts:
+        part.async_move_resource_to_block_cache = guarded(part.async_move_resource_to_block_cache)
 
 
 def serve(models: Models, folder: Path, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> Page:
@@ -198,8 +218,9 @@ def serve(models: Models, folder: Path, host: str, port: int | None, share: bool
 
     All that is written goes into ``folder``, which the caller removes.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "cache")
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / CACHE)
     page = Page(models, picker, folder)
+    page.handlers.visitors.watch()
     page.blocks.queue(default_concurrency_limit=32, max_size=256)
     page.blocks.launch(
         server_name=host, server_port=port, share=share, theme=theme(), css_paths=STYLE, max_file_size=MAX_BYTES,

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pitome_mllm.plan import DEFAULT_METHOD, Plan
+from pitome_mllm.specs import Geometry
 
 AMOUNTS = ("tokens", "ratio")
 OWN_PLACE = "the method's own"
-PLACES = (OWN_PLACE, "tower", "projector", "both")
+PLACES = (OWN_PLACE, "tower", "projector", "both", "packed")
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,19 @@ class Controls:
         return cls(**values)
 
 
-def label(plan: Plan | None, available: int) -> str:
+def label(plan: Plan | None, geometry: Geometry) -> str:
     """One line that says what a turn was asked with; None = the plain model."""
+    tokens = "tokens per tile" if geometry.tiled else "tokens"
     if plan is None:
-        return f"plain · all {available} tokens"
-    return f"{plan.method} · {plan.keep} of {plan.available} tokens ({plan.keep / plan.available:.0%}) · {plan.where}"
+        return f"plain · all {geometry.available} {tokens}"
+    return f"{plan.method} · {plan.keep} of {plan.available} {tokens} ({plan.keep / plan.available:.0%}) · {plan.where}"
 
 
 def describe(plan: Plan) -> str:
-    """The way of a picture's tokens through the model, in words."""
+    """The way of a picture's tokens, or a tile's, through the model, in words."""
     steps = [plan.entering, *(left for _, left, _ in plan.steps)]
     way = " → ".join(map(str, steps)) if len(steps) > 1 else "nothing merges"
     start = "" if plan.entering == plan.geometry.patches else f"the picture is scaled to {plan.entering} patches; "
     share = f"{plan.keep} of {plan.available} visual tokens ({plan.keep / plan.available:.0%})"
+    share += " per tile" if plan.geometry.tiled else ""
     return f"{share}, {plan.where}: {start}{way}"

@@ -5,18 +5,19 @@ Every function gets Gradio's ``request`` first, whose session tells the visitor.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from . import charts, view
+from .belongings import Belongings
 from .controls import AMOUNTS, Controls, describe
 from .look import Look
-from .session import Conversation, Visitors
+from .models import Models
+from .session import Conversation
+from .visitors import Visitors
 
 BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
@@ -24,22 +25,26 @@ QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there 
 
 
 class Handlers:
-    """For one page; ``folder`` is where downloads are written."""
+    """For one page; ``belongings`` are the files of its visitors."""
 
-    def __init__(self, visitors: Visitors, folder: Path) -> None:
-        self.visitors, self.folder = visitors, folder
+    def __init__(self, models: Models, belongings: Belongings) -> None:
+        self.belongings = belongings
+        self.visitors = Visitors(models, farewell=belongings.drop)
 
     def of(self, request: gr.Request) -> Conversation:
-        return self.visitors.of(request.session_hash)
+        try:
+            return self.visitors.of(request.session_hash)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     def leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)
-        self._download(request).unlink(missing_ok=True)
 
     def send(self, request: gr.Request, box: dict[str, Any], *values: Any) -> Iterator[Any]:
         """Ask; the question goes back into the box if it cannot be asked."""
         *values, compare = values
         chat = self.of(request)
+        self.belongings.add(request.session_hash, box["files"])
         emptied = None  # once: meanwhile the visitor may write the next question
         try:
             for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
@@ -62,16 +67,13 @@ class Handlers:
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         self.of(request).clear()
+        self.belongings.drop(request.session_hash)
         return [], QUIET, None
 
     def write_json(self, request: gr.Request) -> str:
-        path = self._download(request)
-        path.write_text(json.dumps(self.of(request).to_dict(), indent=1, ensure_ascii=False) + "\n")
+        path = self.belongings.path(request.session_hash, "conversation.json")
+        path.write_text(json.dumps(self.of(request).to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return str(path)
-
-    def _download(self, request: gr.Request) -> Path:
-        name = hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:16]  # the session is what a client says
-        return self.folder / f"conversation-{name}.json"
 
     def snap(self, box: dict[str, Any], photo: str | None) -> tuple[Any, ...]:
         """A webcam's picture goes to the others in the box."""
@@ -104,7 +106,8 @@ class Handlers:
         try:
             chat.use(name, BITS[bits], lambda share, text: progress(share, desc=text))
         except ValueError as error:
-            return gr.skip(), _loud(str(error)), self.show_model(request), gr.skip()
+            known = gr.update(maximum=chat.engine.available)
+            return gr.skip(), _loud(str(error)), self.show_model(request), known
         most = chat.engine.available
         keep = gr.update(maximum=most, value=most // 4)
         return [], _loud(f"{chat.engine.name} is ready", "info"), self.show_model(request), keep
@@ -129,7 +132,8 @@ class Handlers:
         if look is None:
             return None, "", gr.update(visible=False), None, "", ""
         try:
-            groups, picked = look.draw(), _note("Click on a patch to light up everything that shares its token.")
+            groups = self._drawn(request, look.draw())
+            picked = _note("Click on a patch to light up everything that shares its token.")
         except ValueError as error:
             groups, picked = None, view.notice(str(error), "info")
         steps = look.energy_steps
@@ -146,7 +150,7 @@ class Handlers:
             drawing, text = look.draw_energy(int(step))
         except ValueError as error:
             return None, view.notice(str(error), "info")
-        return drawing, _note(f"{text}. High energy (yellow): many alike, merged first.")
+        return self._drawn(request, drawing), _note(f"{text}. High energy (yellow): many alike, merged first.")
 
     def pick(self, request: gr.Request, value: str | None, event: gr.SelectData) -> tuple[Any, ...]:
         """Light up the group under a click."""
@@ -156,8 +160,11 @@ class Handlers:
         whole = look.draw()
         group = look.pick(event.index[0] / whole.width, event.index[1] / whole.height)
         if group is None:
-            return whole, _note("This patch was dropped; it belongs to no token.")
-        return look.draw(group), f'<div class="pm-plan">{view.text(look.describe(group))}</div>'
+            return self._drawn(request, whole), _note("This patch was dropped; it belongs to no token.")
+        return self._drawn(request, look.draw(group)), f'<div class="pm-plan">{view.text(look.describe(group))}</div>'
+
+    def _drawn(self, request: gr.Request, image: Any) -> str | None:
+        return self.belongings.drawing(request.session_hash, image)
 
     # for gradio_client
 
@@ -167,8 +174,11 @@ class Handlers:
         picture: a file, or None to go on with the pictures so far.
         """
         *values, compare = values
+        files = [picture] if picture else []
+        chat = self.of(request)
+        self.belongings.add(request.session_hash, files)
         try:
-            for turn in self.of(request).ask(question, [picture] if picture else [], _controls(*values), compare):
+            for turn in chat.ask(question, files, _controls(*values), compare):
                 yield turn.to_dict()
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error

@@ -134,11 +134,15 @@ class Look:
 def looks(processor: Any, pictures: Sequence[Any], stats: Any, title: str) -> list[Look]:
     """What a run did to each of its pictures, in their order; those of several tiles once for every tile.
 
+    There is nothing to see where merging comes behind the projector, when patches are patches no more.
+
     Parameters
     ----------
     pictures : `Picture` objects, those of the run.
     stats : of the run, with energies.
     """
+    if stats.plan.where == "packed":
+        return []
     seen, names = [], []
     for picture in pictures:
         tiles = tiles_seen_by(processor, picture.image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +15,12 @@ from PIL import Image
 from pitome_mllm import attach, estimate, load
 from pitome_mllm.accounting import MLP_MATRICES, kv_bytes_per_token
 from pitome_mllm.features import pixel_values, tower_features
-from pitome_mllm.loading import read_config
+from pitome_mllm.loading import check_bits, read_config
+from pitome_mllm.plan import Plan, Settings, make_plan
 
 from .controls import Controls
 
+Key = tuple[str, int | None]  # name and bits of a model
 Say = Callable[[float, str], None]  # how far something is, from 0 to 1, and what happens
 
 
@@ -32,15 +35,26 @@ class Engine:
     users : visitors that hold it.
     """
 
-    def __init__(self, key: tuple[str, int | None], model: Any, processor: Any) -> None:
+    def __init__(self, key: Key, model: Any, processor: Any) -> None:
         self.key = key
         self.model, self.processor = model, processor
         self.handle = attach(model, keep=0.25)
+        self.geometry = self.handle.geometry
         self.users = 0
         self._runs: list[Future] = []  # those that wait or run, in their order
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._picture_flops = lru_cache(maxsize=256)(self._per_picture)  # counting them takes a good part of a second
+
+    def close(self) -> None:
+        """Free the model once the run that is under way has ended; runs that wait are cancelled."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.handle.remove()
+        self._picture_flops.cache_clear()
+        del self.model, self.processor, self.handle
+        gc.collect()  # models refer to themselves
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def name(self) -> str:
@@ -50,7 +64,7 @@ class Engine:
     @property
     def available(self) -> int:
         """Visual tokens per picture of the plain model."""
-        return self.handle.geometry.available
+        return self.geometry.available
 
     def warm_up(self) -> None:
         """Run the tower once merged and once plain, so that the first figures are like all others."""
@@ -59,10 +73,9 @@ class Engine:
         with self.handle.using(None):
             tower_features(self.model, blank)
 
-    def plan(self, controls: Controls) -> Any:
+    def plan(self, controls: Controls) -> Plan:
         """What the settings come to; ValueError if they are not possible here."""
-        with self.handle.using(**controls.settings()):
-            return self.handle.plan
+        return make_plan(Settings().changed(**controls.settings()), self.geometry)
 
     def submit(self, run: Callable[[], Any]) -> Future:
         """Queue a run on the model's thread."""
@@ -81,18 +94,17 @@ class Engine:
         with self._lock:
             self._runs.remove(run)  # and with it what its visitor holds
 
-    def cost(self, controls: Controls | None, pictures: int, text_tokens: int) -> tuple[float, float | None]:
-        """MB of the prompt's KV cache, and 10^9 FLOPs up to the first new token; None = not known for this LLM.
+    def cost(self, controls: Controls | None, pictures: int, prompt_tokens: int) -> tuple[float, float | None]:
+        """MB of the prompt's KV cache, and 10^9 FLOPs up to the first new token.
 
-        ``controls`` None = the plain model.
+        The latter None = not known: of this LLM, or of pictures that are cut into tiles. ``controls`` None = the plain
+        model; ``prompt_tokens`` as the LLM reads them.
         """
         text = self.model.config.text_config
-        keep = self.available if controls is None else self.plan(controls).keep
-        prompt = pictures * keep + text_tokens
-        kv = prompt * kv_bytes_per_token(text, self.model.dtype) / 1e6
-        if text.model_type not in MLP_MATRICES:
+        kv = prompt_tokens * kv_bytes_per_token(text, self.model.dtype) / 1e6
+        if text.model_type not in MLP_MATRICES or self.geometry.tiled:
             return kv, None
-        llm = estimate(self.model, images=0, text_tokens=prompt).prefill_flops
+        llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
         return kv, (pictures * self._picture_flops(controls) + llm) / 1e9
 
     def _per_picture(self, controls: Controls | None) -> int:
@@ -113,37 +125,66 @@ class Models:
     def __init__(
         self, first: str = "tiny", bits: int | None = None, dtype: str | None = None, device: str | None = None
     ) -> None:
-        self.first = (first, bits)
+        self.first = self.key(first, bits)
         self._options = {"dtype": dtype, "device": device}
         self._loading = threading.Lock()
         self._count = threading.Lock()
-        self.loaded: dict[tuple[str, int | None], Engine] = {}
+        self.loaded: dict[Key, Engine] = {}
 
-    def open(self, name: str, bits: int | None = None, say: Say = lambda share, text: None) -> Engine:
+    @staticmethod
+    def key(name: str, bits: int | None = None) -> Key:
+        """What visitors call a model, in the form that `loaded` has."""
+        return name.strip(), bits or None
+
+    def open(self, key: Key, say: Say = lambda share, text: None) -> Engine:
         """The model, loaded if it is not yet there; give it back with `release`.
+
+        One model is loaded at a time; who wants one that is in memory does not wait.
 
         Raises
         ------
         ValueError : as `load`, or not enough memory.
         """
-        key = (name.strip(), bits or None)
-        say(0.0, f"waiting to load {name}")
-        with self._loading:
-            engine = self.loaded.get(key) or self._load(key, say)
-            with self._count:
-                self.loaded[key] = engine
-                engine.users += 1
+        engine = self._take(key)
+        if engine is None:
+            say(0.0, f"waiting to load {key[0]}")
+            with self._loading:
+                engine = self._take(key) or self._add(self._load(key, say))  # another visitor may have loaded it
         say(1.0, f"{engine.name} is ready")
         return engine
+
+    def check(self, key: Key) -> None:
+        """Refuse what can be seen to be no model without loading it; ValueError as `load`."""
+        if key not in self.loaded:
+            name, bits = key
+            check_bits(bits)
+            read_config(name)
 
     def release(self, engine: Engine) -> None:
         """One visitor less; the last one to leave a model frees it, unless it is the first."""
         with self._count:
             engine.users -= 1
-            if engine.users == 0 and engine.key != self.first:
-                self.loaded.pop(engine.key, None)
+            freed = engine.users == 0 and engine.key != self.first
+            if freed:
+                del self.loaded[engine.key]
+        if freed:
+            engine.close()
 
-    def _load(self, key: tuple[str, int | None], say: Say) -> Engine:
+    def _take(self, key: Key) -> Engine | None:
+        """One visitor more for a model that is in memory."""
+        with self._count:
+            engine = self.loaded.get(key)
+            if engine is not None:
+                engine.users += 1
+            return engine
+
+    def _add(self, engine: Engine) -> Engine:
+        with self._count:
+            self.loaded[engine.key] = engine
+            engine.users = 1
+        return engine
+
+    def _load(self, key: Key, say: Say) -> Engine:
         name, bits = key
         say(0.1, f"reading the configuration of {name}")
         read_config(name)

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.features import pixel_values, tower_features
 from pitome_mllm.latency import now, timed_tower
+from pitome_mllm.plan import Plan
 
 from .controls import Controls
 from .look import Look, looks
@@ -25,7 +26,7 @@ class Figures:
 
     Attributes
     ----------
-    visual_tokens, prompt_tokens : of all pictures and of the whole prompt, as the LLM reads them.
+    visual_tokens, prompt_tokens : of all pictures and of the whole prompt, as the LLM reads them; counted.
     tower_ms : the vision tower with its merging, by the clock.
     prefill_ms : from the pictures to the first new token, tower included, by the clock.
     tokens_per_s : new tokens after the first one, by the clock.
@@ -33,8 +34,8 @@ class Figures:
     gflops : from the pictures to the first new token, in 10^9 floating-point operations, calculated.
     """
 
-    visual_tokens: int
-    prompt_tokens: int
+    visual_tokens: int | None = None
+    prompt_tokens: int | None = None
     tower_ms: float | None = None
     prefill_ms: float | None = None
     tokens_per_s: float | None = None
@@ -54,9 +55,20 @@ class Figures:
 
 @dataclass
 class Outcome:
-    """What a run left: the prompt's length, times, and a look at every picture (none of the plain model)."""
+    """What a run left.
 
-    prompt_tokens: int = 0
+    Attributes
+    ----------
+    visual_tokens, plain_tokens : of all pictures, those that reached the LLM, and those of the plain model; None = not
+        known.
+    text_tokens : the rest of the prompt.
+    looks : one for every picture or tile; none of the plain model, and none where nothing merged in front of the
+        projector.
+    """
+
+    visual_tokens: int | None
+    plain_tokens: int | None
+    text_tokens: int = 0
     tower_ms: float | None = None
     prefill_ms: float | None = None
     tokens_per_s: float | None = None
@@ -147,6 +159,7 @@ def answer(
     engine: Engine, inputs: Any, room: int, pictures: Any, controls: Controls | None, title: str, stop: threading.Event
 ) -> Iterator[Event]:
     """Generate greedily; yields as `stream`, at last an `Outcome`. ``controls`` None = the plain model."""
+    plain = int((inputs["input_ids"] == engine.model.config.image_token_id).sum())
 
     def work(say: Callable[[str], None]) -> Outcome:
         clock = _Clock(engine.model.device, stop)
@@ -161,21 +174,36 @@ def answer(
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
             stats = engine.handle.stats
+        visual = plain if stats is None else sum(stats.lengths)
+        times = _tower_ms(tower), *_speed(start, clock.ticks)
         seen = () if stats is None else tuple(looks(engine.processor, pictures, stats, title))
-        return Outcome(inputs["input_ids"].shape[1], _tower_ms(tower), *_speed(start, clock.ticks), looks=seen)
+        return Outcome(visual, plain, inputs["input_ids"].shape[1] - plain, *times, looks=seen)
 
     return stream(engine, work, stop)
 
 
-def look_only(engine: Engine, pictures: Any, controls: Controls, title: str, stop: threading.Event) -> Iterator[Event]:
-    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`."""
+def look_only(
+    engine: Engine, pictures: Any, plan: Plan, controls: Controls, title: str, stop: threading.Event
+) -> Iterator[Event]:
+    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`.
+
+    Raises
+    ------
+    ValueError : nothing merges in front of the projector.
+    """
+    if plan.where == "packed":
+        raise ValueError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
 
     def work(say: Callable[[str], None]) -> Outcome:
-        pixels = pixel_values(engine.processor, [picture.image for picture in pictures])
+        pixels = torch.cat([pixel_values(engine.processor, picture.image) for picture in pictures])
         with _using(engine, controls), timed_tower(engine.model) as tower:
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
-        return Outcome(tower_ms=_tower_ms(tower), looks=tuple(looks(engine.processor, pictures, stats, title)))
+        seen = tuple(looks(engine.processor, pictures, stats, title))
+        if engine.geometry.tiled:  # how many tokens the tiles come to, is known behind the tower
+            return Outcome(None, None, tower_ms=_tower_ms(tower), looks=seen)
+        each = len(pictures) * plan.keep, len(pictures) * plan.available
+        return Outcome(*each, tower_ms=_tower_ms(tower), looks=seen)
 
     return stream(engine, work, stop)
 

@@ -1,30 +1,32 @@
-"""The chat's state and logic: conversations, their turns, and who holds them. It knows nothing of the page.
+"""The chat's state and logic: a conversation and its turns. It knows nothing of the page.
 
 Read `Conversation.ask` first. `turns` is what was said, `runs` one answer, `models` what is in memory, `look` what
-merging did.
+merging did, `visitors` who holds a conversation.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .controls import Controls, label
-from .models import Engine, Models
+from .models import Engine, Key, Models
 from .pictures import Picture, open_upload
 from .prompts import encode
 from .runs import Event, Figures, Outcome, Stopped, answer, look_only
 from .turns import Reply, Turn, history
 
+logger = logging.getLogger(__name__)
+
 MAX_PICTURES = 8  # in one conversation
 MAX_TURNS = 100
 MAX_LOOKS = 10  # turns back for which one can still look inside
 PATIENCE = 0.5  # seconds
-IDLE_SECONDS = 1800  # after which a visitor who did not say goodbye counts as gone
 
 
 class Conversation:
@@ -32,11 +34,13 @@ class Conversation:
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self.engine: Engine = models.open(*models.first)
+        self.engine: Engine = models.open(models.first)
         self.turns: list[Turn] = []
         self.seen = time.monotonic()
         self._busy = threading.Lock()
         self._stop = threading.Event()
+        self._gone = False
+        self._held = threading.Semaphore()  # taken when the model is given back, which happens once
 
     # asking
 
@@ -87,21 +91,34 @@ class Conversation:
     # the model
 
     def use(self, name: str, bits: int | None = None, say: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Go on with another model; the conversation starts anew. On an error the old one stays.
+        """Go on with another model; the conversation starts anew.
+
+        A name, bits or configuration that cannot be changes nothing. Then the old model goes, so that there is room for
+        the new one; where that fails, the old one is loaded again and the conversation stays.
 
         Raises
         ------
         ValueError : as `load`, or an answer still being written.
         """
+        wanted = self._models.key(name, bits)
         with self._one_at_a_time():
-            old, self.engine = self.engine, self._models.open(name, bits, say)
-            self._models.release(old)
+            self._models.check(wanted)
+            old = self.engine.key
+            if wanted != old:
+                self._hold(self._models.first)  # is in memory anyway
+            try:
+                self._hold(wanted, say)
+            except Exception:
+                self._return_to(old)
+                raise
             self.turns = []
 
     def leave(self) -> None:
-        """Give everything back."""
+        """Give everything back; what is being written ends first."""
+        self._gone = True
         self.clear()
-        self._models.release(self.engine)
+        if not self.busy:
+            self._let_go()
 
     @property
     def busy(self) -> bool:
@@ -116,9 +133,29 @@ class Conversation:
         try:
             self.seen = time.monotonic()
             self._stop = threading.Event()
+            if self._gone:
+                raise ValueError("this conversation has ended; start a new one")
             yield
         finally:
+            self.seen = time.monotonic()
             self._busy.release()
+            if self._gone:
+                self._let_go()
+
+    def _hold(self, key: Key, say: Callable[[float, str], None] = lambda *_: None) -> None:
+        """Change over to a model; the one before is given back."""
+        old, self.engine = self.engine, self._models.open(key, say)
+        self._models.release(old)
+
+    def _return_to(self, key: Key) -> None:
+        try:
+            self._hold(key)
+        except Exception:  # the first error is the one to tell
+            logger.exception("%s could not be loaded again; the conversation goes on with %s", key[0], self.engine.name)
+
+    def _let_go(self) -> None:
+        if self._held.acquire(blocking=False):
+            self._models.release(self.engine)
 
     def _ask(self, question: str, pictures: list[Picture], controls: Controls, compare: bool) -> Iterator[Turn]:
         engine = self.engine
@@ -130,7 +167,7 @@ class Conversation:
         if compare and question:
             lanes = {"plain": (None, None), **lanes}
         for lane, (settings, planned) in lanes.items():
-            turn.replies[lane] = Reply(label(planned, engine.available), settings, engine.name)
+            turn.replies[lane] = Reply(label(planned, engine.geometry), settings, engine.name)
         runs = {lane: self._run(past, lane, *lanes[lane]) for lane in lanes}  # checked before anything shows
         self.turns = past
         for old in past[:-MAX_LOOKS]:
@@ -161,21 +198,22 @@ class Conversation:
             raise ValueError("the question is empty; ask something, or add a picture to look inside")
 
     def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> tuple[Iterator[Event], Any]:
-        """The events of one run, and a function for its figures from an `Outcome`."""
+        """The events of one run, and a function for its figures and the plain model's from an `Outcome`."""
         engine, stop, reply = self.engine, self._stop, turns[-1].replies[lane]
         if not turns[-1].question:
             shown = turns[-1].pictures
-            return look_only(engine, shown, controls, reply.label, stop), lambda outcome: (
-                Figures(len(shown) * plan.keep, 0, outcome.tower_ms),
-                Figures(len(shown) * engine.available, 0),
+            return look_only(engine, shown, plan, controls, reply.label, stop), lambda outcome: (
+                Figures(outcome.visual_tokens, tower_ms=outcome.tower_ms),
+                Figures(outcome.plain_tokens),
             )
         lines, pictures = history(turns, lane)
         inputs, room = encode(engine, lines, [picture.image for picture in pictures], plan)
-        text = int((inputs["input_ids"] != engine.model.config.image_token_id).sum())
 
         def costs(outcome: Outcome) -> tuple[Figures, Figures]:
-            return _figures(engine, controls, plan, len(pictures), text, outcome), _figures(
-                engine, None, None, len(pictures), text, Outcome()
+            plain = Outcome(outcome.plain_tokens, outcome.plain_tokens, outcome.text_tokens)
+            return (
+                _figures(engine, controls, len(pictures), outcome),
+                _figures(engine, None, len(pictures), plain),
             )
 
         return answer(engine, inputs, room, pictures, controls, reply.label, stop), costs
@@ -195,43 +233,8 @@ class Conversation:
             yield turn
 
 
-def _figures(
-    engine: Engine, controls: Controls | None, plan: Any, pictures: int, text_tokens: int, outcome: Outcome
-) -> Figures:
-    visual = pictures * (engine.available if plan is None else plan.keep)
-    kv, gflops = engine.cost(controls, pictures, text_tokens)
+def _figures(engine: Engine, controls: Controls | None, pictures: int, outcome: Outcome) -> Figures:
+    prompt = outcome.visual_tokens + outcome.text_tokens
+    kv, gflops = engine.cost(controls, pictures, prompt)
     times = (outcome.tower_ms, outcome.prefill_ms, outcome.tokens_per_s)
-    return Figures(visual, visual + text_tokens, *times, kv_mb=kv, gflops=gflops)
-
-
-class Visitors:
-    """Who is there: one `Conversation` per key, freed when its visitor leaves or was away for `IDLE_SECONDS`."""
-
-    def __init__(self, models: Models, idle: float = IDLE_SECONDS) -> None:
-        self.models, self.idle = models, idle
-        self._lock = threading.Lock()
-        self.conversations: dict[Hashable, Conversation] = {}
-
-    def of(self, key: Hashable) -> Conversation:
-        """The conversation of a visitor, a new one for a new visitor."""
-        self._expire()
-        with self._lock:
-            found = self.conversations.get(key)
-            if found is None:
-                found = self.conversations[key] = Conversation(self.models)
-            found.seen = time.monotonic()
-            return found
-
-    def leave(self, key: Hashable) -> None:
-        """Free what a visitor holds."""
-        with self._lock:
-            gone = self.conversations.pop(key, None)
-        if gone is not None:
-            gone.leave()
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            late = [key for key, found in self.conversations.items() if now - found.seen > self.idle and not found.busy]
-        for key in late:
-            self.leave(key)
+    return Figures(outcome.visual_tokens, prompt, *times, kv_mb=kv, gflops=gflops)

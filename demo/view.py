@@ -81,7 +81,7 @@ def figures(found: Figures, shares: dict[str, float], lane: str) -> str:
     cells = []
     for name, (title, form, how) in FIGURES.items():
         value = getattr(found, name)
-        if value is None or (name == "prompt_tokens" and not value):
+        if value is None:
             continue
         ratio = f'<div class="pm-ratio">×{shares[name]:.2f}</div>' if lane == "merged" and name in shares else ""
         cells.append(

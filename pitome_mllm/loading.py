@@ -41,7 +41,7 @@ def load(
     ------
     ValueError : no such folder or checkpoint, an unsupported family, a value out of range, a missing extra.
     """
-    _check_bits(bits)
+    check_bits(bits)
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
     config = read_config(name_or_path)
@@ -53,7 +53,8 @@ def load(
     return model.eval(), _processor(source, config)
 
 
-def _check_bits(bits: int | None) -> None:
+def check_bits(bits: int | None) -> None:
+    """Refuse a number of bits that weights cannot have, and quantised ones without bitsandbytes; ValueError."""
     if bits is None:
         return
     if isinstance(bits, bool) or bits not in BITS:

@@ -38,6 +38,7 @@ WORDS = (
     "that one? here? now? again? shape thing look at tell me"
 ).split()
 VOCABULARY = SPECIAL + sorted(set(WORDS))
+LONG = 120  # words of every answer of a model that never ends by itself
 QUESTION = "USER: <image> what colour is the star ASSISTANT:"
 
 

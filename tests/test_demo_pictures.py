@@ -1,27 +1,16 @@
 """What strangers send: every broken, huge or odd file is refused in one readable line, without decoding it."""
 
 import io
-import struct
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
+from bombs import png_of
 from models import picture
 from PIL import Image
 
-from pitome_mllm_demo.pictures import FORMATS, MAX_BYTES, MAX_SIDE, data_uri, open_upload
-
-
-def png_of(width, height):
-    """A valid PNG that says it is so large; a few kilobytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(min(width * height, 2_000_000)), 9)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+from pitome_mllm.commands.uploads import FORMATS, MAX_BYTES, MAX_SIDE
+from pitome_mllm_demo.pictures import data_uri, open_upload
 
 
 @pytest.mark.parametrize("width, height", [(30_000, 30_000), (7_000, 7_000), (100_000, 10_000)])

@@ -1,77 +1,28 @@
-"""The chat without a page: turns, streaming, stopping, comparing, visitors, and what is freed when they leave."""
+"""The chat without a page: turns, streaming, stopping, comparing."""
 
-import gc
 import json
 import subprocess
 import sys
 import threading
 import time
-import weakref
 
 import pytest
 import torch
-from models import build, picture, processor
+from asking import PITOME, ask, said
+from models import LONG
 
 from pitome_mllm import estimate
+from pitome_mllm_demo.controls import Controls
 from pitome_mllm_demo.models import Models
-from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Controls, Conversation, Visitors
+from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Conversation
 from pitome_mllm_eval.benchmark import scene
 
-PITOME = Controls("pitome", keep=144)
 QUESTION = "what colour is the star"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Pictures of scenes 0 to 3, as files."""
-    folder = tmp_path_factory.mktemp("uploads")
-    paths = [folder / f"scene{number}.png" for number in range(4)]
-    for number, path in enumerate(paths):
-        scene(number)[0].save(path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def wordy(tmp_path_factory):
-    """A folder with random weights, no chat template, and long answers."""
-    folder = tmp_path_factory.mktemp("wordy")
-    model = build()
-    model.generation_config.max_new_tokens = 40
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def models():
-    return Models()
 
 
 @pytest.fixture(scope="module")
 def wordy_models(wordy):
     return Models(wordy)
-
-
-@pytest.fixture
-def chat(models):
-    return Conversation(models)
-
-
-@pytest.fixture
-def photo(tmp_path):
-    picture(0).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-def said(events):
-    """The last of what a generator yields."""
-    *_, last = events
-    return last
-
-
-def ask(chat, question, files=(), controls=PITOME, compare=False):
-    return said(chat.ask(question, files, controls, compare))
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -91,7 +42,7 @@ def test_words_appear_one_after_the_other(wordy_models, photo):
     chat = Conversation(wordy_models)
     texts = [turn.replies["merged"].text for turn in chat.ask(QUESTION, [photo], PITOME)]
     assert len({*texts}) > 5 and all(texts[-1].startswith(text.strip()) for text in texts)
-    assert len(texts[-1].split()) == 40
+    assert len(texts[-1].split()) == LONG
 
 
 def test_several_turns_and_pictures_reach_the_model(models, files, monkeypatch):
@@ -141,9 +92,9 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
 def test_a_conversation_that_does_not_fit_is_refused_before_anything_shows(chat, files):
     ask(chat, "is there a star?", files[:3])
     with pytest.raises(ValueError, match="conversation is too long: 2.* tokens with 4 pictures.*clear it"):
-        ask(chat, "is there a star?", files[3:], Controls("pitome-tuned", keep=144))
+        ask(chat, "is there a star?", files[3:4], Controls("pitome-tuned", keep=144))
     assert len(chat.turns) == 1
-    assert ask(chat, "is there a star?", files[3:], PITOME).replies["merged"].state == "done"  # compact positions fit
+    assert ask(chat, "is there a star?", files[3:4], PITOME).replies["merged"].state == "done"  # compact positions fit
 
 
 def test_more_pictures_than_a_conversation_holds(chat, files):
@@ -210,7 +161,7 @@ def test_stop_keeps_what_there_is(wordy_models, photo):
         if turn.replies["merged"].text:
             chat.stop()
     reply = turn.replies["merged"]
-    assert reply.state == "stopped" and 1 <= len(reply.text.split()) < 40
+    assert reply.state == "stopped" and 1 <= len(reply.text.split()) < LONG
     assert ask(chat, QUESTION).replies["merged"].state == "done"  # a stop does not last
 
 
@@ -302,7 +253,8 @@ def test_compare_gives_both_answers_and_their_figures(chat, files):
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_calculated_figures_are_those_of_estimate(models, controls, pictures):
     engine = Conversation(models).engine
-    kv, gflops = engine.cost(controls, pictures, 17)
+    keep = engine.available if controls is None else engine.plan(controls).keep
+    kv, gflops = engine.cost(controls, pictures, pictures * keep + 17)
     settings = {} if controls is None else controls.settings()
     cost = estimate(engine.model, **settings, images=pictures, text_tokens=17, new_tokens=1)
     assert kv * 1e6 == pytest.approx(cost.kv_bytes) and gflops * 1e9 == pytest.approx(cost.flops)
@@ -322,116 +274,6 @@ def test_only_recent_turns_keep_what_is_inside(chat, files):
         ask(chat, "is there a star?")
     assert chat.turns[0].replies["merged"].looks == ()
     assert all(turn.replies["merged"].looks for turn in chat.turns[1:])
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def test_another_model(models, wordy, files, photo):
-    chat, told = Conversation(models), []
-    ask(chat, "is there a star?", files[:1])
-    chat.use(wordy, None, lambda share, text: told.append((share, text)))
-    assert chat.turns == [] and chat.engine.name == wordy
-    assert [share for share, _ in told] == sorted(share for share, _ in told) and told[-1] == (1.0, f"{wordy} is ready")
-    assert any("loading the weights" in text for _, text in told)
-    assert ask(chat, QUESTION, [photo]).replies["merged"].model == wordy
-    chat.leave()
-    assert list(models.loaded) == [("tiny", None)]
-
-
-def test_a_model_that_cannot_be_loaded_leaves_the_old_one(models, tmp_path):
-    chat = Conversation(models)
-    for name, bits, message in [
-        ("nobody/nothing", None, "cannot load 'nobody/nothing'"),
-        (str(tmp_path), None, "has no config.json"),
-        ("", None, "the model's name is empty"),
-        ("tiny", 3, "choose 4 or 8"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            chat.use(name, bits)
-    assert chat.engine.name == "tiny" and not chat.busy
-
-
-def test_quantised_weights_are_another_model(models, files):
-    chat = Conversation(models)
-    chat.use("tiny", 8)
-    assert chat.engine.name == "tiny (8 bit)"
-    assert ask(chat, "is there a star?", files[:1]).replies["merged"].text in ("yes", "no")
-    chat.leave()
-
-
-def test_visitors_share_a_model_and_the_last_one_frees_it(models, wordy):
-    first, second = Conversation(models), Conversation(models)
-    first.use(wordy)
-    second.use(wordy)
-    assert first.engine is second.engine
-    gone = weakref.ref(first.engine.model)
-    first.leave()
-    assert second.engine.key in models.loaded
-    second.leave()
-    assert second.engine.key not in models.loaded
-    del first, second
-    gc.collect()
-    assert gone() is None
-
-
-# ---- visitors --------------------------------------------------------------------------------------------------------
-
-
-def test_a_visitor_who_leaves_frees_what_they_hold(models, files):
-    visitors = Visitors(models)
-    users = Conversation(models).engine.users
-    chat = visitors.of("a")
-    assert visitors.of("a") is chat and visitors.of("b") is not chat
-    turn = ask(chat, "is there a star?", files[:1])
-    held = [weakref.ref(turn.pictures[0].image), weakref.ref(turn.replies["merged"].looks[0])]
-    visitors.leave("a")
-    visitors.leave("nobody")
-    assert list(visitors.conversations) == ["b"] and chat.engine.users == users + 1
-    del chat, turn
-    gc.collect()
-    assert [ref() for ref in held] == [None, None]
-    assert visitors.of("a").turns == []
-
-
-def test_a_visitor_who_was_away_for_long_counts_as_gone(models, files):
-    visitors = Visitors(models, idle=0.05)
-    ask(visitors.of("a"), "is there a star?", files[:1])
-    time.sleep(0.1)
-    visitors.of("b")
-    assert list(visitors.conversations) == ["b"]
-
-
-def test_visitors_at_once_never_mix(models, files):
-    """Each thread has its own picture, settings and answers; all of them as when alone."""
-    questions = [q.text for q in scene(0)[1][:3]]
-    settings = [
-        Controls("pitome", keep=144), Controls("tome", keep=36), Controls(keep=288), Controls("random", keep=16),
-    ]  # fmt: skip
-
-    def answers(number):
-        chat = Conversation(models)
-        turns = [
-            ask(chat, question, files[number : number + 1] if not turn else (), settings[number])
-            for turn, question in enumerate(questions)
-        ]
-        replies = [turn.replies["merged"] for turn in turns]
-        names = {look.name for reply in replies for look in reply.looks}
-        groups = [reply.looks[0].groups.tolist() for reply in replies]
-        return [reply.text for reply in replies], [reply.label for reply in replies], names, groups
-
-    alone, together = [answers(number) for number in range(4)], [None] * 4
-
-    def visit(number):
-        together[number] = answers(number)
-
-    threads = [threading.Thread(target=visit, args=[number]) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert together == alone
-    assert [names for _, _, names, _ in together] == [{f"scene{number}.png"} for number in range(4)]
 
 
 def test_the_session_needs_no_gradio():

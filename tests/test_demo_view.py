@@ -96,7 +96,7 @@ def test_a_picture_without_a_question():
 
 
 def test_figures_that_are_not_known_are_left_out():
-    strip = view.figures(Figures(144, 0, 12.0), {}, "merged")
+    strip = view.figures(Figures(144, tower_ms=12.0), {}, "merged")
     assert parsed(strip).words == "visual tokens144tower, ms12"
 
 

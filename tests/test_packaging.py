@@ -21,7 +21,7 @@ ALLOWED = {
     "placeholders": {"schedule", "specs"},
     "packing": {"schedule", "specs"},
     "spectral": {"methods"},
-    "visualize": {"methods"},
+    "visualize": {"features", "methods"},
     "plan": {"methods", "schedule", "specs"},
     "stats": {"methods", "packing", "plan"},
     "accounting": {"latency", "methods", "plan", "schedule", "specs"},

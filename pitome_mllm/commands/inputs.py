@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -65,14 +65,19 @@ def read_picture(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
         hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
         raise ValueError(f"no picture file {str(path)!r}{hint}")
+    return decode(path, str(path))
+
+
+def decode(source: str | Path | BinaryIO, name: str) -> Image.Image:
+    """The picture in a file, open or not; as `read_picture`, and ``name`` is what messages call it."""
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             picture = ImageOps.exif_transpose(file)
             picture.load()
     except UnidentifiedImageError as error:
-        raise ValueError(f"{str(path)!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {str(path)!r}: {error}") from error
+        raise ValueError(f"{name!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the picture {name!r}: {error}") from error
     return _rgb(picture)
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from .gate import Gate
 from .options import add_merging, add_model, check_method, merging, open_model
 
 
@@ -21,6 +22,11 @@ def register(commands: Any) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    group.add_argument(
+        "--allow-urls",
+        action="store_true",
+        help="fetch the pictures that clients name by http(s); else only data: URLs",
+    )
     parser.set_defaults(run=run)
 
 
@@ -50,11 +56,14 @@ def run(options: argparse.Namespace) -> None:
             f"at http://{options.host}:{options.port}/v1\n"
         )
         sys.stdout.flush()
-        server_with(options.model, model, processor)(host=options.host, port=options.port)
+        server_with(options.model, model, processor, options.allow_urls)(host=options.host, port=options.port)
 
 
-def server_with(name: str, model: Any, processor: Any) -> Any:
-    """transformers' server for this model, which is in memory already, and for no other; call it to serve."""
+def server_with(name: str, model: Any, processor: Any, allow_urls: bool = False) -> Any:
+    """transformers' server for this model, which is in memory already, and for no other; call it to serve.
+
+    Requests pass a `Gate` first; ``allow_urls`` is for it.
+    """
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import TimedModel
 
@@ -66,6 +75,7 @@ def server_with(name: str, model: Any, processor: Any) -> Any:
             manager = self._model_manager
             manager.force_model = name  # the only one that requests may ask for
             manager.loaded_models[manager.process_model_name(name)] = TimedModel(model, -1, processor)
+            self.server.config.app = Gate(self.server.config.app, name, allow_urls)
             self.server.run()
 
     return OneModel

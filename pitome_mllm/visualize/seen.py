@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..features import pixels_in
+
 
 def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
     """Everything that the vision tower gets of a picture: one view of it, or for anyres an overview and its tiles.
@@ -27,7 +29,7 @@ def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
         raise ValueError(
             f"{type(processor).__name__} has no image processor; pass the processor that AutoProcessor loads"
         )
-    values = image_processor(images=picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    values = pixels_in(image_processor(images=picture.convert("RGB"), return_tensors="pt"))
     values = values.reshape(-1, *values.shape[-3:]).float()  # (tiles, 3, H, W)
     if image_processor.do_normalize:
         mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)

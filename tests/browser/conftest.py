@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from models import build, processor
 
-from pitome_mllm_demo.app import serve
+from pitome_mllm_demo.app import CACHE, serve
 from pitome_mllm_demo.models import Models
-from pitome_mllm_eval.benchmark import scene
 
 WIDE, NARROW = (1280, 900), (390, 844)
 FLAGS = [
@@ -23,36 +21,14 @@ FLAGS = [
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """Held-out scenes as files, by number."""
-    folder = tmp_path_factory.mktemp("uploads")
-    paths = {}
-    for number in (0, 6, 16):
-        paths[number] = folder / f"scene{number}.png"
-        scene(number)[0].save(paths[number])
-    return paths
-
-
-@pytest.fixture(scope="session")
-def wordy(tmp_path_factory):
-    """A folder with random weights and long answers."""
-    folder = tmp_path_factory.mktemp("wordy")
-    model = build()
-    model.generation_config.max_new_tokens = 120
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """The page of the embedded model: its parts, and its address as ``served.url``."""
+    """The page of the embedded model: its parts, its address as ``served.url``, Gradio's folder as ``served.cache``."""
+    folder = tmp_path_factory.mktemp("demo")
     page = serve(
-        Models(), tmp_path_factory.mktemp("demo"), "127.0.0.1", None, share=False, picker=True,
+        Models(), folder, "127.0.0.1", None, share=False, picker=True,
         prevent_thread_lock=True, quiet=True,
     )  # fmt: skip
-    page.url = page.blocks.local_url
+    page.url, page.cache = page.blocks.local_url, folder / CACHE
     yield page
     page.blocks.close()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
+from record import record
 
 from pitome_mllm_demo.app import Page
 from pitome_mllm_demo.models import Models
@@ -70,6 +71,11 @@ def test_the_first_answer_comes_soon_after_a_cold_start(program, picture):
         f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"
     )
     assert used < FIRST_ANSWER
+    record(
+        "test-browser",
+        cold_start_to_first_answer=f"{wall:.1f} s",
+        processor_time_of_it=f"{used:.1f} s",
+    )
 
 
 def test_it_listens_on_this_machine_only(program):

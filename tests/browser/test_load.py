@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
+from record import record
 from test_client import program  # noqa: F401, the server as a user starts it
 
 from pitome_mllm_eval.benchmark import scene
@@ -95,3 +96,9 @@ def test_eight_visitors_for_two_minutes(program, tmp_path):  # noqa: F811
     )
     assert [guest.problems for guest in guests] == [[]] * VISITORS
     assert asked >= VISITORS * 3 and after / before < GROWTH
+    name = f"{VISITORS}_visitors_for_{SECONDS:.0f}_s"
+    values = {
+        name: f"{asked} answers, no error",
+        "resident_memory_before_and_after_it": f"{before:.0f} → {after:.0f} MB ({after / before - 1:+.1%})",
+    }
+    record("test-load", **values)

@@ -5,6 +5,8 @@ import re
 
 import pytest
 from conftest import NARROW, WIDE
+from gradio_client import Client
+from models import LONG
 
 from pitome_mllm_eval.benchmark import scene
 
@@ -57,7 +59,7 @@ def test_a_reply_streams_and_can_be_stopped(visitor, files, wordy):
     visitor.until(lambda: page.locator(".pm-merged.pm-writing").count() > 0)
     page.locator("#pm-stop").click()
     visitor.until(lambda: page.locator(".pm-merged.pm-stopped").count() == 1)
-    assert len(visitor.last(".pm-merged .pm-text").split()) < 120
+    assert len(visitor.last(".pm-merged .pm-text").split()) < LONG
 
 
 def test_a_model_that_cannot_be_loaded(visitor, files):
@@ -273,28 +275,77 @@ def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served):
     held = served.handlers.visitors.conversations
     before = set(held)
     visitor.ask("is there a star?", files[16])
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    visitor.page.locator("#pm-json").click()
+    visitor.until(lambda: list(served.cache.glob("*/conversation.json")))
+    assert list(served.cache.glob("*/scene16.png")) and list(served.cache.glob("visitor-*/*.png"))
     users = served.first.users
     mine = next(key for key, chat in held.items() if chat.turns and chat.turns[0].pictures[0].name == "scene16.png")
     visitor.page.close()
-    for _ in range(300):
-        if mine not in held:
+
+    def gone():
+        files = [*served.cache.glob("*/scene16.png"), *served.cache.glob("visitor-*")]
+        return mine not in held and not files
+
+    for _ in range(600):  # others may be leaving too
+        if gone():
             break
         visitor.context.pages or visitor.context.new_page()
         visitor.context.pages[0].wait_for_timeout(100)
-    assert mine not in held and served.first.users == users - 1 and len(set(held) - before) == 0
+    assert gone() and served.first.users == users - 1 and len(set(held) - before) == 0
+    assert list(served.cache.glob("*/scene 16.png"))  # the example of nearly that name stays
+
+
+def test_who_comes_when_it_is_full_is_told(served, files, monkeypatch):
+    visitors = served.handlers.visitors
+    visitors.expire()
+    monkeypatch.setattr(visitors, "most", len(visitors.conversations))
+    with pytest.raises(Exception, match="visitors are here, and there is no room for more; come back later"):
+        Client(served.url, verbose=False).predict(api_name="/conversation")
+
+
+def test_no_address_is_fetched_for_a_client(served, monkeypatch):
+    """Gradio would download it in the place of an upload."""
+    fetched = []
+
+    async def note(url, **_):
+        fetched.append(url)
+        raise RuntimeError("not in a test")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", note)
+    file = {"path": "https://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
+    settings = ("pitome", "tokens", 144, 0.9, "the method's own", False)
+    with pytest.raises(Exception, match="addresses are not fetched here; send the picture itself"):
+        Client(served.url, verbose=False).predict("is there a star?", file, *settings, api_name="/ask")
+    assert fetched == []
 
 
 # ---- how it looks ----------------------------------------------------------------------------------------------------
 
-MISFITS = """() => [...document.querySelectorAll('body *')].filter(e => {
+SHOWN = """const shown = e => {
+    const box = e.getBoundingClientRect(), style = getComputedStyle(e);
+    return box.width > 1 && box.height > 1 && style.visibility !== 'hidden' && style.opacity !== '0'
+        && !e.closest('.sr-only, .visually-hidden, [aria-hidden=true]');
+};"""
+TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab]'"
+MISFITS = """() => { SHOWN return [...document.querySelectorAll('body *')].filter(e => {
     const box = e.getBoundingClientRect();
-    const shown = box.width > 0 && box.height > 0 && getComputedStyle(e).visibility !== 'hidden';
-    return shown && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('.sr-only, .tabs, [role=tablist]');
-}).map(e => e.tagName + '.' + e.className)"""
-CUT = """() => [...document.querySelectorAll('.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note')]
-    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"""
-SMALL = """() => [...document.querySelectorAll('.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note')]
-    .filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent)"""
+    return shown(e) && (box.right > innerWidth + 1 || box.left < -1);
+}).map(e => e.tagName + '.' + e.className) }"""
+CUT = """() => { SHOWN return [...document.querySelectorAll(TEXTS)]
+    .filter(e => shown(e) && e.textContent.trim() && e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+    .map(e => e.textContent) }"""
+SMALL = """() => { SHOWN return [...document.querySelectorAll(TEXTS)]
+    .filter(e => shown(e) && parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent) }"""
+TABS = (
+    """() => { SHOWN return [...document.querySelectorAll('[role=tab]')].filter(shown).map(e => e.innerText.trim()) }"""
+)
+FIGURES = """() => { SHOWN return [...document.querySelectorAll('.pm-strip')].filter(shown)
+    .map(strip => [...strip.querySelectorAll('.pm-value')].filter(shown).length) }"""
+
+
+def asked_of(visitor, script):
+    return visitor.page.evaluate(script.replace("SHOWN", SHOWN).replace("TEXTS", TEXTS))
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["1280", "390"])
@@ -306,14 +357,17 @@ def test_everything_fits_and_can_be_read(visit, files, size):
     visitor.until(lambda: source(visitor, "#pm-groups"))
     visitor.page.locator("#pm-groups img").click(position={"x": 200, "y": 260})
     visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
-    for tab in ("Groups", "Energy", "Tokens", "Accuracy"):
+    assert asked_of(visitor, FIGURES) == [7, 7]
+    tabs = ["Groups", "Energy", "Tokens", "Accuracy"]
+    for tab in tabs:
         if tab != "Groups":
             visitor.tab(tab)
             visitor.page.wait_for_timeout(700)
         width = visitor.page.evaluate("document.documentElement.scrollWidth")
         assert width <= size[0], f"{tab}: the page is {width} wide"
+        assert asked_of(visitor, TABS) == tabs  # none of them behind a menu
         for question in (MISFITS, CUT, SMALL):
-            assert visitor.page.evaluate(question) == [], tab
+            assert asked_of(visitor, question) == [], tab
         sizes = visitor.page.evaluate(
             "[...document.querySelectorAll('.pm-chart text')].filter(e => e.getBoundingClientRect().height)"
             ".map(e => e.getBoundingClientRect().height)"

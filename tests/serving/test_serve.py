@@ -67,12 +67,19 @@ def local():
         assert handle.stats.tokens_after == KEEP
 
 
+def asking(url, question):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def data_url(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
 def messages(number, question, tmp_path):
     path = tmp_path / "scene.png"
     scene(number)[0].save(path)
-    uri = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
+    return asking(data_url(path.read_bytes()), question)
 
 
 QUESTIONS = [(number, question.text) for number in (0, 3, 16) for question in scene(number)[1][:4]]
@@ -119,6 +126,35 @@ def test_no_other_model_is_served(server, tmp_path):
     with pytest.raises(openai.BadRequestError) as caught:
         server.client.chat.completions.create(model="other", messages=messages(0, "is there a star?", tmp_path))
     assert "pinned to 'tiny'" in caught.value.response.json()["detail"]
+
+
+def test_pictures_that_are_not_sent_are_refused(server, tmp_path):
+    """Neither files of this machine nor addresses; and what is sent is decoded with care."""
+    scene(0)[0].save(tmp_path / "scene.png")
+    whole = (tmp_path / "scene.png").read_bytes()
+    for url, message in [
+        (str(tmp_path / "scene.png"), "neither a data: URL nor a web address"),
+        ((tmp_path / "scene.png").as_uri(), "neither a data: URL nor a web address"),
+        ("http://127.0.0.1:1/scene.png", "this server fetches none"),
+        (data_url(whole[:3000]), "cannot read the picture 'picture 1': image file is truncated"),
+        (data_url(b"no picture"), "is no picture in one of the formats"),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message):
+            server.client.chat.completions.create(model="tiny", messages=asking(url, "is there a star?"), max_tokens=4)
+
+
+def test_clients_load_and_reset_nothing(server):
+    for path in ("/load_model", "/reset", "/v1/audio/transcriptions"):
+        with pytest.raises(openai.NotFoundError, match=f"nothing is served at {path}"):
+            server.client.post(f"{str(server.client.base_url).removesuffix('/v1/')}{path}", body={}, cast_to=object)
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+
+
+def test_responses_pass_the_same_checks(server, tmp_path):
+    scene(0)[0].save(tmp_path / "scene.png")
+    content = [{"type": "input_image", "image_url": str(tmp_path / "scene.png"), "detail": "auto"}]
+    with pytest.raises(openai.BadRequestError, match="neither a data: URL"):
+        server.client.responses.create(model="tiny", input=[{"role": "user", "content": content}])
 
 
 def test_it_says_what_it_serves(server):

@@ -1,0 +1,87 @@
+"""Who is there: the conversations of all visitors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+
+from .models import Models
+from .session import Conversation
+
+MAX_VISITORS = 128  # with room for those who just closed the page: Gradio notices a quarter of a minute later
+IDLE_SECONDS = 1800  # after which a visitor who did not say goodbye counts as gone
+
+
+class Visitors:
+    """Who is there: one `Conversation` per key, freed when its visitor leaves or was away for long.
+
+    Parameters
+    ----------
+    most : visitors at once.
+    idle : seconds after which a visitor who was away is let go by `expire`.
+    farewell : is called with the key of everyone who left.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        most: int = MAX_VISITORS,
+        idle: float = IDLE_SECONDS,
+        farewell: Callable[[Hashable], None] = lambda key: None,
+    ) -> None:
+        self.models, self.most, self.idle, self.farewell = models, most, idle, farewell
+        self._lock = threading.Lock()
+        self.conversations: dict[Hashable, Conversation] = {}
+
+    def of(self, key: Hashable) -> Conversation:
+        """The conversation of a visitor, a new one for a new visitor.
+
+        Raises
+        ------
+        ValueError : too many visitors.
+        """
+        with self._lock:
+            found = self.conversations.get(key)
+        if found is None:
+            self.expire()
+            found = self._welcome(key, Conversation(self.models))  # may load a model: nobody else waits for that
+        found.seen = time.monotonic()
+        return found
+
+    def leave(self, key: Hashable) -> None:
+        """Free what a visitor holds."""
+        with self._lock:
+            gone = self.conversations.pop(key, None)
+        if gone is not None:
+            gone.leave()
+        self.farewell(key)
+
+    def watch(self, every: float = 60.0) -> None:
+        """`expire` for ever, on a thread that ends with the program."""
+
+        def run() -> None:
+            while True:
+                time.sleep(every)
+                self.expire()
+
+        threading.Thread(target=run, name="expiry", daemon=True).start()
+
+    def expire(self) -> None:
+        """Let those go who were away for long."""
+        now = time.monotonic()
+        with self._lock:
+            late = [key for key, found in self.conversations.items() if now - found.seen > self.idle and not found.busy]
+        for key in late:
+            self.leave(key)
+
+    def _welcome(self, key: Hashable, made: Conversation) -> Conversation:
+        """Enter a new conversation, unless the visitor has got one meanwhile or there is no room."""
+        with self._lock:
+            full = key not in self.conversations and len(self.conversations) >= self.most
+            found = made if full else self.conversations.setdefault(key, made)
+        if full or found is not made:
+            made.leave()
+        if full:
+            raise ValueError(f"{self.most} visitors are here, and there is no room for more; come back later")
+        return found

@@ -1,0 +1,58 @@
+"""Pictures that strangers send, decoded within limits."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from .inputs import decode
+
+MAX_BYTES = 20_000_000
+MAX_PIXELS = 40_000_000  # a phone's camera; more would take over 160 MB once decoded
+MAX_SIDE = 1344  # pixels kept of the longer side: four times what the towers of LLaVA models see
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded by Pillow itself; others start programs or rare decoders
+
+
+def read_upload(source: Path | bytes, name: str) -> Image.Image:
+    """Decode what a stranger sent: RGB, at most `MAX_SIDE` on its longer side.
+
+    Parameters
+    ----------
+    source : a file that exists, or its content.
+    name : what messages call it.
+
+    Raises
+    ------
+    ValueError : not a whole picture in one of `FORMATS`, or more bytes or pixels than allowed.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{name!r} has {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB are possible")
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    _check_header(data, name)
+    image = decode(io.BytesIO(data), name)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _check_header(data: bytes, name: str) -> None:
+    """Refuse by what the file says of itself, before a pixel is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                width, height = file.size
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name!r} is no picture in one of the formats {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name!r} would have far too many pixels; scale it down") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name!r} is damaged: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{name!r} has {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million are possible; "
+            "scale it down"
+        )

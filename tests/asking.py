@@ -1,0 +1,15 @@
+"""Asking in a conversation of the chat."""
+
+from pitome_mllm_demo.controls import Controls
+
+PITOME = Controls("pitome", keep=144)
+
+
+def said(events):
+    """The last of what a generator yields."""
+    *_, last = events
+    return last
+
+
+def ask(chat, question, files=(), controls=PITOME, compare=False):
+    return said(chat.ask(question, files, controls, compare))
