@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import wiring
+from . import original, wiring
 from .methods import Reducer
 from .packing import Places
 from .plan import Plan, Settings, make_plan
@@ -219,6 +219,8 @@ def _describe(plan: Plan) -> str:
 
 def _known(model: nn.Module) -> tuple[FamilySpec, Geometry] | None:
     """The row of a model, by the name of its class or of one it derives from, and its geometry; None if it has none."""
+    if original.is_original(model):
+        return original.describe(model)
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
     return None if name is None else (FAMILIES[name], geometry(model.config))
 

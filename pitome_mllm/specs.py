@@ -41,6 +41,7 @@ class FamilySpec:
     places : where tokens can merge; the first one unless a method says something else.
     obstacle : why not elsewhere.
     plain : methods of the core that never merge.
+    original : a model of the original llava package, which writes pictures into the prompt itself (`original`).
     """
 
     config: str
@@ -56,6 +57,7 @@ class FamilySpec:
     places: tuple[str, ...] = IN_TOWER
     obstacle: str = "pictures are not cut into tiles"
     plain: tuple[str, ...] = ()
+    original: bool = False
 
 
 ANYWHERE = (*IN_TOWER, "packed")
@@ -128,6 +130,7 @@ class Geometry:
     obstacle : why not elsewhere.
     tiled : pictures are cut into tiles; the counts are those of one tile.
     joined : rows and columns of patches that the projector joins into one token.
+    original : a model of the original llava package.
     """
 
     grid: tuple[int, int]
@@ -142,6 +145,7 @@ class Geometry:
     obstacle: str = ""
     tiled: bool = False
     joined: int = 1
+    original: bool = False
 
     @property
     def merges_in_tower(self) -> bool:

@@ -1,0 +1,148 @@
+"""Fine-tune the embedded model for few visual tokens: ``python -m pitome_mllm_eval.finetune --keep 72 --steps 300``.
+
+LoRA adapters on the LLM and the projector learn from questions on training pictures, through the model's own forward
+with merging on. The benchmark's questions are asked before and after; none of its pictures or digits is learned from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .benchmark import questions
+from .curves import Bootstrap
+from .documents import write_csv
+from .glyphs import SPLITS
+from .runs import check_out, load, provenance
+from .score import score
+from .tiny_batch import IGNORE, Phase, training_batch
+from .tiny_model import PAD, PREFIX, word_ids
+
+RESULTS = Path(__file__).parent / "results" / "finetune.csv"
+ADAPTED = r".*(language_model.*_proj|multi_modal_projector\.linear_[12])"
+PICTURES, TURNS, WARMUP = 16, 4, 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """The share of right answers "before" or "after", or the "difference", with its 95 % interval over pictures."""
+
+    method: str
+    where: str
+    keep: int
+    steps: int
+    rank: int
+    rate: float
+    seed: int
+    seconds: float  # of training, processor time
+    what: str
+    questions: int
+    value: float
+    low: float
+    high: float
+
+
+def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tensor]:
+    """What the model's forward takes, one conversation for each picture of a training batch.
+
+    Parameters
+    ----------
+    batch : with ``pixels`` (B, 3, H, W), ``tokens`` and ``labels`` (B, 1, T); the labels name the next token.
+    image, tokens : id and number of the placeholders of a picture.
+    """
+    text, answers = batch["tokens"][:, 0], batch["labels"][:, 0]
+    start = torch.tensor([word_ids()[word] for word in PREFIX] + [image] * tokens).expand(len(text), -1)
+    ids = torch.cat([start, text], 1)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, start.shape[1] + 1 :] = answers[:, :-1]
+    pixels = batch["pixels"].float() / 127.5 - 1
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels, "labels": labels}
+
+
+def batches(steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Pictures of the training split with a conversation of four questions each."""
+    phase = Phase("tune", steps, PICTURES, rows=TURNS, chat_share=1.0)
+    return (training_batch(seed, 0, phase, step) for step in range(steps))
+
+
+def tune(model: nn.Module, steps: int, rank: int, rate: float, seed: int) -> nn.Module:
+    """Put LoRA adapters on ``model``, in place, and train them; merging, where it is attached, takes part."""
+    from peft import LoraConfig, get_peft_model
+    from rich.progress import track
+
+    torch.manual_seed(seed)
+    config = model.config
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED)).train()
+    optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min((n + 1) / WARMUP, 1 - n / steps))
+    for batch in track(batches(steps, seed), "training", total=steps):
+        wrapped(**inputs(batch, config.image_token_id, config.image_seq_length)).loss.backward()
+        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    return wrapped.eval()
+
+
+def right(model: nn.Module, processor: Any, split: str, limit: int | None) -> np.ndarray:
+    return np.array([float(record.right) for record in score(model, processor, split, limit)])
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Accuracy before and after, and the paired difference."""
+    from pitome_mllm import attach
+
+    model, processor = load("tiny")
+    handle = attach(model, args.method, keep=args.keep)
+    before = right(model, processor, args.split, args.limit)
+    start = time.process_time()
+    wrapped = tune(model, args.steps, args.rank, args.rate, args.seed)
+    seconds = round(time.process_time() - start, 1)
+    after = right(model, processor, args.split, args.limit)
+    if args.save:
+        wrapped.save_pretrained(args.save)
+    bootstrap = Bootstrap(np.array([scene for scene, _ in questions(args.split)][: args.limit]))
+    everything = np.ones(len(before), dtype=bool)
+    plan, settings = handle.plan, (args.steps, args.rank, args.rate, args.seed, seconds)
+    for what, values in {"before": before, "after": after, "difference": after - before}.items():
+        figures = bootstrap(values, everything)
+        yield Row(plan.method, plan.where, plan.keep, *settings, what, len(values), *figures)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=int, default=72)
+    parser.add_argument("--method", default="pitome")
+    parser.add_argument("--steps", type=int, default=300, help=f"each of {PICTURES} pictures, {TURNS} questions on each")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="test", choices=SPLITS[1:])
+    parser.add_argument("--limit", type=int, help="ask only the first so many questions")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the adapters, as peft writes them")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    about = provenance("tiny", args.split)
+    try:
+        check_out(args.out, RESULTS, args.limit is None and args.split == "test")
+        rows = list(measure(args))
+    except ValueError as error:
+        parser.error(str(error))
+    write_csv(args.out, rows, about)
+    for row in rows:
+        print(f"{row.what}: {100 * row.value:+.1f} % ({100 * row.low:+.1f} to {100 * row.high:+.1f})")
+
+
+if __name__ == "__main__":
+    main()
