@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .latency import Latency, Timing, at_least, measure
 from .methods import Reducer
@@ -219,12 +218,14 @@ class _Counter(TorchDispatchMode):
     """Sums up the FLOPs of what runs inside it, on this thread."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # the original llava package's torch has none
+
         super().__init__()
-        self.flops = 0
+        self.flops, self.formulas = 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result

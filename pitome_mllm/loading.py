@@ -41,17 +41,18 @@ def load(
     ------
     ValueError : no such folder or checkpoint, an unsupported family, a value out of range, a missing extra.
     """
-    _check_bits(bits)
-    dtype = _dtype(dtype, tiny=name_or_path == "tiny")
-    placement = _device_map(device, bits)
     source = _source(name_or_path)
     architecture = _original_architecture(source)
+    if architecture is None:
+        _check_bits(bits)
+    elif bits is not None:
+        raise ValueError(
+            f"bits={bits} is not possible with a checkpoint of the original llava package here; load it quantised "
+            "with that package's own load_pretrained_model, then attach"
+        )
+    dtype = _dtype(dtype, tiny=name_or_path == "tiny")
+    placement = _device_map(device, bits)
     if architecture is not None:
-        if bits is not None:
-            raise ValueError(
-                f"bits={bits} is not possible with a checkpoint of the original llava package here; load it quantised "
-                "with llava's own load_pretrained_model, then attach"
-            )
         return original.load(source, architecture, dtype, placement)
     config = read_config(name_or_path)
     options: dict[str, Any] = {"dtype": dtype, "device_map": placement}

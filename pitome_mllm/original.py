@@ -152,7 +152,7 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
 class _View:
     """A model with some attributes replaced."""
 
-    def __init__(self, model: nn.Module, **replaced: Any) -> None:
+    def __init__(self, model: nn.Module, /, **replaced: Any) -> None:
         vars(self).update(replaced, _model=model)
 
     def __getattr__(self, name: str) -> Any:
@@ -316,7 +316,8 @@ def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[n
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{source!r} lacks {len(missing)} weights of {architecture}, such as {missing[0]}")
     tower = model.get_vision_tower()
-    tower.load_model()
+    if not tower.is_loaded:  # checkpoints with a tower of their own bring it along
+        tower.load_model()
     tower.to(device=model.device, dtype=model.dtype)
     tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     return model.eval(), Processor(tokenizer, tower.image_processor, model.config)

@@ -68,6 +68,8 @@ def uninstall(handle: Attachment) -> None:
 
 def _marked(handle: Attachment) -> list[nn.Module]:
     """The modules that know their attachment."""
+    if handle.family.original:
+        return [handle.model, handle.tower]
     modules = [handle.model, handle.tower, handle.language]
     modules += [handle.core] if handle.family.tiles == "anyres" else []
     modules += [handle.projector] if handle.family.tiles == "connector" else []
