@@ -40,7 +40,7 @@ test-lmms: $(LMMS)/.ready
 
 # The fixtures of the other tests need today's transformers.
 test-llava: $(LLAVA)/.ready
-	OMP_NUM_THREADS=1 $(LLAVA)/bin/python -m pytest -q --confcutdir=tests/llava tests/llava
+	OMP_NUM_THREADS=1 $(LLAVA)/bin/python -m pytest -q --confcutdir=tests/original tests/original
 
 demo: $(BROWSER)/.ready
 	$(BROWSER)/bin/pitome-mllm demo

@@ -53,7 +53,9 @@ class CLIPEncoderLayer(nn.Module):
 class Clip(nn.Module):
     def __init__(self):
         super().__init__()
-        self.config = CLIPVisionConfig(num_hidden_layers=BLOCKS, image_size=SIDE, patch_size=PATCH, hidden_size=WIDTH)
+        self.config = CLIPVisionConfig(
+            num_hidden_layers=BLOCKS, num_attention_heads=1, image_size=SIDE, patch_size=PATCH, hidden_size=WIDTH
+        )
         self.config._attn_implementation = "eager"
         self.embed = nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.layers = nn.ModuleList(CLIPEncoderLayer() for _ in range(BLOCKS))
