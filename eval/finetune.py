@@ -122,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=int, default=72)
     parser.add_argument("--method", default="pitome")
-    parser.add_argument("--steps", type=int, default=300, help=f"each of {PICTURES} pictures, {TURNS} questions on each")
+    parser.add_argument(
+        "--steps", type=int, default=300, help=f"each of {PICTURES} pictures, {TURNS} questions on each"
+    )
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest")
     parser.add_argument("--seed", type=int, default=0)

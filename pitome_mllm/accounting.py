@@ -89,7 +89,7 @@ def estimate(
         is no text, and nothing but the tower costs); nothing runs and no weights are needed.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings : as for `attach`.
     batch : rows.
-    images : pictures per row.
+    images : pictures per row; where pictures are cut into tiles, tiles, without their newlines.
     text_tokens : tokens per row that are not picture placeholders.
     new_tokens : tokens to be written per row.
     logits : positions of the prompt that the output head sees: "last" as in ``generate``, "all" as in ``forward``.

@@ -44,9 +44,7 @@ def tower_files(folder: Path) -> Path:
     for weight in tower.parameters():
         weight.data.mul_(4)  # so that tokens differ
     tower.save_pretrained(folder)
-    processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     processor.save_pretrained(folder)
     return folder
 

@@ -185,8 +185,10 @@ def test_a_copy_and_another_thread_have_their_own(tower):
 def test_gradients_flow_through_the_merge(tower):
     model = build(tower, "anyres").train()
     given = inputs(model, [1, 3], ROWS)
-    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100).masked_fill(
-        given["input_ids"] == IMAGE, -100
+    labels = (
+        given["input_ids"]
+        .masked_fill(given["attention_mask"] == 0, -100)
+        .masked_fill(given["input_ids"] == IMAGE, -100)
     )
     for where in ("tower", "packed"):
         with attach(model, "pitome", keep=36, where=where):
