@@ -68,6 +68,7 @@ class Attachment:
         self.language: nn.Module = operator.attrgetter(self.family.language)(model)
         self.core: nn.Module = operator.attrgetter(self.family.core)(model)
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
+        self.told_of_videos = False
         wiring.install(self)
 
     @classmethod
