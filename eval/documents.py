@@ -16,6 +16,7 @@ COLUMNS = {
     "search": {"sweep", "alternative"},
     "spectra": {"distance", "loss"},
     "costs": {"shape", "ms", "code"},
+    "finetune": {"what", "steps", "rank"},
 }
 
 

@@ -41,7 +41,7 @@ class FamilySpec:
     places : where tokens can merge; the first one unless a method says something else.
     obstacle : why not elsewhere.
     plain : methods of the core that never merge.
-    videos : why videos do not merge; empty if the family has none, or takes their frames for pictures.
+    videos : why videos do not merge; empty if the family takes none.
     original : a model of the original llava package, which writes pictures into the prompt itself (`original`).
     """
 
