@@ -133,8 +133,8 @@ def told(rows: list[dict[str, str]]) -> str:
         f"`{about['method']}`, keep={about['keep']}, {about['where']}: {figure('before')} per cent right before, "
         f"{figure('after')} after {about['steps']} steps, {figure('difference', '+')} points; in brackets 95 % "
         f"bootstrap intervals over pictures, the last one paired. {about['questions']} {about['split']} questions, "
-        f"adapters of rank {about['rank']}, seed {about['seed']}, {float(about['seconds']):.0f} s of processor time for "
-        f"training, {about['device']}, torch {about['torch']}, transformers {about['transformers']}, weights "
+        f"adapters of rank {about['rank']}, seed {about['seed']}, trained for {float(about['seconds']):.0f} s of "
+        f"processor time, {about['device']}, torch {about['torch']}, transformers {about['transformers']}, weights "
         f"{about['weights']}, {about['date']}."
     )
 
