@@ -24,7 +24,7 @@ from .glyphs import SPLITS
 from .runs import check_out, load, provenance
 from .score import score
 from .tiny_batch import IGNORE, Phase, training_batch
-from .tiny_model import PAD, PREFIX, word_ids
+from .tiny_model import EOS, PAD, PREFIX, word_ids
 
 RESULTS = Path(__file__).parent / "results" / "finetune.csv"
 ADAPTED = r".*(language_model.*_proj|multi_modal_projector\.linear_[12])"
@@ -67,6 +67,7 @@ def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tenso
     ids = torch.cat([start, text], 1)
     labels = torch.full_like(ids, IGNORE)
     labels[:, start.shape[1] + 1 :] = answers[:, :-1]
+    ids = torch.where(labels == EOS, labels, ids)  # rows end with an answer, whose end is a label only
     pixels = batch["pixels"].float() / 127.5 - 1
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels, "labels": labels}
 
