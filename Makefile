@@ -2,6 +2,7 @@
 # make test         the test suite
 # make test-oldest  the same on the oldest supported release of transformers
 # make test-lmms    the tests of the lmms-eval plug-in, with lmms-eval in an environment of its own
+# make test-llava   the tests beside the original llava package, with its old torch and transformers (5 GB, Python 3.10 or 3.11)
 # make demo         the chat in a browser
 # make test-browser the chat in headless Chromium and through gradio_client (installs a Chromium where there is none)
 # make test-load    eight visitors of the chat for two minutes
@@ -13,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 LMMS ?= .venv-lmms
+LLAVA ?= .venv-llava
 BROWSER ?= .venv-browser
 SERVE ?= .venv-serve
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
@@ -22,7 +24,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask demo test test-oldest test-lmms test-browser test-load record-chat test-serve chromium lint clean
+.PHONY: ask demo test test-oldest test-lmms test-llava test-browser test-load record-chat test-serve chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -36,6 +38,10 @@ test-oldest: $(OLDEST)/.ready
 
 test-lmms: $(LMMS)/.ready
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q tests/lmms
+
+# The fixtures of the other tests need today's transformers.
+test-llava: $(LLAVA)/.ready
+	OMP_NUM_THREADS=1 $(LLAVA)/bin/python -m pytest -q --confcutdir=tests/original tests/original
 
 demo: $(BROWSER)/.ready
 	$(BROWSER)/bin/pitome-mllm demo
@@ -74,6 +80,15 @@ $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 
+$(LLAVA)/.ready: requirements/llava.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' || \
+		{ echo "torch 2.0.1 needs Python 3.10 or 3.11 here: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $(LLAVA) with the versions of $< (once, several minutes, 5 GB)"
+	$(PYTHON) -m venv $(LLAVA)
+	$(LLAVA)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	$(LLAVA)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	touch $@
+
 %/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "the pinned packages need Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -84,4 +99,4 @@ $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LMMS) $(BROWSER) $(SERVE) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) build dist *.egg-info

@@ -17,6 +17,7 @@ COLUMNS = {
     "spectra": {"distance", "loss"},
     "costs": {"shape", "ms", "code"},
     "chat": {"name", "value", "load"},
+    "finetune": {"what", "steps", "rank"},
 }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .latency import Latency, Timing, at_least, measure
 from .methods import Reducer
@@ -90,7 +89,7 @@ def estimate(
         is no text, and nothing but the tower costs); nothing runs and no weights are needed.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings : as for `attach`.
     batch : rows.
-    images : pictures per row.
+    images : pictures per row; where pictures are cut into tiles, tiles, without their newlines.
     text_tokens : tokens per row that are not picture placeholders.
     new_tokens : tokens to be written per row.
     logits : positions of the prompt that the output head sees: "last" as in ``generate``, "all" as in ``forward``.
@@ -219,12 +218,14 @@ class _Counter(TorchDispatchMode):
     """Sums up the FLOPs of what runs inside it, on this thread."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # the original llava package's torch has none
+
         super().__init__()
-        self.flops = 0
+        self.flops, self.formulas = 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import wiring
+from . import original, wiring
 from .methods import Reducer
 from .packing import Places
 from .plan import Plan, Settings, make_plan
@@ -68,6 +68,7 @@ class Attachment:
         self.language: nn.Module = operator.attrgetter(self.family.language)(model)
         self.core: nn.Module = operator.attrgetter(self.family.core)(model)
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
+        self.told_of_videos = False
         wiring.install(self)
 
     @classmethod
@@ -219,6 +220,8 @@ def _describe(plan: Plan) -> str:
 
 def _known(model: nn.Module) -> tuple[FamilySpec, Geometry] | None:
     """The row of a model, by the name of its class or of one it derives from, and its geometry; None if it has none."""
+    if original.is_original(model):
+        return original.describe(model)
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
     return None if name is None else (FAMILIES[name], geometry(model.config))
 

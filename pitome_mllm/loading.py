@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from . import original
 from .specs import FAMILY_OF_CONFIG, geometry
 
 TINY = Path(__file__).with_name("tiny")
@@ -41,11 +41,20 @@ def load(
     ------
     ValueError : no such folder or checkpoint, an unsupported family, a value out of range, a missing extra.
     """
-    check_bits(bits)
+    source = _source(name_or_path)
+    architecture = _original_architecture(source)
+    if architecture is None:
+        check_bits(bits)
+    elif bits is not None:
+        raise ValueError(
+            f"bits={bits} is not possible with a checkpoint of the original llava package here; load it quantised "
+            "with that package's own load_pretrained_model, then attach"
+        )
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
+    if architecture is not None:
+        return original.load(source, architecture, dtype, placement)
     config = read_config(name_or_path)
-    source = _source(name_or_path)
     options: dict[str, Any] = {"dtype": dtype, "device_map": placement}
     if bits is not None:
         options["quantization_config"] = _quantisation(bits, dtype)
@@ -114,6 +123,17 @@ def _source(name_or_path: str | Path) -> str:
     return name_or_path
 
 
+def _original_architecture(source: str) -> str | None:
+    """The class of the original llava package that a checkpoint is of; None for any other checkpoint."""
+    from transformers import PretrainedConfig
+
+    try:
+        architectures = PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
+    except (OSError, ValueError):  # read_config says what is wrong with it
+        return None
+    return next((name for name in architectures if name in original.MODELS), None)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
@@ -126,6 +146,7 @@ def read_config(name_or_path: str | Path) -> Any:
     ValueError : no such folder or checkpoint, a configuration that cannot be read, or an unsupported family or vision
         tower.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     source = _source(name_or_path)

@@ -246,6 +246,8 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"where={settings.where!r} is not possible in this family: {geometry.obstacle}; choose "
             f"{' or '.join(f'where={place!r}' for place in geometry.places)}"
         )
+    if geometry.original:
+        _check_original(settings, reducer, name)
     if settings.where == "packed" and (settings.metric != "hidden" or reducer.needs):
         got = f"{name} needs {' and '.join(reducer.needs)}" if reducer.needs else f"got metric={settings.metric!r}"
         raise ValueError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")
@@ -270,6 +272,20 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         raise ValueError(
             f"{name} needs the attention of a class token, and this vision tower has none; "
             f"choose another method, such as {DEFAULT_METHOD}"
+        )
+
+
+def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
+    """ValueError for what models of the original llava package do not take."""
+    asked = {
+        "positions='original'": settings.positions == "original",
+        "llm_size_bias=True": settings.llm_size_bias,
+        f"method={name!r}": reducer.shrinks_picture,
+    }
+    for setting in (setting for setting, wanted in asked.items() if wanted):
+        raise ValueError(
+            f"{setting} is not possible with the original llava package, which writes pictures of one size into the "
+            "prompt itself; leave it out, or load the checkpoint in transformers' layout (llava-hf)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -18,6 +19,8 @@ from .placeholders import Layout, caller_positions, missing_before, restore_prom
 
 if TYPE_CHECKING:
     from .attach import Attachment
+
+logger = logging.getLogger(__name__)
 
 CACHE_MARK = "_pitome_layout"  # on a KV cache: the `Layout` of the prompt that filled it
 
@@ -45,6 +48,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
 
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
     """
+    _tell_videos(handle, kwargs)
     full, kept = _pictures(handle, kwargs)
     marked = getattr(kwargs.get("past_key_values"), CACHE_MARK, None)
     if not kept and marked is None:
@@ -81,6 +85,13 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
         return Call(kwargs, image, move=move)
     layout = replace(new if seen is None else seen.then(new), original=original)
     return _shortened(model, Call(kwargs, image, layout, move), new, first)
+
+
+def _tell_videos(handle: Attachment, kwargs: dict[str, Any]) -> None:
+    """Warn, once, that videos pass through as in the plain model."""
+    if handle.family.videos and kwargs.get("pixel_values_videos") is not None and not handle.told_of_videos:
+        handle.told_of_videos = True
+        logger.warning("videos are not merged in %s: %s", type(handle.model).__name__, handle.family.videos)
 
 
 def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:

@@ -41,6 +41,8 @@ class FamilySpec:
     places : where tokens can merge; the first one unless a method says something else.
     obstacle : why not elsewhere.
     plain : methods of the core that never merge.
+    videos : why videos do not merge; empty if the family takes none.
+    original : a model of the original llava package, which writes pictures into the prompt itself (`original`).
     """
 
     config: str
@@ -56,9 +58,12 @@ class FamilySpec:
     places: tuple[str, ...] = IN_TOWER
     obstacle: str = "pictures are not cut into tiles"
     plain: tuple[str, ...] = ()
+    videos: str = ""
+    original: bool = False
 
 
 ANYWHERE = (*IN_TOWER, "packed")
+POOLED = "every frame's whole grid of patches is pooled behind the projector"
 
 
 def _shuffled(config: str) -> FamilySpec:
@@ -89,15 +94,18 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
     "LlavaNextForConditionalGeneration": FamilySpec("llava_next", tiles="anyres", places=ANYWHERE),
     "LlavaNextVideoForConditionalGeneration": FamilySpec(
-        "llava_next_video", tiles="anyres", places=ANYWHERE, plain=("get_video_features",)
+        "llava_next_video", tiles="anyres", places=ANYWHERE, plain=("get_video_features",), videos=POOLED
     ),
     "LlavaOnevisionForConditionalGeneration": FamilySpec(
         "llava_onevision",
         tiles="anyres",
         places=("packed",),
         obstacle="large pictures are scaled down on the whole grid",
+        videos=POOLED,
     ),
-    "VideoLlavaForConditionalGeneration": FamilySpec("video_llava", tower="model.image_tower"),
+    "VideoLlavaForConditionalGeneration": FamilySpec(
+        "video_llava", tower="model.image_tower", videos="they have a tower of their own, and one tower merges"
+    ),
     "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
     "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),
 }
@@ -128,6 +136,7 @@ class Geometry:
     obstacle : why not elsewhere.
     tiled : pictures are cut into tiles; the counts are those of one tile.
     joined : rows and columns of patches that the projector joins into one token.
+    original : a model of the original llava package.
     """
 
     grid: tuple[int, int]
@@ -142,6 +151,7 @@ class Geometry:
     obstacle: str = ""
     tiled: bool = False
     joined: int = 1
+    original: bool = False
 
     @property
     def merges_in_tower(self) -> bool:

@@ -140,11 +140,11 @@ def packing_like(core: nn.Module) -> Callable[..., Any]:
         places = [_places(handle, size, len(tiles) > 1) for size, tiles in zip(image_sizes, image_features)]
         if plan.where == "packed":
             full, _ = own(image_features, image_sizes, *args, **kwargs)
-            made = [_merged_parts(plan, features, place) for features, place in zip(full, places)]
+            made = [merged_parts(plan, features, place) for features, place in zip(full, places)]
         else:
             groups = state.stats.groups.split([len(tiles) for tiles in image_features])
             newline = kwargs["image_newline"]
-            made = [_merged_tiles(*picture, newline) for picture in zip(image_features, groups, places)]
+            made = [merged_tiles(*picture, newline) for picture in zip(image_features, groups, places)]
         features, packed = zip(*made)
         state.stats = replace(state.stats, packed=packed)
         return list(features), torch.tensor([len(f) for f in features], device=features[0].device)
@@ -152,14 +152,14 @@ def packing_like(core: nn.Module) -> Callable[..., Any]:
     return pack_image_features
 
 
-def _merged_tiles(tiles: Tensor, groups: Tensor, place: Places, newline: Tensor) -> tuple[Tensor, Packed]:
+def merged_tiles(tiles: Tensor, groups: Tensor, place: Places, newline: Tensor) -> tuple[Tensor, Packed]:
     """Tiles (n, K, C) that the tower merged into ``groups``, packed with newlines (C,): features (K', C)."""
     packed = survivors(place, groups, tiles.shape[1])
     features = torch.cat([tiles.flatten(0, 1), newline[None].to(tiles)])  # -1 is the newline
     return features[packed.token], packed
 
 
-def _merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, Packed]:
+def merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, Packed]:
     """The plain model's packed features (L, C), overview and rest merged apart: features (K, C)."""
     keeps, merged, groups = part_keeps(place, plan.keep), [], []
     for part, keep in zip(place.parts, keeps):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import language, prompt, tiles, tower
+from . import language, original, prompt, tiles, tower
 from .specs import TOWERS, TowerSpec
 
 if TYPE_CHECKING:
@@ -26,18 +26,20 @@ _HOOKS = (
     prompt.after_forward,
     language.before_language,
     tiles.after_projector,
+    original.start_run,
+    original.finish_run,
 )
 
 
 def install(handle: Attachment) -> None:
     """Put everything on the model; ValueError, with nothing done, if its tower is not what its family says."""
-    model, spec = handle.model, handle.family
     if handle.geometry.merges_in_tower:
         _hook_tower(handle)
-    model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
-    model.register_forward_hook(prompt.after_forward, with_kwargs=True)
-    handle.language.register_forward_pre_hook(language.before_language, with_kwargs=True)
-    if spec.tiles == "connector":
+    if not handle.family.original:
+        handle.model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
+        handle.model.register_forward_hook(prompt.after_forward, with_kwargs=True)
+        handle.language.register_forward_pre_hook(language.before_language, with_kwargs=True)
+    if handle.family.tiles == "connector":
         handle.projector.register_forward_hook(tiles.after_projector)
     for module in _marked(handle):
         module._pitome = handle
@@ -57,7 +59,7 @@ def uninstall(handle: Attachment) -> None:
         if "_pitome" in vars(layer):
             for projection in _projections(layer, layer._pitome[1]):
                 _unhook(projection)
-            _swap_class(layer, type(layer).__bases__[1])
+            _swap_class(layer, type(layer).__bases__[-1])
             del layer._pitome
     for module in _marked(handle):
         _unhook(module)
@@ -66,6 +68,8 @@ def uninstall(handle: Attachment) -> None:
 
 def _marked(handle: Attachment) -> list[nn.Module]:
     """The modules that know their attachment."""
+    if handle.family.original:
+        return [handle.model, handle.tower]
     modules = [handle.model, handle.tower, handle.language]
     modules += [handle.core] if handle.family.tiles == "anyres" else []
     modules += [handle.projector] if handle.family.tiles == "connector" else []
@@ -74,6 +78,8 @@ def _marked(handle: Attachment) -> list[nn.Module]:
 
 def _methods(handle: Attachment) -> list[tuple[nn.Module, str, Callable]]:
     """Methods that instances get in place of their class's: whose, which, and what makes them."""
+    if handle.family.original:
+        return [(handle.model, original.PREPARE, original.preparing_like)] if handle.geometry.tiled else []
     methods = [(handle.model, "generate", generate_like)]
     if handle.family.tiles == "anyres":
         methods.append((handle.core, "pack_image_features", tiles.packing_like))
@@ -84,7 +90,7 @@ def _methods(handle: Attachment) -> list[tuple[nn.Module, str, Callable]]:
 
 
 def _hook_tower(handle: Attachment) -> None:
-    layers = _layers(handle.tower)
+    layers, kind = _layers(handle.tower), original if handle.family.original else tower
     if len(layers) != handle.geometry.blocks:
         raise ValueError(
             f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
@@ -96,9 +102,9 @@ def _hook_tower(handle: Attachment) -> None:
         key, query = _projections(layer, spec)
         key.register_forward_hook(tower.catch_keys)
         query.register_forward_hook(tower.catch_query)
-        _swap_class(layer, tower.merging_class(type(layer)))
-    handle.tower.register_forward_pre_hook(tower.start_run, with_kwargs=True)
-    handle.tower.register_forward_hook(tower.finish_run, with_kwargs=True)
+        _swap_class(layer, kind.merging_class(type(layer)))
+    handle.tower.register_forward_pre_hook(kind.start_run, with_kwargs=True)
+    handle.tower.register_forward_hook(kind.finish_run, with_kwargs=True)
 
 
 def _tower_spec(module: nn.Module) -> TowerSpec | None:

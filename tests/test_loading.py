@@ -141,9 +141,17 @@ def test_unsupported_families_are_named(copy):
     spoil(copy, model_type="nonsense", architectures=None)
     with pytest.raises(ValueError, match=r"unsupported family in .*nonsense.*supported: .*llava"):
         load(copy)
-    spoil(copy, model_type="llava", architectures=["LlavaLlamaForCausalLM"])
-    with pytest.raises(ValueError, match="unsupported family LlavaLlamaForCausalLM .*llava-hf"):
+    spoil(copy, model_type="llava", architectures=["LlavaMptForCausalLM"])
+    with pytest.raises(ValueError, match="unsupported family LlavaMptForCausalLM .*llava-hf"):
         load(copy)
+
+
+def test_checkpoints_of_the_original_package_say_what_they_need(copy):
+    spoil(copy, model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"])
+    with pytest.raises(ValueError, match=r"original llava package, which is not installed; .*llava-torch.*llava-hf"):
+        load(copy)
+    with pytest.raises(ValueError, match=r"bits=4 is not possible with a checkpoint of the original llava package"):
+        load(copy, bits=4)
 
 
 def test_missing_parts_are_named(copy):

@@ -103,7 +103,7 @@ PER_FRAME = {  # visual tokens of one frame, and of a whole video besides
 
 @pytest.mark.parametrize("where", ["first", "last"])
 @pytest.mark.parametrize("title", PER_FRAME)
-def test_videos_stay_as_they_are(title, where):
+def test_videos_stay_as_they_are(title, where, caplog):
     """Alone they are the plain model's, bit for bit; beside a picture, the picture merges."""
     family = BY_TITLE[title]
     model, plain = family.build(), family.build()
@@ -120,6 +120,7 @@ def test_videos_stay_as_they_are(title, where):
     with attach(model, keep=36, where=family.wheres[0]) as handle:
         assert torch.equal(logits(model, alone), logits(plain, alone))
         assert new_ids(model, alone, 3) == new_ids(plain, alone, 3)
+        assert caplog.text.count(f"videos are not merged in {family.model}: {handle.family.videos}") == 1
         seen = logits(model, both)
         shorter = sum(family.full(plain, made)) - sum(handle.stats.lengths)
         assert shorter > 0 and seen.shape[1] == both["input_ids"].shape[1] - shorter

@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
     ValueError : a mistake the user can mend, in one sentence.
     """
     from ..attach import attach
+    from ..visualize import check_drawable
 
     for name in ("max_new_tokens", "repeats"):
         value = getattr(options, name)
@@ -56,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
     if options.max_new_tokens is None:
         options.max_new_tokens = model.generation_config.max_new_tokens or NEW_TOKENS
     with attach(model, options.method, **merging(options)) as handle:
+        if options.save_groups:
+            check_drawable(handle.plan)
         longest = max(options.max_new_tokens, TIMED_TOKENS if options.compare else 0)
         inputs = encode(model, processor, subject, subject.question, longest)
         if not options.json:

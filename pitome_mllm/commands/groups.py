@@ -81,8 +81,10 @@ def _columns(panels: int) -> int:
 def _merged(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
     """What one method did to the picture."""
     from ..attach import attach
+    from ..visualize import check_drawable
 
     with attach(model, method, energies=True, **merging(options)) as handle:
+        check_drawable(handle.plan)
         inputs = encode(model, processor, subject, subject.question or ANY_QUESTION, 1)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
         return handle.stats

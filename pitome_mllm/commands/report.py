@@ -135,6 +135,11 @@ def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> No
         f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}.",
         style="dim",
     )
+    if plain.gflops is None:
+        console.print(
+            "FLOPs are unknown where pictures are cut into tiles, and for LLMs of which accounting.py has no row.",
+            style="dim",
+        )
 
 
 def _number(value: float | None) -> str:

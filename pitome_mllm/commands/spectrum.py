@@ -123,6 +123,8 @@ def _distance(
 
     try:
         with attach(model, method, keep=keep, where=where) as handle:
+            if handle.plan.where == "packed":
+                raise ValueError("where='packed' merges behind the projector; spectra are those of the tower's tokens")
             tower_features(model, pixels)
             return float(graph.distance(handle.stats.merges).mean())
     except ValueError as error:

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+_TELLS_AUTOCAST = hasattr(torch.amp, "is_autocast_available")  # not the torch of the original llava package
+
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` (B, K) of ``x`` (B, N, C), as (B, K, C)."""
@@ -47,7 +49,7 @@ def unit_metric(metric: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Products (B, S, T) of rows (B, S, C) and (B, T, C), cosines if they are unit, in float32 also under autocast."""
     kind = a.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if _TELLS_AUTOCAST and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return a @ b.mT
     with torch.autocast(kind, enabled=False):
         return a @ b.mT

@@ -8,6 +8,7 @@ Read `groups` first.
 from .groups import PALETTE, STYLES, draw_groups
 from .heat import draw_energies
 from .run import (
+    check_drawable,
     draw_run,
     draw_step_energies,
     draw_steps,
@@ -26,6 +27,7 @@ __all__ = [
     "STYLES",
     "below",
     "captioned",
+    "check_drawable",
     "draw_counts",
     "draw_energies",
     "draw_groups",

@@ -14,6 +14,15 @@ from .groups import draw_groups
 from .heat import draw_energies, limits
 
 
+def check_drawable(plan: Any) -> None:
+    """ValueError where tokens merge behind the projector: those are no patches of what the tower saw."""
+    if plan.where == "packed":
+        raise ValueError(
+            "where='packed' merges what the projector made of all tiles, so there are no patches to draw groups on; "
+            "choose where='tower' if this family has it"
+        )
+
+
 def step_names(stats: Any) -> list[str]:
     """What the merges of a run are called, in their order."""
     plan = stats.plan
@@ -117,8 +126,10 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
 
     Raises
     ------
-    ValueError : another number of pictures than the run has, a method without groups, or as `draw_groups`.
+    ValueError : another number of pictures than the run has, a method without groups, tokens that merged behind the
+        projector, or as `draw_groups`.
     """
+    check_drawable(stats.plan)
     _check(pictures, stats)
     return [
         draw_groups(

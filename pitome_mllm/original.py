@@ -1,0 +1,323 @@
+"""Models of the original llava package (PyPI llava-torch 1.2.2), and all that its old torch and transformers ask for.
+
+They write pictures into the prompt themselves, in place of one id each, so prompts stay as they are. The encoder layers
+of transformers 4.36 take no keyword of ours and return tuples; and tiles are packed in the middle of one long method,
+which is made to work on what we give it by running it on a `_View` of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import tower as towers
+from .packing import Packed, Places
+from .specs import ANYWHERE, IN_TOWER, FamilySpec, Geometry
+from .stats import Stats
+from .tiles import merged_parts, merged_tiles
+from .tower import RUN, MergingLayer, Run
+
+MODELS = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
+IMAGE = -200  # the id that stands for a picture: llava.constants.IMAGE_TOKEN_INDEX
+PREPARE = "prepare_inputs_labels_for_multimodal"
+
+# What this module relies on: the parameters of these methods, self left out.
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    f"LlavaMetaForCausalLM.{PREPARE}": (
+        "input_ids",
+        "position_ids",
+        "attention_mask",
+        "past_key_values",
+        "labels",
+        "images",
+        "image_sizes",
+    ),
+    "LlavaMetaForCausalLM.encode_images": ("images",),
+    "LlavaMetaForCausalLM.get_vision_tower": (),
+    "CLIPVisionTower.forward": ("images",),
+    "CLIPVisionTower.load_model": ("device_map",),
+    "CLIPEncoderLayer.forward": ("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
+    "CLIPAttention.forward": ("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
+}
+
+
+def is_original(model: nn.Module) -> bool:
+    return any(cls.__name__ in MODELS for cls in type(model).__mro__)
+
+
+def describe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
+    """The row of a model of the original package, and its geometry, which only its loaded vision tower tells.
+
+    Raises
+    ------
+    ValueError : the vision tower is not loaded, or gives class tokens where tiles are packed.
+    """
+    config, loaded = model.config, model.get_vision_tower()
+    if not getattr(loaded, "is_loaded", False):
+        raise ValueError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
+    vision = loaded.config
+    side, states = vision.image_size // vision.patch_size, vision.num_hidden_layers + 1
+    full = loaded.select_feature == "cls_patch"
+    tiled = getattr(config, "mm_patch_merge_type", "flat") != "flat"
+    if full and tiled:
+        raise ValueError(
+            "mm_vision_select_feature='cls_patch' leaves class tokens among the patches of tiles, which then form no "
+            "grid; set it to 'patch'"
+        )
+    family = FamilySpec(
+        config.model_type,
+        tower="model.vision_tower.vision_tower",
+        projector="model.mm_projector",
+        language="model",
+        original=True,
+        tiles="anyres" if tiled else "",
+        places=ANYWHERE if tiled else IN_TOWER,
+    )
+    layer = loaded.select_layer % states
+    linear = sum(isinstance(module, nn.Linear) for module in model.get_model().mm_projector.modules())
+    return family, Geometry(
+        grid=(side, side),
+        class_tokens=1,
+        visible_class_tokens=int(full),
+        merging_blocks=layer,
+        blocks=vision.num_hidden_layers,
+        llm_obstacle="the original llava package writes pictures into the prompt itself",
+        layers=(layer,),
+        linear=linear,
+        places=family.places,
+        obstacle=family.obstacle,
+        tiled=tiled,
+        original=True,
+    )
+
+
+# The vision tower: a run reaches its layers by the thread, not by a keyword.
+
+
+class _Current(threading.local):
+    """The run of the tower call that this thread is in."""
+
+    run: Run | None = None
+
+
+_current = _Current()
+
+
+class _Outside:
+    """Mixin in front of `MergingLayer`: finds the run, and returns a tuple."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        if _current.run is None:
+            return type(self).__bases__[-1].forward(self, hidden_states, *args, **kwargs)
+        return (super().forward(hidden_states, *args, **kwargs, **{RUN: _current.run}),)
+
+
+class _Inside:
+    """Mixin between `MergingLayer` and the layer's own class: takes its tensor out of the tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)[0]
+
+
+@lru_cache
+def merging_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an encoder layer class of transformers 4.36 that merges."""
+    return type(f"Merging{base.__name__}", (_Outside, MergingLayer, _Inside, base), {"__module__": __name__})
+
+
+def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the tower: a new run for its layers."""
+    started = towers.start_run(tower, args, kwargs)
+    _current.run = None if started is None else started[1][RUN]
+
+
+def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the tower: as that of newer towers."""
+    run, _current.run = _current.run, None
+    towers.finish_run(tower, args, {**kwargs, RUN: run}, output)
+
+
+# Tiles: what the model packs is merged, and the model puts it into the prompt.
+
+
+class _View:
+    """A model with some attributes replaced."""
+
+    def __init__(self, model: nn.Module, /, **replaced: Any) -> None:
+        vars(self).update(replaced, _model=model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def preparing_like(model: nn.Module) -> Callable[..., Any]:
+    """A prepare_inputs_labels_for_multimodal() whose pictures of several tiles have merged tokens."""
+    own = getattr(type(model), PREPARE)
+
+    @functools.wraps(own)
+    def prepare(
+        self: nn.Module,
+        input_ids: Tensor,
+        position_ids: Any,
+        attention_mask: Any,
+        past_key_values: Any,
+        labels: Any,
+        images: Any,
+        image_sizes: Any = None,
+    ) -> tuple:
+        prompt = (input_ids, position_ids, attention_mask, past_key_values, labels)
+        plan, state = self._pitome.active, self._pitome.state
+        if images is None or input_ids.shape[1] == 1:  # no pictures, or decoding
+            return own(self, *prompt, images, image_sizes)
+        if plan is None or plan.keep == plan.available:
+            made = own(self, *prompt, images, image_sizes)
+            state.stats = plan and Stats(plan, len(images), (), None, made[4].device)
+            return made
+        features, packed = zip(*_merged(self, images, image_sizes))
+        state.stats = _stats_of(self._pitome, packed, features[0].device)
+        config = _changed(self.config, mm_patch_merge_type="flat")
+        one_token_tiles = [x[:, None, None] for x in features]  # (K, 1, 1, C): K tiles of one token each
+        view = _View(self, config=config, encode_images=lambda tiles: tiles[:, 0])
+        return own(view, *prompt, one_token_tiles, None)
+
+    return prepare
+
+
+def _merged(model: nn.Module, images: Any, sizes: Any) -> list[tuple[Tensor, Packed]]:
+    """Every picture's merged features (K, C), and what became of its tokens."""
+    plan, state = model._pitome.active, model._pitome.state
+    places = _places(model, images, sizes)
+    if plan.where == "packed":
+        packed = pack(model, images, sizes, model.encode_images)
+        return [merged_parts(plan, *picture) for picture in zip(packed, places)]
+    flat = images if _whole(images) else torch.cat([x[None] if x.dim() == 3 else x for x in images])
+    features = model.encode_images(flat)
+    counts = _tiles(images)
+    newline = getattr(model.get_model(), "image_newline", features.new_zeros(features.shape[-1]))
+    pictures = zip(features.split(counts), state.stats.groups.split(counts), places)
+    return [merged_tiles(*picture, newline) for picture in pictures]
+
+
+def _stats_of(handle: Any, packed: tuple[Packed, ...], device: torch.device) -> Stats:
+    made = handle.state.stats if handle.active.where != "packed" else None
+    images, merges, sizes = (len(packed), (), None) if made is None else (made.images, made.merges, made.token_sizes)
+    return Stats(handle.active, images, merges, sizes, device, packed)
+
+
+def _whole(images: Any) -> bool:
+    """Whether pictures come as one tensor (I, 3, H, W), of which the model packs nothing."""
+    return isinstance(images, Tensor) and images.dim() == 4
+
+
+def _tiles(images: Any) -> list[int]:
+    """Tiles of every picture."""
+    return [1 if image.dim() == 3 else len(image) for image in images]
+
+
+def _places(model: nn.Module, images: Any, sizes: Any) -> list[Places]:
+    """How the model packs every picture: its own packing of the indices of patches, with -1 for newlines."""
+    patches = model._pitome.geometry.patches
+    blank = SimpleNamespace(embed_tokens=lambda ids: torch.empty(0, 1), image_newline=torch.tensor([-1.0]))
+
+    def indices(tiles: Tensor) -> Tensor:
+        return torch.arange(len(tiles) * patches, dtype=torch.float32).view(len(tiles), patches, 1)
+
+    blanks = [torch.empty(n, 3, 1, 1) for n in _tiles(images)]
+    given = torch.cat(blanks) if _whole(images) else blanks
+    view = _View(model, model=blank, get_model=lambda: blank, device=torch.device("cpu"))
+    first, places = 0, []
+    for tiles, index in zip(_tiles(images), pack(view, given, sizes, indices)):
+        source = index[:, 0].long()
+        places.append(Places((source - first).where(source >= 0, -1), patches))
+        first += tiles * patches
+    return places
+
+
+def pack(model: Any, images: Any, sizes: Any, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Every picture's features (L, C) as the model packs them, from what ``encode`` makes of all tiles.
+
+    The model writes each picture into a prompt of its own, which holds nothing else: the second id is masked out, since
+    prompts of one id count as decoding.
+    """
+    ids = torch.full((len(images), 2), IMAGE, device=model.device)
+    mask = torch.tensor([[1, 0]], device=model.device).expand_as(ids)
+    config = _changed(model.config, tokenizer_model_max_length=None)
+    view = _View(model, config=config, encode_images=encode)
+    own = getattr(type(getattr(model, "_model", model)), PREPARE)
+    _, _, mask, _, embeds, _ = own(view, ids, None, mask, None, None, images, sizes)
+    return [row[real.bool()] for row, real in zip(embeds, mask)]
+
+
+def _changed(config: Any, **values: Any) -> Any:
+    changed = copy.copy(config)
+    vars(changed).update(values)
+    return changed
+
+
+# Loading
+
+
+class Processor:
+    """What a loaded model reads: ``processor(images=[...], text="USER: <image> what is this? ASSISTANT:")``.
+
+    Pictures and ids are made by the package's own functions; the result goes to ``model.generate(**inputs)``.
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any) -> None:
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+
+    def __call__(self, images: Any, text: str) -> dict[str, Any]:
+        """The ids (1, T), the pictures, and their sizes (width, height)."""
+        from llava.mm_utils import process_images, tokenizer_image_token
+
+        images = images if isinstance(images, (list, tuple)) else [images]
+        return {
+            "inputs": tokenizer_image_token(text, self.tokenizer, return_tensors="pt")[None],
+            "images": process_images(images, self.image_processor, self.config),
+            "image_sizes": [image.size for image in images],
+        }
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return self.tokenizer.decode(ids, **options)
+
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        return self.tokenizer.batch_decode(ids, **options)
+
+
+def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[nn.Module, Processor]:
+    """A model of the original package in evaluation mode, with its vision tower, and its `Processor`.
+
+    Raises
+    ------
+    ValueError : the package is missing, or weights are.
+    """
+    if importlib.util.find_spec("llava") is None:
+        raise ValueError(
+            f"{source!r} is a checkpoint of the original llava package, which is not installed; install "
+            "llava-torch==1.2.2.post1 in an environment of its own (Python 3.11 or older), or load a checkpoint in "
+            "transformers' layout, such as 'llava-hf/llava-1.5-7b-hf'"
+        )
+    import llava.model
+    from transformers import AutoTokenizer
+
+    model, report = getattr(llava.model, architecture).from_pretrained(
+        source, torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True, output_loading_info=True
+    )
+    if report["missing_keys"]:  # they would be random numbers
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{source!r} lacks {len(missing)} weights of {architecture}, such as {missing[0]}")
+    tower = model.get_vision_tower()
+    if not tower.is_loaded:  # checkpoints with a tower of their own bring it along
+        tower.load_model()
+    tower.to(device=model.device, dtype=model.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
+    return model.eval(), Processor(tokenizer, tower.image_processor, model.config)
