@@ -11,6 +11,7 @@ import torch
 from models import build
 
 from pitome_mllm import attach, get_method
+from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
 from pitome_mllm.prompt import Call
 from pitome_mllm_eval import growth, speed_report
@@ -31,6 +32,29 @@ def test_energies_in_blocks_are_those_of_all_at_once(options, pairs):
         blocks = reducer.match(metric, 20, protected=1, depth=0.4)
     torch.testing.assert_close(blocks.steps[0].energy, whole.steps[0].energy, rtol=0, atol=1e-6)
     assert torch.equal(blocks.group, whole.group)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("tokens", [pitome.MIRRORED[0], pitome.MIRRORED[0] + 150])
+def test_energies_that_are_mirrored_are_those_of_all_pairs(options, tokens, monkeypatch):
+    metric = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(4))
+    reducer = get_method("pitome", **options)
+    mirrored = reducer.match(metric, 20, depth=0.4)
+    monkeypatch.setattr(pitome, "MIRRORED", ())
+    direct = reducer.match(metric, 20, depth=0.4)
+    torch.testing.assert_close(mirrored.steps[0].energy, direct.steps[0].energy, rtol=0, atol=1e-6)
+    assert torch.equal(mirrored.group, direct.group)
+
+
+def test_every_pair_is_worked_out_once_and_stands_at_both_places():
+    unit, seen = torch.eye(5)[None].repeat(1, 80, 1), []
+
+    def value(similarity):
+        seen.append(similarity.numel())
+        return similarity * 2
+
+    pairs = pitome.mirrored(unit, value)
+    assert torch.equal(pairs, 2 * unit @ unit.mT) and sum(seen) < 0.7 * 400**2
 
 
 def test_blocks_bound_memory():
