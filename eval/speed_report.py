@@ -99,8 +99,12 @@ def longest(rows: list[Found], columns: Sequence[str], x: str) -> list[Found]:
 
 
 def plot(rows: list[Found], path: Path, x: str, y: Callable[[Found], float], labels: dict[str, Any]) -> None:
-    """``y`` over the column ``x``, a line for each contender."""
+    """``y`` over the column ``x``, a line for each contender; nothing where that has only one value."""
     from matplotlib.figure import Figure
+
+    ticks = sorted({int(row[x]) for row in rows})
+    if len(ticks) < 2:
+        return
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -108,7 +112,6 @@ def plot(rows: list[Found], path: Path, x: str, y: Callable[[Found], float], lab
         points = sorted((int(row[x]), y(row)) for row in rows if called(row) == who)
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
         axis.plot(*zip(*points), marker="o", label=who, **style)
-    ticks = sorted({int(row[x]) for row in rows})
     axis.set(xscale="log", ylim=(0, None), **labels)
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.minorticks_off()
