@@ -187,7 +187,7 @@ def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monk
     monkeypatch.setattr(speed, "Stages", Watched)
     monkeypatch.setattr(speed, "peak_bytes", peak)
     found = speed.peaks(field[:2], load(1), ["tower", "merge", "decode"], torch.device("cuda"))
-    assert set(most) == {1} and found == dict.fromkeys(
+    assert max(most) == 1 and found == dict.fromkeys(
         [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
     )
     assert speed.peaks(field[:2], load(1), ["tower"], CPU) == {}
