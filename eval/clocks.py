@@ -71,10 +71,8 @@ def quantiles(values: list[float] | np.ndarray) -> tuple[float, float, float]:
     return float(low), float(middle), float(high)
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Most memory that one turn allocates on a GPU, weights included; None on a processor, which keeps no count."""
-    if device.type != "cuda":
-        return None
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most memory that is allocated on a GPU during one turn, with all that is alive then, weights included."""
     if call.prepare:
         call.prepare()
     torch.cuda.synchronize(device)

@@ -27,6 +27,7 @@ from pitome_mllm.methods.pitome import BLOCK
 from .clocks import Call, in_turns, quantiles
 from .documents import write_csv
 from .runs import processor_name
+from .speed_rows import check_commit, commit
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"
 TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)
@@ -65,6 +66,7 @@ class Growth:
     """One number of tokens: milliseconds with percentiles, and megabytes (10^6) of tensors alive at most.
 
     ``pairs_ms`` is the part that works on pairs of tokens, ``pairs_share`` its share of the whole.
+    ``floor_ms`` is a yardstick: one product of all pairs, one expm1 of it, mean keys and a copy of rows, nothing else.
     ``whole_mb`` is the memory with all energies at once.
     """
 
@@ -75,6 +77,7 @@ class Growth:
     p80: float
     pairs_ms: float
     pairs_share: float
+    floor_ms: float
     mb: float
     whole_mb: float
     repeats: int
@@ -101,6 +104,11 @@ class Merging:
         self.reducer.energy_of(self.unit, DEPTH)
         most_similar_first(self.unit, self.a, self.b, self.removed)
 
+    def floor(self) -> None:
+        torch.expm1_(self.unit @ self.unit.mT)
+        self.x.unflatten(-1, (-1, KEYS)).mean(2)
+        self.x[:, : len(self.x[0]) - self.removed].clone()
+
     def peak(self) -> float:
         """10^6 bytes that one merge holds at most, besides keys and features."""
         with Alive() as alive:
@@ -112,14 +120,14 @@ class Merging:
 def growth(tokens: int, repeats: int) -> Growth:
     """What one merge of so many tokens takes."""
     made = Merging(tokens)
-    calls = {"whole": Call(made.whole), "pairs": Call(made.pairs)}
+    calls = {"whole": Call(made.whole), "pairs": Call(made.pairs), "floor": Call(made.floor)}
     taken = in_turns(calls, torch.device("cpu"), repeats, warmup=1)
     low, middle, high = quantiles(taken["whole"])
     pairs, share = quantiles(taken["pairs"])[1], quantiles([p / w for p, w in zip(taken["pairs"], taken["whole"])])[1]
-    bounded = made.peak()
+    floor, bounded = quantiles(taken["floor"])[1], made.peak()
     with patch.dict(BLOCK, cpu=2**62):
         whole = made.peak()
-    times = [round(value, 3) for value in (middle, low, high, pairs, share)]
+    times = [round(value, 3) for value in (middle, low, high, pairs, share, floor)]
     return Growth(tokens, made.removed, *times, round(bounded, 1), round(whole, 1), repeats)
 
 
@@ -132,9 +140,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
+    about = {"processor": processor_name(), "torch": torch.__version__, "commit": commit()}
+    about["date"] = date.today().isoformat()
+    try:
+        check_commit(args.out, about["commit"])
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     found = [growth(tokens, args.repeats) for tokens in track(args.tokens, "tokens")]
-    about = {"processor": processor_name(), "torch": torch.__version__, "date": date.today().isoformat()}
     write_csv(args.out, found, about)
 
 

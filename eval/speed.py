@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
+from pitome_mllm.specs import geometry
 
 from .clocks import MODES, Call, clock_name, in_mode, in_turns, peak_bytes, quantiles
 from .contenders import ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
 from .runs import processor_name
-from .speed_rows import Row, append, commit, show
+from .speed_rows import Row, append, check_commit, commit, show
 from .stages import EAGER, IN_FRONT, STAGES, Load, Stages
 
 Key = tuple[str, int]  # stage, number of the contender
@@ -37,6 +38,8 @@ def bench(options: argparse.Namespace) -> None:
     device, wanted = _check(options), _stages(options)
     torch.set_num_threads(options.threads)
     about = _about(options, device)
+    if options.out:
+        check_commit(options.out, about["commit"])
     model, processor, images = _model(options, device)
     amounts = [{"ratio": r} for r in options.ratio] if options.ratio else [{"keep": k} for k in options.keep or [144]]
     rows = []
@@ -52,7 +55,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> torch.device:
     """The device; ValueError for what is not possible."""
-    for name, least in (("threads", 1), ("text_tokens", 1), ("new_tokens", 2), ("repeats", 1), ("warmup", 0)):
+    for name, least in (("threads", 1), ("text_tokens", 1), ("new_tokens", 2), ("repeats", 1), ("warmup", 1)):
         if getattr(options, name) < least:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is not possible; give {least} or more"
@@ -94,6 +97,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any,
 
         model, processor = load(options.model, dtype=options.dtype, device=device)
         processor, images = processor.image_processor, 1
+        check_family(model.config)
     else:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -107,6 +111,16 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any,
     return model, processor, images
 
 
+def check_family(config: Any) -> None:
+    """ValueError for a family whose pictures the stages cannot make: of several tiles, or of several feature layers."""
+    found = geometry(config)
+    if found.tiled or len(found.layers) > 1 or config.model_type == "video_llava":
+        raise ValueError(
+            f"{config.model_type!r} takes its pictures in tiles, several layers or beside videos, which bench does not "
+            "make; choose a family of one tile, such as LLaVA-1.5, or for LLaVA-NeXT's sizes --shape llava-next-7b"
+        )
+
+
 def measure(
     field: list[Contender], load: Load, wanted: list[str], mode: str, repeats: int, warmup: int
 ) -> Iterator[Row]:
@@ -114,6 +128,7 @@ def measure(
     from rich.progress import Progress
 
     device = field[0].model.device
+    peak = peaks(field, load, wanted, device)
     stages = [Stages(contender, load) for contender in field]
     calls, flops = {}, {}
     for number, made in enumerate(stages):
@@ -132,7 +147,6 @@ def measure(
     for key, times in taken.items():
         stage, number = key
         against = ("tower", number) if stage == "merge" else (stage, 0)
-        peak = peak_bytes(calls[key], device)
         yield _row(
             key,
             field[number],
@@ -142,8 +156,22 @@ def measure(
             taken.get(against),
             flops.get(key, ""),
             kv.get(key, ""),
-            peak,
+            peak.get(key),
         )
+
+
+def peaks(field: list[Contender], load: Load, wanted: list[str], device: torch.device) -> dict[Key, int]:
+    """`peak_bytes` of every stage, each alone with the weights: no caches or inputs of others are alive; eager."""
+    if device.type != "cuda":
+        return {}
+    found = {}
+    for number, contender in enumerate(field):
+        for stage in wanted:
+            call = Stages(contender, load).call(stage)
+            if call is not None:
+                found[stage, number] = peak_bytes(call, device)
+            del call
+    return found
 
 
 def counted(call: Call) -> float:

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "bench.csv"
+# Columns whose values make one line of a plot over batch, and with the batch one table.
+SERIES = (
+    "model llm_layers device threads dtype mode attention clock images text_tokens new_tokens repeats warmup torch "
+    "transformers pitome_mllm commit date"
+).split()
+RUN = (*SERIES, "batch")
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,23 @@ class Row:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it where files differ; empty outside a checkout."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip()
+    """The checkout's commit, with "-dirty" behind it where files other than results differ; empty outside one."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.parent}")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def check_commit(path: Path, found: str) -> None:
+    """ValueError where what is measured at ``found`` is to stand among the results, and that is no clean commit."""
+    if path.resolve().is_relative_to(RESULTS.parent.resolve()) and (not found or found.endswith("-dirty")):
+        raise ValueError(
+            f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
+            f"{found or 'none'!r}; commit first, or say with --out another place"
+        )
 
 
 def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
@@ -64,8 +79,9 @@ def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
 
     Raises
     ------
-    ValueError : it has other columns.
+    ValueError : it has other columns, or is among the published results and the checkout differs from its commit.
     """
+    check_commit(path, about.get("commit", ""))
     made = [asdict(row) | about for row in rows]
     new = not path.exists()
     if not new:

@@ -6,10 +6,12 @@ import csv
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from models import build
 
 from pitome_mllm import METHODS, attach, cli, estimate
@@ -109,7 +111,7 @@ def test_rows_hold_times_ratios_flops_and_cache(field):
 def test_a_bare_checkout_runs_it(tmp_path):
     """Nothing of ours is installed there: the finder of the editable installation is taken out."""
     out = tmp_path / "bench.csv"
-    arguments = f"--stages tower merge --methods tome oracle --repeats 1 --warmup 0 --out {out}".split()
+    arguments = f"--stages tower merge --methods tome oracle --repeats 1 --warmup 1 --out {out}".split()
     code = (
         "import sys, runpy\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
@@ -135,6 +137,69 @@ def test_rows_of_other_columns_are_not_mixed(tmp_path):
         speed_rows.append(out, [speed_rows.Row(*[0] * 20)], {})
 
 
+@pytest.mark.parametrize("commit", ["abc-dirty", ""])
+def test_published_results_take_clean_commits_only(commit, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="commit first"):
+        speed_rows.check_commit(speed_rows.RESULTS, commit)
+    with pytest.raises(ValueError, match="commit first"):
+        speed_rows.append(speed_rows.RESULTS, [speed_rows.Row(*[0] * 20)], {"commit": commit})
+    speed_rows.check_commit(speed_rows.RESULTS, "abc")
+    speed_rows.check_commit(tmp_path / "bench.csv", commit)
+    monkeypatch.setattr(speed, "commit", lambda: commit)
+    monkeypatch.setattr(speed, "_model", lambda *_: pytest.fail("measured before it was refused"))
+    assert cli.main(["bench", "--out", str(speed_rows.RESULTS)]) == 2
+
+
+def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@e", *words], cwd=tmp_path, check=True)
+
+    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "code.py"
+    results.parent.mkdir(parents=True)
+    for path in (results, code):
+        path.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(speed_rows, "RESULTS", results)
+    monkeypatch.setattr(speed_rows, "__file__", str(tmp_path / "eval" / "speed_rows.py"))
+    clean = speed_rows.commit()
+    results.write_text("2")
+    assert clean and speed_rows.commit() == clean
+    code.write_text("2")
+    assert speed_rows.commit() == f"{clean}-dirty"
+
+
+@torch.inference_mode()
+def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(stages.Stages):
+        def __init__(self, *given):
+            super().__init__(*given)
+            alive.add(self)
+
+    def peak(call, device):
+        call.run()
+        most.append(len(alive))
+        return 7
+
+    monkeypatch.setattr(speed, "Stages", Watched)
+    monkeypatch.setattr(speed, "peak_bytes", peak)
+    found = speed.peaks(field[:2], load(1), ["tower", "merge", "decode"], torch.device("cuda"))
+    assert max(most) == 1 and found == dict.fromkeys(
+        [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
+    )
+    assert speed.peaks(field[:2], load(1), ["tower"], CPU) == {}
+
+
+@pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])
+def test_families_whose_pictures_bench_cannot_make_are_refused(config):
+    speed.check_family(build().config)
+    with pytest.raises(ValueError, match="--shape llava-next-7b"):
+        speed.check_family(getattr(transformers, config)())
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -147,6 +212,7 @@ def test_rows_of_other_columns_are_not_mixed(tmp_path):
         (["--shape", "clip-l", "--stages", "llm"], "possible here are 'preprocess'"),
         (["--layers", "2"], "name one"),
         (["--repeats", "0"], "--repeats 0 is not possible"),
+        (["--warmup", "0"], "--warmup 0 is not possible"),
         (["--batch", "0"], "--batch 0"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from unittest.mock import patch
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 from models import build
 
 from pitome_mllm import attach, get_method
+from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
 from pitome_mllm.prompt import Call
-from pitome_mllm_eval import growth, speed_report
+from pitome_mllm_eval import growth, handles, speed_report, speed_rows, speed_targets
 from pitome_mllm_eval.growth import Alive, Merging
 
 SHORT = Call({}, torch.zeros(1, 0, dtype=torch.bool))  # a prompt that generate() knows to be short
@@ -31,6 +31,29 @@ def test_energies_in_blocks_are_those_of_all_at_once(options, pairs):
         blocks = reducer.match(metric, 20, protected=1, depth=0.4)
     torch.testing.assert_close(blocks.steps[0].energy, whole.steps[0].energy, rtol=0, atol=1e-6)
     assert torch.equal(blocks.group, whole.group)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("tokens", [pitome.MIRRORED[0], pitome.MIRRORED[0] + 150])
+def test_energies_that_are_mirrored_are_those_of_all_pairs(options, tokens, monkeypatch):
+    metric = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(4))
+    reducer = get_method("pitome", **options)
+    mirrored = reducer.match(metric, 20, depth=0.4)
+    monkeypatch.setattr(pitome, "MIRRORED", ())
+    direct = reducer.match(metric, 20, depth=0.4)
+    torch.testing.assert_close(mirrored.steps[0].energy, direct.steps[0].energy, rtol=0, atol=1e-6)
+    assert torch.equal(mirrored.group, direct.group)
+
+
+def test_every_pair_is_worked_out_once_and_stands_at_both_places():
+    unit, seen = torch.eye(5)[None].repeat(1, 80, 1), []
+
+    def value(similarity):
+        seen.append(similarity.numel())
+        return similarity * 2
+
+    pairs = pitome.mirrored(unit, value)
+    assert torch.equal(pairs, 2 * unit @ unit.mT) and sum(seen) < 0.7 * 400**2
 
 
 def test_blocks_bound_memory():
@@ -61,18 +84,8 @@ def deep():
 
 def test_attaching_updating_and_removing_are_quick(deep):
     """Under 50 ms each; thread time, since others may use the processor too."""
-    taken: dict[str, list[float]] = {"attach": [], "update": [], "remove": []}
-    for _ in range(5):
-        ticks = [time.thread_time()]
-        handle = attach(deep, keep=144)
-        ticks.append(time.thread_time())
-        handle.update(keep=72, method="tome")
-        ticks.append(time.thread_time())
-        handle.remove()
-        ticks.append(time.thread_time())
-        for name, before, after in zip(taken, ticks, ticks[1:]):
-            taken[name].append(after - before)
-    assert {name: times for name, times in taken.items() if statistics.median(times) > 0.05} == {}
+    taken = handles.handle_times(deep, 5)
+    assert {step: times for step, times in taken.items() if statistics.median(times) > speed_targets.HANDLE_MS} == {}
 
 
 @torch.no_grad()
@@ -102,7 +115,8 @@ def row(**given: str) -> dict[str, str]:
     usual = {"model": "M", "llm_layers": "all", "device": "chip", "threads": "1", "dtype": "float32", "mode": "eager"}
     usual |= {"attention": "sdpa", "batch": "1", "images": "1", "new_tokens": "8", "commit": "abc", "date": "today"}
     usual |= {"stage": "tower", "method": "plain", "variant": "", "like": "", "keep": "576", "rho": "", "ms": "100"}
-    usual |= {"ratio": "1.0", "text_tokens": "40", "repeats": "3", "torch": "2", "clock": "thread"}
+    usual |= {"ratio": "1.0", "text_tokens": "40", "repeats": "3", "torch": "2", "clock": "thread", "warmup": "1"}
+    usual |= {"transformers": "5", "pitome_mllm": "0", "p20": "90", "p80": "110", "gflops": "10"}
     return usual | given
 
 
@@ -115,6 +129,64 @@ def test_the_report_makes_a_table_of_every_run():
     assert "tome:weights" in tables[0] and "chip, 1 thread" in tables[0] and "batch 4" in tables[1]
     assert speed_report.devices(rows) == "GPU: not measured."
     assert speed_report.devices([row(clock="CUDA events", device="H100")]) == "GPU: H100."
+
+
+@pytest.mark.parametrize("column", ["text_tokens", "clock", "repeats", "warmup", "torch", "transformers", "commit"])
+def test_what_was_measured_otherwise_stands_in_a_table_of_its_own(column):
+    assert len(speed_report.runs([row(), row(**{column: "other"})])) == 2
+
+
+def test_what_was_measured_twice_is_refused():
+    with pytest.raises(ValueError, match="measured twice: plain"):
+        speed_report.table([row(), row(ms="200")])
+
+
+def test_a_plot_holds_one_run(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(speed_report, "plot", lambda rows, path, *_: drawn.update({path.name: rows}))
+    usual = {"stage": "first token", "method": "tome"}
+    rows = [row(**usual, keep="144", model="other")]
+    rows += [row(**usual, keep=str(k), batch=str(b)) for k in (72, 144) for b in (1, 2)]
+    speed_report.plots(rows, tmp_path)
+    assert [(r["model"], r["keep"]) for r in drawn["speed-keep.png"]] == [("M", "72"), ("M", "144")]
+    assert [(r["model"], r["batch"]) for r in drawn["speed-batch.png"]] == [("M", "1"), ("M", "2")]
+
+
+def test_targets_are_judged_from_what_was_measured():
+    tower = {"method": "pitome", "rho": "0.9", "keep": "54"}
+    rows = [row(), row(**tower, ratio="0.42", gflops="4"), row(**tower, stage="merge", ratio="0.011", ms="3")]
+    rows += [row(method="oracle", like="pitome", rho="0.9", keep="54", ratio="0.40", gflops="4")]
+    rows += [
+        row(stage="decode", method="pitome", keep="144"),
+        row(stage="decode", method="oracle", like="pitome", keep="144"),
+    ]
+    handle = {"processor": "chip", "commit": "abc", "model": "M", "p20": "1", "p80": "9"}
+    steps = [handle | {"step": "attach", "ms": "51"}, handle | {"step": "import", "ms": "500"}]
+    lines = speed_targets.targets(rows, steps).splitlines()
+    assert "0.420 = 1.05 of it; oracle 0.400 = 1.00; above the oracle by 4.8 % | no" in lines[2]
+    assert "1.1 % (3.0 ms) | no" in lines[3] and "decoding" in lines[4] and "| yes |" in lines[4]
+    assert "attach under 50 ms | 51.00 ms (1 to 9) | no" in lines[5] and "| - |" in lines[6]
+    assert "not measured" in lines[7] and len(lines) == 8
+
+
+def test_decoding_apart_from_its_oracle_misses_the_target():
+    rows = [row(stage="decode", method="pitome", keep="144", p20="120", p80="130")]
+    rows += [row(stage="decode", method="oracle", like="pitome", keep="144")]
+    assert "| no |" in speed_targets.targets(rows, [])
+
+
+def test_the_published_results_are_of_clean_commits():
+    for name in ("bench", "growth", "handles"):
+        found = speed_report.read(speed_rows.RESULTS.with_name(f"{name}.csv"))
+        assert all(row["commit"] and "dirty" not in row["commit"] for row in found)
+    for run in speed_report.runs(speed_report.read(speed_rows.RESULTS)):
+        assert speed_report.table(run)  # nothing is there twice
+
+
+def test_handles_and_imports_are_timed(deep):
+    taken = handles.handle_times(deep, 2) | {"import": handles.import_times(1)}
+    assert {step: len(times) for step, times in taken.items()} == {"attach": 2, "update": 2, "remove": 2, "import": 1}
+    assert all(ms > 0 for times in taken.values() for ms in times) and not hasattr(deep, "_pitome")
 
 
 def test_the_report_draws_both_plots(tmp_path):

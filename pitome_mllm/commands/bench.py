@@ -10,6 +10,7 @@ from .._companion import companion
 from .options import keep
 
 METHODS = "pitome pitome-tuned tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()
+MODES = "eager, compile or cudagraph, for all alike (%(default)s); cudagraph needs a GPU and was never run on one"
 ABOUT = """Stages are timed apart, everything that is compared in turns: medians after a warm-up, one CSV row each.
 METHOD:weights is the method with a vision tower that writes its attention weights down, as its paper's code does.
 An oracle removes as many tokens by slicing, and its LLM gets what is left without any bookkeeping: the floor."""
@@ -27,7 +28,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the processor (%(default)s)")
     parser.add_argument("--attention", default="sdpa", help="of the LLM: sdpa, eager, flash_attention_2 (%(default)s)")
-    parser.add_argument("--mode", default="eager", help="eager, compile or cudagraph, for all alike (%(default)s)")
+    parser.add_argument("--mode", default="eager", help=MODES)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help=f"default: {' '.join(METHODS)}")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--keep", nargs="+", type=keep, metavar="K", help="visual tokens per picture (144)")
@@ -40,7 +41,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--stages", nargs="+", metavar="S", help="only these stages")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before those (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds before, at least 1 (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="CSV", help="also append the rows to this file")
     parser.set_defaults(run=run)
 

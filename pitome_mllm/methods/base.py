@@ -30,7 +30,7 @@ def flat(index: Tensor, tokens: int) -> Tensor:
 
     Selecting and adding whole rows by such an index is several times as fast as gather and scatter.
     """
-    batch = len(index)
+    batch = index.shape[0]
     if batch > 1:
         index = index + tokens * torch.arange(batch, device=index.device)[:, None]
     return index.flatten()
@@ -150,10 +150,9 @@ class Merge:
             least = index.new_full((batch, tokens + 1), tokens).scatter_reduce(1, slot, index, "amin").gather(1, slot)
             root = least.where(root >= 0, -1)
         first = root == index
-        number = first.cumsum(1) - 1
-        place = number.where(first, index - number + (count - 1))  # first tokens in front, each part in reading order
-        order = torch.empty_like(place).scatter_(1, place, index)
-        group = number.gather(1, root.clamp(min=0) if drops else root)
+        # First tokens in front, each part in reading order.
+        order = first.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        group = (first.cumsum(1) - 1).gather(1, root.clamp(min=0) if drops else root)
 
         self.count = count
         self.energy = energy

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,8 @@ from .base import Merge, Reducer, check_count, check_number, cosine, most_simila
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32.
 BLOCK = {"cpu": 2**17, "gpu": 2**26}
+STRIP = 144  # rows that `mirrored` works out at once
+MIRRORED = range(2 * STRIP, 1025)  # numbers of tokens where that wins something, up to 4 MB
 
 
 @dataclass(frozen=True)
@@ -93,29 +96,47 @@ class PiToMe(Reducer):
     def energy_of(self, unit: Tensor, depth: float) -> Tensor:
         """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
         margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
-        blocks = unit.split(block_rows(unit), dim=1)
-        energy = torch.cat([self._value(cosine(block, unit), margin).mean(-1) for block in blocks], 1)
+        energy = pair_means(unit, partial(self._value, margin=margin))
         if self.smooth:
+            blocks = unit.split(block_rows(unit), dim=1)
             around = torch.cat([around_each(cosine(block, unit), energy) for block in blocks], 1)
             energy = energy.lerp(around, self.smooth)
         return energy
 
     def _value(self, similarity: Tensor, margin: float) -> Tensor:
-        """f of similarities of any shape; in place and without boolean masks, which are slow on processors."""
-        above = similarity - margin
+        """f of similarities of any shape, which are overwritten; without boolean masks, slow on processors."""
         if self.energy == "elu":
-            value = above.clamp_min(0.0)
+            value = (similarity - margin).clamp_min_(0.0)
         else:
             value = torch.ge(similarity, margin, out=torch.empty_like(similarity)).mul_(similarity)
         if not self.alpha:
             return value
-        return value.add_(above.clamp_max_(0.0).expm1_(), alpha=self.alpha)
+        return value.add_(similarity.clamp_max_(margin).sub_(margin).expm1_(), alpha=self.alpha)
 
 
 def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
     """What the authors' code leaves: class tokens, the ``others`` by energy, then B; (B, K)."""
     front = torch.arange(protected, device=b.device).expand(len(b), protected)
     return torch.cat([front, others, b], dim=1)
+
+
+def pair_means(unit: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of ``value`` of the similarities to all tokens, for every token of ``unit`` (B, n, C): (B, n)."""
+    if unit.device.type == "cpu" and unit.shape[1] in MIRRORED:
+        return torch.cat([mirrored(row, value).mean(-1) for row in unit.split(1)])
+    return torch.cat([value(cosine(block, unit)).mean(-1) for block in unit.split(block_rows(unit), dim=1)], 1)
+
+
+def mirrored(unit: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """``value`` of the similarities of all pairs of ``unit`` (B, n, C), (B, n, n): worked out once for both orders."""
+    batch, tokens = unit.shape[:2]
+    pairs = unit.new_empty(batch, tokens, tokens)
+    for start in range(0, tokens, STRIP):
+        end = min(start + STRIP, tokens)
+        strip = value(cosine(unit[:, start:end], unit[:, start:]))
+        pairs[:, start:end, start:] = strip
+        pairs[:, end:, start:end] = strip[..., end - start :].mT
+    return pairs
 
 
 def block_rows(unit: Tensor) -> int:
