@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .benchmark import questions
-from .curves import Bootstrap
+from .bootstrap import Bootstrap
 from .documents import put_in, read, write_csv
 from .glyphs import SPLITS
 from .runs import check_out, load, provenance
