@@ -163,7 +163,7 @@ def _level(row: Row) -> bool:
 def summary(found: list[Row]) -> str:
     """In two sentences how the default method stands against the others with their own settings, and with lent ones."""
     said = []
-    for title, lending in (("with their own settings", False), (f"with those of `{DEFAULT_METHOD}`", True)):
+    for title, lending in (("with their own settings", False), ("to which its settings are lent", True)):
         leads, levels, behind = [], [], []
         for keep, rows in rivals(found).items():
             chosen = [row for row in rows if ("(lent" in row["against"]) == lending]

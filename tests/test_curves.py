@@ -205,7 +205,7 @@ def test_the_summary_tells_own_settings_from_lent_ones():
     ]
     text = accuracy.summary(rows)
     assert "own settings `pitome-tuned` leads all of them at keep 144, 72, by 4.0 points or more, is level" in text
-    assert "with those of `pitome-tuned` `pitome-tuned` leads all of them at keep 36, by 6.0 points or more, is" in text
+    assert "to which its settings are lent `pitome-tuned` leads all of them at keep 36, by 6.0 points or" in text
     assert "is level with the best of them at keep 144, is behind the best of them at keep 72." in text
 
 

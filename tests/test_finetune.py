@@ -6,7 +6,7 @@ import torch
 
 from pitome_mllm import attach, load
 from pitome_mllm_eval import finetune
-from pitome_mllm_eval.documents import write_csv
+from pitome_mllm_eval.documents import read, write_csv
 from pitome_mllm_eval.tiny_batch import IGNORE
 from pitome_mllm_eval.tiny_model import EOS
 
@@ -60,3 +60,9 @@ def test_the_readme_says_what_the_csv_holds(tmp_path):
     text = readme.read_text()
     assert "50.0 (40.0 to 60.0) per cent right before, 75.0 (70.0 to 80.0) after 9 steps" in text
     assert "+25.0 (+20.0 to +30.0) points" in text and "old" not in text and text.startswith("before")
+
+
+def test_the_recorded_gain_is_beyond_chance():
+    rows = {row["what"]: row for row in read(finetune.RESULTS, "finetune")}
+    assert rows["difference"]["split"] == "test" and rows["difference"]["questions"] == "3360"
+    assert int(rows["difference"]["keep"]) == 72 and float(rows["difference"]["low"]) > 0
