@@ -18,7 +18,7 @@ ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32.
 BLOCK = {"cpu": 2**17, "gpu": 2**26}
 STRIP = 144  # rows that `mirrored` works out at once
-MIRRORED = range(2 * STRIP, 1025)  # numbers of tokens where that wins something, up to 4 MB
+MIRRORED = 2 * STRIP, 1024  # from how many tokens to how many that wins something; at most 4 MB
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
 
 def pair_means(unit: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean of ``value`` of the similarities to all tokens, for every token of ``unit`` (B, n, C): (B, n)."""
-    if unit.device.type == "cpu" and unit.shape[1] in MIRRORED:
+    if unit.device.type == "cpu" and MIRRORED[0] <= unit.shape[1] <= MIRRORED[1]:
         return torch.cat([mirrored(row, value).mean(-1) for row in unit.split(1)])
     return torch.cat([value(cosine(block, unit)).mean(-1) for block in unit.split(block_rows(unit), dim=1)], 1)
 
