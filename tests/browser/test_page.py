@@ -202,7 +202,7 @@ def test_pick_a_group(visitor, files):
     visitor.page.locator("#pm-groups img").click(position={"x": 150, "y": 150})
     visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
     said = visitor.page.locator("#pm-picked").inner_text()
-    assert re.fullmatch(r"Token \d+: \d+ patch(es)? of 576.* Mean energy before the merge in block 2: .*", said)
+    assert re.fullmatch(r"Token \d+: \d+ patch(es)? of 576.* Mean energy before the merge in block 0: .*", said)
     visitor.until(lambda: source(visitor, "#pm-groups") != whole)
 
 
