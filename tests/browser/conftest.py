@@ -98,6 +98,16 @@ class Visitor:
         self.page.locator(f"{part} input").first.click()
         self.page.get_by_role("option", name=text, exact=True).click()
 
+    def load(self, model):
+        """Ask for another model; leaving the box is what tells the page its name."""
+        self.page.get_by_role("button", name="Model").click()
+        box = self.page.locator("#pm-model textarea, #pm-model input").first
+        box.click()
+        box.fill(model)
+        box.press("Tab")
+        self.page.wait_for_timeout(300)
+        self.page.locator("#pm-load").click()
+
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()
 
