@@ -162,10 +162,10 @@ def _level(row: Row) -> bool:
 
 def summary(found: list[Row]) -> str:
     """In two sentences how the default method stands against the others with their own settings, and with lent ones."""
-    said = []
+    said, standing = [], rivals(found)
     for title, lending in (("with their own settings", False), ("to which its settings are lent", True)):
         leads, levels, behind = [], [], []
-        for keep, rows in rivals(found).items():
+        for keep, rows in standing.items():
             chosen = [row for row in rows if ("(lent" in row["against"]) == lending]
             among = behind if any(map(_behind, chosen)) else levels if any(map(_level, chosen)) else leads
             among.append((keep, chosen[0] if chosen else None))

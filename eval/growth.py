@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import weakref
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,8 +25,7 @@ from pitome_mllm.methods.pitome import BLOCK
 
 from .clocks import Call, in_turns, quantiles
 from .documents import write_csv
-from .runs import processor_name
-from .speed_rows import check_commit, commit
+from .speed_rows import stamp
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"
 TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)
@@ -140,12 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
-    about = {"processor": processor_name(), "torch": torch.__version__, "commit": commit()}
-    about["date"] = date.today().isoformat()
-    try:
-        check_commit(args.out, about["commit"])
-    except ValueError as error:
-        parser.error(str(error))
+    about = stamp(parser, args.out)
     torch.set_num_threads(1)
     found = [growth(tokens, args.repeats) for tokens in track(args.tokens, "tokens")]
     write_csv(args.out, found, about)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from pitome_mllm import attach
 from .clocks import quantiles
 from .contenders import configuration, find_shape, random_model
 from .documents import write_csv
-from .runs import processor_name
-from .speed_rows import check_commit, commit
+from .speed_rows import stamp
 
 RESULTS = Path(__file__).parent / "results" / "handles.csv"
 SHAPE = "llava-1.5-7b"
@@ -69,12 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="%(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
-    about = {"model": SHAPE, "processor": processor_name(), "torch": torch.__version__, "commit": commit()}
-    about["date"] = date.today().isoformat()
-    try:
-        check_commit(args.out, about["commit"])
-    except ValueError as error:
-        parser.error(str(error))
+    about = {"model": SHAPE} | stamp(parser, args.out)
     torch.set_num_threads(1)
     model = random_model(configuration(find_shape(SHAPE), None, True), torch.float32, torch.device("cpu"))
     taken = handle_times(model, args.repeats) | {"import": import_times(args.repeats)}

@@ -48,9 +48,14 @@ def ablation(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", about, "", gains(rows)])
 
 
+def settled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The alternative that stayed of every factor, over all keeps."""
+    return [row for row in rows if row["keep"] == "0" and row["chosen"] == "True"]
+
+
 def gains(rows: list[dict[str, str]]) -> str:
     """What every chosen alternative gained, in one sentence each for those beyond chance and the others."""
-    chosen = [row for row in rows if row["keep"] == "0" and row["chosen"] == "True"]
+    chosen = settled(rows)
     sure = [row for row in chosen if float(row["difference_low"]) > 0]
     maybe = [row for row in chosen if float(row["difference"]) > 0 and row not in sure]
     said = ", ".join(f"{row['alternative']} {100 * float(row['difference']):+.1f}" for row in sure)
@@ -88,7 +93,6 @@ def main(argv: list[str] | None = None) -> None:
         short = [table(found, spent), f"The same methods {TITLE}:", lent(found), LENT, summary(found)]
         put_in(args.readme, "\n\n".join(short), MARKS)
         lending = [f"## All methods {TITLE}", LENT, lent(found, everywhere=True)]
-        chosen = [row for row in searched if row["keep"] == "0" and row["chosen"] == "True"]
         everything = [
             table(found, spent, everywhere=True),
             *lending,
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             summary(found),
             lead(found),
             WHY,
-            shares(chosen),
+            shares(settled(searched)),
         ]
         put_in(args.docs / "accuracy.md", "\n\n".join([*everything, GATES, gates.table(found)]), MARKS)
         put_in(args.docs / "search.md", ablation(searched), MARKS)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import subprocess
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from .runs import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
@@ -72,6 +78,16 @@ def check_commit(path: Path, found: str) -> None:
             f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
             f"{found or 'none'!r}; commit first, or say with --out another place"
         )
+
+
+def stamp(parser: argparse.ArgumentParser, out: Path) -> dict[str, str]:
+    """What every row of ``out`` says of machine and code; ends the command where it must not stand there."""
+    found = {"processor": processor_name(), "torch": torch.__version__, "commit": commit()}
+    try:
+        check_commit(out, found["commit"])
+    except ValueError as error:
+        parser.error(str(error))
+    return found | {"date": date.today().isoformat()}
 
 
 def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
