@@ -64,7 +64,7 @@ class Growth:
     """One number of tokens: milliseconds with percentiles, and megabytes (10^6) of tensors alive at most.
 
     ``pairs_ms`` is the part that works on pairs of tokens, ``pairs_share`` its share of the whole.
-    ``floor_ms`` is a yardstick: one product of all pairs, one expm1 of it, mean keys and a copy of rows, nothing else.
+    ``floor_ms`` is a yardstick: one product of all pairs, one exp of it, mean keys and a copy of rows, nothing else.
     ``whole_mb`` is the memory with all energies at once.
     """
 
@@ -103,7 +103,7 @@ class Merging:
         most_similar_first(self.unit, self.a, self.b, self.removed)
 
     def floor(self) -> None:
-        torch.expm1_(self.unit @ self.unit.mT)
+        torch.exp_(self.unit @ self.unit.mT)
         self.x.unflatten(-1, (-1, KEYS)).mean(2)
         self.x[:, : len(self.x[0]) - self.removed].clone()
 

@@ -149,10 +149,9 @@ class Merge:
             slot = root.where(root >= 0, tokens)  # one extra place takes what is dropped
             least = index.new_full((batch, tokens + 1), tokens).scatter_reduce(1, slot, index, "amin").gather(1, slot)
             root = least.where(root >= 0, -1)
-        first = root == index
-        # First tokens in front, each part in reading order.
-        order = first.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        group = (first.cumsum(1) - 1).gather(1, root.clamp(min=0) if drops else root)
+        follows = root != index
+        order = follows.argsort(dim=1, stable=True)  # first tokens in front, each part in reading order
+        group = (index - follows.cumsum(1)).gather(1, root.clamp(min=0) if drops else root)
 
         self.count = count
         self.energy = energy
@@ -201,25 +200,31 @@ class Merge:
         size : (B, K, 1) float32.
         """
         batch, tokens, channels = x.shape
-        size = x.new_ones(batch, tokens, dtype=torch.float32) if size is None else size[..., 0].float()
-        slot, rest_size = self.group.gather(1, self._rest), size.gather(1, self._rest)
+        size = x.new_ones(batch * tokens, dtype=torch.float32) if size is None else size.flatten().float()
+        first, rest = flat(self._first, tokens), flat(self._rest, tokens)
+        slot = self.group.gather(1, self._rest)  # the group that each of the rest joins
         if self._drops:
-            dropped = slot < 0
-            slot, rest_size = slot.clamp(min=0), rest_size.masked_fill(dropped, 0.0)
-        first_size = size.gather(1, self._first)
-        total = first_size.scatter_add(1, slot, rest_size)
-        if self._weight is None:
-            first_share, rest_share = first_size / total, rest_size / total.gather(1, slot)
-        else:
-            first_share, rest_share = (self._weight.gather(1, index) for index in (self._first, self._rest))
+            dropped = slot.flatten() < 0
+            slot = slot.clamp(min=0)
+        slot = flat(slot, self.count)
+        first_size, rest_size = size.index_select(0, first), size.index_select(0, rest)
+        if self._drops:
+            rest_size = rest_size.masked_fill(dropped, 0.0)
+        total = first_size.index_add(0, slot, rest_size)
 
-        wide = torch.promote_types(x.dtype, torch.float32)
-        first = rows(x, self._first).to(wide).mul_(first_share[..., None])
-        rest = rows(x, self._rest).to(wide).mul_(rest_share[..., None])
+        x, wide = x.flatten(0, 1), torch.promote_types(x.dtype, torch.float32)
+        merged, joining = x.index_select(0, first).to(wide), x.index_select(0, rest).to(wide)
+        if self._weight is None:  # the mean is the first token and a share of each other's distance to it
+            share = rest_size / total.index_select(0, slot)
+            joining = joining.sub_(x.index_select(0, first.index_select(0, slot)))
+        else:
+            first_share, share = (self._weight.flatten().index_select(0, index) for index in (first, rest))
+            merged.mul_(first_share[:, None])
+        joining = joining.mul_(share[:, None])
         if self._drops:
-            rest = rest.masked_fill(dropped[..., None], 0.0)  # a NaN that is dropped must not come back as 0 * NaN
-        merged = first.flatten(0, 1).index_add_(0, flat(slot, self.count), rest.flatten(0, 1))
-        return merged.view(batch, self.count, channels).to(x.dtype), total[..., None]
+            joining = joining.masked_fill(dropped[:, None], 0.0)  # a NaN that is dropped must not return as 0 * NaN
+        merged.index_add_(0, slot, joining)
+        return merged.view(batch, self.count, channels).to(x.dtype), total.view(batch, self.count, 1)
 
     def expand(self, y: Tensor) -> Tensor:
         """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
@@ -17,8 +18,7 @@ from .base import Merge, Reducer, check_count, check_number, cosine, most_simila
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32.
 BLOCK = {"cpu": 2**17, "gpu": 2**26}
-STRIP = 144  # rows that `mirrored` works out at once
-MIRRORED = 2 * STRIP, 1024  # from how many tokens to how many that wins something; at most 4 MB
+ROUNDING = 2.0**-24  # of a cosine in float32
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class PiToMe(Reducer):
         if self.energy == "elu":
             value = (similarity - margin).clamp_min_(0.0)
         else:
-            value = torch.ge(similarity, margin, out=torch.empty_like(similarity)).mul_(similarity)
+            value = F.threshold(similarity, margin - ROUNDING, 0.0)  # keeps what is above, so the margin itself too
         if not self.alpha:
             return value
-        return value.add_(similarity.clamp_max_(margin).sub_(margin).expm1_(), alpha=self.alpha)
+        return value.add_(similarity.clamp_max_(margin).sub_(margin).exp_().sub_(1.0), alpha=self.alpha)
 
 
 def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
@@ -121,22 +121,22 @@ def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
 
 
 def pair_means(unit: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``value`` of the similarities to all tokens, for every token of ``unit`` (B, n, C): (B, n)."""
-    if unit.device.type == "cpu" and MIRRORED[0] <= unit.shape[1] <= MIRRORED[1]:
-        return torch.cat([mirrored(row, value).mean(-1) for row in unit.split(1)])
-    return torch.cat([value(cosine(block, unit)).mean(-1) for block in unit.split(block_rows(unit), dim=1)], 1)
+    """Mean of ``value`` of the similarities to all tokens, for every token of ``unit`` (B, n, C): (B, n).
 
-
-def mirrored(unit: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """``value`` of the similarities of all pairs of ``unit`` (B, n, C), (B, n, n): worked out once for both orders."""
+    ``value`` is symmetric, so each pair is worked out once, for both of its tokens, but those within a block of rows.
+    """
     batch, tokens = unit.shape[:2]
-    pairs = unit.new_empty(batch, tokens, tokens)
-    for start in range(0, tokens, STRIP):
-        end = min(start + STRIP, tokens)
-        strip = value(cosine(unit[:, start:end], unit[:, start:]))
-        pairs[:, start:end, start:] = strip
-        pairs[:, end:, start:end] = strip[..., end - start :].mT
-    return pairs
+    if batch > 1 and unit.device.type == "cpu":  # one after the other stays in the caches
+        return torch.cat([pair_means(row, value) for row in unit.split(1)])
+    rows = block_rows(unit)
+    if rows >= tokens:
+        return value(cosine(unit, unit)).mean(-1)
+    total = unit.new_zeros(batch, tokens)
+    for start in range(0, tokens, rows):
+        pairs = value(cosine(unit[:, start : start + rows], unit[:, start:]))
+        total[:, start : start + rows].add_(pairs.sum(2))
+        total[:, start + rows :].add_(pairs[..., rows:].sum(1))
+    return total / tokens
 
 
 def block_rows(unit: Tensor) -> int:
