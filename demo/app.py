@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ |= {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # else 10,000 events stay in memory, and after each one
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),  # pandas counts them all anew, for a page of figures that is off
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
 import gradio as gr
 
@@ -21,6 +25,7 @@ from .belongings import Belongings
 from .controls import AMOUNTS, OWN_PLACE, PLACES
 from .handlers import BITS, Handlers
 from .models import Models
+from .visitors import MAX_VISITORS
 
 HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
 <p>A vision-language model reads a picture as hundreds of tokens, many of them alike. Merge them, ask both ways, and
@@ -182,8 +187,16 @@ class Page:
             self.load.click(
                 do.load_model, [self.name, self.bits], loaded, api_visibility="private", show_progress_on=self.about
             ).then(do.show_plan, self.controls, planned, **QUIET)
-        self.blocks.unload(do.leave)
+        self.blocks.unload(self._leave)
         uploads_only(self.box, self.camera)
+
+    def _leave(self, request: gr.Request) -> None:
+        """A visitor closed the page. Gradio would keep what their parts showed, some 100 kB, in case they come back."""
+        self.handlers.leave(request)
+        held = self.blocks.state_holder
+        with held.lock:
+            held.session_data.pop(request.session_hash, None)
+            held.time_last_used.pop(request.session_hash, None)
 
     def _offer_api(self) -> None:
         """What gradio_client calls: hidden parts, so that uploads pass the same checks."""
@@ -224,6 +237,8 @@ def serve(models: Models, folder: Path, host: str, port: int | None, share: bool
     page.blocks.queue(default_concurrency_limit=32, max_size=256)
     page.blocks.launch(
         server_name=host, server_port=port, share=share, theme=theme(), css_paths=STYLE, max_file_size=MAX_BYTES,
-        footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, **launch,
+        footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
+        state_session_capacity=2 * MAX_VISITORS,  # also of those who never said goodbye
+        **launch,
     )  # fmt: skip
     return page
