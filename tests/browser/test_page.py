@@ -282,7 +282,8 @@ def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served, tmp_pat
     visitor.page.close()
 
     def gone():
-        return key not in held and not made.parent.exists() and not list(served.cache.glob("*/mine.png"))
+        kept = key in held or key in served.blocks.state_holder.session_data
+        return not kept and not made.parent.exists() and not list(served.cache.glob("*/mine.png"))
 
     for _ in range(600):  # Gradio notices a quarter of a minute later
         if gone():
@@ -292,6 +293,7 @@ def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served, tmp_pat
     using = sum(chat.engine is served.first for chat in held.values())
     assert gone() and served.first.users == using + 1  # the page itself keeps its first model
     assert list(served.cache.glob("*/scene 16.png"))  # the example of nearly that name stays
+    assert len(served.blocks._queue.event_analytics) <= 1  # nor does Gradio keep a list of what visitors did
 
 
 def test_who_comes_when_it_is_full_is_told(served, files, monkeypatch):
