@@ -31,7 +31,7 @@ HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
 <p>A vision-language model reads a picture as hundreds of tokens, many of them alike. Merge them, ask both ways, and
 compare answers, time and memory.</p></div>"""
 EMPTY = (
-    '<div class="pm-empty"><b>Add a picture, or take an example below, and ask about it.</b><br>'
+    '<div class="pm-empty"><b>Paste or drop a picture, or take an example below, and ask about it.</b><br>'
     "Tick <i>Compare</i> to see the plain model's answer beside it.<br>"
     "Send a picture without a question to look inside only.</div>"
 )
@@ -86,14 +86,14 @@ class Page:
         )  # fmt: skip
         self.notice = gr.HTML(visible=False, padding=False, elem_id="pm-notice")
         self.box = gr.MultimodalTextbox(
-            show_label=False, placeholder="Ask about the picture; paste or drop pictures here", file_count="multiple",
+            show_label=False, placeholder="Ask about your picture", file_count="multiple",
             file_types=[f".{name.lower()}" for name in (*FORMATS, "jpg")], elem_id="pm-box", autofocus=True,
         )  # fmt: skip
         with gr.Row():
-            self.stop = gr.Button("Stop", size="sm", min_width=70, elem_id="pm-stop")
-            self.retry = gr.Button("Retry", size="sm", min_width=70, elem_id="pm-retry")
-            self.clear = gr.Button("Clear", size="sm", min_width=70, elem_id="pm-clear")
-            self.save = gr.Button("JSON", size="sm", min_width=70, elem_id="pm-json")
+            self.stop = gr.Button("Stop", size="sm", min_width=56, elem_id="pm-stop")
+            self.retry = gr.Button("Retry", size="sm", min_width=56, elem_id="pm-retry")
+            self.clear = gr.Button("Clear", size="sm", min_width=56, elem_id="pm-clear")
+            self.save = gr.Button("JSON", size="sm", min_width=56, elem_id="pm-json")
             self.file = gr.DownloadButton(visible="hidden", elem_id="pm-file")
         made = examples.write(folder)
         gr.Examples([[{"text": asked, "files": [str(path)]}] for asked, path in made], [self.box], label="Examples")
@@ -131,7 +131,9 @@ class Page:
                 )
                 self.picked = gr.HTML(elem_id="pm-picked")
             with gr.Tab("Energy"):
-                self.step = gr.Slider(0, 1, 0, step=1, label="Merge", elem_id="pm-step", interactive=True)
+                self.step = gr.Slider(
+                    0, 1, 0, step=1, label="Merge, in the order of the blocks", elem_id="pm-step", interactive=True
+                )
                 self.energy = gr.Image(
                     show_label=False, interactive=False, buttons=[], elem_id="pm-energy", format="png", height=440
                 )

@@ -21,6 +21,10 @@ from .visitors import Visitors
 
 BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
+LEGEND = (
+    "What shares an outline became one token; a dot is a patch that stayed alone, a diamond one that the method "
+    "protects. Click on a patch to light up everything that shares its token."
+)
 QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there is none
 
 
@@ -133,7 +137,7 @@ class Handlers:
             return None, "", gr.update(visible=False), None, "", ""
         try:
             groups = self._drawn(request, look.draw())
-            picked = _note("Click on a patch to light up everything that shares its token.")
+            picked = _note(LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else ""))
         except ValueError as error:
             groups, picked = None, view.notice(str(error), "info")
         steps = look.energy_steps

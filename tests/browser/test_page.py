@@ -178,7 +178,11 @@ def test_compare(visitor, files):
         assert names == [
             "visual tokens", "prompt tokens", "tower, ms", "1st token, ms", "tokens / s", "KV cache, MB", "GFLOPs"
         ]  # fmt: skip
-    assert plain.locator(".pm-ratio").count() == 0
+    assert plain.locator(".pm-ratio").count() == plain.locator(".pm-saved").count() == 0
+    assert re.fullmatch(
+        r"Saved: 75% of the visual tokens, \d\d% of the FLOPs, \d\d% of the KV cache\. × = .*",
+        merged.locator(".pm-saved").inner_text(),
+    )
     assert re.fullmatch(r"×0\.25(\n×\d+\.\d\d){6}", "\n".join(merged.locator(".pm-ratio").all_inner_texts()))
     left, right = plain.bounding_box(), merged.bounding_box()
     assert abs(left["y"] - right["y"]) < 2 and left["x"] + left["width"] <= right["x"]
@@ -196,6 +200,7 @@ def test_pick_a_group(visitor, files):
     visitor.ask(truth(16)[0], files[16])
     visitor.until(lambda: source(visitor, "#pm-groups"))
     whole = source(visitor, "#pm-groups")
+    assert "a diamond one that the method protects. Click" in visitor.page.locator("#pm-picked").inner_text()
     visitor.page.locator("#pm-groups img").click(position={"x": 150, "y": 150})
     visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
     said = visitor.page.locator("#pm-picked").inner_text()
@@ -327,7 +332,7 @@ SHOWN = """const shown = e => {
     return box.width > 1 && box.height > 1 && style.visibility !== 'hidden' && style.opacity !== '0'
         && !e.closest('.sr-only, .visually-hidden, [aria-hidden=true]');
 };"""
-TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab]'"
+TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-saved, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab]'"
 MISFITS = """() => { SHOWN return [...document.querySelectorAll('body *')].filter(e => {
     const box = e.getBoundingClientRect();
     return shown(e) && (box.right > innerWidth + 1 || box.left < -1);
