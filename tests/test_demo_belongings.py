@@ -38,7 +38,7 @@ def test_uploads_go_with_the_last_visitor_who_sent_them(cache, belongings):
 
 
 def test_a_file_that_was_sent_once_more_waits_for_its_question(cache, belongings):
-    """As where somebody loads the page anew, adds the same picture, and Gradio then notices that the old page closed."""
+    """As where a page is loaded anew and gets the same picture before Gradio notices that the old one was closed."""
     path = cache / "hash" / "a.png"
     belongings.add("old page", [path])
     shutil.move(shutil.copy(path, cache), path)  # as Gradio puts an upload there
