@@ -81,7 +81,7 @@ class Page:
 
     def _lay_out_chat(self, folder: Path) -> None:
         self.chat = gr.Chatbot(
-            show_label=False, elem_id="pm-chat", height=560, layout="panel", placeholder=EMPTY, latex_delimiters=[],
+            show_label=False, elem_id="pm-chat", height=620, layout="panel", placeholder=EMPTY, latex_delimiters=[],
             buttons=[], allow_tags=False, feedback_options=None, group_consecutive_messages=False,
         )  # fmt: skip
         self.notice = gr.HTML(visible=False, padding=False, elem_id="pm-notice")

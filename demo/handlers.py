@@ -209,7 +209,7 @@ def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
     text = f"{plan.method}, {plan.where}: right answers of the embedded model ({found.about}). {found.at(plan.keep)}"
     text += "" if by_tokens else ". Measured with a number of tokens, not with a ratio"
     text += "" if model == "tiny" else f". Nothing was measured for {model}"
-    return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95 % intervals. Dashed: the plain model.")
+    return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95% intervals. Dashed: the plain model.")
 
 
 def _loud(words: str, kind: str = "error") -> Any:

@@ -94,6 +94,18 @@ def test_an_example_fills_the_box(visitor):
     assert visitor.last(".pm-merged .pm-text") == "circle"
 
 
+def test_a_photograph_is_there_to_look_inside(visitor):
+    """And the page says why nothing is asked about it."""
+    note = visitor.page.get_by_text("was trained on drawn scenes such as these, not on photographs")
+    assert note.is_visible()
+    visitor.page.locator(".gallery-item").nth(4).click()
+    visitor.until(lambda: visitor.page.locator("#pm-box .thumbnail-item").count() == 1)
+    visitor.page.locator("#pm-box textarea").press("Enter")
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    assert visitor.page.locator("#pm-which input").input_value().startswith("1. astronaut.png")
+    visitor.shot("1280-photograph")
+
+
 def test_a_pasted_picture(visitor, files):
     visitor.page.evaluate(
         """async (bytes) => {
