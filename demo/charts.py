@@ -132,10 +132,8 @@ def _between(found: Curve, keep: int) -> float:
     """Where the drawn line is at ``keep``."""
     known = sorted({**found.points, ALL: found.plain}.items())
     keep = min(max(keep, known[0][0]), ALL)
-    for (a, low), (b, high) in pairwise(known):
-        if a <= keep <= b:
-            return low + (high - low) * (log2(keep) - log2(a)) / (log2(b) - log2(a))
-    return known[0][1]
+    (a, low), (b, high) = next(ends for ends in pairwise(known) if keep <= ends[1][0])
+    return low + (high - low) * (log2(keep) - log2(a)) / (log2(b) - log2(a))
 
 
 def _svg(height: float, parts: Sequence[str], title: str) -> str:
