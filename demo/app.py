@@ -169,7 +169,8 @@ class Page:
         self.box.submit(do.send, asked, shown, trigger_mode="multiple", **QUIET).then(**look)
         self.retry.click(do.ask_again, asked[1:], shown, **QUIET).then(**look)
         self.stop.click(do.end, None, None, queue=False, **QUIET)
-        gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET).then(**look)
+        cleared = gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET)
+        cleared.then(**look).then(do.tidy, None, None, **QUIET)
         self.save.click(do.write_json, None, self.file, **QUIET).then(None, None, None, js=DOWNLOAD)
         self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
         planned = [self.plan, self.accuracy, self.keep, self.ratio]

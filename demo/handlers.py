@@ -71,8 +71,12 @@ class Handlers:
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         self.of(request).clear()
-        self.belongings.drop(request.session_hash)
         return [], QUIET, None
+
+    def tidy(self, request: gr.Request) -> None:
+        """Delete the files of a conversation that was cleared, once the page shows none of them any more."""
+        if not self.of(request).turns:
+            self.belongings.drop(request.session_hash)
 
     def write_json(self, request: gr.Request) -> str:
         path = self.belongings.path(request.session_hash, "conversation.json")

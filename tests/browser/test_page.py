@@ -85,6 +85,19 @@ def test_retry_clear_and_json(visitor, files):
     visitor.until(lambda: "add a picture first" in visitor.page.locator("#pm-notice").inner_text())
 
 
+def test_files_go_after_the_page_has_stopped_showing_them(visitor, files, served, monkeypatch):
+    """Else the browser may ask for one that is gone, which is an error on its console."""
+    visitor.ask("is there a star?", files[16])
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    handlers, happened = served.handlers, []
+    show, drop = handlers.show_look, handlers.belongings.drop
+    monkeypatch.setattr(handlers, "show_look", lambda *given: (happened.append(given[1]), show(*given))[1])
+    monkeypatch.setattr(handlers.belongings, "drop", lambda key: (happened.append("drop"), drop(key))[1])
+    visitor.page.locator("#pm-clear").click()
+    visitor.until(lambda: "drop" in happened)
+    assert happened == [None, "drop"] and source(visitor, "#pm-groups") is None
+
+
 def test_an_example_fills_the_box(visitor):
     visitor.page.get_by_text("which shape is blue?").first.click()
     visitor.until(lambda: visitor.page.locator("#pm-box textarea").input_value() == "which shape is blue?")
