@@ -130,7 +130,10 @@ class Handlers:
             for turn, number, look in found
         ]
         value = choices[-1][1] if choices else None
-        return gr.update(choices=choices, value=value), *self.show_look(request, value)
+        shown = gr.update(choices=choices, value=value), *self.show_look(request, value)
+        if _looks(self.of(request)) != found:  # cleared or asked again while this was drawn
+            return tuple(gr.skip() for _ in shown)
+        return shown
 
     def _look(self, request: gr.Request, value: str | None) -> Look | None:
         return next((look for t, n, look in _looks(self.of(request)) if f"{t}/{n}" == value), None)

@@ -75,7 +75,7 @@ class Visitor:
 
     def _console(self, message):
         if message.type == "error":
-            self.complaints.append(f"console: {message.text}")
+            self.complaints.append(f"console: {message.text} {message.location}")
 
     def _request(self, address, url):
         if not address.startswith((url, "data:", "blob:")):

@@ -98,6 +98,22 @@ def test_files_go_after_the_page_has_stopped_showing_them(visitor, files, served
     assert happened == [None, "drop"] and source(visitor, "#pm-groups") is None
 
 
+def test_a_drawing_that_comes_after_clear_is_not_shown(visitor, files, served, monkeypatch):
+    handlers, drawn = served.handlers, []
+    show = handlers.show_look
+
+    def interrupted(request, value):
+        drawn.append(show(request, value))
+        handlers.of(request).clear()
+        return drawn[-1]
+
+    monkeypatch.setattr(handlers, "show_look", interrupted)
+    visitor.ask("is there a star?", files[16])
+    visitor.until(lambda: drawn)
+    visitor.page.wait_for_timeout(1000)
+    assert drawn[0][0] is not None and source(visitor, "#pm-groups") is None
+
+
 def test_an_example_fills_the_box(visitor):
     visitor.page.get_by_text("which shape is blue?").first.click()
     visitor.until(lambda: visitor.page.locator("#pm-box textarea").input_value() == "which shape is blue?")
