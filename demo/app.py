@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ |= {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # else 10,000 events stay in memory, and after each one
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),  # pandas counts them all anew, for a page of figures that is off
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
 import gradio as gr
 
@@ -21,12 +25,13 @@ from .belongings import Belongings
 from .controls import AMOUNTS, OWN_PLACE, PLACES
 from .handlers import BITS, Handlers
 from .models import Models
+from .visitors import MAX_VISITORS
 
 HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
 <p>A vision-language model reads a picture as hundreds of tokens, many of them alike. Merge them, ask both ways, and
 compare answers, time and memory.</p></div>"""
 EMPTY = (
-    '<div class="pm-empty"><b>Add a picture, or take an example below, and ask about it.</b><br>'
+    '<div class="pm-empty"><b>Paste or drop a picture, or take an example below, and ask about it.</b><br>'
     "Tick <i>Compare</i> to see the plain model's answer beside it.<br>"
     "Send a picture without a question to look inside only.</div>"
 )
@@ -76,19 +81,19 @@ class Page:
 
     def _lay_out_chat(self, folder: Path) -> None:
         self.chat = gr.Chatbot(
-            show_label=False, elem_id="pm-chat", height=560, layout="panel", placeholder=EMPTY, latex_delimiters=[],
+            show_label=False, elem_id="pm-chat", height=620, layout="panel", placeholder=EMPTY, latex_delimiters=[],
             buttons=[], allow_tags=False, feedback_options=None, group_consecutive_messages=False,
         )  # fmt: skip
         self.notice = gr.HTML(visible=False, padding=False, elem_id="pm-notice")
         self.box = gr.MultimodalTextbox(
-            show_label=False, placeholder="Ask about the picture; paste or drop pictures here", file_count="multiple",
+            show_label=False, placeholder="Ask about your picture", file_count="multiple",
             file_types=[f".{name.lower()}" for name in (*FORMATS, "jpg")], elem_id="pm-box", autofocus=True,
         )  # fmt: skip
         with gr.Row():
-            self.stop = gr.Button("Stop", size="sm", min_width=70, elem_id="pm-stop")
-            self.retry = gr.Button("Retry", size="sm", min_width=70, elem_id="pm-retry")
-            self.clear = gr.Button("Clear", size="sm", min_width=70, elem_id="pm-clear")
-            self.save = gr.Button("JSON", size="sm", min_width=70, elem_id="pm-json")
+            self.stop = gr.Button("Stop", size="sm", min_width=56, elem_id="pm-stop")
+            self.retry = gr.Button("Retry", size="sm", min_width=56, elem_id="pm-retry")
+            self.clear = gr.Button("Clear", size="sm", min_width=56, elem_id="pm-clear")
+            self.save = gr.Button("JSON", size="sm", min_width=56, elem_id="pm-json")
             self.file = gr.DownloadButton(visible="hidden", elem_id="pm-file")
         made = examples.write(folder)
         gr.Examples([[{"text": asked, "files": [str(path)]}] for asked, path in made], [self.box], label="Examples")
@@ -126,7 +131,9 @@ class Page:
                 )
                 self.picked = gr.HTML(elem_id="pm-picked")
             with gr.Tab("Energy"):
-                self.step = gr.Slider(0, 1, 0, step=1, label="Merge", elem_id="pm-step", interactive=True)
+                self.step = gr.Slider(
+                    0, 1, 0, step=1, label="Merge, in the order of the blocks", elem_id="pm-step", interactive=True
+                )
                 self.energy = gr.Image(
                     show_label=False, interactive=False, buttons=[], elem_id="pm-energy", format="png", height=440
                 )
@@ -162,7 +169,8 @@ class Page:
         self.box.submit(do.send, asked, shown, trigger_mode="multiple", **QUIET).then(**look)
         self.retry.click(do.ask_again, asked[1:], shown, **QUIET).then(**look)
         self.stop.click(do.end, None, None, queue=False, **QUIET)
-        gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET).then(**look)
+        cleared = gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET)
+        cleared.then(**look).then(do.tidy, None, None, **QUIET)
         self.save.click(do.write_json, None, self.file, **QUIET).then(None, None, None, js=DOWNLOAD)
         self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
         planned = [self.plan, self.accuracy, self.keep, self.ratio]
@@ -182,8 +190,16 @@ class Page:
             self.load.click(
                 do.load_model, [self.name, self.bits], loaded, api_visibility="private", show_progress_on=self.about
             ).then(do.show_plan, self.controls, planned, **QUIET)
-        self.blocks.unload(do.leave)
+        self.blocks.unload(self._leave)
         uploads_only(self.box, self.camera)
+
+    def _leave(self, request: gr.Request) -> None:
+        """A visitor closed the page. Gradio would keep what their parts showed, some 100 kB, in case they come back."""
+        self.handlers.leave(request)
+        held = self.blocks.state_holder
+        with held.lock:
+            held.session_data.pop(request.session_hash, None)
+            held.time_last_used.pop(request.session_hash, None)
 
     def _offer_api(self) -> None:
         """What gradio_client calls: hidden parts, so that uploads pass the same checks."""
@@ -224,6 +240,8 @@ def serve(models: Models, folder: Path, host: str, port: int | None, share: bool
     page.blocks.queue(default_concurrency_limit=32, max_size=256)
     page.blocks.launch(
         server_name=host, server_port=port, share=share, theme=theme(), css_paths=STYLE, max_file_size=MAX_BYTES,
-        footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, **launch,
+        footer_links=[], ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
+        state_session_capacity=2 * MAX_VISITORS,  # also of those who never said goodbye
+        **launch,
     )  # fmt: skip
     return page

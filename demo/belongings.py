@@ -16,7 +16,8 @@ class Belongings:
     """Who owns which file in Gradio's folder.
 
     Uploads lie there by their content, so that visitors who send the same file share it: it is deleted with the last
-    of them. What is made for one visitor lies in a folder of theirs.
+    of them, unless somebody has sent it once more and not asked about it yet. What is made for one visitor lies in a
+    folder of theirs.
 
     Parameters
     ----------
@@ -27,6 +28,7 @@ class Belongings:
     def __init__(self, folder: Path, keep: Collection[Path] = ()) -> None:
         self.folder, self.keep = folder.resolve(), {path.resolve() for path in keep}
         self._sent: dict[Hashable, set[Path]] = {}
+        self._known: dict[Path, int | None] = {}  # when those that were asked about came
         self._lock = threading.Lock()
 
     def add(self, key: Hashable, paths: Iterable[Any]) -> None:
@@ -35,6 +37,7 @@ class Belongings:
         mine = {path for path in found - self.keep if path.is_relative_to(self.folder)}
         with self._lock:
             self._sent.setdefault(key, set()).update(mine)
+            self._known |= {path: _came(path) for path in mine}
 
     def path(self, key: Hashable, name: str) -> Path:
         """Where a file for one visitor goes."""
@@ -54,9 +57,16 @@ class Belongings:
         """A visitor left."""
         with self._lock:
             mine = self._sent.pop(key, set()).difference(*self._sent.values())
-        for path in mine:
-            path.unlink(missing_ok=True)
+            known = {path: self._known.pop(path) for path in mine}
+        for path, came in known.items():
+            if _came(path) == came:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self._own(key), ignore_errors=True)
 
     def _own(self, key: Hashable) -> Path:
         return self.folder / f"visitor-{hashlib.sha256(str(key).encode()).hexdigest()[:16]}"  # a key is anything
+
+
+def _came(path: Path) -> int | None:
+    """When a file came into its folder; None = it is not there."""
+    return path.stat().st_ctime_ns if path.exists() else None

@@ -43,13 +43,15 @@ class Curve:
         """What was measured at ``keep``, or on both sides of it, in words."""
         known = {**self.points, ALL: self.plain}
         if keep in known:
-            return f"keep {keep}: {known[keep]:.1%}".replace("%", " %")
+            return f"keep {keep}: {known[keep]:.1%}"
         below = max((k for k in known if k < keep), default=None)
-        above = min(k for k in known if k > keep)
+        above = min((k for k in known if k > keep), default=None)
+        if above is None:
+            return f"keep {keep}: the embedded model has only {ALL} visual tokens"
         if below is None:
-            return f"keep {keep}: not measured; keep {above}: {known[above]:.1%}".replace("%", " %")
+            return f"keep {keep}: not measured; keep {above}: {known[above]:.1%}"
         between = f"between {known[below]:.1%} (keep {below}) and {known[above]:.1%} (keep {above})"
-        return f"keep {keep}: {between}".replace("%", " %")
+        return f"keep {keep}: {between}"
 
 
 def curve(method: str, where: str) -> Curve | None:
@@ -60,7 +62,7 @@ def curve(method: str, where: str) -> Curve | None:
     if not found:
         return None
     values = {name: {keep: float(row[name]) for keep, row in found.items()} for name in ("value", "low", "high")}
-    about = f"{plain['questions']} held-out questions, embedded model, {plain['date']}"
+    about = f"{int(plain['questions']):,} held-out questions, {plain['date']}"
     of_all = (float(plain["value"]), float(blind["value"]))
     return Curve(method, where, values["value"], values["low"], values["high"], *of_all, about)
 
@@ -107,13 +109,13 @@ def accuracy(found: Curve, keep: int) -> str:
     parts = []
     for value in (0, 0.25, 0.5, 0.75, 1):
         parts.append(_line([(left, y(value)), (right, y(value))], "pm-grid"))
-        parts.append(_text(left - 6, y(value) + 5, f"{value:.0%}".replace("%", " %"), "end"))
+        parts.append(_text(left - 6, y(value) + 5, f"{value:.0%}", "end"))
     for tokens in keeps:
         parts.append(_text(x(tokens), bottom + 20, str(tokens), "middle"))
     parts.append(_text((left + right) / 2, bottom + 41, "visual tokens kept", "middle"))
     parts.append(_line([(left, y(found.plain)), (right, y(found.plain))], "pm-plain"))
     parts.append(_line([(left, y(found.blind)), (right, y(found.blind))], "pm-blind"))
-    parts.append(_text(left + 4, y(found.blind) - 5, f"without looking {found.blind:.1%}".replace("%", " %")))
+    parts.append(_text(left + 4, y(found.blind) - 5, f"without looking {found.blind:.1%}"))
     line = [(x(tokens), y(value)) for tokens, value in sorted(found.points.items())]
     parts.append(_line([*line, (x(ALL), y(found.plain))], "pm-curve"))
     for tokens in found.points:
@@ -129,10 +131,9 @@ def accuracy(found: Curve, keep: int) -> str:
 def _between(found: Curve, keep: int) -> float:
     """Where the drawn line is at ``keep``."""
     known = sorted({**found.points, ALL: found.plain}.items())
-    for (a, low), (b, high) in pairwise(known):
-        if a <= keep <= b:
-            return low + (high - low) * (log2(keep) - log2(a)) / (log2(b) - log2(a))
-    return known[0][1]
+    keep = min(max(keep, known[0][0]), ALL)
+    (a, low), (b, high) = next(ends for ends in pairwise(known) if keep <= ends[1][0])
+    return low + (high - low) * (log2(keep) - log2(a)) / (log2(b) - log2(a))
 
 
 def _svg(height: float, parts: Sequence[str], title: str) -> str:

@@ -21,6 +21,10 @@ from .visitors import Visitors
 
 BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
+LEGEND = (
+    "What shares an outline became one token; a dot is a patch that stayed alone, a diamond one that the method "
+    "protects. Click on a patch to light up everything that shares its token."
+)
 QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there is none
 
 
@@ -67,8 +71,12 @@ class Handlers:
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         self.of(request).clear()
-        self.belongings.drop(request.session_hash)
         return [], QUIET, None
+
+    def tidy(self, request: gr.Request) -> None:
+        """Delete the files of a conversation that was cleared, once the page shows none of them any more."""
+        if not self.of(request).turns:
+            self.belongings.drop(request.session_hash)
 
     def write_json(self, request: gr.Request) -> str:
         path = self.belongings.path(request.session_hash, "conversation.json")
@@ -122,7 +130,10 @@ class Handlers:
             for turn, number, look in found
         ]
         value = choices[-1][1] if choices else None
-        return gr.update(choices=choices, value=value), *self.show_look(request, value)
+        shown = gr.update(choices=choices, value=value), *self.show_look(request, value)
+        if _looks(self.of(request)) != found:  # cleared or asked again while this was drawn
+            return tuple(gr.skip() for _ in shown)
+        return shown
 
     def _look(self, request: gr.Request, value: str | None) -> Look | None:
         return next((look for t, n, look in _looks(self.of(request)) if f"{t}/{n}" == value), None)
@@ -133,7 +144,7 @@ class Handlers:
             return None, "", gr.update(visible=False), None, "", ""
         try:
             groups = self._drawn(request, look.draw())
-            picked = _note("Click on a patch to light up everything that shares its token.")
+            picked = _note(LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else ""))
         except ValueError as error:
             groups, picked = None, view.notice(str(error), "info")
         steps = look.energy_steps
@@ -205,7 +216,7 @@ def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
     text = f"{plan.method}, {plan.where}: right answers of the embedded model ({found.about}). {found.at(plan.keep)}"
     text += "" if by_tokens else ". Measured with a number of tokens, not with a ratio"
     text += "" if model == "tiny" else f". Nothing was measured for {model}"
-    return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95 % intervals. Dashed: the plain model.")
+    return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95% intervals. Dashed: the plain model.")
 
 
 def _loud(words: str, kind: str = "error") -> Any:

@@ -130,6 +130,7 @@ class Models:
         self._loading = threading.Lock()
         self._count = threading.Lock()
         self.loaded: dict[Key, Engine] = {}
+        self._desk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="desk")
 
     @staticmethod
     def key(name: str, bits: int | None = None) -> Key:
@@ -159,6 +160,13 @@ class Models:
             name, bits = key
             check_bits(bits)
             read_config(name)
+
+    def prepare(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Do something short that takes much memory for a moment, such as decoding, on one thread for all visitors.
+
+        The C library keeps what every thread once needed, and a page has dozens of threads.
+        """
+        return self._desk.submit(work, *given).result()
 
     def release(self, engine: Engine) -> None:
         """One visitor less; the last one to leave a model frees it, unless it is the first."""

@@ -61,7 +61,8 @@ class Conversation:
             conversation is then as before.
         """
         with self._one_at_a_time():
-            yield from self._ask(question.strip(), [open_upload(path) for path in files], controls, compare)
+            pictures = [self._models.prepare(open_upload, path) for path in files]
+            yield from self._ask(question.strip(), pictures, controls, compare)
 
     def retry(self, controls: Controls, compare: bool = False) -> Iterator[Turn]:
         """Ask the last question again, with other settings if you like; as `ask`."""
@@ -207,7 +208,8 @@ class Conversation:
                 Figures(outcome.plain_tokens),
             )
         lines, pictures = history(turns, lane)
-        inputs, room = encode(engine, lines, [picture.image for picture in pictures], plan)
+        images = [picture.image for picture in pictures]
+        inputs, room = self._models.prepare(encode, engine, lines, images, plan)
 
         def costs(outcome: Outcome) -> tuple[Figures, Figures]:
             plain = Outcome(outcome.plain_tokens, outcome.plain_tokens, outcome.text_tokens)

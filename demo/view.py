@@ -35,6 +35,9 @@ FIGURES: dict[str, tuple[str, Callable[[float], str], str]] = {
 }
 
 
+SAVED = {"visual_tokens": "visual tokens", "gflops": "FLOPs", "kv_mb": "KV cache"}  # counted, not by the clock
+
+
 def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
     """The turns as a chatbot takes them: a role and one line of HTML each."""
     said = []
@@ -88,7 +91,14 @@ def figures(found: Figures, shares: dict[str, float], lane: str) -> str:
             f'<div class="pm-cell" title="{how}"><div class="pm-name">{title}</div>'
             f'<div class="pm-value">{form(value)}</div>{ratio}</div>'
         )
-    return f'<div class="pm-strip">{"".join(cells)}</div>'
+    return f'<div class="pm-strip">{"".join(cells)}</div>' + (saved(shares) if lane == "merged" and shares else "")
+
+
+def saved(shares: dict[str, float]) -> str:
+    """What merging saves of the plain model's figures, in words."""
+    found = [f"{1 - shares[name]:.0%} of the {what}" for name, what in SAVED.items() if shares.get(name, 1) < 1]
+    words = f"Saved: {', '.join(found)}" if found else "Nothing saved"
+    return f'<div class="pm-saved"><b>{words}.</b> × = share of the plain model\'s.</div>'
 
 
 def text(words: str) -> str:

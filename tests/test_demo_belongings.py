@@ -1,5 +1,7 @@
 """Files of the chat's visitors: they do not outlive them."""
 
+import shutil
+
 import pytest
 from models import picture
 
@@ -33,6 +35,18 @@ def test_uploads_go_with_the_last_visitor_who_sent_them(cache, belongings):
     belongings.drop("other")
     belongings.drop("other")
     assert names(cache) == ["example.png"]
+
+
+def test_a_file_that_was_sent_once_more_waits_for_its_question(cache, belongings):
+    """As where a page is loaded anew and gets the same picture before Gradio notices that the old one was closed."""
+    path = cache / "hash" / "a.png"
+    belongings.add("old page", [path])
+    shutil.move(shutil.copy(path, cache), path)  # as Gradio puts an upload there
+    belongings.drop("old page")
+    assert path.exists()
+    belongings.add("new page", [path])
+    belongings.drop("new page")
+    assert not path.exists()
 
 
 def test_examples_and_files_from_elsewhere_stay(cache, belongings, tmp_path):

@@ -118,13 +118,24 @@ def test_the_accuracy_curve_marks_the_current_setting():
     svg = charts.accuracy(charts.curve("pitome-tuned", "both"), 144)
     points = charts.curve("pitome-tuned", "both").points
     assert sorted(points) == [16, 36, 72, 144, 288] and all(0.5 < value <= 1 for value in points.values())
-    share = {keep: f"{100 * value:.1f} %" for keep, value in points.items()}
+    share = {keep: f"{100 * value:.1f}%" for keep, value in points.items()}
     assert f"keep 144: {share[144]};" in " ".join(texts(svg))
     between = " ".join(texts(charts.accuracy(charts.curve("pitome-tuned", "both"), 100)))
     assert f"keep 100: between {share[72]} (keep 72) and {share[144]} (keep 144)" in between
     marks = [n for n in ElementTree.fromstring(svg).iter() if n.get("class") == "pm-mark"]
     dots = [n for n in ElementTree.fromstring(svg).iter() if n.get("class") == "pm-dot"]
     assert (marks[0].get("cx"), marks[0].get("cy")) in [(dot.get("cx"), dot.get("cy")) for dot in dots]
+
+
+@pytest.mark.parametrize("keep, end, words", [(8, 0, "not measured; keep 16"), (700, -1, "has only 576 visual tokens")])
+def test_a_setting_beyond_what_was_measured_is_marked_at_the_end(keep, end, words):
+    """As with another model, whose pictures have more tokens."""
+    found = charts.curve("pitome-tuned", "both")
+    assert words in found.at(keep)
+    nodes = [*ElementTree.fromstring(charts.accuracy(found, keep)).iter()]
+    (mark,) = [n for n in nodes if n.get("class") == "pm-mark"]
+    (line,) = [n for n in nodes if n.get("class") == "pm-curve"]
+    assert line.get("points").split()[end] == f"{mark.get('cx')},{mark.get('cy')}"
 
 
 def test_a_setting_without_measurements_has_no_curve():

@@ -12,6 +12,7 @@ from asking import PITOME, ask, said
 from models import LONG
 
 from pitome_mllm import estimate
+from pitome_mllm_demo import session
 from pitome_mllm_demo.controls import Controls
 from pitome_mllm_demo.models import Models
 from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Conversation
@@ -69,6 +70,24 @@ def test_several_turns_and_pictures_reach_the_model(models, files, monkeypatch):
     assert [pictures for pictures, _ in prompts] == [1, 1, 3]
     assert turn.replies["merged"].figures.visual_tokens == 3 * 144
     assert [look.name for look in turn.replies["merged"].looks] == ["scene0.png", "scene1.png", "scene2.png"]
+
+
+def test_pictures_are_prepared_on_one_thread_whoever_asks(models, files, monkeypatch):
+    """Else every thread of a page keeps memory for it: visitors come and go, and memory grows."""
+    where = []
+    for name in ("open_upload", "encode"):
+        work = getattr(session, name)
+        noted = lambda *given, work=work: (where.append(threading.current_thread().name), work(*given))[1]  # noqa: E731
+        monkeypatch.setattr(session, name, noted)
+    chats = [Conversation(models) for _ in range(3)]
+    threads = [threading.Thread(target=ask, args=[chat, "is there a star?", files[:1]]) for chat in chats]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(where) == 6 and len({*where}) == 1
+    for chat in chats:
+        chat.leave()
 
 
 def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat, files):

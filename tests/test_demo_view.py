@@ -3,11 +3,13 @@
 import re
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from pitome_mllm import cli
+from pitome_mllm.commands import demo
 from pitome_mllm_demo import view
 from pitome_mllm_demo.pictures import Picture
 from pitome_mllm_demo.runs import Figures
@@ -73,9 +75,15 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
         "KV cache, MB",
         "GFLOPs",
     ):
-        assert words.count(name) == 2
+        assert said["content"].count(f">{name}<") == 2
     assert re.findall(r"×\d+\.\d\d", words) == ["×0.25", "×0.27", "×0.50", "×0.40", "×1.11", "×0.27", "×287.09"]
     assert "1,234" in words or "1,235" in words
+    assert words.count("Saved: 75% of the visual tokens, 73% of the KV cache.") == 1  # FLOPs became more in this one
+
+
+def test_where_nothing_is_saved_nothing_is_promised():
+    assert "Nothing saved." in view.figures(Figures(576), {"visual_tokens": 1.0, "gflops": 1.1}, "merged")
+    assert "aved" not in view.figures(Figures(576), {}, "plain")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,27 @@ def test_a_picture_without_a_question():
 def test_figures_that_are_not_known_are_left_out():
     strip = view.figures(Figures(144, tower_ms=12.0), {}, "merged")
     assert parsed(strip).words == "visual tokens144tower, ms12"
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([], ("127.0.0.1", False, True)),
+        (["--host", "0.0.0.0"], ("0.0.0.0", False, False)),
+        (["--share"], ("127.0.0.1", True, False)),
+    ],
+)
+def test_others_get_in_only_where_that_is_asked_for_and_then_load_no_models(given, expected, monkeypatch):
+    served = []
+
+    def serve(models, folder, host, port, share, picker, **_):
+        served.append((host, share, picker))
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets: put back at the end
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Models=lambda *_: None))
+    assert cli.main(["demo", *given]) == 0
+    assert served == [expected]
 
 
 def test_without_gradio_the_command_says_how_to_get_it(capsys, monkeypatch):

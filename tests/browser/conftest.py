@@ -5,6 +5,7 @@ Every page must come without errors on its console and without one request to an
 
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,20 @@ FLAGS = [
     "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking",
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
+
+
+OUTSIDE = []  # other machines that this process, and so the server, looked up or asked
+
+
+def _note_outside(event, given):
+    if event in ("socket.getaddrinfo", "socket.connect"):
+        address = given[0] if event == "socket.getaddrinfo" else given[1]
+        host = address[0] if isinstance(address, tuple) else address
+        if host not in ("127.0.0.1", "localhost", "::1", None) and not str(host).startswith("/"):
+            OUTSIDE.append((event, host))
+
+
+sys.addaudithook(_note_outside)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +75,7 @@ class Visitor:
 
     def _console(self, message):
         if message.type == "error":
-            self.complaints.append(f"console: {message.text}")
+            self.complaints.append(f"console: {message.text} {message.location}")
 
     def _request(self, address, url):
         if not address.startswith((url, "data:", "blob:")):
@@ -141,6 +156,7 @@ def visit(chromium, served):
     for visitor in visitors:
         visitor.context.close()
     assert [visitor.complaints for visitor in visitors] == [[] for _ in visitors]
+    assert OUTSIDE == []
 
 
 @pytest.fixture

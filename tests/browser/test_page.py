@@ -85,6 +85,35 @@ def test_retry_clear_and_json(visitor, files):
     visitor.until(lambda: "add a picture first" in visitor.page.locator("#pm-notice").inner_text())
 
 
+def test_files_go_after_the_page_has_stopped_showing_them(visitor, files, served, monkeypatch):
+    """Else the browser may ask for one that is gone, which is an error on its console."""
+    visitor.ask("is there a star?", files[16])
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    handlers, happened = served.handlers, []
+    show, drop = handlers.show_look, handlers.belongings.drop
+    monkeypatch.setattr(handlers, "show_look", lambda *given: (happened.append(given[1]), show(*given))[1])
+    monkeypatch.setattr(handlers.belongings, "drop", lambda key: (happened.append("drop"), drop(key))[1])
+    visitor.page.locator("#pm-clear").click()
+    visitor.until(lambda: "drop" in happened)
+    assert happened == [None, "drop"] and source(visitor, "#pm-groups") is None
+
+
+def test_a_drawing_that_comes_after_clear_is_not_shown(visitor, files, served, monkeypatch):
+    handlers, drawn = served.handlers, []
+    show = handlers.show_look
+
+    def interrupted(request, value):
+        drawn.append(show(request, value))
+        handlers.of(request).clear()
+        return drawn[-1]
+
+    monkeypatch.setattr(handlers, "show_look", interrupted)
+    visitor.ask("is there a star?", files[16])
+    visitor.until(lambda: drawn)
+    visitor.page.wait_for_timeout(1000)
+    assert drawn[0][0] is not None and source(visitor, "#pm-groups") is None
+
+
 def test_an_example_fills_the_box(visitor):
     visitor.page.get_by_text("which shape is blue?").first.click()
     visitor.until(lambda: visitor.page.locator("#pm-box textarea").input_value() == "which shape is blue?")
@@ -92,6 +121,18 @@ def test_an_example_fills_the_box(visitor):
     visitor.page.locator("#pm-box textarea").press("Enter")
     visitor.until(lambda: visitor.page.locator(".pm-merged.pm-done").count() == 1)
     assert visitor.last(".pm-merged .pm-text") == "circle"
+
+
+def test_a_photograph_is_there_to_look_inside(visitor):
+    """And the page says why nothing is asked about it."""
+    note = visitor.page.get_by_text("was trained on drawn scenes such as these, not on photographs")
+    assert note.is_visible()
+    visitor.page.locator(".gallery-item").nth(4).click()
+    visitor.until(lambda: visitor.page.locator("#pm-box .thumbnail-item").count() == 1)
+    visitor.page.locator("#pm-box textarea").press("Enter")
+    visitor.until(lambda: source(visitor, "#pm-groups"))
+    assert visitor.page.locator("#pm-which input").input_value().startswith("1. astronaut.png")
+    visitor.shot("1280-photograph")
 
 
 def test_a_pasted_picture(visitor, files):
@@ -178,7 +219,11 @@ def test_compare(visitor, files):
         assert names == [
             "visual tokens", "prompt tokens", "tower, ms", "1st token, ms", "tokens / s", "KV cache, MB", "GFLOPs"
         ]  # fmt: skip
-    assert plain.locator(".pm-ratio").count() == 0
+    assert plain.locator(".pm-ratio").count() == plain.locator(".pm-saved").count() == 0
+    assert re.fullmatch(
+        r"Saved: 75% of the visual tokens, \d\d% of the FLOPs, \d\d% of the KV cache\. × = .*",
+        merged.locator(".pm-saved").inner_text(),
+    )
     assert re.fullmatch(r"×0\.25(\n×\d+\.\d\d){6}", "\n".join(merged.locator(".pm-ratio").all_inner_texts()))
     left, right = plain.bounding_box(), merged.bounding_box()
     assert abs(left["y"] - right["y"]) < 2 and left["x"] + left["width"] <= right["x"]
@@ -196,6 +241,7 @@ def test_pick_a_group(visitor, files):
     visitor.ask(truth(16)[0], files[16])
     visitor.until(lambda: source(visitor, "#pm-groups"))
     whole = source(visitor, "#pm-groups")
+    assert "a diamond one that the method protects. Click" in visitor.page.locator("#pm-picked").inner_text()
     visitor.page.locator("#pm-groups img").click(position={"x": 150, "y": 150})
     visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
     said = visitor.page.locator("#pm-picked").inner_text()
@@ -282,7 +328,8 @@ def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served, tmp_pat
     visitor.page.close()
 
     def gone():
-        return key not in held and not made.parent.exists() and not list(served.cache.glob("*/mine.png"))
+        kept = key in held or key in served.blocks.state_holder.session_data
+        return not kept and not made.parent.exists() and not list(served.cache.glob("*/mine.png"))
 
     for _ in range(600):  # Gradio notices a quarter of a minute later
         if gone():
@@ -292,6 +339,7 @@ def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served, tmp_pat
     using = sum(chat.engine is served.first for chat in held.values())
     assert gone() and served.first.users == using + 1  # the page itself keeps its first model
     assert list(served.cache.glob("*/scene 16.png"))  # the example of nearly that name stays
+    assert len(served.blocks._queue.event_analytics) <= 1  # nor does Gradio keep a list of what visitors did
 
 
 def test_who_comes_when_it_is_full_is_told(served, files, monkeypatch):
@@ -325,7 +373,7 @@ SHOWN = """const shown = e => {
     return box.width > 1 && box.height > 1 && style.visibility !== 'hidden' && style.opacity !== '0'
         && !e.closest('.sr-only, .visually-hidden, [aria-hidden=true]');
 };"""
-TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab]'"
+TEXTS = "'.pm-name, .pm-value, .pm-ratio, .pm-saved, .pm-label, .pm-plan, .pm-note, .pm-text, [role=tab]'"
 MISFITS = """() => { SHOWN return [...document.querySelectorAll('body *')].filter(e => {
     const box = e.getBoundingClientRect();
     return shown(e) && (box.right > innerWidth + 1 || box.left < -1);
