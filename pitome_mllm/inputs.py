@@ -74,11 +74,12 @@ def check_pictures(handle: Attachment, pixels: Tensor, sizes: Any) -> None:
         )
 
 
-def check_count(count: int, full: Sequence[int], kept: Sequence[int]) -> None:
+def check_count(handle: Attachment, count: int, full: Sequence[int], kept: Sequence[int]) -> None:
     """ValueError unless ``count`` placeholders are those of pictures with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
-    pictures = f"{len(full)} picture{'s' if len(full) > 1 else ''}"
+    one = "tile" if handle.family.tiles == "connector" else "picture"
+    pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
     if not count:
         raise ValueError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
     raise ValueError(

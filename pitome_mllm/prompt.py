@@ -71,7 +71,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     move = original and count > 0 and merged
     if merged and pixels_in(kwargs) is not None:
         if count or seen is None:  # assistants get the pictures of a prompt that is in the cache already
-            check_count(count, full, kept)
+            check_count(handle, count, full, kept)
     elif merged and count:
         check_features_alone(handle.plan, kwargs, move, short)
         move = False
