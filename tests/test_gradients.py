@@ -28,7 +28,7 @@ def test_gradients_of_a_merge_are_its_derivative(method):
 @pytest.mark.parametrize("family,where", CASES)
 def test_gradients_of_merged_features_are_their_derivative(family, where, method):
     """From the pixels through all blocks, merges and the projector of a whole model; along a random direction."""
-    model, inputs = family.build().double(), family.process([(QUESTIONS[0], pictures(1))])
+    model, inputs = family.build().double(), family.process([(QUESTIONS[0], pictures(0))])
     rest = {k: inputs[k] for k in ("image_sizes", "batch_num_images", "pixel_attention_mask") if k in inputs}
     handle = attach(model, method, keep=0.25, where=where)
 
