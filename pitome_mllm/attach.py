@@ -7,7 +7,6 @@ Read next: `plan` for what a setting means, `wiring` for what is put on a model,
 from __future__ import annotations
 
 import logging
-import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,10 +62,10 @@ class Attachment:
         self.settings = settings
         self._plan = make_plan(settings, self.geometry)
         self._threads = _Threads()
-        self.projector: nn.Module = operator.attrgetter(self.family.projector)(model)
-        self.tower: nn.Module = operator.attrgetter(self.family.tower)(model)
-        self.language: nn.Module = operator.attrgetter(self.family.language)(model)
-        self.core: nn.Module = operator.attrgetter(self.family.core)(model)
+        self.projector: nn.Module = model.get_submodule(self.family.projector)
+        self.tower: nn.Module = model.get_submodule(self.family.tower)
+        self.language: nn.Module = model.get_submodule(self.family.language)
+        self.core: nn.Module = model.get_submodule(self.family.core)
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
         self.told_of_videos = False
         wiring.install(self)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .specs import Geometry, family_of, geometry
 
+PIXELS = ("pixel_values", "pixel_values_images")  # what processors call pictures; the latter Video-LLaVA's
+
 
 def read(output: Any, geometry: Geometry) -> Tensor | None:
     """What the projector reads of a tower's output (I, N, C), the feature layers side by side; None if it has none."""
@@ -68,6 +70,5 @@ def pixel_values(processor: Any, pictures: Any) -> Tensor:
 
 
 def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The pictures among a model's inputs, None if there are none; Video-LLaVA's processor calls them otherwise."""
-    names = ("pixel_values", "pixel_values_images")
-    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    """The pictures among a model's inputs, None if there are none."""
+    return next((inputs[name] for name in PIXELS if inputs.get(name) is not None), None)

@@ -7,13 +7,48 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .features import pixels_in
+from .features import PIXELS
 
 if TYPE_CHECKING:
     from .attach import Attachment
     from .plan import Plan
 
 ADVICE = "use the model's own processor, and pass its whole output"
+TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", *PIXELS)
+
+
+def check_call(handle: Attachment, kwargs: Mapping[str, Any]) -> None:
+    """ValueError unless a call brings tensors, its pictures by this family's name, and all where the model is."""
+    given = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"got {name} as {type(x).__name__}; call the processor with return_tensors='pt'")
+        if name in PIXELS and name != handle.family.pixels:
+            raise ValueError(f"got {name}, {type(handle.model).__name__} takes {handle.family.pixels}; {ADVICE}")
+    _check_devices(handle.model, {name: str(x.device) for name, x in given.items()})
+
+
+def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
+    """ValueError if inputs, on the devices ``given``, are not together, or on none of the model's."""
+    own, places = str(next(model.parameters()).device), {*given.values()}
+    spread = len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
+    if places == {own} or spread or hasattr(model, "_hf_hook"):  # accelerate moves what does not fit
+        return
+    if len(places) == 1 and places <= {str(x.device) for x in (*model.parameters(), *model.buffers())}:
+        return  # weights that wait elsewhere until they are needed
+    said = ", ".join(f"{name} on {device}" for name, device in given.items())
+    raise ValueError(f"got {said}, the model on {own}; move the processor's whole output with inputs.to(model.device)")
+
+
+def check_no_pictures(handle: Attachment, kwargs: Mapping[str, Any]) -> None:
+    """ValueError if a prompt that starts here has image placeholders; for calls without pictures."""
+    ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
+    if handle.active is None or ids is None or elsewhere or (past is not None and past.get_seq_length()):
+        return
+    count = int((ids == handle.model.config.image_token_id).sum())
+    if count:
+        raise ValueError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
 
 
 def check_pictures(handle: Attachment, pixels: Tensor, sizes: Any) -> None:
@@ -39,23 +74,12 @@ def check_pictures(handle: Attachment, pixels: Tensor, sizes: Any) -> None:
         )
 
 
-def check_devices(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """ValueError if inputs lie on several devices, and the model on one."""
-    if len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1:  # accelerate moves what does not fit
-        return
-    given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "labels")}
-    given["pixel_values"] = pixels_in(kwargs)
-    devices = {name: str(x.device) for name, x in given.items() if isinstance(x, Tensor)}
-    if len({*devices.values()}) > 1:
-        said = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"got {said}; move the processor's whole output with inputs.to(model.device)")
-
-
-def check_count(count: int, full: Sequence[int], kept: Sequence[int]) -> None:
+def check_count(handle: Attachment, count: int, full: Sequence[int], kept: Sequence[int]) -> None:
     """ValueError unless ``count`` placeholders are those of pictures with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
-    pictures = f"{len(full)} picture{'s' if len(full) > 1 else ''}"
+    one = "tile" if handle.family.tiles == "connector" else "picture"
+    pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
     if not count:
         raise ValueError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
     raise ValueError(

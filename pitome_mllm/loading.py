@@ -172,7 +172,8 @@ def read_config(name_or_path: str | Path) -> Any:
     if any(name not in FAMILY_OF_CONFIG.values() for name in config.architectures or ()):
         raise ValueError(
             f"unsupported family {', '.join(config.architectures)} in {source!r}; supported: "
-            f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints"
+            f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints; load "
+            "others by their own library, and attach looks for their parts"
         )
     geometry(config)  # raises for families and towers that cannot be merged in
     return config

@@ -27,6 +27,7 @@ from .tiles import merged_parts, merged_tiles
 from .tower import RUN, MergingLayer, Run
 
 MODELS = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
+MPT = "LlavaMptForCausalLM"  # its forward() calls `PREPARE` as older versions had it, and fails on any picture
 IMAGE = -200  # the id that stands for a picture: llava.constants.IMAGE_TOKEN_INDEX
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
@@ -51,7 +52,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def is_original(model: nn.Module) -> bool:
-    return any(cls.__name__ in MODELS for cls in type(model).__mro__)
+    return any(cls.__name__ in (*MODELS, MPT) for cls in type(model).__mro__)
 
 
 def describe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
@@ -59,8 +60,13 @@ def describe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
 
     Raises
     ------
-    ValueError : the vision tower is not loaded, or gives class tokens where tiles are packed.
+    ValueError : an MPT model, a vision tower that is not loaded, or one that gives class tokens where tiles are packed.
     """
+    if any(cls.__name__ == MPT for cls in type(model).__mro__):
+        raise ValueError(
+            f"unsupported model {MPT}: its own forward() fails on pictures in llava-torch 1.2.2; supported there: "
+            f"{', '.join(MODELS)}"
+        )
     config, loaded = model.config, model.get_vision_tower()
     if not getattr(loaded, "is_loaded", False):
         raise ValueError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")

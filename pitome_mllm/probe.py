@@ -26,6 +26,8 @@ def probe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
     ------
     ValueError : something is not there, or not as merging needs it; says what was looked for.
     """
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{_looked(model)} a generate(): there is none; give the whole model, not a part of it")
     tower_name, tower = _tower(model)
     core_name, core = _core(model)
     language_name, language = _language(model)

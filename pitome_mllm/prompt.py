@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import language, tiles
 from .features import pixels_in
-from .inputs import check_count, check_devices, check_features_alone, check_pictures
+from .inputs import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
 from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 
 if TYPE_CHECKING:
@@ -49,11 +49,13 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
     """
     _tell_videos(handle, kwargs)
-    full, kept = _pictures(handle, kwargs)
     marked = getattr(kwargs.get("past_key_values"), CACHE_MARK, None)
+    if marked is not None or pixels_in(kwargs) is not None:
+        check_call(handle, kwargs)
+    full, kept = _pictures(handle, kwargs)
     if not kept and marked is None:
+        check_no_pictures(handle, kwargs)
         return None
-    check_devices(model, kwargs)
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
     seen = _seen(kwargs.get("past_key_values"), marked, image)
     if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
@@ -69,7 +71,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     move = original and count > 0 and merged
     if merged and pixels_in(kwargs) is not None:
         if count or seen is None:  # assistants get the pictures of a prompt that is in the cache already
-            check_count(count, full, kept)
+            check_count(handle, count, full, kept)
     elif merged and count:
         check_features_alone(handle.plan, kwargs, move, short)
         move = False

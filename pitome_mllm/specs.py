@@ -42,6 +42,7 @@ class FamilySpec:
     obstacle : why not elsewhere.
     plain : methods of the core that never merge.
     videos : why videos do not merge; empty if the family takes none.
+    pixels : what the model calls pictures.
     original : a model of the original llava package, which writes pictures into the prompt itself (`original`).
     """
 
@@ -59,6 +60,7 @@ class FamilySpec:
     obstacle: str = "pictures are not cut into tiles"
     plain: tuple[str, ...] = ()
     videos: str = ""
+    pixels: str = "pixel_values"
     original: bool = False
 
 
@@ -104,7 +106,10 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
         videos=POOLED,
     ),
     "VideoLlavaForConditionalGeneration": FamilySpec(
-        "video_llava", tower="model.image_tower", videos="they have a tower of their own, and one tower merges"
+        "video_llava",
+        tower="model.image_tower",
+        videos="they have a tower of their own, and one tower merges",
+        pixels="pixel_values_images",
     ),
     "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
     "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),

@@ -150,12 +150,14 @@ class MergingLayer:
         _inbox.wanted = False
         if not run.wants_clues(block):
             return {}
-        if keys is None or query is None:
+        spec = self._pitome[1]
+        attention = getattr(self, spec.attention)
+        watched = [(spec.key, catch_keys)] + [(spec.query, catch_query)] * ("attention" in run.plan.clues)
+        if not all(hook in getattr(attention, name)._forward_hooks.values() for name, hook in watched):
             raise RuntimeError(
-                f"block {block} computed no keys through its key projection: something replaced the attention after "
-                "attach; call handle.remove() and attach again"
+                f"block {block} has another key or query projection than at attach: adapters were put on it, or its "
+                "attention was replaced; call handle.remove() and attach again"
             )
-        attention = getattr(self, self._pitome[1].attention)
         keys = keys.unflatten(-1, (attention.num_heads, -1))  # (B, N, heads, C / heads)
         return run.read(block, query.view_as(keys[:, 0]), keys)
 

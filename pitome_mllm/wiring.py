@@ -57,8 +57,8 @@ def uninstall(handle: Attachment) -> None:
             setattr(owner, name, handle.replaced[name])
     for layer in _layers(handle.tower):
         if "_pitome" in vars(layer):
-            for projection in _projections(layer, layer._pitome[1]):
-                _unhook(projection)
+            for part in layer.modules():  # adapters may have come around what we hooked
+                _unhook(part)
             _swap_class(layer, type(layer).__bases__[-1])
             del layer._pitome
     for module in _marked(handle):

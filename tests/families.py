@@ -51,6 +51,7 @@ class Family:
     wheres : places where it merges, the first one by default.
     tokens : visual tokens of a picture, or of a tile.
     sized : inputs that say how many tokens a picture has where pictures differ in that.
+    pixels : what the processor calls pictures.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Family:
     wheres: tuple[str, ...] = ("tower", "projector", "both")
     tokens: int = PATCHES
     sized: tuple[str, ...] = ()
+    pixels: str = "pixel_values"
 
     @property
     def constant(self) -> bool:
@@ -314,6 +316,7 @@ FAMILIES = (
         "VideoLlavaForConditionalGeneration",
         config("VideoLlavaConfig", clip, llm("LlamaConfig"), vision_feature_layer=-2, video_token_id=VIDEO),
         video_llava_processor,
+        pixels="pixel_values_images",
     ),
     Family(
         "Idefics3",

@@ -6,7 +6,7 @@ import family_table
 import pytest
 import torch
 from checks import logits, new_ids
-from families import BY_TITLE, FAMILIES, IMAGE, QUESTIONS, TWO_PICTURES, Family, pictures
+from families import BY_TITLE, FAMILIES, IMAGE, NO_PICTURE, QUESTIONS, TWO_PICTURES, Family, pictures
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig
 
@@ -79,6 +79,22 @@ def test_a_quarter_is_exact_and_rows_stand_alone(family, where, made):
 
 
 @pytest.mark.parametrize("family,where", CASES)
+def test_a_row_without_a_picture_is_that_of_the_plain_model(family, where):
+    model, plain = family.build(), family.build()
+    rows = [(QUESTIONS[0], pictures(1)), (NO_PICTURE, [])]
+    batch = family.process(rows)
+    text = {key: batch[key][1:] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+    alone = {key: value[:, text["attention_mask"][0] == 1] for key, value in text.items()}
+    with attach(model, "pitome", keep=0.25, where=where):
+        together, answers = logits(model, batch), new_ids(model, batch, 3)
+        for row, inputs in enumerate((family.process(rows[:1]), alone)):
+            one = plain if row else model
+            seen = logits(one, inputs)[0]
+            torch.testing.assert_close(together[row, -len(seen) :], seen, atol=1e-4, rtol=1e-4)
+            assert new_ids(one, inputs, 3) == [answers[row]]
+
+
+@pytest.mark.parametrize("family,where", CASES)
 def test_generate_says_what_forward_says(family, where, made):
     """Greedy search by hand, every step from the whole prompt, without a cache."""
     model = family.build()
@@ -131,19 +147,20 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
 def test_quantised(family, bits, made, folder):
-    """Counts are exact, nothing is lost at keep = all, and generate() is that of forward()."""
+    """In and behind the tower: counts are exact, nothing is lost at keep = all, and generate() is that of forward()."""
     options = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "device_map": {"": "cpu"}}
     model = family.cls.from_pretrained(folder(family), dtype=torch.float32, **options).eval()
     batch, _ = made(family)
     plain = logits(model, batch)
     assert any("bit" in type(module).__name__ for module in model.modules())
-    with attach(model, "pitome", keep=1.0, where=family.wheres[-1]) as handle:
-        assert torch.equal(logits(model, batch), plain)
-        handle.update(keep=0.25)
-        seen = logits(model, batch)
-        assert seen.isfinite().all() and seen.shape[1] < plain.shape[1]
-        assert handle.plan.keep == round(handle.plan.available / 4)
-        assert [row[0] for row in new_ids(model, batch, 2)] == seen[:, -1].argmax(-1).tolist()
+    for where in dict.fromkeys((family.wheres[0], family.wheres[-1])):
+        with attach(model, "pitome", keep=1.0, where=where) as handle:
+            assert torch.equal(logits(model, batch), plain)
+            handle.update(keep=0.25)
+            seen = logits(model, batch)
+            assert seen.isfinite().all() and seen.shape[1] < plain.shape[1]
+            assert handle.plan.keep == round(handle.plan.available / 4)
+            assert [row[0] for row in new_ids(model, batch, 2)] == seen[:, -1].argmax(-1).tolist()
     assert torch.equal(logits(model, batch), plain)
 
 

@@ -142,6 +142,51 @@ def test_the_stand_in_keeps_to_the_contract():
         assert tuple(inspect.signature(getattr(classes[owner], method)).parameters)[1:] == parameters, name
 
 
+def test_mpt_models_are_refused():
+    """The package's own forward() fails on pictures there; `make test-llava` shows it."""
+    model = type("LlavaMptForCausalLM", (LlavaLlamaForCausalLM,), {})("flat")
+    with pytest.raises(ValueError, match="LlavaMptForCausalLM: its own forward.* supported there: LlavaLlama"):
+        attach(model, keep=4)
+    assert "_pitome" not in vars(model)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("layout, where", [("flat", "both"), ("spatial_unpad", "tower"), ("spatial_unpad", "packed")])
+def test_quantised_projections_merge(layout, where, bits):
+    """As load_pretrained_model quantises: every linear layer; the package's own bitsandbytes needs a GPU."""
+    model = quantised(LlavaLlamaForCausalLM(layout), bits)
+    plain = quantised(LlavaLlamaForCausalLM(layout), bits)
+    given = prompt([1, IMAGE, 2], [IMAGE, 3, 4])
+    full = getattr(plain, PREPARE)(*given)[4]
+    with attach(model, "pitome", keep=1.0, where=where) as handle:
+        assert torch.equal(getattr(model, PREPARE)(*given)[4], full)
+        handle.update(keep=4)
+        seen = getattr(model, PREPARE)(*given)[4]
+        assert seen.isfinite().all() and seen.shape[1] < full.shape[1] and handle.stats.tokens_after == 4
+    assert torch.equal(getattr(model, PREPARE)(*given)[4], full)
+
+
+def quantised(model, bits):
+    """``model`` with the linear layers of tower and projector in 4 or 8 bit."""
+    import bitsandbytes as bnb
+
+    def made(old):
+        if bits == 8:
+            new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, has_fp16_weights=False)
+        else:
+            new = bnb.nn.Linear4bit(old.in_features, old.out_features, compute_dtype=torch.float32, quant_type="nf4")
+        new.load_state_dict(old.state_dict())
+        return new.to("cpu")
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, made(child))
+    return model
+
+
 @torch.no_grad()
 def test_tiles_are_packed_by_the_model_itself():
     model = LlavaLlamaForCausalLM("spatial_unpad")

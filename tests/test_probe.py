@@ -41,6 +41,33 @@ def test_probing_leaves_nothing_behind():
     assert_same_modules(model, twin)
 
 
+class Direct(transformers.LlavaModel, transformers.GenerationMixin):
+    """A model that encodes pictures itself, without a part for it at .model."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.lm_head = torch.nn.Linear(WIDTH, settings.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, past_key_values=None, **options):
+        given = dict(attention_mask=attention_mask, past_key_values=past_key_values, **options)
+        output = super().forward(input_ids, pixel_values, **given)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            logits=self.lm_head(output.last_hidden_state), past_key_values=output.past_key_values
+        )
+
+
+def test_parts_may_lie_on_the_model_itself():
+    """The same weights give the same as in a LLaVA."""
+    known, inputs = BY_TITLE["LLaVA-1.5"].build(), BY_TITLE["LLaVA-1.5"].process([(QUESTIONS[0], pictures(0))])
+    model = Direct(known.config).eval()
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in known.state_dict().items()})
+    for where in ("tower", "both"):
+        with attach(model, "pitome", keep=36, where=where) as handle, attach(known, "pitome", keep=36, where=where):
+            torch.testing.assert_close(logits(model, inputs), logits(known, inputs), atol=1e-5, rtol=1e-5)
+            assert (handle.family.core, handle.family.tower) == ("", "vision_tower")
+
+
 class Renamed(transformers.LlavaForConditionalGeneration):
     """A LLaVA that is none by name."""
 
@@ -102,7 +129,26 @@ def blip():
     )
 
 
+def unnamed():
+    model = DEEPSEEK.build()
+    vars(model.config)["image_token_id"] = None  # the class takes only numbers
+    return model
+
+
+def hybrid():
+    high = dict(
+        hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16,
+        mlp_dim=16, global_attn_indexes=[0], window_size=2, num_pos_feats=8,
+    )  # fmt: skip
+    made = dict(vision_config=siglip().to_dict(), text_config=llm("LlamaConfig")().to_dict(), image_token_id=IMAGE)
+    made = transformers.DeepseekVLHybridConfig(**made, high_res_vision_config=high)
+    return transformers.DeepseekVLHybridForConditionalGeneration(made)
+
+
 REFUSED = [
+    (lambda: DEEPSEEK.build().model, ["DeepseekVLModel", "a generate()", "the whole model"]),
+    (unnamed, ["image_token_id", "there is none"]),
+    (hybrid, ["get_image_features() of pixels alone", "needs high_res_pixel_values"]),
     (aya, ["AyaVision", "every token by itself", "joins patches"]),
     (gemma3, ["Gemma3", "every token by itself", "joins patches"]),
     (blip, ["Blip", "clip_vision_model", "siglip_vision_model", "there is none"]),

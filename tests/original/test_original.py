@@ -200,6 +200,37 @@ def test_gradients_flow_through_the_merge(tower):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout, where", CASES)
+def test_turns_continue_the_cache(tower, layout, where):
+    """A second question on the cache of the first one: the same as both at once."""
+    model = build(tower, layout)
+    first = inputs(model, [1], [[1, IMAGE, 5, 6]])
+    both = inputs(model, [1], [[1, IMAGE, 5, 6, 7, 8, 9]])
+    attach(model, "pitome", keep=36, where=where)
+    begun = model(**first, use_cache=True)
+    more = model(input_ids=torch.tensor([[7, 8, 9]]), past_key_values=begun.past_key_values, use_cache=True)
+    torch.testing.assert_close(more.logits, model(**both).logits[:, -3:], atol=1e-4, rtol=1e-4)
+
+
+def test_mpt_models_cannot_take_pictures_and_are_refused(tower):
+    """The reason for refusing them: forward() calls a method of the package with too few arguments."""
+    from llava.model import LlavaMptConfig, LlavaMptForCausalLM
+
+    config = LlavaMptConfig(d_model=64, n_heads=2, n_layers=1, vocab_size=64, mm_vision_tower=str(tower))
+    for name, value in dict(
+        mm_projector_type="linear", mm_hidden_size=64, mm_vision_select_layer=-2, mm_vision_select_feature="patch"
+    ).items():
+        setattr(config, name, value)
+    model = LlavaMptForCausalLM(config).eval()
+    model.get_vision_tower().load_model()
+    given = inputs(model, [0], [[1, IMAGE, 5]])
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'images'"):
+        model(input_ids=given["input_ids"], images=given["images"])
+    with pytest.raises(ValueError, match="LlavaMptForCausalLM: its own forward"):
+        attach(model, keep=36)
+
+
+@torch.no_grad()
 def test_the_default_goes_without_what_the_package_cannot_take(tower, caplog):
     model = build(tower)
     handle = attach(model, keep=36)
