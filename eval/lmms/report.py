@@ -6,6 +6,7 @@ Reads what the plug-in left there, whether through ``pitome-mllm reproduce`` or 
 from __future__ import annotations
 
 import argparse
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,13 +53,20 @@ def table(found: Sequence[Row], times: bool = False) -> str:
 def _about(found: Sequence[Row], times: bool) -> str:
     """What the runs have in common; what they have not, by its several values."""
     common = {name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in found)) for name in CONDITIONS}
+    over = ", ".join(dict.fromkeys(row.resampled for row in found if row.low != ""))
+    brackets = f"; in brackets 95 % bootstrap intervals over {over}" if over else ""
     said = (
-        f"{common['questions']} questions per run; in brackets 95 % bootstrap intervals over pictures. Means per "
-        f"question, batches of {common['batch']}, {common['processes']} process(es), {common['dtype']}, "
-        f"{common['device']}, lmms-eval {common['lmms_eval']}, torch {common['torch']}, transformers "
-        f"{common['transformers']}. FLOPs are calculated."
+        f"{common['questions']} questions per run{brackets}. Means per question{_of_all(found)}, batches of "
+        f"{common['batch']}, {common['processes']} process(es), {common['dtype']}, {common['device']}, lmms-eval "
+        f"{common['lmms_eval']}, torch {common['torch']}, transformers {common['transformers']}. FLOPs are calculated."
     )
     return said + _took(found) + (" Times are by the wall clock, whatever else the machine did." if times else "")
+
+
+def _of_all(found: Sequence[Row]) -> str:
+    """Where a run has several tasks, that its costs are those of all of them."""
+    runs = {(row.model, row.method, row.asked, row.date) for row in found}
+    return " of all tasks of a run" if len({(row.task, row.date) for row in found}) > len(runs) else ""
 
 
 def _took(found: Sequence[Row]) -> str:
@@ -80,6 +88,9 @@ def plot(found: Sequence[Row], over: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     chosen = [row for row in main_figures(found) if getattr(row, over) != ""]
+    if not chosen:
+        logging.getLogger(__name__).warning("no plot over %s: no run measured them", PLOTS[over])
+        return
     tasks = list(dict.fromkeys((row.model, row.task, row.metric) for row in chosen))
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.5), squeeze=False)
     for axis, key in zip(axes[0], tasks, strict=True):
@@ -122,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         text = table(found, args.times)
         if args.readme:
             put_in(args.readme, text, MARKS)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     write_csv(args.csv, found)
     for over in PLOTS:
