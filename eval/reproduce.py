@@ -19,6 +19,7 @@ from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str
 from loguru import logger
+from tenacity import RetryError
 
 from pitome_mllm import load
 
@@ -88,7 +89,7 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
 
     Raises
     ------
-    EvaluationError : a question could not be answered, or results could not be written.
+    EvaluationError : data could not be fetched, a question not be answered, or results not be written.
     ValueError : a data set is missing in ``options.data``; a limit with which a task cannot be scored; settings that
         `attach` or `load` refuse.
     """
@@ -158,6 +159,9 @@ def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path) -> R
                 datetime_str=when,
                 cli_args=argparse.Namespace(output_path=str(here), process_with_media=False),
             )
+    except RetryError as error:
+        cause = error.last_attempt.exception()
+        raise EvaluationError(f"lmms-eval could not get a task's data: {type(cause).__name__}: {cause}") from error
     finally:
         lm.close()
     if results is None:

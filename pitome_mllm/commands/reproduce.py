@@ -59,7 +59,7 @@ def _rate(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan or run the table; exit code 1 where a question could not be answered.
+    """Plan or run the table; exit code 1 where it could not be run to its end.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
         rows = list(reproduce.compare(options.table, table, found))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")

@@ -270,6 +270,15 @@ def test_a_task_of_which_no_question_counts_has_no_figure(tmp_path):
     assert shown == [("mme", None, 2)] * 2, "only cognition was asked, and perception is published"
 
 
+def test_data_that_cannot_be_fetched_and_folders_that_cannot_be_written_are_one_line(capsys, tmp_path):
+    narrow = ("--model", "tiny", "--method", "tome", "--limit", 2)
+    code, out, err = run(capsys, "--table", "pitome-paper", *narrow, "--task", "gqa", "--out", tmp_path)
+    assert (code, out) == (1, "") and "pitome-mllm: lmms-eval could not get a task's data: ConnectionError" in err
+    (tmp_path / "file").write_text("")
+    code, out, err = run(capsys, *EMBEDDED, "--out", tmp_path / "file")
+    assert (code, out) == (1, "") and err.splitlines()[-1].startswith("pitome-mllm: [Errno")
+
+
 def test_text_vqa_has_no_hint_in_the_paper_s_table(data):
     assert reproduce.task_of("textvqa_val", None) == "textvqa_val"
     default = Path(f"{PACKAGED}textvqa/_default_template_textvqa_yaml").read_text()
