@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from .scene_tasks import GROUP, TASKS
 from .tables import TASKS as KNOWN
 from .tables import Run, Table
 
-PACKAGES = ("torch", "transformers", "lmms_eval")
+# What answers and scores follow from beside our own code; torchvision and bitsandbytes where they are installed.
+PACKAGES = ("torch", "torchvision", "transformers", "bitsandbytes", "pillow", "lmms_eval")
 BLOCK = 1 << 20  # bytes that are read at once
 HERE = Path(__file__).parent
 
@@ -41,8 +43,16 @@ def identity(
         "tasks": {name: _task(name, data) for name in table.tasks},
         "how": dict(how),
         "code": fingerprint(mine),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def model_identity(model: str) -> dict[str, str]:

@@ -11,35 +11,48 @@ import numpy as np
 DRAWS = 2000
 
 
-def interval(
-    samples: Sequence[dict[str, Any]], metric: str, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float, float] | None:
-    """A figure with its 95 % interval; None where it is no function of sums over questions.
+def draws(samples: Sequence[dict[str, Any]], metric: str, seed: int = 0) -> tuple[float, np.ndarray] | None:
+    """A figure, and what it is in each of `DRAWS` resamplings; None where it is no function of sums over questions.
 
-    Questions on one picture depend, so pictures are resampled where ``samples`` say which ("picture").
+    Questions on one picture depend, so pictures are resampled where ``samples`` say which ("picture"). Runs that were
+    asked the same questions are resampled alike under one seed.
     """
-    if metric not in FIGURES or not samples:
+    clusters = _clusters(samples, metric) if metric in FIGURES else {}
+    if not clusters:
         return None
     sums, figure = FIGURES[metric]
-    parts = [sums(group) for group in _clusters(samples, metric).values()]
+    parts = [sums(group) for group in clusters.values()]
     names = sorted({name for part in parts for name in part}, key=str)
     table = np.array([[part.get(name, 0.0) for name in names] for part in parts])
     rng, found = np.random.default_rng(seed), []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         total = table[rng.integers(len(table), size=len(table))].sum(0)
         found.append(figure(dict(zip(names, total, strict=True))))
-    low, high = np.nanquantile(found, (0.025, 0.975))
-    return figure(dict(zip(names, table.sum(0), strict=True))), float(low), float(high)
+    value = figure(dict(zip(names, table.sum(0), strict=True)))
+    return None if np.isnan(found).all() else (value, np.array(found))
+
+
+def interval(samples: Sequence[dict[str, Any]], metric: str) -> tuple[float, float, float] | None:
+    """A figure with its 95 % interval; None where there are no `draws`."""
+    drawn = draws(samples, metric)
+    return drawn and (drawn[0], *span(drawn[1]))
+
+
+def span(drawn: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of draws, those aside that have no figure."""
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _clusters(samples: Sequence[dict[str, Any]], metric: str) -> dict[Hashable, list[Any]]:
     """What the metric says about the questions of each picture."""
-    found = defaultdict(list)
+    found, field = defaultdict(list), FIELDS.get(metric, metric)
     for sample in samples:
-        if metric in sample:  # questions of MME count for one of its two figures
-            item = sample[metric]
+        if field in sample:  # questions of MME count for one of its two figures, rotated ones of MMBench for none
+            item = sample[field]
             pair = (item["category"], item["question_id"]) if metric in PAIRED else None
-            found[pair or sample.get("picture") or sample["doc_id"]].append(item)
+            known = sample.get("picture")
+            found[pair or (sample["doc_id"] if known is None else known)].append(item)
     return found
 
 
@@ -83,10 +96,13 @@ def _points(sums: dict[Hashable, float]) -> float:
     return sum(sums["points", category] / sums["pairs", category] for category in categories)
 
 
+# MMBench: whether all rotations of a question were answered right, which `circular` notes.
+FIELDS = {"gpt_eval_score": "hit"}
 PAIRED = ("mme_perception_score", "mme_cognition_score")
 Sums = Callable[[list[Any]], dict[Hashable, float]]
 FIGURES: dict[str, tuple[Sums, Callable[[dict[Hashable, float]], float]]] = {
     **dict.fromkeys(("exact_match", "acc", "pope_accuracy"), (_mean_sums, _mean)),
+    "gpt_eval_score": (_mean_sums, lambda sums: 100 * _mean(sums)),
     "pope_f1_score": (_yes_sums, _f1),
     **dict.fromkeys(PAIRED, (_pair_sums, _points)),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import scene
+from .lmms.circular import ROTATED
 
 Rows = Iterator[dict[str, Any]]
 BINARY = ("existence", "location", "relation")
@@ -68,12 +69,22 @@ def scienceqa(scenes: int) -> Rows:
         yield about | {"image": None if running % 3 == 2 else number, "answer": ["yes", "no"].index(q.answer)}
 
 
+def mmbench(scenes: int) -> Rows:
+    """Every question twice, the second time with its choices rotated, as MMBench has it."""
+    for number, running, q in _asked(scenes, "existence"):
+        for turn, choices in enumerate((["yes", "no"], ["no", "yes"])):
+            about = {"index": running + turn * ROTATED, "category": q.category, "L2-category": "perception"}
+            about |= {"hint": "nan", "source": "scenes", "split": "dev"} | dict(zip("ABCD", [*choices, "nan", "nan"]))
+            yield about | {"image": number, "question": q.text, "answer": "AB"[choices.index(q.answer)]}
+
+
 MAKERS: dict[str, Callable[[int], Rows]] = {
     "gqa": gqa,
     "textvqa_val": textvqa,
     "pope": pope,
     "mme": mme,
     "scienceqa_img": scienceqa,
+    "mmbench_en_dev_static": mmbench,
 }
 
 

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str
 from loguru import logger
+from tenacity import RetryError
 
 from pitome_mllm import load
 
 from .identity import identity, model_identity, short
+from .intervals import span
 from .lmms.arguments import place
 from .lmms.asked import EvaluationError
+from .lmms.circular import note_hits
 from .lmms.manifest import NAME
 from .lmms.model import PitomeLlava
+from .local_tasks import MAKERS
+from .published import published
 from .results_files import Results, newest
 from .scene_tasks import GROUP, TASKS
-from .tables import PLAIN, RELATIVE, Run, Table, published
+from .tables import PLAIN, RELATIVE, Run, Table, check_limit
 from .tables import TASKS as KNOWN
 
 PICTURE = ("scene", "image_id", "imageId", "image_source")  # fields of documents that say which picture they are about
@@ -60,7 +67,7 @@ class Row:
     run: Run
     task: str
     questions: int
-    ours: float
+    ours: float | None
     low: float | None
     high: float | None
     published: float | None
@@ -69,7 +76,7 @@ class Row:
     @property
     def difference(self) -> tuple[float, float | None, float | None] | None:
         """Ours less the published figure, with its interval."""
-        if self.published is None:
+        if self.published is None or self.ours is None:
             return None
         bounds = (None if bound is None else bound - self.published for bound in (self.low, self.high))
         return self.ours - self.published, *bounds
@@ -82,9 +89,13 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
 
     Raises
     ------
-    EvaluationError : a question could not be answered, or results could not be written.
-    ValueError : a data set is missing in ``options.data``; settings that `attach` or `load` refuse.
+    EvaluationError : data could not be fetched, a question not be answered, or results not be written.
+    ValueError : a data set is missing in ``options.data``; a limit with which a task cannot be scored; settings that
+        `attach` or `load` refuse.
     """
+    check_limit(table, options.limit)
+    for task in table.tasks:
+        task_of(task, options.data)  # before anything is loaded or asked
     quiet()
     accelerator, found, loaded = Accelerator(), {}, {}
     first, load_with = accelerator.is_main_process, _load_options(options, accelerator)
@@ -94,7 +105,7 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
     for number, run in enumerate(table.runs, start=1):
         known = identity(run, table, options.data, models[run.model], how)
         here = options.out / name / f"{str(run).replace(' ', '-')}-{short(known)}"
-        there = newest(here)
+        there = newest(here / "results")
         accelerator.wait_for_everyone()  # before one of them writes there
         if first:
             say(f"[{number}/{len(table.runs)}] {run}{' is there already' if there else ''}")
@@ -124,43 +135,53 @@ def quiet() -> None:
 
 
 def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path) -> Results | None:
-    """Evaluate one run and write what lmms-eval's command line would write."""
+    """Evaluate one run and write what lmms-eval's command line would write, all of it or nothing."""
     model_args = ",".join(f"{key}={value}" for key, value in {"pretrained": run.model, **run.settings}.items())
     own = set(table.tasks) <= {GROUP}
     manager = TaskManager(include_path=str(TASKS), include_defaults=not own, model_name=NAME)
-    tracker = EvaluationTracker(output_path=str(here))
+    writing, done = here / "writing", here / "results"
     when = get_datetime_str()
     # Not the chat model: lmms-eval makes tasks with changed settings for the simple one only.
     lm = PitomeLlava(
         run.model, batch_size=options.batch_size, system_prompt=table.system_prompt, loaded=loaded, **run.settings
     )
     try:
-        results = simple_evaluate(
-            model=lm,
-            model_args=model_args,
-            tasks=[task_of(name, options.data) for name in table.tasks],
-            task_manager=manager,
-            batch_size=options.batch_size,
-            limit=options.limit,
-            use_cache=str(here / "cache"),
-            bootstrap_iters=0,
-            datetime_str=when,
-            cli_args=argparse.Namespace(output_path=str(here), process_with_media=False),
-        )
+        with redirect_stdout(sys.stderr):  # some metrics print
+            results = simple_evaluate(
+                model=lm,
+                model_args=model_args,
+                tasks=[task_of(name, options.data) for name in table.tasks],
+                task_manager=manager,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                use_cache=str(here / "cache"),
+                bootstrap_iters=0,
+                datetime_str=when,
+                cli_args=argparse.Namespace(output_path=str(here), process_with_media=False),
+            )
+    except RetryError as error:
+        cause = error.last_attempt.exception()
+        raise EvaluationError(f"lmms-eval could not get a task's data: {type(cause).__name__}: {cause}") from error
     finally:
         lm.close()
     if results is None:
         return None
+    shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed here
+    tracker = EvaluationTracker(output_path=str(writing))
     tracker.general_config_tracker.log_experiment_args(NAME, model_args, None, None, False)
     _write(tracker, results, when)
-    return newest(here) or _lost(here)
+    newest(writing) or _lost(writing)
+    writing.rename(done)
+    return newest(done)
 
 
 def _write(tracker: EvaluationTracker, results: dict[str, Any], when: str) -> None:
-    """Questions first: where the results are, all is there."""
+    """Results, and what lmms-eval says of every question, with its picture and what intervals need."""
     samples = results.pop("samples")
     tracker.date_id = when.replace(":", "-")
     for task, rows in samples.items():
+        if task == KNOWN["mmbench"].task:
+            note_hits(rows)
         for row in rows:
             row["picture"] = next((row["doc"][name] for name in PICTURE if name in row["doc"]), None)
         tracker.save_results_samples(task, rows)
@@ -180,7 +201,9 @@ def task_of(name: str, data: Path | None) -> Any:
         return {"task": task.task, **task.changes} if task.changes else task.task
     file = data / f"{task.task}.parquet"
     if not file.is_file():
-        raise ValueError(f"no data {str(file)!r}; write some: python -m pitome_mllm_eval.local_tasks --out {data}")
+        some = f"write some: python -m pitome_mllm_eval.local_tasks --out {data}"
+        mend = some if task.task in MAKERS else f"choose other tasks than {name} with --task"
+        raise ValueError(f"no data {str(file)!r}; {mend}")
     local = {"dataset_path": "parquet", "dataset_name": None, "process_docs": None}
     files = {"data_files": {task.split: str(file.resolve())}}
     return {"task": task.task, **task.changes, **local, "dataset_kwargs": files}
@@ -190,16 +213,32 @@ def compare(name: str, table: Table, found: dict[Run, Results]) -> Iterator[Row]
     """Every figure of every run beside the published one, and what a run keeps of the plain model's figures."""
     known, plain = published(name), {}
     for run, results in found.items():
-        values = {}
         for task_name in table.tasks:
             task = KNOWN[task_name]
             figure = results.figure(task.task, task.metric, task.scale)
-            values[task_name] = figure.value
             theirs = known.get((run.model, run.method, run.amount, task_name), (None, ""))
             yield Row(run, task_name, figure.questions, figure.value, figure.low, figure.high, *theirs)
         if run.method == PLAIN:
-            plain[run.model] = values
-        elif run.model in plain and all(plain[run.model].values()):
-            share = 100 * fmean(values[task] / plain[run.model][task] for task in table.tasks)
+            plain[run.model] = results
+        elif run.model in plain and (share := _share(table, results, plain[run.model])):
             theirs = known.get((run.model, run.method, run.amount, RELATIVE), (None, ""))
-            yield Row(run, RELATIVE, 0, share, None, None, *theirs)
+            yield Row(run, RELATIVE, 0, *share, *theirs)
+
+
+def _share(table: Table, results: Results, plain: Results) -> tuple[float, float | None, float | None] | None:
+    """Mean over tasks of what a run keeps of the plain model's figures, in per cent, with its paired interval.
+
+    None where a figure is missing, or the plain model has nothing to keep.
+    """
+    shares, drawn = [], []
+    for seed, name in enumerate(table.tasks, start=1):
+        task = KNOWN[name]
+        values = [one.figures(task.task).get(task.metric) for one in (results, plain)]
+        if values[0] is None or not values[1]:
+            return None
+        shares.append(100 * values[0] / values[1])
+        ours, theirs = (one.draws(task.task, task.metric, seed) for one in (results, plain))
+        if ours is not None and theirs is not None:
+            drawn.append(100 * np.divide(ours, theirs, out=np.full(len(ours), np.nan), where=theirs > 0))
+    bounds = span(np.mean(drawn, axis=0)) if len(drawn) == len(shares) else (None, None)
+    return float(np.mean(shares)), *bounds

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .intervals import interval
+import numpy as np
+
+from .intervals import draws, interval
 
 SUFFIX = "_results.json"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one run; ``low`` and ``high`` are None where no interval can be had."""
+    """One figure of one run; what is None cannot be had: the interval, or all where no question counts for it."""
 
-    value: float
+    value: float | None
     low: float | None
     high: float | None
     questions: int
@@ -57,6 +59,16 @@ class Results:
                 found += [row | {"doc_id": (name, row["doc_id"])} for row in rows]
         return found
 
+    def questions(self, task: str) -> int:
+        """How many were asked of a task, or of the tasks of a group."""
+        names = self.content["group_subtasks"].get(task) or [task]
+        return sum(self.content["n-samples"][name]["effective"] for name in names)
+
+    def draws(self, task: str, metric: str, seed: int) -> np.ndarray | None:
+        """A figure in resamplings of its pictures, alike for all runs on the same questions; None = not known."""
+        found = draws(self.samples(task), metric, seed)
+        return found and found[1]
+
     def figures(self, task: str) -> dict[str, float]:
         """Every figure of a task by its metric."""
         row = self.content["results"][task] | self.content.get("groups", {}).get(task, {})
@@ -70,13 +82,15 @@ class Results:
         ------
         RuntimeError : the questions on file give another figure than the results.
         """
-        value, samples = float(self.figures(task)[metric]), self.samples(task)
-        found = interval(samples, metric)
+        value, questions = self.figures(task).get(metric), self.questions(task)
+        if value is None:
+            return Figure(None, None, None, questions)
+        found = interval(self.samples(task), metric)
         if found is None:
-            return Figure(scale * value, None, None, len(samples))
+            return Figure(scale * value, None, None, questions)
         if abs(found[0] - value) > 1e-6 * max(1.0, abs(value)):
             raise RuntimeError(f"{self.path}: {metric} of {task} is {value}, but its questions give {found[0]}")
-        return Figure(scale * value, scale * found[1], scale * found[2], len(samples))
+        return Figure(scale * value, scale * found[1], scale * found[2], questions)
 
 
 def read(folders: Sequence[Path]) -> Iterator[Results]:
@@ -84,16 +98,25 @@ def read(folders: Sequence[Path]) -> Iterator[Results]:
 
     Raises
     ------
-    ValueError : a folder without any.
+    ValueError : a folder without any; a file that was cut off.
     """
     for folder in folders:
         files = sorted(folder.rglob(f"*{SUFFIX}"))
         if not files:
             raise ValueError(f"no results (*{SUFFIX}) in {str(folder)!r}; say where lmms-eval's --output_path was")
-        yield from (Results(file, json.loads(file.read_text())) for file in files)
+        yield from map(_read, files)
 
 
 def newest(folder: Path) -> Results | None:
     """The last results in a folder, None if there are none."""
     files = sorted(folder.rglob(f"*{SUFFIX}")) if folder.is_dir() else []
-    return Results(files[-1], json.loads(files[-1].read_text())) if files else None
+    return _read(files[-1]) if files else None
+
+
+def _read(file: Path) -> Results:
+    try:
+        return Results(file, json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{str(file)!r} was cut off while it was written ({error}); remove it and run again"
+        ) from error

@@ -16,11 +16,12 @@ from pitome_mllm import METHODS, estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.shapes import get_shape
 from pitome_mllm_eval import identity
-from pitome_mllm_eval.intervals import interval
+from pitome_mllm_eval.intervals import draws, interval
 from pitome_mllm_eval.lmms import report
 from pitome_mllm_eval.lmms.cost import Meter
+from pitome_mllm_eval.published import FIGURES, published
 from pitome_mllm_eval.results_files import read
-from pitome_mllm_eval.tables import PUBLISHED, RELATIVE, TABLES, TASKS, Run, narrowed, plan, published
+from pitome_mllm_eval.tables import BESIDE, RELATIVE, SUSTAINED, TABLES, TASKS, Run, narrowed, plan
 
 
 def run(capsys, *arguments):
@@ -38,7 +39,7 @@ def test_every_published_figure_belongs_to_a_run_and_names_its_source(name):
     for (*run, task), (value, source) in published(name).items():
         assert tuple(run) in runs and task in (*table.tasks, RELATIVE) and value > 0 and source
         assert run[1] == "none" or run[1] in METHODS
-    with PUBLISHED.open() as file:
+    with FIGURES.open() as file:
         assert {row["table"] for row in csv.DictReader(file)} == {"pitome-paper", "pruning-literature"}
 
 
@@ -63,7 +64,7 @@ def test_the_plan_counts_questions_and_flops(capsys):
     config = get_shape("llava-1.5-7b").config()
     flops = estimate(config, "pitome", ratio=0.9, text_tokens=60, new_tokens=4).flops
     assert second.gflops == pytest.approx(flops / 1e9)
-    assert second.hours == pytest.approx(240_642 * flops / 1e14 / 3600)
+    assert second.hours == pytest.approx(240_642 * (BESIDE + flops / 1e14) / 3600)
     code, out, err = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10)
     assert (code, err) == (0, "") and "llava-1.5-13b-hf tofu ratio=0.925" in out
     assert "llava-hf/llava-1.5-7b-hf (14.1 GB)" in out and "lmms-lab-encoder/GQA" in out
@@ -72,6 +73,14 @@ def test_the_plan_counts_questions_and_flops(capsys):
     said = json.loads(out)
     assert said["sizes_about_right"] == ["gqa", "textvqa_val", "mme"]
     assert code == 0 and len(said["runs"]) == len(table.runs) and {r["questions"] for r in said["runs"]} == {60}
+    code, out, _ = run(capsys, "--table", "pitome-paper", "--plan", "--data", "here", "--json")
+    assert json.loads(out)["downloads"] == [name for name in said["downloads"] if "llava" in name], "data are here"
+
+
+def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
+    plain, merged = plan(replace(TABLES["pitome-paper"], tasks=("vqav2_val",)), None, SUSTAINED)[:2]
+    assert plain.hours == pytest.approx(9 + 5 / 60, rel=0.01)
+    assert merged.run.method == "pitome" and merged.hours == pytest.approx(5 + 44 / 60, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,18 @@ def test_the_plan_counts_questions_and_flops(capsys):
         (["--table", "paper"], "invalid choice: 'paper'"),
         (["--table", "embedded", "--limit", 0, "--plan"], "'0' is not a number of questions"),
         (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
-        (["--table", "embedded", "--method", "dart", "--plan"], "nothing of the table is left; it has the methods"),
+        (
+            ["--table", "embedded", "--method", "tome", "tom"],
+            "no method tom in this table; choose from none, pitome-tuned",
+        ),
+        (["--table", "embedded", "--keep", 72, 9, "--plan"], "no keep 9 in this table; choose from 36, 72, 144"),
+        (["--table", "pitome-paper", "--keep", 72, "--plan"], "no keep 72 in this table; it has no keep at all"),
+        (["--table", "pruning-literature", "--method", "dart", "--keep", 94], "no run of the table has one of these"),
+        (["--table", "embedded", "--tflops", 0, "--plan"], "'0' is not a rate; give TFLOP/s"),
+        (
+            ["--table", "pitome-paper", "--limit", 5, "--plan"],
+            "limit=5 is not possible: mme scores 2 questions together",
+        ),
         (["--table", "embedded", "--model", "nowhere/", "--plan"], "no folder 'nowhere'"),
     ],
 )
@@ -98,11 +118,12 @@ def test_without_lmms_eval_it_says_what_to_install(capsys, tmp_path):
 def test_a_table_is_narrowed_to_what_is_asked_for():
     table = narrowed(TABLES["embedded"], "folder", ["tome"], [72], None)
     assert [str(one) for one in table.runs] == ["folder none", "folder tome keep=72"]
+    assert [str(one) for one in narrowed(TABLES["embedded"], None, ["none"], None, None).runs] == ["tiny none"]
 
 
 def test_intervals_resample_pictures():
     rng = np.random.default_rng(3)
-    samples = [{"doc_id": n, "picture": n // 4, "exact_match": float(rng.random() < 0.7)} for n in range(200)]
+    samples = [{"doc_id": n + 1000, "picture": n // 4, "exact_match": float(rng.random() < 0.7)} for n in range(200)]
     value, low, high = interval(samples, "exact_match")
     assert value == pytest.approx(np.mean([s["exact_match"] for s in samples])) and low < value < high
     together = [{**s, "exact_match": float(s["picture"] % 2)} for s in samples]  # all or nothing on a picture
@@ -110,6 +131,25 @@ def test_intervals_resample_pictures():
     widths = [high - low for _, low, high in (interval(which, "exact_match") for which in (together, alone))]
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.2)
     assert interval(samples, "gpt_eval_score") is None and interval([], "exact_match") is None
+
+
+def test_the_first_picture_is_one_like_the_others():
+    samples = [{"doc_id": n, "picture": 0, "exact_match": n % 2} for n in range(10)]
+    assert interval(samples, "exact_match") == (0.5, 0.5, 0.5), "there is nothing else to draw"
+
+
+def test_runs_on_the_same_questions_are_resampled_alike():
+    right = np.random.default_rng(1).random(100) < 0.6
+    plain, ours = ([{"doc_id": n, "exact_match": float(r)} for n, r in enumerate(rows)] for rows in (right, right / 2))
+    a, b, other = (draws(rows, "exact_match", seed)[1] for rows, seed in ((plain, 1), (ours, 1), (plain, 2)))
+    assert np.allclose(b, a / 2) and not np.allclose(a, other)
+
+
+def test_rotated_questions_count_once_and_only_where_it_is_known():
+    rows = [{"doc_id": n, "gpt_eval_score": {"index": n}} for n in range(8)]
+    assert interval(rows, "gpt_eval_score") is None, "of another judge, or of the command line"
+    value, low, high = interval([row | {"hit": n % 2} for n, row in enumerate(rows[:4])] + rows[4:], "gpt_eval_score")
+    assert value == 50 and low < 50 < high
 
 
 def test_f1_and_pairs_are_counted_as_their_benchmarks_do():
@@ -181,6 +221,7 @@ def test_a_run_is_known_by_the_files_of_its_tasks(known, tmp_path, monkeypatch, 
 def test_a_run_is_known_by_local_data(known, tmp_path):
     table, data = replace(TABLES["embedded"], tasks=("gqa",)), files_of(tmp_path / "data", **{"gqa.parquet": "rows"})
     before = known(table=table, data=data)
+    assert before != known(table=table, data=data, limit=4)
     (data / "gqa.parquet").write_text("more")
     assert len({before, known(table=table, data=data), known(table=table)}) == 3
 
@@ -213,6 +254,7 @@ def results(folder, method, keep, scores, milliseconds, peak=None, **conditions)
     content = {
         "results": {"own": {"exact_match,none": float(np.mean(scores)), "exact_match_stderr,none": "N/A"}},
         "group_subtasks": {"own": []},
+        "n-samples": {"own": {"effective": len(scores)}},
         "config": {"batch_sizes": [about]},
         "date": f"{folder.name} day",
         "total_evaluation_time_seconds": "18.0",
@@ -271,6 +313,45 @@ def test_the_time_of_runs_that_found_answers_in_the_cache_is_not_told(folders, c
     file.write_text(json.dumps(content))
     report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
     assert "together took" not in capsys.readouterr().out
+
+
+def test_the_report_says_so_where_all_answers_came_from_the_cache(folders, capsys, caplog):
+    for file in folders.rglob("*_results.json"):
+        content = json.loads(file.read_text())
+        content["config"]["batch_sizes"][0]["cost"] = {}
+        file.write_text(json.dumps(content))
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    assert "| tome | keep=72 | own exact_match | 0.600 (" in capsys.readouterr().out
+    assert "no plot over visual tokens per question: no run measured them" in caplog.text
+
+
+def test_the_report_says_over_what_it_draws_and_that_costs_are_of_all_tasks(folders, capsys):
+    for file in folders.rglob("*_results.json"):
+        content = json.loads(file.read_text())
+        for kind in ("results", "group_subtasks", "n-samples"):
+            content[kind]["other"] = content[kind]["own"]
+        file.write_text(json.dumps(content))
+        samples = file.with_name("1_samples_own.jsonl")
+        samples.with_name("1_samples_other.jsonl").write_text(samples.read_text().replace('"picture"', '"unknown"'))
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    out = capsys.readouterr().out
+    assert "intervals over pictures, questions. Means per question of all tasks of a run, batches" in out
+
+
+def test_without_logged_questions_there_is_no_interval_but_their_number(folders, capsys):
+    for file in folders.rglob("*.jsonl"):
+        file.unlink()
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
+    out = capsys.readouterr().out
+    assert "| own exact_match | 0.600 | 72.0" in out and "10 questions per run" in out
+
+
+def test_a_file_that_was_cut_off_is_named(folders, capsys):
+    file = folders / "a" / "1_results.json"
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(SystemExit):
+        report.main([str(folders)])
+    assert "a/1_results.json' was cut off while it was written" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_setting_are_refused(folders, capsys):

@@ -14,8 +14,8 @@ from ..results_files import Results
 class Row:
     """One figure of one run, with what a question cost; "" = not known.
 
-    ``seconds`` is what lmms-eval says of the whole run. Other times are means per question of batches; what was read
-    from lmms-eval's cache cost nothing and does not count.
+    ``resampled`` says over what the interval is. ``seconds`` is what lmms-eval says of the whole run. Other times are
+    means per question of batches; what was read from lmms-eval's cache cost nothing and does not count.
     """
 
     model: str
@@ -27,6 +27,7 @@ class Row:
     value: float
     low: float | str
     high: float | str
+    resampled: str
     visual_tokens: float | str
     prompt_tokens: float | str
     tower_ms: float | str
@@ -83,6 +84,7 @@ def rows(results: Results) -> list[Row]:
                     value=round(figure.value, 6),
                     low="" if figure.low is None else round(figure.low, 6),
                     high="" if figure.high is None else round(figure.high, 6),
+                    resampled=_resampled(results.samples(task)),
                     **timed,
                     latency_ms=latency,
                     timed_questions=cost.get("questions_asked", 0),
@@ -97,6 +99,13 @@ def rows(results: Results) -> list[Row]:
                 )
             )
     return found
+
+
+def _resampled(samples: Sequence[dict[str, Any]]) -> str:
+    """lmms-eval's command line does not say which picture a question is about; without questions, nothing."""
+    if not samples:
+        return ""
+    return "pictures" if any(sample.get("picture") is not None for sample in samples) else "questions"
 
 
 # What tells runs of one setting apart; in the table where it differs.

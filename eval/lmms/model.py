@@ -90,7 +90,13 @@ class PitomeLlava(lmms):
         self.batch_sizes = {}
 
     def __str__(self) -> str:
-        """What lmms-eval's cache knows the model by where it gets the object itself."""
+        """All that answers follow from: lmms-eval's cache knows the model by it where it gets the object itself."""
+        about = {k: v for k, v in self.about().items() if k in ("bits", "dtype", "attention", "system_prompt") and v}
+        return f"{self.title} {about}"
+
+    @property
+    def title(self) -> str:
+        """Weights and settings, in short."""
         return f"{NAME}({', '.join([self.pretrained, *(f'{k}={v}' for k, v in self.settings.items())])})"
 
     @property
@@ -153,7 +159,7 @@ class PitomeLlava(lmms):
 
     def _each(self, requests: Sequence[Any], read: Any, answer: Any) -> Iterator[Any]:
         """Answer batch by batch, in order."""
-        with tqdm(total=len(requests), disable=self.rank != 0, desc=str(self), unit="question") as bar:
+        with tqdm(total=len(requests), disable=self.rank != 0, desc=self.title, unit="question") as bar:
             start = 0
             while start < len(requests):
                 batch = self._batch(requests, start)

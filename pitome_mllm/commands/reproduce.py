@@ -15,7 +15,6 @@ from .._companion import companion
 
 NAMES = ("pitome-paper", "pruning-literature", "embedded")
 WIDE = 160  # columns
-SUSTAINED = 60.0  # TFLOP/s at which LLaVA-1.5-7B takes the 9 hours for VQAv2 that the PiToMe paper reports
 
 
 def register(commands: Any) -> None:
@@ -38,7 +37,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs pitome-mllm[bnb])")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
     parser.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
-    parser.add_argument("--tflops", type=float, default=SUSTAINED, help="sustained rate of --plan (%(default)s)")
+    parser.add_argument("--tflops", type=_rate, metavar="T", help="rate that --plan reckons with (default: a paper's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -49,8 +48,18 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; give TFLOP/s, such as 100")
+    return rate
+
+
 def run(options: argparse.Namespace) -> None:
-    """Plan or run the table; exit code 1 where a question could not be answered.
+    """Plan or run the table; exit code 1 where it could not be run to its end.
 
     Raises
     ------
@@ -72,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
         rows = list(reproduce.compare(options.table, table, found))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
@@ -82,8 +91,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
-    estimated = tables.plan(table, options.limit, options.tflops)
-    fetched = tables.downloads(table)
+    tflops = options.tflops or tables.SUSTAINED
+    estimated = tables.plan(table, options.limit, tflops)
+    fetched = tables.downloads(table, options.data is not None)
     hours = sum(one.hours for one in estimated)
     if options.json:
         runs = [
@@ -96,7 +106,7 @@ def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
         return
     console = _console()
     console.print(f"{options.table}: {table.about}", markup=False)
-    view = Table("run", "questions", "GFLOPs per question", "hours", box=None, pad_edge=False)
+    view = Table("run", "questions", "GFLOPs per question", "GPU hours", box=None, pad_edge=False)
     for one in estimated:
         view.add_row(str(one.run), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
     console.print(view)
@@ -105,8 +115,8 @@ def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
     console.print(f"questions per task: {', '.join(sizes)}")
     console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
     console.print(
-        f"{hours:.1f} hours in all, by FLOPs at {options.tflops:g} TFLOP/s sustained, prompts of {tables.TEXT_TOKENS} "
-        f"text tokens and answers of {tables.NEW_TOKENS}; reading pictures and writing long answers come on top"
+        f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s and {1000 * tables.BESIDE:.0f} ms beside them, "
+        f"prompts of {tables.TEXT_TOKENS} text tokens and answers of {tables.NEW_TOKENS}; GPUs differ"
     )
 
 
@@ -134,12 +144,12 @@ def _console() -> Console:
 
 
 def _cells(row: Any) -> list[str]:
-    span = _span(row.low, row.high)
+    ours, theirs = ("-" if value is None else f"{value:.1f}" for value in (row.ours, row.published))
+    cells = [str(row.run), row.task, str(row.questions or "-"), ours, _span(row.low, row.high), theirs]
     if row.difference is None:
-        return [str(row.run), row.task, str(row.questions or "-"), f"{row.ours:.1f}", span, "-", "-", "-"]
+        return [*cells, "-", "-"]
     change, low, high = row.difference
-    theirs = [f"{row.published:.1f}", f"{change:+.1f}", _span(low, high, "+")]
-    return [str(row.run), row.task, str(row.questions or "-"), f"{row.ours:.1f}", span, *theirs]
+    return [*cells, f"{change:+.1f}", _span(low, high, "+")]
 
 
 def _span(low: float | None, high: float | None, sign: str = "") -> str:

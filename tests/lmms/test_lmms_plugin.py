@@ -197,6 +197,23 @@ def test_the_cost_stands_in_the_results(make):
     assert cost["new_tokens"] == 2  # the word and the token that ends it
 
 
+def test_the_cache_tells_apart_what_gives_other_answers(tmp_path):
+    asked = []
+    changes = (
+        {},
+        {"keep": 36},
+        {"dtype": "bfloat16"},
+        {"attn_implementation": "eager"},
+        {"system_prompt": "hello"},
+        {},
+    )
+    for changed in changes:
+        lm = PitomeLlava("tiny", **{**SETTINGS, **changed})
+        found = evaluate(lm, [COLOUR], limit=2, use_cache=str(tmp_path))
+        asked.append(found["config"]["batch_sizes"][0]["cost"].get("questions_asked", 0))
+    assert asked == [2, 2, 2, 2, 2, 0]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

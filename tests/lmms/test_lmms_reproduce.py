@@ -7,17 +7,23 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import evaluating
 import pytest
 from checks import command_line
+from datasets import Dataset
 from evaluating import ROOT, answers, by_hand, evaluate
 from lmms_eval.tasks import __file__ as packaged
+from lmms_eval.tasks.mmbench import en_utils
 from PIL import Image
 
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm_eval import local_tasks, reproduce
+from pitome_mllm_eval.intervals import interval
+from pitome_mllm_eval.lmms.circular import note_hits
 from pitome_mllm_eval.lmms.model import PitomeLlava
 from pitome_mllm_eval.tables import TABLES, TASKS, narrowed
 
@@ -34,6 +40,12 @@ REAL = {
         "test",
         {"exact_match"},
         "\nA. yes\nB. no\nAnswer with the option's letter from the given choices directly.",
+    ),
+    "mmbench_en_dev_static": (
+        "mmbench/mmbench_en_dev_static.yaml",
+        "dev",
+        {"gpt_eval_score"},
+        "\nAnswer with the option's letter from the given choices directly.",
     ),
 }
 
@@ -93,11 +105,23 @@ def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypa
     assert row["questions"] == 14 and row["low"] <= row["ours"] <= row["high"]
     assert row["difference"] == pytest.approx(row["ours"] - row["published"]) and "curves.csv" in row["source"]
     share = 100 * row["ours"] / rows["none", "pitome_scenes"]["ours"]
-    assert rows["tome", "relative"]["ours"] == pytest.approx(share)
+    shared = rows["tome", "relative"]
+    assert shared["ours"] == pytest.approx(share) and shared["low"] <= shared["ours"] <= shared["high"]
     monkeypatch.setattr(PitomeLlava, "_generate", None)  # asking would fail
     again = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
     assert (again[0], again[1]) == (0, out) and err.count("is there already") == 0
     assert again[2].count("is there already") == 2
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_results_goes_on(capsys, tmp_path, monkeypatch):
+    code, out, _ = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
+    for done in list(tmp_path.rglob("results")):
+        written = done.rename(done.with_name("writing"))
+        (file,) = written.rglob("*_results.json")
+        file.write_text(file.read_text()[:100])
+    monkeypatch.setattr(PitomeLlava, "_generate", None)  # asking would fail
+    again = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
+    assert again[:2] == (0, out) and not list(tmp_path.rglob("writing"))
 
 
 # The command, which writes a line into a file for each question that it asks the model.
@@ -200,21 +224,69 @@ def test_a_question_that_fails_is_code_1_and_goes_on_where_it_was(capsys, tmp_pa
     assert about["cost"]["questions_asked"] == 12
 
 
-def test_a_table_with_changed_settings_runs_over_local_data(data, tmp_path):
-    table = narrowed(TABLES["pruning-literature"], "tiny", ["tome"], [64], ["mme", "pope", "textvqa_ocr"])
+def test_a_table_with_changed_settings_runs_over_local_data(data, tmp_path, capsys):
+    names = ["mme", "pope", "textvqa_ocr", "mmbench"]
+    table = narrowed(TABLES["pruning-literature"], "tiny", ["tome"], [64], names)
     options = reproduce.Options(limit=None, batch_size=4, data=data, out=tmp_path)
     said = []
     found = reproduce.reproduce("pruning-literature", table, options, said.append)
     rows = list(reproduce.compare("pruning-literature", table, found))
     assert said == ["[1/2] tiny none", "[2/2] tiny tome keep=64"]
-    assert [row.task for row in rows] == ["mme", "pope", "textvqa_ocr"] * 2 + ["relative"][: len(rows) - 6]
-    for row in rows[:6]:
+    assert [row.task for row in rows] == names * 2, "nothing is kept of MMBench, which the embedded model gets wrong"
+    for row in rows[:8]:
         assert row.questions > 0 and row.low is not None
         assert row.ours == TASKS[row.task].scale * found[row.run].figures(TASKS[row.task].task)[TASKS[row.task].metric]
     configs = found[table.runs[1]].content["configs"]
     assert configs["textvqa_val"]["lmms_eval_specific_kwargs"]["ocr"] is True
+    asked = [row["input"] for row in found[table.runs[1]].samples("textvqa_val")]
+    assert asked and all("\nReference OCR token: " in text and text.endswith(SHORT) for text in asked)
+    assert capsys.readouterr().out == "", "what metrics print does not get in between"
+
+
+def test_mmbench_counts_a_question_that_is_right_in_all_rotations():
+    rows = [one for one in local_tasks.mmbench(8) if one.pop("image") is not None]
+    wrong = {rows[2]["index"], rows[5]["index"]}  # a question, and the rotation of another
+    said = {
+        one["index"]: {"A": "B", "B": "A"}[one["answer"]] if one["index"] in wrong else one["answer"] for one in rows
+    }
+    results = [en_utils.mmbench_process_results(one, [f"{said[one['index']]}."]) for one in rows]
+    logged = [{"doc_id": number} | one for number, one in enumerate(results)]
+    note_hits(logged)
+    overall, *_ = en_utils.mmbench_evaluator.eval_result([one["gpt_eval_score"] for one in logged], "static")
+    value, low, high = interval(logged, "gpt_eval_score")
+    questions = len(rows) // 2
+    assert value == pytest.approx(100 * overall) == pytest.approx(100 * (questions - 2) / questions)
+    assert low < value < high and sum("hit" in one for one in logged) == questions
+
+
+def test_a_task_of_which_no_question_counts_has_no_figure(tmp_path):
+    rows = [row | {"image": local_tasks._png(row["image"]), "category": "code_reasoning"} for row in local_tasks.mme(4)]
+    data = tmp_path / "data"
+    data.mkdir()
+    Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(data / "mme.parquet")
+    table = narrowed(TABLES["pruning-literature"], "tiny", ["tome"], [64], ["mme"])
+    found = reproduce.reproduce("cut", table, reproduce.Options(limit=2, data=data, out=tmp_path), [].append)
+    shown = [(row.task, row.ours, row.questions) for row in reproduce.compare("pruning-literature", table, found)]
+    assert shown == [("mme", None, 2)] * 2, "only cognition was asked, and perception is published"
+
+
+def test_data_that_cannot_be_fetched_and_folders_that_cannot_be_written_are_one_line(capsys, tmp_path):
+    narrow = ("--model", "tiny", "--method", "tome", "--limit", 2)
+    code, out, err = run(capsys, "--table", "pitome-paper", *narrow, "--task", "gqa", "--out", tmp_path)
+    assert (code, out) == (1, "") and "pitome-mllm: lmms-eval could not get a task's data: ConnectionError" in err
+    (tmp_path / "file").write_text("")
+    code, out, err = run(capsys, *EMBEDDED, "--out", tmp_path / "file")
+    assert (code, out) == (1, "") and err.splitlines()[-1].startswith("pitome-mllm: [Errno")
+
+
+def test_text_vqa_has_no_hint_in_the_paper_s_table(data):
+    assert reproduce.task_of("textvqa_val", None) == "textvqa_val"
+    default = Path(f"{PACKAGED}textvqa/_default_template_textvqa_yaml").read_text()
+    assert "ocr: false" in default and reproduce.task_of("textvqa_ocr", None)["lmms_eval_specific_kwargs"]
 
 
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no data .*gqa.parquet'; write some: python -m pitome_mllm_eval.local_tasks"):
         reproduce.task_of("gqa", tmp_path)
+    with pytest.raises(ValueError, match=r"no data .*; choose other tasks than vqav2_val with --task"):
+        reproduce.task_of("vqav2_val", tmp_path)
