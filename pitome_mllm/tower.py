@@ -29,9 +29,10 @@ RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its la
 class _Inbox(threading.local):
     """Where the projections of an attention leave their outputs for the layer that called it, within one thread."""
 
-    wanted: bool = False
-    keys: Tensor | None = None
-    query: Tensor | None = None  # of the class token
+    def __init__(self) -> None:  # for each thread, so that a graph finds the same in all of them
+        self.wanted = False
+        self.keys: Tensor | None = None
+        self.query: Tensor | None = None  # of the class token
 
 
 _inbox = _Inbox()
@@ -190,8 +191,10 @@ def merging_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the tower: hand a new `Run` down to the layers, unless there is one already."""
+    if RUN in kwargs:  # a graph looks at nothing that belongs to a thread, else it would serve this one call only
+        return None
     plan = tower._pitome.active
-    return None if plan is None or RUN in kwargs else started(tower, plan, args, kwargs)
+    return None if plan is None else started(tower, plan, args, kwargs)
 
 
 def started(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
