@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models import build
+from torch._dynamo.utils import counters
 
 from pitome_mllm import METHODS, attach, cli, estimate
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
@@ -179,18 +180,44 @@ def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monk
             super().__init__(*given)
             alive.add(self)
 
-    def peak(call, device):
+    def look(call):
         call.run()
         most.append(len(alive))
         return 7
 
     monkeypatch.setattr(speed, "Stages", Watched)
-    monkeypatch.setattr(speed, "peak_bytes", peak)
-    found = speed.peaks(field[:2], load(1), ["tower", "merge", "decode"], torch.device("cuda"))
+    found = speed.once(field[:2], load(1), ["tower", "merge", "decode"], look)
     assert max(most) == 1 and found == dict.fromkeys(
         [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
     )
-    assert speed.peaks(field[:2], load(1), ["tower"], CPU) == {}
+
+
+@torch.inference_mode()
+def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
+    """Everything in the comparison goes through graphs, merging ones by the switch of their handle."""
+    monkeypatch.setitem(contenders.MODES, "compile", "eager")
+    torch.compiler.reset()
+    field = list(contenders.contenders(build(layers=2), ["pitome", "oracle"], [{"keep": 400}], "compile"))
+    assert all(made.plan is None or made.plan.compiled == "eager" for made in field)
+    wanted = [stage for stage in stages.STAGES if stage not in stages.EAGER]
+    for made in field:
+        compiled, eager = (stages.Stages(made, load(1), mode) for mode in ("compile", "eager"))
+        for stage in wanted:
+            calls = [each.call(stage) for each in (compiled, eager)]
+            if calls[0] is None:
+                continue
+            with made.eager():
+                expected = calls[1].run()
+            counters.clear()
+            found = calls[0].run()
+            assert counters["stats"]["unique_graphs"] + (stage == "prefill") >= 1 and not counters["graph_break"]
+            assert expected is None or torch.equal(found, expected)
+            counters.clear()
+            calls[0].run()
+            assert not counters["stats"]  # nothing is compiled twice
+    rows = list(speed.measure(field[:2], load(1), ["tower", "projector"], "compile", 1, 1))
+    assert all(row.gflops > 0 for row in rows) and len(rows) == 4
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import build
+from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
@@ -41,23 +42,26 @@ def assert_same_run(handle, model, inputs, **settings):
         expected, stats = seen(model, inputs), handle.stats
     with handle.using(compiled=handle.settings.compiled, **settings):
         assert torch.equal(seen(model, inputs), expected)
-    assert handle.stats is not stats and handle.stats.counts == stats.counts and torch.equal(handle.stats.sizes, stats.sizes)
+    assert (
+        handle.stats is not stats
+        and handle.stats.counts == stats.counts
+        and torch.equal(handle.stats.sizes, stats.sizes)
+    )
     assert stats.groups is None or torch.equal(handle.stats.groups, stats.groups)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_same_bits_in_one_graph(method, one, pair):
-    model, other = build(layers=3), {k: v[1:] for k, v in pair.items()}
-    with attach(model, method, keep=144, compiled="eager") as handle:
+    model, other = build(layers=2), {k: v[1:] for k, v in pair.items()}
+    with attach(model, method, keep=256 if method == "pool" else 400, compiled="eager") as handle:
         assert_same_run(handle, model, one)
         assert_same_run(handle, model, other)  # another picture, the same graph
         assert graphs() == 1
 
 
-@pytest.mark.parametrize("settings", [{"method": "pitome"}, {}], ids=str)
-def test_graphs_of_aot_autograd_give_the_same_bits(settings, one):
+def test_graphs_of_aot_autograd_give_the_same_bits(one):
     model = build(layers=3)
-    with attach(model, keep=144, compiled="aot_eager", **settings) as handle:
+    with attach(model, keep=144, compiled="aot_eager") as handle:
         assert_same_run(handle, model, one)
     assert graphs() == 1
 
@@ -77,23 +81,28 @@ def test_inductor_keeps_counts_and_answers_within_its_rounding(one):
 def test_every_setting_and_every_shape_has_one_graph(one, pair):
     model = build(layers=3)
     with attach(model, "pitome", keep=288, compiled="eager") as handle:
-        for batch, setting in ((one, {"keep": 288}), (pair, {"keep": 288}), (one, {"keep": 144}), (one, {"ratio": 0.9})):
+        for batch, setting in (
+            (one, {"keep": 288}),
+            (pair, {"keep": 288}),
+            (one, {"keep": 144}),
+            (one, {"ratio": 0.9}),
+        ):
             handle.update(**setting)
             assert_same_run(handle, model, batch)
-        assert graphs() == 4
+        assert graphs() == 3
         handle.update(keep=288)
         assert_same_run(handle, model, one)
-        assert_same_run(handle, model, one, keep=144)
-        assert graphs() == 4  # those there are serve again
+        assert_same_run(handle, model, one, ratio=0.9)
+        assert graphs() == 3  # those there are serve again
 
 
 def test_as_many_settings_as_one_likes(one):
-    """More than the eight graphs of one function at which torch gives up."""
+    """More than the graphs of one function at which torch gives up."""
     model = build(layers=1, feature_layer=-1)
-    with attach(model, "tome", keep=500, compiled="eager") as handle:
-        for keep in range(500, 490, -1):
+    with attach(model, "tome", keep=500, compiled="eager") as handle, dynamo.patch(cache_size_limit=1):
+        for keep in range(500, 497, -1):
             assert_same_run(handle, model, one, keep=keep)
-    assert graphs() == 10
+    assert graphs() == 3
 
 
 def test_generate_and_forward_share_a_graph(one):
@@ -177,7 +186,10 @@ def test_a_tower_that_does_not_merge_as_planned_is_found_in_a_graph_too(one):
 def test_a_machine_without_a_compiler_says_so(one, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = build(layers=1, feature_layer=-1)
-    with attach(model, "random", keep=500, compiled=True), inductor.patch({"cpp.cxx": ("nowhere",), "force_disable_caches": True}):
+    with (
+        attach(model, "random", keep=500, compiled=True),
+        inductor.patch({"cpp.cxx": ("nowhere",), "force_disable_caches": True}),
+    ):
         with pytest.raises(RuntimeError, match=r"'inductor' could not compile on cpu: .*C\+\+ compiler such as g\+\+"):
             seen(model, one)
 
