@@ -81,12 +81,7 @@ def test_inductor_keeps_counts_and_answers_within_its_rounding(one):
 def test_every_setting_and_every_shape_has_one_graph(one, pair):
     model = build(layers=3)
     with attach(model, "pitome", keep=288, compiled="eager") as handle:
-        for batch, setting in (
-            (one, {"keep": 288}),
-            (pair, {"keep": 288}),
-            (one, {"keep": 144}),
-            (one, {"ratio": 0.9}),
-        ):
+        for batch, setting in ((one, {"keep": 288}), (pair, {"keep": 288}), (one, {"ratio": 0.9})):
             handle.update(**setting)
             assert_same_run(handle, model, batch)
         assert graphs() == 3

@@ -189,6 +189,22 @@ def test_handles_and_imports_are_timed(deep):
     assert all(ms > 0 for times in taken.values() for ms in times) and not hasattr(deep, "_pitome")
 
 
+def test_a_legend_covers_no_line_and_names_lines_only(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: (figure.draw_without_rendering(), drawn.append(figure))
+    )
+    rows = [row(method=method, batch=str(b)) for method in ("tome", "pitome") for b in (1, 2)]
+    rows += [row(method="pool", batch="1")]
+    speed_report.plot(rows, tmp_path / "batch.png", "batch", lambda found: float(found["ms"]), {})
+    (figure,), (axis,) = drawn, drawn[0].axes
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= axis.get_window_extent().x1
+    assert [text.get_text() for text in legend.get_texts()] == ["tome", "pitome"]
+
+
 def test_the_report_draws_both_plots(tmp_path):
     rows = [row(stage="first token", method="tome", keep=str(k), batch=str(b)) for k in (72, 144) for b in (1, 2)]
     speed_report.plots(rows, tmp_path)
