@@ -14,6 +14,7 @@ import torch
 import transformers
 from models import build
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pitome_mllm import METHODS, attach, cli, estimate
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
@@ -107,6 +108,32 @@ def test_rows_hold_times_ratios_flops_and_cache(field):
     counted = estimate(field[0].model).tower_flops / 1e9
     assert found["tower", "plain"].gflops == pytest.approx(counted, abs=1e-3)
     assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes == "" for row in rows)
+
+
+class Operations(TorchDispatchMode):
+    """Notes what runs, with the shapes of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Size | None]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen.append((str(function), getattr(result, "shape", None)))
+        return result
+
+
+@torch.inference_mode()
+def test_decoding_runs_the_operations_of_a_plain_model(field):
+    """With as many tokens in the cache, as an oracle's LLM has them: not one more, so only the hooks are left."""
+    ran = []
+    for made in field[:2] + [next(c for c in field if c.is_oracle)]:
+        call = stages.Stages(made, load(1)).call("decode")
+        with Operations() as operations:
+            call.run()
+        ran.append(operations.seen)
+    plain, merged, oracle = ran
+    assert merged == oracle and len(plain) == len(merged)
 
 
 def test_a_bare_checkout_runs_it(tmp_path):
