@@ -73,7 +73,10 @@ def _check(options: argparse.Namespace) -> torch.device:
             raise ValueError(unknown("stage", stage, STAGES))
     if options.shape is None and (options.layers is not None or options.tower_only):
         raise ValueError("--layers and --tower-only cut down a --shape; name one, such as --shape llava-1.5-7b")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {options.device} is not possible; choose cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} is not there; choose cpu")
     if options.mode == "cudagraph" and device.type != "cuda":
@@ -108,7 +111,10 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any,
         processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         model = random_model(config, DTYPES[options.dtype], device)
     if options.attention != "sdpa":
-        model.set_attn_implementation({"text_config": options.attention})
+        try:
+            model.set_attn_implementation({"text_config": options.attention})
+        except ImportError as error:
+            raise ValueError(f"--attention {options.attention} is not installed: {error}") from error
     return model, processor, images
 
 

@@ -47,6 +47,8 @@ def judged(row: Found, rows: list[Found]) -> Iterator[Line]:
         if row["batch"] == "1" and row["stage"] == "decode" and oracle:
             yield decoding(row, rows)
         return
+    if row["dtype"] != "float32" or row["clock"] == "CUDA events":  # what follows is asked of processors
+        return
     if row["stage"] == "tower" and plain:
         flops = float(row["gflops"]) / float(plain["gflops"])
         ratio = float(row["ratio"])

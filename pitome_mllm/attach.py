@@ -197,6 +197,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
     llm_size_bias : add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
     energies : keep the energy of every token in ``handle.stats``.
+    compiled : True: the vision tower with its merging runs as one graph for every setting and shape of pictures, made
+        by inductor on the first call, on a CUDA device as a CUDA graph; or a backend of torch.compile: "cudagraphs"
+        (CUDA graphs of the same kernels, exact), "aot_eager", "eager" (exact too, to find errors).
     Anything else is an option of the method, such as ``margin=0.45``.
 
     Raises

@@ -15,8 +15,10 @@ import transformers
 from models import build
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import is_flash_attn_2_available
 
 from pitome_mllm import METHODS, attach, cli, estimate
+from pitome_mllm.features import tower_features
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,12 +270,46 @@ def test_families_whose_pictures_bench_cannot_make_are_refused(config):
         (["--repeats", "0"], "--repeats 0 is not possible"),
         (["--warmup", "0"], "--warmup 0 is not possible"),
         (["--batch", "0"], "--batch 0"),
+        (["--device", "chip"], "--device chip is not possible; choose cpu"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):
     assert cli.main(["bench", *arguments]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is installed")
+def test_attention_that_is_not_installed_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "random_model", lambda *_: build(layers=2))
+    assert cli.main("bench --shape llava-1.5-7b --attention flash_attention_2".split()) == 2
+    said = capsys.readouterr().err
+    assert "--attention flash_attention_2 is not installed" in said and said.count("\n") == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["clip-l-336", "vit-mae-h"])
+def test_shapes_merge_in_half_precision(shape, dtype):
+    """Three blocks of real width. By what it compares a method may see near-ties otherwise; by position it cannot."""
+    config = contenders.configuration(contenders.find_shape(shape), None, True)
+    config.vision_config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    model, side = contenders.random_model(config, torch.float32, CPU), config.vision_config.image_size
+    pixels = torch.randn(1, 3, side, side)
+    expected = {}
+    for kind in (torch.float32, dtype):
+        model.to(kind)
+        for method in ("uniform", "pitome", "pitome-tuned"):
+            with attach(model, method, keep=200) as handle:
+                features = tower_features(model, pixels)
+                sizes = handle.stats.sizes
+            assert features.dtype == kind and features.isfinite().all()
+            assert features.shape[1] >= 200 and sizes.dtype == torch.float32 and sizes.sum() == handle.plan.available
+            groups = handle.stats.groups[..., None].expand(-1, -1, features.shape[-1])
+            patches = features[:, -200:].float().gather(1, groups)
+            like = torch.cosine_similarity(patches, expected.setdefault(method, patches), dim=-1)
+            assert like.min() > 0.999 if method == "uniform" else like.mean() > 0.9
 
 
 def test_shapes_go_by_the_beginning_of_their_names():
