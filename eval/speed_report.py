@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         rows = read(args.results)
-        brief = [row for row in rows if row["batch"] == "1" and (row["rho"] or row["keep"] in BRIEF)]
+        usual = [row for row in rows if row["batch"] == "1" and row["dtype"] == "float32"]
+        brief = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
         for path, chosen in ((args.readme, brief), (args.docs / "speed.md", rows)):
             put_in(path, "\n\n".join([*map(table, runs(chosen)), devices(rows)]), MARKS)
         put_in(args.docs / "speed.md", targets(rows, read(args.handles)), TARGETS)
