@@ -66,6 +66,13 @@ def check(tower: nn.Module, plan: Plan) -> None:
             f"compiled={plan.compiled!r} is for vision towers that merge, and in this family none does or it is one of "
             "the original llava package; leave it out"
         )
+    try:
+        hash(plan)
+    except TypeError as error:
+        raise ValueError(
+            f"compiled={plan.compiled!r} finds graphs by their settings, and those of {plan.method} cannot be looked "
+            f"up ({error}); give the reducer options that are hashable, such as tuples for lists"
+        ) from error
     kept = vars(tower).get(CALL)
     if hasattr(tower, "_orig_mod") or (kept is not None and not hasattr(kept, "of_pitome")):
         raise ValueError(
@@ -95,7 +102,7 @@ def prepare(tower: nn.Module, plan: Plan) -> None:
 
 
 def uninstall(tower: nn.Module) -> None:
-    """Take off what `install` put there."""
+    """Take off what `prepare` put there."""
     if hasattr(vars(tower).get(CALL), "of_pitome"):
         del vars(tower)[CALL]
 

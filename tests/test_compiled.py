@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from families import FAMILIES, QUESTIONS, pictures
 from models import build
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from pitome_mllm import METHODS, attach, compiling
+from pitome_mllm.methods.tome import ToMe
 from pitome_mllm.plan import BACKENDS
 
 
@@ -205,6 +208,36 @@ def test_a_cuda_graph_needs_a_cuda_device(one):
     with attach(model, keep=144) as handle, pytest.raises(ValueError, match="needs the model on a CUDA device"):
         handle.update(compiled="cudagraphs")
     assert "cudagraphs" in BACKENDS
+
+
+def test_settings_that_cannot_be_looked_up_are_refused():
+    @dataclass(frozen=True)
+    class Listed(ToMe):
+        layers: list = field(default_factory=list)
+
+    with pytest.raises(ValueError, match="of Listed cannot be looked up .*hashable"):
+        attach(build(layers=3), Listed(), keep=288, compiled=True)
+
+
+TOWERS = {family.model: family for family in FAMILIES if "tower" in family.wheres}  # one of each class
+
+
+@pytest.mark.parametrize("family", TOWERS.values(), ids=TOWERS)
+def test_families_run_in_graphs(family):
+    """Pictures of several tiles too."""
+    model = family.build()
+    inputs = family.process([(QUESTIONS[0], pictures(0))])
+    with attach(model, "pitome", keep=100, where="tower", compiled="eager") as handle:
+        with handle.using(compiled=False):
+            expected, groups = seen(model, inputs), handle.stats.groups
+        assert torch.equal(seen(model, inputs), expected) and torch.equal(handle.stats.groups, groups)
+    assert graphs() == 1
+
+
+def test_a_tower_that_never_merges_is_refused():
+    family = next(family for family in FAMILIES if "tower" not in family.wheres)
+    with pytest.raises(ValueError, match="for vision towers that merge"):
+        attach(family.build(), keep=0.5, compiled=True)
 
 
 @pytest.mark.parametrize("how", ["method", "function"])
