@@ -8,6 +8,7 @@
 # make test-load    eight visitors of the chat for two minutes
 # make record-chat  both of these, and their figures into eval/results/chat.csv and the README
 # make test-serve   the OpenAI-compatible server, asked by the openai package
+# make bench-gpu    the speed that is promised on a GPU, measured there: rows, tables and targets
 # make lint         style checks
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
@@ -24,11 +25,19 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask demo test test-oldest test-lmms test-llava test-browser test-load record-chat test-serve chromium lint clean
+.PHONY: ask bench-gpu demo test test-oldest test-lmms test-llava test-browser test-load record-chat test-serve chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
 	$(VENV)/bin/pitome-mllm ask --compare --keep 144
+
+# On a machine whose python has torch for its GPU, and matplotlib; nothing is installed. Commit first.
+GPU_BENCH := eval/bench.py --device cuda --shape llava-1.5-7b --dtype bfloat16 --methods pitome tome visionzip oracle \
+	--keep 64 144 288 --batch 1 16 --out eval/results/bench.csv
+bench-gpu:
+	$(PYTHON) $(GPU_BENCH) --mode compile
+	$(PYTHON) $(GPU_BENCH) --mode eager --stages tower merge projector llm prefill decode
+	$(PYTHON) -m eval.speed_report
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
-MODES = ("eager", "compile", "cudagraph")
 
 
 @dataclass
@@ -80,30 +79,3 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     call.run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
-
-
-def in_mode(run: Callable[[], Any], mode: str) -> Callable[[], Any]:
-    """``run`` as it is, compiled, or captured once as a CUDA graph that is replayed.
-
-    Raises
-    ------
-    ValueError : an unknown mode, or a CUDA graph without a GPU.
-    """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-    if mode == "eager":
-        return run
-    if mode == "compile":
-        return torch.compile(run, dynamic=False)
-    if not torch.cuda.is_available():
-        raise ValueError("mode 'cudagraph' needs a CUDA device, and there is none; choose eager or compile")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay

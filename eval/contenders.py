@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
@@ -11,12 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pitome_mllm import attach
+from pitome_mllm import Attachment, attach
 from pitome_mllm.methods import METHODS, Merge, Reducer, unknown
 from pitome_mllm.plan import Plan
 from pitome_mllm.shapes import SHAPES, Shape, get_shape
 from pitome_mllm.specs import FAMILY_OF_CONFIG
 
+# What --mode means for everything that is compared: the ``compiled`` of `attach`.
+MODES = {"eager": "", "compile": "inductor", "cudagraph": "cudagraphs"}
 PLAIN, ORACLE, WEIGHTS = "plain", "oracle", "weights"
 
 
@@ -82,6 +85,11 @@ class Contender:
     def is_oracle(self) -> bool:
         return self.method == ORACLE
 
+    def eager(self) -> AbstractContextManager[Any]:
+        """Without graphs, whatever the contender was attached with."""
+        handle = Attachment.of(self.model)
+        return handle.using(compiled=False) if handle else nullcontext()
+
 
 def find_shape(name: str) -> Shape:
     """The shape of this name, or the only one whose name begins so.
@@ -133,7 +141,9 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]]) -> Iterator[Contender]:
+def contenders(
+    model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]], mode: str = "eager"
+) -> Iterator[Contender]:
     """The plain model and every method at every amount; for "oracle", one for every way down that these take.
 
     Parameters
@@ -141,6 +151,7 @@ def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, A
     model : plain; it is left alone.
     methods : names in `METHODS`, or such a name with ":weights" behind it, or "oracle".
     amounts : keywords of `attach`, such as {"keep": 144} or {"ratio": 0.9}.
+    mode : one of `MODES`.
 
     Raises
     ------
@@ -151,7 +162,7 @@ def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, A
     for asked in amounts:
         ways = {}
         for name in (name for name in methods if name != ORACLE):
-            made = _merging(model, name, asked)
+            made = _merging(model, name, asked, MODES[mode])
             ways.setdefault(_way(made.plan), made)
             yield made
         for made in ways.values() if ORACLE in methods else ():
@@ -173,11 +184,11 @@ def parted(name: str) -> tuple[str, str]:
     return method, variant
 
 
-def _merging(model: Any, name: str, asked: dict[str, Any]) -> Contender:
+def _merging(model: Any, name: str, asked: dict[str, Any], backend: str) -> Contender:
     (method, variant), own = parted(name), twin(model)
     if variant:
         own.set_attn_implementation({"vision_config": "eager"})
-    return Contender(method, variant, "", asked, own, own, attach(own, method, **asked).plan)
+    return Contender(method, variant, "", asked, own, own, attach(own, method, compiled=backend or False, **asked).plan)
 
 
 def _oracle(model: Any, made: Contender, plain: Any) -> Contender:
@@ -185,6 +196,7 @@ def _oracle(model: Any, made: Contender, plain: Any) -> Contender:
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
     preset = METHODS[made.method].settings if "counts" not in where else {}
     told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
+    told |= {"compiled": plan.compiled or False}
     handle = attach(
         own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, schedule=preset.get("schedule"), **told
     )

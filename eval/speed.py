@@ -6,9 +6,9 @@ The command is ``pitome-mllm bench``, or ``python eval/bench.py`` in a checkout.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
 from pitome_mllm.specs import geometry
 
-from .clocks import MODES, Call, clock_name, in_mode, in_turns, peak_bytes, quantiles
-from .contenders import ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
+from .clocks import Call, clock_name, in_turns, peak_bytes, quantiles
+from .contenders import MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
 from .runs import processor_name
 from .speed_rows import Row, append, check_commit, commit, show
 from .stages import EAGER, IN_FRONT, STAGES, Load, Stages
 
+Figure = TypeVar("Figure")
 Key = tuple[str, int]  # stage, number of the contender
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -44,7 +45,7 @@ def bench(options: argparse.Namespace) -> None:
     amounts = [{"ratio": r} for r in options.ratio] if options.ratio else [{"keep": k} for k in options.keep or [144]]
     rows = []
     with torch.inference_mode():
-        field = list(contenders(model, options.methods, amounts))
+        field = list(contenders(model, options.methods, amounts, options.mode))
         for batch in options.batch:
             load = Load(batch, options.images or images, options.text_tokens, options.new_tokens, processor)
             rows += measure(field, load, wanted, options.mode, options.repeats, options.warmup)
@@ -72,7 +73,10 @@ def _check(options: argparse.Namespace) -> torch.device:
             raise ValueError(unknown("stage", stage, STAGES))
     if options.shape is None and (options.layers is not None or options.tower_only):
         raise ValueError("--layers and --tower-only cut down a --shape; name one, such as --shape llava-1.5-7b")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {options.device} is not possible; choose cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} is not there; choose cpu")
     if options.mode == "cudagraph" and device.type != "cuda":
@@ -107,7 +111,10 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any,
         processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         model = random_model(config, DTYPES[options.dtype], device)
     if options.attention != "sdpa":
-        model.set_attn_implementation({"text_config": options.attention})
+        try:
+            model.set_attn_implementation({"text_config": options.attention})
+        except ImportError as error:
+            raise ValueError(f"--attention {options.attention} is not installed: {error}") from error
     return model, processor, images
 
 
@@ -128,17 +135,11 @@ def measure(
     from rich.progress import Progress
 
     device = field[0].model.device
-    peak = peaks(field, load, wanted, device)
-    stages = [Stages(contender, load) for contender in field]
-    calls, flops = {}, {}
-    for number, made in enumerate(stages):
-        for stage in wanted:
-            call = made.call(stage)
-            if call is not None:
-                if stage not in EAGER:
-                    flops[stage, number] = counted(call)
-                    call.run = in_mode(call.run, mode)
-                calls[stage, number] = call
+    peak = once(field, load, wanted, lambda call: peak_bytes(call, device)) if device.type == "cuda" else {}
+    flops = once(field, load, [stage for stage in wanted if stage not in EAGER], counted)
+    stages = [Stages(contender, load, mode) for contender in field]
+    made = {(stage, number): stages[number].call(stage) for number in range(len(field)) for stage in wanted}
+    calls = {key: call for key, call in made.items() if call is not None}
     cached = ("first token", "decode")
     kv = {key: stages[key[1]].kv_bytes() for key in calls if key[0] in cached}
     with Progress(transient=True) as bar:
@@ -160,17 +161,16 @@ def measure(
         )
 
 
-def peaks(field: list[Contender], load: Load, wanted: list[str], device: torch.device) -> dict[Key, int]:
-    """`peak_bytes` of every stage, each alone with the weights: no caches or inputs of others are alive; eager."""
-    if device.type != "cuda":
-        return {}
+def once(field: list[Contender], load: Load, wanted: list[str], look: Callable[[Call], Figure]) -> dict[Key, Figure]:
+    """What ``look`` sees in every stage, eagerly, each alone with the weights: nothing of the others is alive."""
     found = {}
     for number, contender in enumerate(field):
         for stage in wanted:
-            call = Stages(contender, load).call(stage)
-            if call is not None:
-                found[stage, number] = peak_bytes(call, device)
-            del call
+            with contender.eager():
+                call = Stages(contender, load).call(stage)
+                if call is not None:
+                    found[stage, number] = look(call)
+                del call
     return found
 
 

@@ -99,14 +99,16 @@ def longest(rows: list[Found], columns: Sequence[str], x: str) -> list[Found]:
 
 
 def plot(rows: list[Found], path: Path, x: str, y: Callable[[Found], float], labels: dict[str, Any]) -> None:
-    """``y`` over the column ``x``, a line for each contender; nothing where that has only one value."""
+    """``y`` over the column ``x``, a line for each contender that was measured at more than one value of it."""
     from matplotlib.figure import Figure
 
+    values = {who: {row[x] for row in rows if called(row) == who} for who in map(called, rows)}
+    rows = [row for row in rows if len(values[called(row)]) > 1 or row["method"] == PLAIN]
     ticks = sorted({int(row[x]) for row in rows})
     if len(ticks) < 2:
         return
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axis = figure.subplots()
     for number, who in enumerate(dict.fromkeys(map(called, rows))):
         points = sorted((int(row[x]), y(row)) for row in rows if called(row) == who)
@@ -116,7 +118,7 @@ def plot(rows: list[Found], path: Path, x: str, y: Callable[[Found], float], lab
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside right center", fontsize=7)  # beside the axes: it covers nothing
     figure.savefig(path, dpi=110)
 
 
@@ -154,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         rows = read(args.results)
-        brief = [row for row in rows if row["batch"] == "1" and (row["rho"] or row["keep"] in BRIEF)]
+        usual = [row for row in rows if row["batch"] == "1" and row["dtype"] == "float32"]
+        brief = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
         for path, chosen in ((args.readme, brief), (args.docs / "speed.md", rows)):
             put_in(path, "\n\n".join([*map(table, runs(chosen)), devices(rows)]), MARKS)
         put_in(args.docs / "speed.md", targets(rows, read(args.handles)), TARGETS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from pitome_mllm import Attachment
+from pitome_mllm.compiling import graph
 from pitome_mllm.features import read
 from pitome_mllm.prompt import Call as Prompt
 from pitome_mllm.specs import family_of, geometry
 
 from .clocks import Call
-from .contenders import Contender
+from .contenders import MODES, Contender
 from .costs import Picture
 
 # Stage -> what it is. Those of `EAGER` run through transformers' own loops, which no graph holds.
@@ -56,9 +58,10 @@ class Load:
 
 
 class Stages:
-    """The stages of one contender under one load."""
+    """The stages of one contender under one load; those that are not `EAGER` as graphs where ``mode`` says so."""
 
-    def __init__(self, contender: Contender, load: Load) -> None:
+    def __init__(self, contender: Contender, load: Load, mode: str = "eager") -> None:
+        self.backend = MODES[mode]
         self.contender, self.load, self.model = contender, load, contender.model
         config, family = self.model.config, family_of(self.model.config)
         self.config, self.geometry = config, geometry(config)
@@ -88,25 +91,33 @@ class Stages:
         """(B * I, 3, H, W)."""
         return self.load.processor(images=self.pictures, return_tensors="pt")["pixel_values"]
 
+    def _graph(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return graph(run, self.backend, self.model.device) if self.backend else run
+
     def _tower(self) -> Any:
         return self.features
 
+    @cached_property
+    def _encode(self) -> Callable[..., Any]:
+        """The tower's call; one that merges makes its graphs itself."""
+        return self.tower if self.contender.plan else self._graph(self.tower)
+
     def features(self) -> Tensor:
         """(B * I, K, C), what the projector gets."""
-        states = read(self.tower(self.pixels, output_hidden_states=True), self.geometry)
+        states = read(self._encode(self.pixels, output_hidden_states=True), self.geometry)
         return states[:, self.geometry.class_tokens - self.geometry.visible_class_tokens :]
 
     def _merge(self) -> Any:
         if self.contender.plan is None or self.contender.is_oracle:
             return None
         count = self.load.batch * self.load.images
-        return Picture(self.contender.plan, self.config, count, self.model.dtype, self.model.device).merge
+        return self._graph(Picture(self.contender.plan, self.config, count, self.model.dtype, self.model.device).merge)
 
     def _projector(self) -> Any:
-        return lambda: self.projector(self.tokens)
+        return partial(self._graph(self.projector), self.tokens)
 
     def _llm(self) -> Any:
-        return lambda: self.logits(self.projected)
+        return partial(self._graph(self.logits), self.projected, self.text)
 
     @cached_property
     def projected(self) -> Tensor:
@@ -116,13 +127,17 @@ class Stages:
     def text(self) -> Tensor:
         return self._draw(self.load.batch, self.load.text_tokens, self.config.text_config.hidden_size)
 
-    def logits(self, visual: Tensor) -> Tensor:
-        """(B, vocabulary) behind visual tokens (B, I * K, D) and text."""
-        states = self.language(inputs_embeds=torch.cat([visual, self.text], 1), use_cache=True).last_hidden_state
+    def logits(self, visual: Tensor, text: Tensor) -> Tensor:
+        """(B, vocabulary) behind visual tokens (B, I * K, D) and text (B, T, D)."""
+        states = self.language(inputs_embeds=torch.cat([visual, text], 1), use_cache=True).last_hidden_state
         return self.llm.lm_head(states[:, -1])
 
     def _prefill(self) -> Any:
-        return lambda: self.logits(self.projector(self.features()).view(self.load.batch, -1, self.text.shape[-1]))
+        def behind(features: Tensor, text: Tensor) -> Tensor:
+            return self.logits(self.projector(features).view(self.load.batch, -1, text.shape[-1]), text)
+
+        behind = self._graph(behind)
+        return lambda: behind(self.features(), self.text)
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:

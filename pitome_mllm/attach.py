@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import original, wiring
+from . import compiling, original, wiring
 from .methods import Reducer
 from .packing import Places
 from .plan import Plan, Settings, make_plan
@@ -60,14 +60,15 @@ class Attachment:
         self.model = model
         self.family, self.geometry = _known(model) or probe(model)
         self.settings = settings
-        self._plan = make_plan(settings, self.geometry)
         self._threads = _Threads()
+        self.graphs = compiling.Graphs()
         self.projector: nn.Module = model.get_submodule(self.family.projector)
         self.tower: nn.Module = model.get_submodule(self.family.tower)
         self.language: nn.Module = model.get_submodule(self.family.language)
         self.core: nn.Module = model.get_submodule(self.family.core)
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
         self.told_of_videos = False
+        self._plan = make_plan(settings, self.geometry)
         wiring.install(self)
 
     @classmethod
@@ -96,7 +97,7 @@ class Attachment:
         """Change settings for all threads; the same keywords as `attach`. On an error nothing changes."""
         self._check_attached()
         changed = self.settings.changed(**settings)
-        self._plan = make_plan(changed, self.geometry)
+        self._plan = self._planned(changed)
         self.settings = changed
 
     @contextmanager
@@ -105,9 +106,16 @@ class Attachment:
         self._check_attached()
         if plain not in ((), (None,)) or bool(plain) == bool(settings):
             raise ValueError(f"got using{plain}; call using(None) for the plain model, or using(keep=72, ...)")
-        plan = None if plain else make_plan(self.settings.changed(**settings), self.geometry)
+        plan = None if plain else self._planned(self.settings.changed(**settings))
         with self._pinned(plan):
             yield self
+
+    def _planned(self, settings: Settings) -> Plan:
+        """What ``settings`` mean for this model, whose tower is made ready for it."""
+        plan = make_plan(settings, self.geometry)
+        compiling.check(self.tower, plan)
+        compiling.prepare(self.tower, plan)
+        return plan
 
     @contextmanager
     def generating(self, call: Call) -> Iterator[None]:
@@ -150,11 +158,12 @@ class Attachment:
         return f"Attachment({type(self.model).__name__}: {_describe(self._plan)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deep copies: what threads are doing stays behind."""
-        return {k: v for k, v in vars(self).items() if k != "_threads"}
+        """For deep copies: what threads are doing stays behind, and so do graphs, which are of these modules."""
+        return {k: v for k, v in vars(self).items() if k not in ("_threads", "graphs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _threads=_Threads())
+        vars(self).update(state, _threads=_Threads(), graphs=compiling.Graphs())
+        compiling.prepare(self.tower, self._plan)
 
 
 def attach(model: nn.Module, method: str | Reducer | None = None, **settings: Any) -> Attachment:
@@ -187,6 +196,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
     llm_size_bias : add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
     energies : keep the energy of every token in ``handle.stats``.
+    compiled : True: the vision tower with its merging runs as one graph for every setting and shape of pictures, made
+        by inductor on the first call, on a CUDA device as a CUDA graph; or a backend of torch.compile: "cudagraphs"
+        (CUDA graphs of the same kernels, exact), "aot_eager", "eager" (exact too, to find errors).
     Anything else is an option of the method, such as ``margin=0.45``.
 
     Raises

@@ -28,6 +28,7 @@ HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attenti
 WHERE = {"where": "tower", "schedule": "equal", "positions": "compact", "llm_size_bias": False}
 DEFAULTS = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
+BACKENDS = ("inductor", "cudagraphs", "aot_eager", "eager")  # of torch.compile; True is the first one
 SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
 
 
@@ -50,6 +51,7 @@ class Settings:
     positions: str | None = None
     llm_size_bias: bool | None = None
     energies: bool = False
+    compiled: bool | str = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,6 +100,7 @@ class Plan:
     rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
     packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
     entering : patches of the picture that the tower gets.
+    compiled : the backend of torch.compile that the tower's graphs are made by; "" = it runs eagerly.
     """
 
     method: str
@@ -115,6 +118,7 @@ class Plan:
     positions: str
     llm_size_bias: bool
     energies: bool
+    compiled: str
     packed: tuple[int, ...] = ()
 
     @property
@@ -195,8 +199,17 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         rounds=() if settings.where == "packed" else tuple(steps),
         packed=tuple(steps) if settings.where == "packed" else (),
         energies=settings.energies,
+        compiled=_backend(settings.compiled),
         **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
     )
+
+
+def _backend(compiled: bool | str) -> str:
+    """The backend that ``compiled`` asks for; ValueError if there is no such one."""
+    if compiled not in (True, False, *BACKENDS) or isinstance(compiled, int) and not isinstance(compiled, bool):
+        choices = ", ".join(map(repr, (True, False, *BACKENDS)))
+        raise ValueError(f"compiled={compiled!r} is not possible; choose one of {choices}")
+    return compiled if isinstance(compiled, str) else BACKENDS[0] if compiled else ""
 
 
 def _resolve(settings: Settings) -> tuple[Reducer, str]:

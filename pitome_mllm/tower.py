@@ -29,9 +29,10 @@ RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its la
 class _Inbox(threading.local):
     """Where the projections of an attention leave their outputs for the layer that called it, within one thread."""
 
-    wanted: bool = False
-    keys: Tensor | None = None
-    query: Tensor | None = None  # of the class token
+    def __init__(self) -> None:  # for each thread, so that a graph finds the same in all of them
+        self.wanted = False
+        self.keys: Tensor | None = None
+        self.query: Tensor | None = None  # of the class token
 
 
 _inbox = _Inbox()
@@ -52,8 +53,10 @@ def catch_query(module: nn.Module, args: tuple, output: Tensor) -> None:
 class Run:
     """One call of a vision tower: what was merged so far, by block, so that recomputing one changes nothing."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, in_graph: bool = False) -> None:
         self.plan = plan
+        self.in_graph = in_graph  # started, and its stats kept, by who called a compiled tower
+        self.stats: Stats | None = None
         self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
         self.merges: dict[int, Merge] = {}
         self.clues: dict[int, Clues] = {}  # of the tokens that leave a block
@@ -189,10 +192,15 @@ def merging_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the tower: hand a new `Run` down to the layers."""
-    plan = tower._pitome.active
-    if plan is None:
+    """Forward pre-hook of the tower: hand a new `Run` down to the layers, unless there is one already."""
+    if RUN in kwargs:  # a graph looks at nothing that belongs to a thread, else it would serve this one call only
         return None
+    plan = tower._pitome.active
+    return None if plan is None else started(tower, plan, args, kwargs)
+
+
+def started(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The tower's arguments with a new `Run`."""
     backend = tower.config._attn_implementation
     if plan.proportional_attention and plan.merging and backend not in PLAIN_BACKENDS:
         raise ValueError(
@@ -216,24 +224,37 @@ def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the tower: merge in front of the projector, check that all merges happened, keep the stats."""
+    """Forward hook of the tower: merge in front of the projector, and keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
+    if run is not None:
+        _finish(run, output, handle.projector)
+    if run is None or not run.in_graph:
+        keep_stats(handle, run)
+
+
+def keep_stats(handle: Any, run: Run | None) -> None:
+    """What a call of the tower did, for its thread; RuntimeError if a block did not merge as planned."""
     handle.state.stats = None
     if run is None:
         return
-    plan = run.plan
-    missing = [block for block in plan.merging if block not in run.merges]
+    missing = [block for block in run.plan.merging if block not in run.merges]
     if missing:
         raise RuntimeError(
             f"blocks {missing} of the vision tower did not merge as planned: something replaced their forward after "
             "attach; call handle.remove() and attach again"
         )
+    handle.state.stats = run.stats
+
+
+def _finish(run: Run, output: Any, projector: nn.Module) -> None:
+    """Merge the tower's output in front of the projector, in place, and say what the run did."""
+    plan = run.plan
     if isinstance(output, tuple):
         raise ValueError(
             "the vision tower was called with return_dict=False; leave it at True while merging is attached"
         )
     x = output.last_hidden_state
-    merges = [run.merges[block] for block in plan.merging]
+    merges = [run.merges[block] for block in plan.merging if block in run.merges]
     size = run.sizes.get(plan.geometry.merging_blocks)
     if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
         output.hidden_states = run.pushed(output.hidden_states)
@@ -241,11 +262,11 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         features = read(output, plan.geometry)
         if features is None:  # none for a projector were asked for
             return
-        features, late, size = run.before_projector(features, handle.projector)
+        features, late, size = run.before_projector(features, projector)
         write(output, plan.geometry, features)
         merges += late
     if plan.entering < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
         blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)
         merges = [plan.reducer.match(blank, plan.geometry.patches - plan.entering, **plan.context)]
         size = merges[0].reduce(blank)[1]
-    handle.state.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)
+    run.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import language, original, prompt, tiles, tower
+from . import compiling, language, original, prompt, tiles, tower
 from .specs import TOWERS, TowerSpec
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ _HOOKS = (
 
 
 def install(handle: Attachment) -> None:
-    """Put everything on the model; ValueError, with nothing done, if its tower is not what its family says."""
+    """Put everything on the model; ValueError, with nothing done, if its tower is not what family and plan say."""
+    compiling.check(handle.tower, handle.plan)
     if handle.geometry.merges_in_tower:
         _hook_tower(handle)
     if not handle.family.original:
@@ -46,10 +47,12 @@ def install(handle: Attachment) -> None:
     handle.replaced = {name: vars(owner).get(name) for owner, name, _ in _methods(handle)}
     for owner, name, make in _methods(handle):
         setattr(owner, name, MethodType(make(owner), owner))
+    compiling.prepare(handle.tower, handle.plan)
 
 
 def uninstall(handle: Attachment) -> None:
     """Take everything off again."""
+    compiling.uninstall(handle.tower)
     for owner, name, _ in _methods(handle):
         if handle.replaced[name] is None:
             delattr(owner, name)

@@ -13,8 +13,12 @@ import pytest
 import torch
 import transformers
 from models import build
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import is_flash_attn_2_available
 
 from pitome_mllm import METHODS, attach, cli, estimate
+from pitome_mllm.features import tower_features
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +112,32 @@ def test_rows_hold_times_ratios_flops_and_cache(field):
     assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes == "" for row in rows)
 
 
+class Operations(TorchDispatchMode):
+    """Notes what runs, with the shapes of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Size | None]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen.append((str(function), getattr(result, "shape", None)))
+        return result
+
+
+@torch.inference_mode()
+def test_decoding_runs_the_operations_of_a_plain_model(field):
+    """With as many tokens in the cache, as an oracle's LLM has them: not one more, so only the hooks are left."""
+    ran = []
+    for made in field[:2] + [next(c for c in field if c.is_oracle)]:
+        call = stages.Stages(made, load(1)).call("decode")
+        with Operations() as operations:
+            call.run()
+        ran.append(operations.seen)
+    plain, merged, oracle = ran
+    assert merged == oracle and len(plain) == len(merged)
+
+
 def test_a_bare_checkout_runs_it(tmp_path):
     """Nothing of ours is installed there: the finder of the editable installation is taken out."""
     out = tmp_path / "bench.csv"
@@ -179,18 +209,44 @@ def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monk
             super().__init__(*given)
             alive.add(self)
 
-    def peak(call, device):
+    def look(call):
         call.run()
         most.append(len(alive))
         return 7
 
     monkeypatch.setattr(speed, "Stages", Watched)
-    monkeypatch.setattr(speed, "peak_bytes", peak)
-    found = speed.peaks(field[:2], load(1), ["tower", "merge", "decode"], torch.device("cuda"))
+    found = speed.once(field[:2], load(1), ["tower", "merge", "decode"], look)
     assert max(most) == 1 and found == dict.fromkeys(
         [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
     )
-    assert speed.peaks(field[:2], load(1), ["tower"], CPU) == {}
+
+
+@torch.inference_mode()
+def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
+    """Everything in the comparison goes through graphs, merging ones by the switch of their handle."""
+    monkeypatch.setitem(contenders.MODES, "compile", "eager")
+    torch.compiler.reset()
+    field = list(contenders.contenders(build(layers=2), ["pitome", "oracle"], [{"keep": 400}], "compile"))
+    assert all(made.plan is None or made.plan.compiled == "eager" for made in field)
+    wanted = [stage for stage in stages.STAGES if stage not in stages.EAGER]
+    for made in field:
+        compiled, eager = (stages.Stages(made, load(1), mode) for mode in ("compile", "eager"))
+        for stage in wanted:
+            calls = [each.call(stage) for each in (compiled, eager)]
+            if calls[0] is None:
+                continue
+            with made.eager():
+                expected = calls[1].run()
+            counters.clear()
+            found = calls[0].run()
+            assert counters["stats"]["unique_graphs"] + (stage == "prefill") >= 1 and not counters["graph_break"]
+            assert expected is None or torch.equal(found, expected)
+            counters.clear()
+            calls[0].run()
+            assert not counters["stats"]  # nothing is compiled twice
+    rows = list(speed.measure(field[:2], load(1), ["tower", "projector"], "compile", 1, 1))
+    assert all(row.gflops > 0 for row in rows) and len(rows) == 4
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])
@@ -214,12 +270,47 @@ def test_families_whose_pictures_bench_cannot_make_are_refused(config):
         (["--repeats", "0"], "--repeats 0 is not possible"),
         (["--warmup", "0"], "--warmup 0 is not possible"),
         (["--batch", "0"], "--batch 0"),
+        (["--device", "chip"], "--device chip is not possible; choose cpu"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):
     assert cli.main(["bench", *arguments]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is installed")
+def test_attention_that_is_not_installed_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "random_model", lambda *_: build(layers=2))
+    assert cli.main("bench --shape llava-1.5-7b --attention flash_attention_2".split()) == 2
+    said = capsys.readouterr().err
+    assert "--attention flash_attention_2 is not installed" in said and said.count("\n") == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["clip-l-336", "vit-mae-h"])
+def test_shapes_merge_in_half_precision(shape, dtype):
+    """Three blocks of real width. By what it compares a method may see near-ties otherwise; by position it cannot."""
+    config = contenders.configuration(contenders.find_shape(shape), None, True)
+    config.vision_config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    model, side = contenders.random_model(config, torch.float32, CPU), config.vision_config.image_size
+    blocks = torch.nn.functional.interpolate(torch.randn(1, 3, 12, 12), side)  # something alike to merge along
+    pixels = blocks + 0.3 * torch.randn(1, 3, side, side)
+    expected = {}
+    for kind in (torch.float32, dtype):
+        model.to(kind)
+        for method, keep in {"pool": 64, "pitome": 200, "pitome-tuned": 200}.items():
+            with attach(model, method, keep=keep) as handle:
+                features = tower_features(model, pixels)
+                sizes = handle.stats.sizes
+            assert features.dtype == kind and features.isfinite().all()
+            assert sizes.dtype == torch.float32 and sizes.sum() == handle.plan.available
+            groups = handle.stats.groups[..., None].expand(-1, -1, features.shape[-1])
+            patches = features[:, -keep:].float().gather(1, groups)
+            like = torch.cosine_similarity(patches, expected.setdefault(method, patches), dim=-1)
+            assert like.min() > 0.999 if method == "pool" else like.mean() > 0.9
 
 
 def test_shapes_go_by_the_beginning_of_their_names():

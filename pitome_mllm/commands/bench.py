@@ -10,7 +10,7 @@ from .._companion import companion
 from .options import keep
 
 METHODS = "pitome pitome-tuned tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()
-MODES = "eager, compile or cudagraph, for all alike (%(default)s); cudagraph needs a GPU and was never run on one"
+MODES = "eager, compile or cudagraph (exact, on GPUs), for all alike (%(default)s); no graph was run on a GPU yet"
 ABOUT = """Stages are timed apart, everything that is compared in turns: medians after a warm-up, one CSV row each.
 METHOD:weights is the method with a vision tower that writes its attention weights down, as its paper's code does.
 An oracle removes as many tokens by slicing, and its LLM gets what is left without any bookkeeping: the floor."""

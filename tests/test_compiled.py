@@ -1,0 +1,264 @@
+"""``compiled=``: the merged tower as one graph for each plan and shape, the same as without, and off again."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from families import FAMILIES, QUESTIONS, pictures
+from models import build
+from torch._dynamo import config as dynamo
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+from pitome_mllm import METHODS, attach, compiling
+from pitome_mllm.methods.tome import ToMe
+from pitome_mllm.plan import BACKENDS
+
+
+@pytest.fixture(autouse=True)
+def counted():
+    """Counters of torch start at zero, and no graph of another test is found again."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def seen(model, inputs):
+    return model(**inputs).logits
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def assert_same_run(handle, model, inputs, **settings):
+    """The same bits and the same groups with graphs as without."""
+    with handle.using(compiled=False, **settings):
+        expected, stats = seen(model, inputs), handle.stats
+    with handle.using(compiled=handle.settings.compiled, **settings):
+        assert torch.equal(seen(model, inputs), expected)
+    assert (
+        handle.stats is not stats
+        and handle.stats.counts == stats.counts
+        and torch.equal(handle.stats.sizes, stats.sizes)
+    )
+    assert stats.groups is None or torch.equal(handle.stats.groups, stats.groups)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_same_bits_in_one_graph(method, one, pair):
+    model, other = build(layers=2), {k: v[1:] for k, v in pair.items()}
+    with attach(model, method, keep=256 if method == "pool" else 400, compiled="eager") as handle:
+        assert_same_run(handle, model, one)
+        assert_same_run(handle, model, other)  # another picture, the same graph
+        assert graphs() == 1
+
+
+def test_graphs_of_aot_autograd_give_the_same_bits(one):
+    model = build(layers=3)
+    with attach(model, keep=144, compiled="aot_eager") as handle:
+        assert_same_run(handle, model, one)
+    assert graphs() == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_keeps_counts_and_answers_within_its_rounding(one):
+    model = build(layers=3)
+    with attach(model, "pitome", keep=144) as handle:
+        expected, stats = seen(model, one), handle.stats
+        handle.update(compiled=True)
+        torch.testing.assert_close(seen(model, one), expected, atol=1e-4, rtol=1e-4)
+        seen(model, one)
+        assert graphs() == 1 and handle.plan.compiled == "inductor"
+        assert handle.stats.counts == stats.counts and torch.equal(handle.stats.groups, stats.groups)
+
+
+def test_every_setting_and_every_shape_has_one_graph(one, pair):
+    model = build(layers=3)
+    with attach(model, "pitome", keep=288, compiled="eager") as handle:
+        for batch, setting in ((one, {"keep": 288}), (pair, {"keep": 288}), (one, {"ratio": 0.9})):
+            handle.update(**setting)
+            assert_same_run(handle, model, batch)
+        assert graphs() == 3
+        handle.update(keep=288)
+        assert_same_run(handle, model, one)
+        assert_same_run(handle, model, one, ratio=0.9)
+        assert graphs() == 3  # those there are serve again
+
+
+def test_as_many_settings_as_one_likes(one):
+    """More than the graphs of one function at which torch gives up."""
+    model = build(layers=1, feature_layer=-1)
+    with attach(model, "tome", keep=500, compiled="eager") as handle, dynamo.patch(cache_size_limit=1):
+        for keep in range(500, 497, -1):
+            assert_same_run(handle, model, one, keep=keep)
+    assert graphs() == 3
+
+
+def test_generate_and_forward_share_a_graph(one):
+    model, eager = build(layers=3), build(layers=3)
+    with attach(model, keep=144, compiled="eager") as handle, attach(eager, keep=144):
+        for _ in range(2):
+            answers = [m.generate(**one, max_new_tokens=4, do_sample=False) for m in (model, eager)]
+            assert torch.equal(*answers) and handle.stats.tokens_after == 144
+            seen(model, one)
+    assert graphs() == 1
+
+
+def test_the_plain_model_and_the_eager_tower_are_there_at_any_time(one):
+    model, plain = build(layers=3), build(layers=3)
+    expected = seen(plain, one)
+    seen(model, one)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    handle = attach(model, keep=144, compiled="eager")
+    seen(model, one)
+    with handle.using(None):
+        assert torch.equal(seen(model, one), expected) and handle.stats is None
+    with handle.using(compiled=False):
+        seen(model, one)
+    assert graphs() == 1
+    handle.update(compiled=False)
+    assert_same_run(handle, model, one)
+    handle.remove()
+    assert torch.equal(seen(model, one), expected) and graphs() == 1
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_threads_with_settings_of_their_own_do_not_mix(one, pair):
+    model = build(layers=3)
+    handle = attach(model, "pitome", keep=288)
+    asked = [(one, 288, "eager"), (one, 144, "eager"), (pair, 200, "aot_eager"), (one, 200, False)]
+
+    def expected(inputs, keep, _):
+        with handle.using(keep=keep):
+            return seen(model, inputs), handle.stats.groups
+
+    def run(inputs, keep, compiled):
+        with handle.using(keep=keep, compiled=compiled):
+            return [(seen(model, inputs), handle.stats.groups) for _ in range(3)]
+
+    alone = [expected(*case) for case in asked]
+    with ThreadPoolExecutor(4) as pool:
+        for (logits, groups), found in zip(alone, pool.map(lambda case: run(*case), asked)):
+            assert all(torch.equal(a, logits) and torch.equal(b, groups) for a, b in found)
+    assert graphs() == 3
+
+
+def test_a_deep_copy_makes_graphs_of_its_own(one):
+    model = build(layers=3)
+    attach(model, keep=144, compiled="eager")
+    expected = seen(model, one)
+    other = copy.deepcopy(model)
+    assert torch.equal(seen(other, one), expected) and graphs() == 2
+
+
+def test_gradients_flow_through_a_graph(one):
+    grown = []
+    for compiled in (False, "aot_eager"):
+        model = build(layers=3)
+        with attach(model, keep=144, compiled=compiled):
+            model(**one).logits.square().sum().backward()
+        grown.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grown[0].keys() < grown[1].keys() and graphs() == 1
+    for name, gradient in grown[1].items():  # a graph gives zeros to the block behind the feature layer
+        torch.testing.assert_close(gradient, grown[0].get(name, torch.zeros_like(gradient)), atol=1e-4, rtol=1e-3)
+
+
+def test_a_tower_that_does_not_merge_as_planned_is_found_in_a_graph_too(one):
+    model = build(layers=3)
+    with attach(model, "pitome", keep=400, compiled="eager"):
+        layer = next(module for module in model.modules() if type(module).__name__ == "MergingCLIPEncoderLayer")
+        layer.forward = type(layer).__bases__[-1].forward.__get__(layer)
+        with pytest.raises(RuntimeError, match="did not merge as planned"):
+            seen(model, one)
+
+
+def test_a_machine_without_a_compiler_says_so(one, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = build(layers=1, feature_layer=-1)
+    with (
+        attach(model, "random", keep=500, compiled=True),
+        inductor.patch({"cpp.cxx": ("nowhere",), "force_disable_caches": True}),
+    ):
+        with pytest.raises(RuntimeError, match=r"'inductor' could not compile on cpu: .*C\+\+ compiler such as g\+\+"):
+            seen(model, one)
+
+
+@pytest.mark.parametrize("compiled", ["fast", 1, None, 0.5])
+def test_what_cannot_be_is_refused(compiled, one):
+    model = build(layers=3)
+    with pytest.raises(ValueError, match="compiled=.*choose one of True, False, 'inductor'"):
+        attach(model, keep=144, compiled=compiled)
+    assert not hasattr(model, "_pitome")
+
+
+def test_a_cuda_graph_needs_a_cuda_device(one):
+    model = build(layers=3)
+    with pytest.raises(ValueError, match="compiled='cudagraphs' needs the model on a CUDA device, got cpu"):
+        attach(model, keep=144, compiled="cudagraphs")
+    assert not hasattr(model, "_pitome") and compiling.CALL not in vars(model.model.vision_tower)
+    with attach(model, keep=144) as handle, pytest.raises(ValueError, match="needs the model on a CUDA device"):
+        handle.update(compiled="cudagraphs")
+    assert "cudagraphs" in BACKENDS
+
+
+def test_settings_that_cannot_be_looked_up_are_refused():
+    @dataclass(frozen=True)
+    class Listed(ToMe):
+        layers: list = field(default_factory=list)
+
+    with pytest.raises(ValueError, match="of Listed cannot be looked up .*hashable"):
+        attach(build(layers=3), Listed(), keep=288, compiled=True)
+
+
+TOWERS = {family.model: family for family in FAMILIES if "tower" in family.wheres}  # one of each class
+
+
+@pytest.mark.parametrize("family", TOWERS.values(), ids=TOWERS)
+def test_families_run_in_graphs(family):
+    """Pictures of several tiles too."""
+    model = family.build()
+    inputs = family.process([(QUESTIONS[0], pictures(0))])
+    with attach(model, "pitome", keep=100, where="tower", compiled="eager") as handle:
+        with handle.using(compiled=False):
+            expected, groups = seen(model, inputs), handle.stats.groups
+        assert torch.equal(seen(model, inputs), expected) and torch.equal(handle.stats.groups, groups)
+    assert graphs() == 1
+
+
+def test_a_tower_that_never_merges_is_refused():
+    family = next(family for family in FAMILIES if "tower" not in family.wheres)
+    with pytest.raises(ValueError, match="for vision towers that merge"):
+        attach(family.build(), keep=0.5, compiled=True)
+
+
+@pytest.mark.parametrize("how", ["method", "function"])
+def test_a_tower_that_the_caller_compiled_is_left_to_them(how):
+    model = build(layers=3)
+    if how == "method":
+        model.model.vision_tower.compile(backend="eager")
+    else:
+        model.model.vision_tower = torch.compile(model.model.vision_tower, backend="eager")
+    with pytest.raises(ValueError, match="compiled already"):
+        attach(model, keep=144, compiled=True)
+    with attach(model, keep=144):
+        pass
+    assert how == "function" or vars(model.model.vision_tower)[compiling.CALL] is not None
+
+
+def test_what_a_cuda_graph_gives_is_copied(monkeypatch):
+    """Its memory is written again by the next launch."""
+    x = torch.ones(2)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    made = compiling.graph(lambda: {"a": (x, 1)}, "cudagraphs", torch.device("cuda"))
+    x_copy = made()["a"][0]
+    assert torch.equal(x_copy, x) and x_copy.data_ptr() != x.data_ptr()
+    assert compiling.graph(lambda: x, "eager", torch.device("cpu"))() is x
