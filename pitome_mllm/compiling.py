@@ -30,11 +30,15 @@ _numbers = itertools.count()
 
 
 class Graphs:
-    """The graphs of one attachment, for all threads; kept until it is removed."""
+    """The graphs of one attachment, for all threads; kept until it is removed.
+
+    ``alone`` is held while a graph is made, and by calls without one: what transformers records of hidden states goes
+    astray between threads while one of them compiles.
+    """
 
     def __init__(self) -> None:
         self._made: dict[tuple, Callable[..., Any]] = {}
-        self._lock = threading.Lock()
+        self.alone = threading.Lock()
 
     def run(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, towers.Run]:
         """The tower's output by the graph for tensors of these shapes, which the first call makes, and its run."""
@@ -44,17 +48,24 @@ class Graphs:
         device = next(tower.parameters()).device
         shapes = (tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         key = (plan, device, *shapes)
-        with self._lock:
-            if not self._made:  # transformers sets up its recorders in a tower's first call, which no graph can hold
-                with torch.no_grad():
-                    tower._call_impl(*args, **{**kwargs, towers.RUN: None})
-            if key not in self._made:
-                self._made[key] = graph(tower._call_impl, plan.compiled, device)
-            made = self._made[key]
-        output = made(*args, **kwargs)
+        made = self._made.get(key)
+        output = self._first(tower, plan, device, key, args, kwargs) if made is None else made(*args, **kwargs)
         if device.type == "cuda":
             run.stats = copy.deepcopy(run.stats, {id(plan): plan})
         return output, run
+
+    def _first(
+        self, tower: nn.Module, plan: Plan, device: torch.device, key: tuple, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a graph by its first call, unless another thread has made it meanwhile."""
+        with self.alone:
+            if not self._made:  # transformers sets up its recorders in a tower's first call, which no graph can hold
+                with torch.no_grad():
+                    tower._call_impl(*args, **{**kwargs, towers.RUN: None})
+            made = self._made.get(key) or graph(tower._call_impl, plan.compiled, device)
+            output = made(*args, **kwargs)
+            self._made[key] = made
+        return output
 
 
 def check(tower: nn.Module, plan: Plan) -> None:
@@ -90,8 +101,11 @@ def prepare(tower: nn.Module, plan: Plan) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         handle = tower._pitome
         active = handle.active
-        if active is None or not active.compiled or torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # somebody compiles what is around the tower
             return tower._call_impl(*args, **kwargs)
+        if active is None or not active.compiled:
+            with handle.graphs.alone:
+                return tower._call_impl(*args, **kwargs)
         output, run = handle.graphs.run(tower, active, args, kwargs)
         towers.keep_stats(handle, run)
         return output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass, field
 
 import pytest
@@ -151,6 +151,22 @@ def test_threads_with_settings_of_their_own_do_not_mix(one, pair):
         for (logits, groups), found in zip(alone, pool.map(lambda case: run(*case), asked)):
             assert all(torch.equal(a, logits) and torch.equal(b, groups) for a, b in found)
     assert graphs() == 3
+
+
+def test_a_call_without_a_graph_waits_while_one_is_made(one):
+    """transformers says that hidden states are not recorded thread-safely while something compiles."""
+    model = build(layers=1, feature_layer=-1)
+
+    def plain():
+        with handle.using(None):
+            return seen(model, one)
+
+    with attach(model, "tome", keep=500, compiled="eager") as handle, ThreadPoolExecutor(1) as pool:
+        with handle.graphs.alone:
+            waiting = pool.submit(plain)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.5)
+        waiting.result(60)
 
 
 def test_a_deep_copy_makes_graphs_of_its_own(one):
