@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path) -> R
     own = set(table.tasks) <= {GROUP}
     manager = TaskManager(include_path=str(TASKS), include_defaults=not own, model_name=NAME)
     writing, done = here / "writing", here / "results"
-    when = get_datetime_str()
+    when, start = get_datetime_str(), time.perf_counter()
     # Not the chat model: lmms-eval makes tasks with changed settings for the simple one only.
     lm = PitomeLlava(
         run.model, batch_size=options.batch_size, system_prompt=table.system_prompt, loaded=loaded, **run.settings
@@ -168,6 +169,7 @@ def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path) -> R
         return None
     shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed here
     tracker = EvaluationTracker(output_path=str(writing))
+    tracker.general_config_tracker.start_time = start  # else only the writing would count
     tracker.general_config_tracker.log_experiment_args(NAME, model_args, None, None, False)
     _write(tracker, results, when)
     newest(writing) or _lost(writing)

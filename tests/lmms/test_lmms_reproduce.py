@@ -107,6 +107,11 @@ def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypa
     share = 100 * row["ours"] / rows["none", "pitome_scenes"]["ours"]
     shared = rows["tome", "relative"]
     assert shared["ours"] == pytest.approx(share) and shared["low"] <= shared["ours"] <= shared["high"]
+    for file in tmp_path.rglob("*_results.json"):
+        content = json.loads(file.read_text())
+        cost = content["config"]["batch_sizes"][0]["cost"]
+        tower = cost["tower_ms"] * cost["questions_asked"] / 1000
+        assert tower < float(content["total_evaluation_time_seconds"]) < 600, "the time is of asking, not of writing"
     monkeypatch.setattr(PitomeLlava, "_generate", None)  # asking would fail
     again = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
     assert (again[0], again[1]) == (0, out) and err.count("is there already") == 0
