@@ -18,8 +18,10 @@ from pitome_mllm.plan import Plan
 from pitome_mllm.shapes import SHAPES, Shape, get_shape
 from pitome_mllm.specs import FAMILY_OF_CONFIG
 
-# What --mode means for everything that is compared: the ``compiled`` of `attach`.
-MODES = {"eager": "", "compile": "inductor", "cudagraph": "cudagraphs"}
+# What --mode means for everything that is compared: the ``compiled`` of `attach`. Frozen graphs hold the weights as
+# constants, packed for their products, as TORCHINDUCTOR_FREEZING=1 makes them.
+FROZEN = "frozen"
+MODES = {"eager": "", "compile": "inductor", FROZEN: "inductor", "cudagraph": "cudagraphs"}
 PLAIN, ORACLE, WEIGHTS = "plain", "oracle", "weights"
 
 

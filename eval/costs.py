@@ -84,19 +84,37 @@ class Picture:
         return torch.randn(self.batch, *shape, generator=self.random).to(**self.kind)
 
     @torch.inference_mode()
-    def merge(self) -> None:
-        """All that merging adds to the models' own work: what it looks at, matching, combining, a smaller picture."""
-        plan = self.plan
+    def merge(self) -> list[torch.Tensor]:
+        """All that merging adds to the models' own work: what it looks at, matching, combining, a smaller picture.
+
+        What it makes comes back, else a compiler would leave it out.
+        """
+        plan, made = self.plan, []
         if plan.entering < plan.geometry.patches:
-            smaller_picture(plan, (self.pixels,), {})
+            made.append(smaller_picture(plan, (self.pixels,), {})[1]["pixel_values"])
         run = Run(plan)
         for block in range(plan.geometry.merging_blocks):
             clues = {}
             if run.wants_clues(block):
                 keys = self.hidden[block].unflatten(-1, (self.heads, -1))
                 clues = run.read(block, keys[:, 0], keys)
-            run.leave(block, self.hidden[block], clues)
-        run.before_projector(self.hidden[-1], self.projector)
+            made.append(run.leave(block, self.hidden[block], clues))
+        return [*made, run.before_projector(self.hidden[-1], self.projector)[0]]
+
+    @torch.inference_mode()
+    def yardstick(self) -> list[torch.Tensor]:
+        """`yardstick` for every merge in a block."""
+        blocks = ((self.hidden[block], self.hidden[block + 1].shape[1]) for block in self.plan.merging)
+        return [made for x, left in blocks for made in yardstick(x, self.width // self.heads, left)]
+
+
+def yardstick(x: torch.Tensor, keys: int, left: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What merging tokens ``x`` (B, N, C) by their keys comes down to: nothing is decided, ``left`` rows are copied.
+
+    The mean of keys of width ``keys`` over heads, one product of all pairs of tokens, one exp of it, and the copy.
+    """
+    mean = x.unflatten(-1, (-1, keys)).mean(2)
+    return torch.exp_(mean @ mean.mT), x[:, :left].clone()
 
 
 def milliseconds(picture: Picture, repeats: int) -> list[float]:

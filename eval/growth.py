@@ -24,6 +24,7 @@ from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_met
 from pitome_mllm.methods.pitome import BLOCK
 
 from .clocks import Call, in_turns, quantiles
+from .costs import yardstick
 from .documents import write_csv
 from .speed_rows import stamp
 
@@ -64,7 +65,7 @@ class Growth:
     """One number of tokens: milliseconds with percentiles, and megabytes (10^6) of tensors alive at most.
 
     ``pairs_ms`` is the part that works on pairs of tokens, ``pairs_share`` its share of the whole.
-    ``floor_ms`` is a yardstick: one product of all pairs, one exp of it, mean keys and a copy of rows, nothing else.
+    ``floor_ms`` is the `yardstick`.
     ``whole_mb`` is the memory with all energies at once.
     """
 
@@ -103,9 +104,7 @@ class Merging:
         most_similar_first(self.unit, self.a, self.b, self.removed)
 
     def floor(self) -> None:
-        torch.exp_(self.unit @ self.unit.mT)
-        self.x.unflatten(-1, (-1, KEYS)).mean(2)
-        self.x[:, : len(self.x[0]) - self.removed].clone()
+        yardstick(self.x, KEYS, self.x.shape[1] - self.removed)
 
     def peak(self) -> float:
         """10^6 bytes that one merge holds at most, besides keys and features."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pitome_mllm.loading import DTYPES
@@ -19,10 +20,10 @@ from pitome_mllm.methods import unknown
 from pitome_mllm.specs import geometry
 
 from .clocks import Call, clock_name, in_turns, peak_bytes, quantiles
-from .contenders import MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
+from .contenders import FROZEN, MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
 from .runs import processor_name
 from .speed_rows import Row, append, check_commit, commit, show
-from .stages import EAGER, IN_FRONT, STAGES, Load, Stages
+from .stages import EAGER, IN_FRONT, MERGES, STAGES, Load, Stages
 
 Figure = TypeVar("Figure")
 Key = tuple[str, int]  # stage, number of the contender
@@ -44,7 +45,7 @@ def bench(options: argparse.Namespace) -> None:
     model, processor, images = _model(options, device)
     amounts = [{"ratio": r} for r in options.ratio] if options.ratio else [{"keep": k} for k in options.keep or [144]]
     rows = []
-    with torch.inference_mode():
+    with torch.inference_mode(), inductor.patch(freezing=options.mode == FROZEN):
         field = list(contenders(model, options.methods, amounts, options.mode))
         for batch in options.batch:
             load = Load(batch, options.images or images, options.text_tokens, options.new_tokens, processor)
@@ -80,7 +81,7 @@ def _check(options: argparse.Namespace) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} is not there; choose cpu")
     if options.mode == "cudagraph" and device.type != "cuda":
-        raise ValueError(f"--mode cudagraph needs a CUDA device, got {device}; choose eager or compile")
+        raise ValueError(f"--mode cudagraph needs a CUDA device, got {device}; choose eager, compile or frozen")
     return device
 
 
@@ -147,7 +148,7 @@ def measure(
         taken = in_turns(calls, device, repeats, warmup, lambda: bar.advance(task))
     for key, times in taken.items():
         stage, number = key
-        against = ("tower", number) if stage == "merge" else (stage, 0)
+        against = ("tower", number) if stage in MERGES else (stage, 0)
         yield _row(
             key,
             field[number],
@@ -207,7 +208,7 @@ def _row(
         ms=middle,
         p20=low,
         p80=high,
-        against="own tower" if key[0] == "merge" else "plain",
+        against="own tower" if key[0] in MERGES else "plain",
         ratio=share[1],
         ratio_p20=share[0],
         ratio_p80=share[2],

@@ -36,8 +36,9 @@ def targets(rows: list[Found], handles: list[Found]) -> str:
 
 
 def where(row: Found) -> str:
-    """Model, device and commit of a row."""
-    return f"{row['model']}, {row['device']}, {row['threads']} thread, {row['dtype']}, commit {row['commit']}"
+    """Model, device, mode and commit of a row."""
+    device = f"{row['device']}, {row['threads']} thread"
+    return f"{row['model']}, {device}, {row['dtype']}, {row['mode']}, commit {row['commit']}"
 
 
 def judged(row: Found, rows: list[Found]) -> Iterator[Line]:
@@ -61,7 +62,17 @@ def judged(row: Found, rows: list[Found]) -> Iterator[Line]:
     if row["stage"] == "merge":
         share = float(row["ratio"])
         target = f"merging alone at most {100 * MERGE_SHARE:g} % of the merged tower, rho {row['rho']}"
-        yield target, f"{100 * share:.1f} % ({float(row['ms']):.1f} ms)", said(share <= MERGE_SHARE)
+        value = f"{100 * share:.1f} % ({float(row['ms']):.1f} ms)"
+        if least := yardstick(row, rows):
+            value += f"; yardstick {100 * float(least['ratio']):.1f} % ({float(least['ms']):.1f} ms)"
+        yield target, value, said(share <= MERGE_SHARE)
+
+
+def yardstick(row: Found, rows: list[Found]) -> Found | None:
+    """The yardstick beside the merges of a row."""
+    same = (*RUN, "method", "variant", "rho", "keep")
+    found = (other for other in rows if other["stage"] == "yardstick" and all(other[key] == row[key] for key in same))
+    return next(found, None)
 
 
 def decoding(row: Found, rows: list[Found]) -> Line:
@@ -108,7 +119,7 @@ def _judged(target: str, found: list[tuple[Found, Found]], least: float, key: st
         return target, NOT_MEASURED, "-", "-"
     times, row = min(((float(other[key]) / float(row[key]), row) for row, other in found), key=lambda pair: pair[0])
     value = f"{times:.3f} x" + (f" (least of {len(found)})" if len(found) > 1 else "")
-    return target, value, said(times >= least), f"{where(row)}, {row['mode']}"
+    return target, value, said(times >= least), where(row)
 
 
 def beside(row: Found, rows: list[Found], method: str) -> Found | None:

@@ -28,6 +28,7 @@ STAGES = {
     "preprocess": "the processor, for the pictures of a batch",
     "tower": "the vision tower with its merging, in front of the projector too",
     "merge": "all that merging adds, alone, on random tensors",
+    "yardstick": "what merging by keys comes down to: their mean, one product of all pairs, one exp of it, one copy",
     "projector": "the projector, for the tokens that are left",
     "llm": "the LLM over the prompt, with the logits of its last position",
     "prefill": "tower, projector and LLM one after the other",
@@ -37,7 +38,8 @@ STAGES = {
 }
 EAGER = ("preprocess", "first token", "decode", "end to end")
 SHORT = Prompt({}, torch.zeros(1, 0, dtype=torch.bool))  # says that nothing is left to shorten
-IN_FRONT = ("preprocess", "tower", "merge", "projector")
+MERGES = ("merge", "yardstick")  # beside each other on the same tensors
+IN_FRONT = ("preprocess", "tower", *MERGES, "projector")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,18 @@ class Stages:
     def _merge(self) -> Any:
         if self.contender.plan is None or self.contender.is_oracle:
             return None
+        return self._graph(self.picture.merge)
+
+    def _yardstick(self) -> Any:
+        plan = self.contender.plan
+        if plan is None or self.contender.is_oracle or not plan.merging or "keys" not in plan.clues:
+            return None
+        return self._graph(self.picture.yardstick)
+
+    @cached_property
+    def picture(self) -> Picture:
         count = self.load.batch * self.load.images
-        return self._graph(Picture(self.contender.plan, self.config, count, self.model.dtype, self.model.device).merge)
+        return Picture(self.contender.plan, self.config, count, self.model.dtype, self.model.device)
 
     def _projector(self) -> Any:
         return partial(self._graph(self.projector), self.tokens)

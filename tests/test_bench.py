@@ -14,6 +14,7 @@ import torch
 import transformers
 from models import build
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import is_flash_attn_2_available
 
@@ -101,10 +102,11 @@ def test_slicing_decides_nothing_and_keeps_the_first_tokens():
 
 @torch.inference_mode()
 def test_rows_hold_times_ratios_flops_and_cache(field):
-    rows = list(speed.measure(field[:3], load(1), ["tower", "merge", "llm", "decode"], "eager", 2, 0))
+    rows = list(speed.measure(field[:3], load(1), ["tower", "merge", "yardstick", "llm", "decode"], "eager", 2, 0))
     found = {(row.stage, row.method): row for row in rows}
     assert found["tower", "plain"].ratio == 1 and ("merge", "plain") not in found
     assert found["merge", "tome"].against == "own tower" and 0 < found["merge", "tome"].ratio < 1
+    assert 0 < found["yardstick", "tome"].ms < found["merge", "tome"].ms
     assert found["decode", "tome"].kv_bytes / (144 + 8) == found["decode", "plain"].kv_bytes / (576 + 8)
     assert 0 < found["tower", "tome"].gflops < found["tower", "plain"].gflops
     counted = estimate(field[0].model).tower_flops / 1e9
@@ -240,13 +242,21 @@ def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
             counters.clear()
             found = calls[0].run()
             assert counters["stats"]["unique_graphs"] + (stage == "prefill") >= 1 and not counters["graph_break"]
-            assert expected is None or torch.equal(found, expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
             counters.clear()
             calls[0].run()
             assert not counters["stats"]  # nothing is compiled twice
     rows = list(speed.measure(field[:2], load(1), ["tower", "projector"], "compile", 1, 1))
     assert all(row.gflops > 0 for row in rows) and len(rows) == 4
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mode", ["compile", "frozen"])
+def test_weights_are_constants_of_frozen_graphs_only(mode, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "measure", lambda *_: [seen.append(inductor.freezing)][:0])
+    assert cli.main(["bench", "--mode", mode, "--stages", "projector"]) == 0
+    assert seen == [mode == "frozen"] and not inductor.freezing
 
 
 @pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])

@@ -153,6 +153,7 @@ def test_a_plot_holds_one_run(tmp_path, monkeypatch):
 def test_targets_are_judged_from_what_was_measured():
     tower = {"method": "pitome", "rho": "0.9", "keep": "54"}
     rows = [row(), row(**tower, ratio="0.42", gflops="4"), row(**tower, stage="merge", ratio="0.011", ms="3")]
+    rows += [row(**tower, stage="yardstick", ratio="0.004", ms="1"), row(**tower, stage="yardstick", mode="compile")]
     rows += [row(method="oracle", like="pitome", rho="0.9", keep="54", ratio="0.40", gflops="4")]
     rows += [
         row(stage="decode", method="pitome", keep="144"),
@@ -162,7 +163,8 @@ def test_targets_are_judged_from_what_was_measured():
     steps = [handle | {"step": "attach", "ms": "51"}, handle | {"step": "import", "ms": "500"}]
     lines = speed_targets.targets(rows, steps).splitlines()
     assert "0.420 = 1.05 of it; oracle 0.400 = 1.00; above the oracle by 4.8 % | no" in lines[2]
-    assert "1.1 % (3.0 ms) | no" in lines[3] and "decoding" in lines[4] and "| yes |" in lines[4]
+    assert "1.1 % (3.0 ms); yardstick 0.4 % (1.0 ms) | no" in lines[3]
+    assert "decoding" in lines[4] and "| yes |" in lines[4]
     assert "attach under 50 ms | 51.00 ms (1 to 9) | no" in lines[5] and "| - |" in lines[6]
     assert all("not measured | - | - |" in line for line in lines[7:]) and len(lines) == 7 + 8
 

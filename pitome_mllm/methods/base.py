@@ -202,21 +202,19 @@ class Merge:
         batch, tokens, channels = x.shape
         size = x.new_ones(batch * tokens, dtype=torch.float32) if size is None else size.flatten().float()
         first, rest = flat(self._first, tokens), flat(self._rest, tokens)
+        first_size, rest_size = size.index_select(0, first), size.index_select(0, rest)
         slot = self.group.gather(1, self._rest)  # the group that each of the rest joins
         if self._drops:
             dropped = slot.flatten() < 0
-            slot = slot.clamp(min=0)
+            slot, rest_size = slot.clamp(min=0), rest_size.masked_fill(dropped, 0.0)
         slot = flat(slot, self.count)
-        first_size, rest_size = size.index_select(0, first), size.index_select(0, rest)
-        if self._drops:
-            rest_size = rest_size.masked_fill(dropped, 0.0)
         total = first_size.index_add(0, slot, rest_size)
 
         x, wide = x.flatten(0, 1), torch.promote_types(x.dtype, torch.float32)
         merged, joining = x.index_select(0, first).to(wide), x.index_select(0, rest).to(wide)
         if self._weight is None:  # the mean is the first token and a share of each other's distance to it
             share = rest_size / total.index_select(0, slot)
-            joining = joining.sub_(x.index_select(0, first.index_select(0, slot)))
+            joining = joining.sub_(merged.index_select(0, slot))
         else:
             first_share, share = (self._weight.flatten().index_select(0, index) for index in (first, rest))
             merged.mul_(first_share[:, None])
