@@ -18,7 +18,7 @@ import gradio as gr
 
 from pitome_mllm import METHODS
 from pitome_mllm.commands.uploads import FORMATS, MAX_BYTES
-from pitome_mllm.plan import DEFAULT_METHOD
+from pitome_mllm.settings import DEFAULT_METHOD
 
 from . import examples
 from .belongings import Belongings

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pitome_mllm.plan import DEFAULT_METHOD, Plan
+from pitome_mllm.plan import Plan
+from pitome_mllm.settings import DEFAULT_METHOD
 from pitome_mllm.specs import Geometry
 
 AMOUNTS = ("tokens", "ratio")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pitome_mllm import METHODS
-from pitome_mllm.plan import DEFAULT_METHOD
+from pitome_mllm.settings import DEFAULT_METHOD
 
 from .curves import BLIND, own_place
 from .documents import read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pitome_mllm.plan import DEFAULT_METHOD
+from pitome_mllm.settings import DEFAULT_METHOD
 
 from .accuracy import Key, Results, Row, borrowers, points
 from .documents import COLOURS

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from pitome_mllm.plan import Plan, Settings, make_plan
+from pitome_mllm.plan import Plan, make_plan
+from pitome_mllm.settings import Settings
 from pitome_mllm.specs import geometry
 from pitome_mllm.tower import Run, smaller_picture
 
@@ -101,7 +102,6 @@ class Picture:
             made.append(run.leave(block, self.hidden[block], clues))
         return [*made, run.before_projector(self.hidden[-1], self.projector)[0]]
 
-    @torch.inference_mode()
     def yardstick(self) -> list[torch.Tensor]:
         """`yardstick` for every merge in a block."""
         blocks = ((self.hidden[block], self.hidden[block + 1].shape[1]) for block in self.plan.merging)

@@ -49,7 +49,7 @@ class Setting:
     def keywords(self) -> dict[str, Any]:
         """What `attach` is called with."""
         from pitome_mllm import METHODS
-        from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS, WHERE
+        from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, WHERE
 
         lent = DEFAULTS | METHODS[DEFAULT_METHOD].settings
         names = {"": set(), "where": set(WHERE), "all": set(DEFAULTS)}[self.like]
@@ -79,7 +79,7 @@ class Row:
 def loans(method: str, where: str) -> tuple[str, ...]:
     """What the default method can lend to ``method`` at this place (see `Setting`); one-step methods keep their own."""
     from pitome_mllm import METHODS
-    from pitome_mllm.plan import DEFAULT_METHOD
+    from pitome_mllm.settings import DEFAULT_METHOD
 
     if method == DEFAULT_METHOD:
         return ("",)
@@ -91,14 +91,15 @@ def loans(method: str, where: str) -> tuple[str, ...]:
 def own_place(method: str) -> str:
     """Where a method merges if nobody says."""
     from pitome_mllm import METHODS
-    from pitome_mllm.plan import DEFAULTS
+    from pitome_mllm.settings import DEFAULTS
 
     return METHODS[method].settings.get("where", DEFAULTS["where"])
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
     """Every combination that exists."""
-    from pitome_mllm.plan import Settings, make_plan
+    from pitome_mllm.plan import make_plan
+    from pitome_mllm.settings import Settings
 
     for method, where, keep in product(methods, places, keeps):
         for like in loans(method, where):
@@ -159,7 +160,7 @@ def rows(
 
 def _opponent(one: Setting, other: Setting) -> str:
     """What to call ``other`` where ``one`` is compared with it; empty where it is not."""
-    from pitome_mllm.plan import DEFAULT_METHOD
+    from pitome_mllm.settings import DEFAULT_METHOD
 
     if one.keep != other.keep or one.method == other.method:
         return ""

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from pitome_mllm.plan import DEFAULT_METHOD, Settings
+from pitome_mllm.settings import DEFAULT_METHOD, Settings
 
 from . import gates
 from .accuracy import LEAD, LENT, lead, lent, spending, summary, table

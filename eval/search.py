@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pitome_mllm.plan import Settings, make_plan
+from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES
+from pitome_mllm.settings import Settings
 from pitome_mllm.specs import geometry
 
 from .benchmark import questions

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .latency import Latency, Timing, at_least, measure
 from .methods import Reducer
-from .plan import Plan, Settings, make_plan
+from .plan import Plan, make_plan
+from .settings import Settings
 from .specs import TOWER_OF_CONFIG, TOWERS, Geometry, geometry
 
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.

@@ -1,7 +1,8 @@
 """Attach merging to a model, change it, and take it off again without a trace.
 
-Read next: `plan` for what a setting means, `wiring` for what is put on a model, `tower` for merging inside the blocks,
-`tiles` for pictures cut into tiles, `prompt` for the placeholders, `language` for what the LLM is told.
+Read next: `settings` for what may be asked, `plan` for what it means, `wiring` for what is put on a model, `tower` for
+merging inside the blocks, `tiles` for pictures cut into tiles, `prompt` for the placeholders, `language` for what the
+LLM is told.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from . import compiling, original, wiring
 from .methods import Reducer
 from .packing import Places
-from .plan import Plan, Settings, make_plan
+from .plan import Plan, make_plan
 from .probe import probe
 from .prompt import Call
+from .settings import Settings
 from .specs import FAMILIES, FamilySpec, Geometry, geometry
 from .stats import Stats
 from .tiles import Encoded

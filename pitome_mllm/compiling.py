@@ -152,10 +152,10 @@ def graph(function: Callable[..., Any], backend: str, device: torch.device) -> C
     return call
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException | None) -> str:
     """The first line of the innermost error that says anything."""
-    said = [str(error)]
-    while error.__cause__ is not None:
-        error = error.__cause__
+    said = []
+    while error is not None:
         said.append(str(error))
+        error = getattr(error, "inner_exception", None) or error.__cause__  # torch wraps what its backends raise
     return next((text.strip().splitlines()[0] for text in reversed(said) if text.strip()), "no reason given")

@@ -17,7 +17,7 @@ from torch._inductor import config as inductor
 
 from pitome_mllm import METHODS, attach, compiling
 from pitome_mllm.methods.tome import ToMe
-from pitome_mllm.plan import BACKENDS
+from pitome_mllm.settings import BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +207,15 @@ def test_a_machine_without_a_compiler_says_so(one, tmp_path, monkeypatch):
     ):
         with pytest.raises(RuntimeError, match=r"'inductor' could not compile on cpu: .*C\+\+ compiler such as g\+\+"):
             seen(model, one)
+
+
+def test_the_reason_is_what_the_backend_raised():
+    def backend(graph, inputs):
+        raise NotImplementedError("no such operator\nand more")
+
+    doubled = compiling.graph(lambda x: x + x, backend, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="could not compile on cpu: no such operator; compiled=False runs without"):
+        doubled(torch.ones(2))
 
 
 @pytest.mark.parametrize("compiled", ["fast", 1, None, 0.5])

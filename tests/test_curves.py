@@ -9,7 +9,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from pitome_mllm.plan import Settings, make_plan
+from pitome_mllm.plan import make_plan
+from pitome_mllm.settings import Settings
 from pitome_mllm.specs import Geometry
 from pitome_mllm_eval import accuracy, curves, documents, report, runs
 from pitome_mllm_eval.accuracy_plot import panels

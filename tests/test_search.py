@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pitome_mllm import METHODS
-from pitome_mllm.plan import DEFAULT_METHOD, DEFAULTS, Settings, make_plan
+from pitome_mllm.plan import make_plan
+from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
 from pitome_mllm.specs import Geometry
 from pitome_mllm.tower import Run
 from pitome_mllm_eval import costs, documents, report, runs, search

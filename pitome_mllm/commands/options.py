@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..plan import DEFAULT_METHOD
+from ..settings import DEFAULT_METHOD
 
 QUARTER = 0.25  # share of the visual tokens kept when neither --keep nor --ratio is given
 
