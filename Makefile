@@ -37,6 +37,7 @@ GPU_BENCH := eval/bench.py --device cuda --shape llava-1.5-7b --dtype bfloat16 -
 bench-gpu:
 	$(PYTHON) $(GPU_BENCH) --mode compile
 	$(PYTHON) $(GPU_BENCH) --mode eager --stages tower merge projector llm prefill decode
+	$(PYTHON) $(GPU_BENCH) --mode cudagraph --stages tower prefill
 	$(PYTHON) -m eval.speed_report
 
 test: $(VENV)/.ready

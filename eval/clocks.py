@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -52,12 +53,15 @@ def in_turns(
 ) -> dict[Key, list[float]]:
     """Milliseconds of every call in ``repeats`` rounds, after ``warmup`` rounds that do not count.
 
-    Times of the same round belong together: whatever else the machine did then hit all of them.
+    Times of the same round belong together: whatever else the machine did then hit all of them. Rounds differ in their
+    order, so that nothing always comes behind the same.
     """
     taken: dict[Key, list[float]] = {key: [] for key in calls}
+    order = list(calls)
     for turn in range(warmup + repeats):
-        for key, call in calls.items():
-            ms = milliseconds(call, device)
+        random.Random(turn).shuffle(order)
+        for key in order:
+            ms = milliseconds(calls[key], device)
             if turn >= warmup:
                 taken[key].append(ms)
             done()
@@ -68,14 +72,3 @@ def quantiles(values: list[float] | np.ndarray) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
     low, middle, high = np.quantile(values, (0.2, 0.5, 0.8))
     return float(low), float(middle), float(high)
-
-
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most memory that is allocated on a GPU during one turn, with all that is alive then, weights included."""
-    if call.prepare:
-        call.prepare()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call.run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)

@@ -68,7 +68,7 @@ class Contender:
     ----------
     method : a name in `METHODS`, "plain", or "oracle".
     variant : "weights" where the tower's attention writes its weights down, as the paper's code does; else empty.
-    like : the method whose token counts an oracle has.
+    like : the methods whose token counts an oracle has, with spaces between.
     asked : what `attach` was asked for, such as {"keep": 144}.
     model : its own modules; weights are everybody's.
     llm : where its LLM is; for an oracle the plain model.
@@ -162,14 +162,15 @@ def contenders(
     plain = twin(model)
     yield Contender(PLAIN, "", "", {}, plain, plain)
     for asked in amounts:
-        ways = {}
+        ways: dict[Any, list[Contender]] = {}
         for name in (name for name in methods if name != ORACLE):
             made = _merging(model, name, asked, MODES[mode])
-            ways.setdefault(_way(made.plan), made)
+            ways.setdefault(_way(made.plan), []).append(made)
             yield made
-        for made in ways.values() if ORACLE in methods else ():
-            if not made.plan.reducer.shrinks_picture:
-                yield _oracle(model, made, plain)
+        for alike in ways.values() if ORACLE in methods else ():
+            if not alike[0].plan.reducer.shrinks_picture:
+                like = " ".join(dict.fromkeys(made.method for made in alike))
+                yield replace(_oracle(model, alike[0], plain), like=like)
 
 
 def _way(plan: Plan) -> tuple[Any, ...]:
@@ -204,4 +205,4 @@ def _oracle(model: Any, made: Contender, plain: Any) -> Contender:
     )
     if _way(handle.plan) != _way(plan):
         raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")
-    return replace(made, method=ORACLE, variant="", like=made.method, model=own, llm=plain, plan=handle.plan)
+    return replace(made, method=ORACLE, variant="", model=own, llm=plain, plan=handle.plan)

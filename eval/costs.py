@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 from pitome_mllm.specs import geometry
@@ -109,12 +110,12 @@ class Picture:
 
 
 def yardstick(x: torch.Tensor, keys: int, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What merging tokens ``x`` (B, N, C) by their keys comes down to: nothing is decided, ``left`` rows are copied.
+    """What merging tokens ``x`` (B, N, C) by energies of their keys comes down to, without deciding anything.
 
-    The mean of keys of width ``keys`` over heads, one product of all pairs of tokens, one exp of it, and the copy.
+    The mean of keys of width ``keys`` over heads, one exp of the product of every pair of tokens, summed up for each
+    token, and a copy of ``left`` rows.
     """
-    mean = x.unflatten(-1, (-1, keys)).mean(2)
-    return torch.exp_(mean @ mean.mT), x[:, :left].clone()
+    return pair_means(x.unflatten(-1, (-1, keys)).mean(2).float(), torch.exp_), x[:, :left].clone()
 
 
 def milliseconds(picture: Picture, repeats: int) -> list[float]:

@@ -8,16 +8,11 @@ tensors which are alive at once, with energies in blocks of rows as they come an
 from __future__ import annotations
 
 import argparse
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pitome_mllm.methods import get_method
 from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_metric
@@ -26,38 +21,12 @@ from pitome_mllm.methods.pitome import BLOCK
 from .clocks import Call, in_turns, quantiles
 from .costs import yardstick
 from .documents import write_csv
+from .peak import Alive
 from .speed_rows import stamp
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"
 TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)
 KEYS, WIDTH, REMOVED, DEPTH = 64, 1024, 0.1, 0.5
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, as long as these live; ``peak`` is the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
-            if value.untyped_storage().data_ptr() not in self._known:
-                self._enter(value.untyped_storage())
-        return result
-
-    def _enter(self, storage: Any) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        self._known.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._leave, place, size)
-
-    def _leave(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
 from pitome_mllm.specs import geometry
 
-from .clocks import Call, clock_name, in_turns, peak_bytes, quantiles
+from .clocks import Call, clock_name, in_turns, quantiles
 from .contenders import FROZEN, MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
+from .peak import peak_bytes
 from .runs import processor_name
 from .speed_rows import Row, append, check_commit, commit, show
 from .stages import EAGER, IN_FRONT, MERGES, STAGES, Load, Stages
 
 Figure = TypeVar("Figure")
 Key = tuple[str, int]  # stage, number of the contender
+GRAPH_WARMUP = 3  # a CUDA graph warms up itself in its first call, and is recorded in its second
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -49,10 +51,11 @@ def bench(options: argparse.Namespace) -> None:
         field = list(contenders(model, options.methods, amounts, options.mode))
         for batch in options.batch:
             load = Load(batch, options.images or images, options.text_tokens, options.new_tokens, processor)
-            rows += measure(field, load, wanted, options.mode, options.repeats, options.warmup)
+            measured = list(measure(field, load, wanted, options.mode, options.repeats, about["warmup"]))
+            if options.out:  # a larger batch may not fit
+                append(options.out, measured, about)
+            rows += measured
     show(rows, about)
-    if options.out:
-        append(options.out, rows, about)
 
 
 def _check(options: argparse.Namespace) -> torch.device:
@@ -87,12 +90,16 @@ def _check(options: argparse.Namespace) -> torch.device:
 
 def _stages(options: argparse.Namespace) -> list[str]:
     """The stages to time, in their order."""
-    only_tower = options.tower_only or (options.shape and find_shape(options.shape).text is None)
-    possible = [s for s in (IN_FRONT if only_tower else STAGES) if options.mode == "eager" or s not in EAGER]
+    possible = IN_FRONT if _only_tower(options) else STAGES
+    possible = [stage for stage in possible if options.mode == "eager" or stage not in EAGER]
     wanted = [stage for stage in possible if stage in (options.stages or possible)]
     if len(wanted) < len(options.stages or ()):
         raise ValueError(f"--stages: possible here are {', '.join(map(repr, possible))}")
     return wanted
+
+
+def _only_tower(options: argparse.Namespace) -> bool:
+    return bool(options.tower_only or (options.shape and find_shape(options.shape).text is None))
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any, int]:
@@ -136,7 +143,7 @@ def measure(
     from rich.progress import Progress
 
     device = field[0].model.device
-    peak = once(field, load, wanted, lambda call: peak_bytes(call, device)) if device.type == "cuda" else {}
+    peak = once(field, load, wanted, lambda call: peak_bytes(call, device))
     flops = once(field, load, [stage for stage in wanted if stage not in EAGER], counted)
     stages = [Stages(contender, load, mode) for contender in field]
     made = {(stage, number): stages[number].call(stage) for number in range(len(field)) for stage in wanted}
@@ -158,7 +165,7 @@ def measure(
             taken.get(against),
             flops.get(key, ""),
             kv.get(key, ""),
-            peak.get(key),
+            peak[key],
         )
 
 
@@ -188,7 +195,7 @@ def counted(call: Call) -> float:
 
 def _row(
     key: Key, contender: Contender, load: Load, keep: int, times: list[float], base: list[float] | None,
-    flops: float | str, kv: int | str, peak: int | None,
+    flops: float | str, kv: int | str, peak: int,
 ) -> Row:  # fmt: skip
     low, middle, high = (round(q, 4) for q in quantiles(times))
     share = ("", "", "")
@@ -214,7 +221,7 @@ def _row(
         ratio_p80=share[2],
         gflops=flops,
         kv_bytes=kv,
-        peak_bytes="" if peak is None else peak,
+        peak_bytes=peak,
     )
 
 
@@ -227,13 +234,13 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "model": options.model if options.shape is None else find_shape(options.shape).title,
-        "llm_layers": "none" if options.tower_only else options.layers or "all",
+        "llm_layers": "none" if _only_tower(options) else options.layers or "all",
         "dtype": options.dtype,
         "attention": options.attention,
         "mode": options.mode,
         "clock": clock_name(device),
         "repeats": options.repeats,
-        "warmup": options.warmup,
+        "warmup": options.warmup if options.mode == "eager" else max(options.warmup, GRAPH_WARMUP),
         "new_tokens": options.new_tokens,
         "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "threads": torch.get_num_threads(),

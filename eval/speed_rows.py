@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -32,10 +33,11 @@ class Row:
     keep : visual tokens per picture that reach the LLM.
     rho : the share of its tokens that every block keeps, where that was asked for; else empty.
     ms, p20, p80 : median and percentiles of milliseconds; of one token for "decode".
-    against : what ``ratio`` relates to: the same stage of the plain model, or for "merge" the contender's own tower.
+    against : what ``ratio`` relates to: the same stage of the plain model, or the contender's own tower.
     ratio, ratio_p20, ratio_p80 : of times in the same round.
     gflops : counted while it ran, where the stage is made of matrix products.
-    kv_bytes : cache of the prompt. peak_bytes : most memory allocated during the stage, on GPUs.
+    kv_bytes : cache of the prompt.
+    peak_bytes : most memory that the stage holds when it runs eagerly and alone, whatever the mode; see `peak_bytes`.
     """
 
     stage: str
@@ -57,7 +59,7 @@ class Row:
     ratio_p80: float | str
     gflops: float | str
     kv_bytes: int | str
-    peak_bytes: int | str
+    peak_bytes: int
 
 
 def commit() -> str:
@@ -67,6 +69,8 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
+    if shutil.which("git") is None or not git("ls-files", __file__):  # not there, or not this project's
+        return ""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.parent}")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
@@ -135,11 +139,12 @@ def show(rows: list[Row], about: dict[str, Any]) -> None:
         console.print(table)
     console.print(
         f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['mode']}, torch {about['torch']}; "
-        f"medians of {about['repeats']} rounds, {about['clock']} time. Merge: as a share of the same model's tower.",
+        f"medians of {about['repeats']} rounds, {about['clock']} time. "
+        "Merge and yardstick: shares of the model's own tower.",
         style="dim",
     )
 
 
 def name(method: str, variant: str, like: str) -> str:
     """What a contender is called."""
-    return f"oracle of {like}" if like else method + (variant and f":{variant}")
+    return f"oracle of {', '.join(like.split())}" if like else method + (variant and f":{variant}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from pitome_mllm import Attachment
 from pitome_mllm.compiling import graph
 from pitome_mllm.features import read
+from pitome_mllm.methods.pitome import PiToMe
 from pitome_mllm.prompt import Call as Prompt
 from pitome_mllm.specs import family_of, geometry
 
@@ -27,8 +28,8 @@ from .costs import Picture
 STAGES = {
     "preprocess": "the processor, for the pictures of a batch",
     "tower": "the vision tower with its merging, in front of the projector too",
-    "merge": "all that merging adds, alone, on random tensors",
-    "yardstick": "what merging by keys comes down to: their mean, one product of all pairs, one exp of it, one copy",
+    "merge": "merging alone, on random tensors, without the sizes in attention",
+    "yardstick": "the mean keys, one exp for every pair of tokens, one copy; where keys' energies decide",
     "projector": "the projector, for the tokens that are left",
     "llm": "the LLM over the prompt, with the logits of its last position",
     "prefill": "tower, projector and LLM one after the other",
@@ -116,7 +117,7 @@ class Stages:
 
     def _yardstick(self) -> Any:
         plan = self.contender.plan
-        if plan is None or self.contender.is_oracle or not plan.merging or "keys" not in plan.clues:
+        if plan is None or not isinstance(plan.reducer, PiToMe) or not plan.merging or "keys" not in plan.clues:
             return None
         return self._graph(self.picture.yardstick)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import is_flash_attn_2_available
 
 from pitome_mllm import METHODS, attach, cli, estimate
+from pitome_mllm.compiling import graph
 from pitome_mllm.features import tower_features
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
 
@@ -30,7 +32,9 @@ def test_what_is_compared_takes_turns_and_warms_up():
     seen = []
     calls = {name: clocks.Call(lambda name=name: seen.append(name), times=2) for name in "ab"}
     taken = clocks.in_turns(calls, CPU, repeats=2, warmup=1)
-    assert seen == list("ababab") and {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2}
+    rounds = ["".join(seen[at : at + 2]) for at in (0, 2, 4)]
+    assert set(rounds) == {"ab", "ba"}  # and not always in one order
+    assert {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2}
 
 
 def test_preparing_is_not_timed_and_a_call_is_divided_by_what_it_does(monkeypatch):
@@ -66,9 +70,9 @@ def test_weights_are_shared_and_modules_are_not(field):
 
 def test_there_is_one_oracle_for_every_way_down(field):
     oracles = [c for c in field if c.is_oracle]
-    assert [c.like for c in oracles] == ["tome", "visionzip"]  # pitome goes the same way as tome
+    assert [c.like for c in oracles] == ["tome pitome", "visionzip"]  # these two go the same way
     for oracle in oracles:
-        made = next(c for c in field if c.method == oracle.like)
+        made = next(c for c in field if c.method in oracle.like.split())
         same = ("entering", "counts", "rounds", "place")
         assert all(getattr(oracle.plan, name) == getattr(made.plan, name) for name in same)
         assert oracle.llm is field[0].model
@@ -106,12 +110,13 @@ def test_rows_hold_times_ratios_flops_and_cache(field):
     found = {(row.stage, row.method): row for row in rows}
     assert found["tower", "plain"].ratio == 1 and ("merge", "plain") not in found
     assert found["merge", "tome"].against == "own tower" and 0 < found["merge", "tome"].ratio < 1
-    assert 0 < found["yardstick", "tome"].ms < found["merge", "tome"].ms
+    assert ("yardstick", "tome") not in found and found["yardstick", "pitome"].ms > 0
     assert found["decode", "tome"].kv_bytes / (144 + 8) == found["decode", "plain"].kv_bytes / (576 + 8)
     assert 0 < found["tower", "tome"].gflops < found["tower", "plain"].gflops
     counted = estimate(field[0].model).tower_flops / 1e9
     assert found["tower", "plain"].gflops == pytest.approx(counted, abs=1e-3)
-    assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes == "" for row in rows)
+    assert found["llm", "tome"].peak_bytes < found["llm", "plain"].peak_bytes
+    assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes > 0 for row in rows)
 
 
 class Operations(TorchDispatchMode):
@@ -131,13 +136,13 @@ class Operations(TorchDispatchMode):
 def test_decoding_runs_the_operations_of_a_plain_model(field):
     """With as many tokens in the cache, as an oracle's LLM has them: not one more, so only the hooks are left."""
     ran = []
-    for made in field[:2] + [next(c for c in field if c.is_oracle)]:
+    for made in field[:3] + [next(c for c in field if c.is_oracle)]:
         call = stages.Stages(made, load(1)).call("decode")
         with Operations() as operations:
             call.run()
         ran.append(operations.seen)
-    plain, merged, oracle = ran
-    assert merged == oracle and len(plain) == len(merged)
+    plain, tome, pitome, oracle = ran
+    assert tome == pitome == oracle and len(plain) == len(pitome)
 
 
 def test_a_bare_checkout_runs_it(tmp_path):
@@ -186,15 +191,18 @@ def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkey
     def git(*words):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@e", *words], cwd=tmp_path, check=True)
 
-    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "code.py"
+    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "eval" / "speed_rows.py"
     results.parent.mkdir(parents=True)
     for path in (results, code):
         path.write_text("1")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "first")
     monkeypatch.setattr(speed_rows, "RESULTS", results)
-    monkeypatch.setattr(speed_rows, "__file__", str(tmp_path / "eval" / "speed_rows.py"))
+    monkeypatch.setattr(speed_rows, "__file__", str(code))
+    git("init", "-q")
+    git("add", results)
+    git("commit", "-qm", "somebody else's")
+    assert speed_rows.commit() == ""  # this commit says nothing about the code
+    git("add", code)
+    git("commit", "-qm", "first")
     clean = speed_rows.commit()
     results.write_text("2")
     assert clean and speed_rows.commit() == clean
@@ -241,7 +249,7 @@ def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
                 expected = calls[1].run()
             counters.clear()
             found = calls[0].run()
-            assert counters["stats"]["unique_graphs"] + (stage == "prefill") >= 1 and not counters["graph_break"]
+            assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
             counters.clear()
             calls[0].run()
@@ -251,10 +259,20 @@ def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("mode", ["compile", "frozen"])
 def test_weights_are_constants_of_frozen_graphs_only(mode, monkeypatch):
-    seen = []
-    monkeypatch.setattr(speed, "measure", lambda *_: [seen.append(inductor.freezing)][:0])
+    linear, seen = torch.nn.Linear(4, 4), []
+
+    def measure(*_):
+        doubled = graph(linear, contenders.MODES[mode], CPU)
+        before = doubled(torch.ones(1, 4))
+        linear.bias.data += 1
+        seen.append(bool((doubled(torch.ones(1, 4)) == before).all()))
+        return []
+
+    monkeypatch.setattr(speed, "measure", measure)
+    torch.compiler.reset()
     assert cli.main(["bench", "--mode", mode, "--stages", "projector"]) == 0
     assert seen == [mode == "frozen"] and not inductor.freezing
 

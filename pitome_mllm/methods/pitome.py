@@ -16,7 +16,8 @@ from torch import Tensor
 from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
 
 ENERGIES = ("paper", "elu")
-# Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32.
+# Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their
+# values take as much again.
 BLOCK = {"cpu": 2**17, "gpu": 2**26}
 ROUNDING = 2.0**-24  # of a cosine in float32
 
