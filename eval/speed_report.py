@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         rows = read(args.results)
-        usual = [row for row in rows if row["batch"] == "1" and row["dtype"] == "float32"]
+        usual = [row for row in rows if (row["batch"], row["dtype"], row["mode"]) == ("1", "float32", "eager")]
         brief = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
         for path, chosen in ((args.readme, brief), (args.docs / "speed.md", rows)):
             put_in(path, "\n\n".join([*map(table, runs(chosen)), devices(rows)]), MARKS)
