@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import threading
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -20,52 +20,68 @@ from torch.utils._pytree import tree_map_only
 
 from . import tower as towers
 from .plan import Plan
+from .turns import Turns
 
 CALL = "_compiled_call_impl"  # where `nn.Module.__call__` looks for a compiled call
-NEEDS = {  # what a backend needs on a device, and what says so where it fails
-    ("inductor", "cpu"): "; it needs a C++ compiler such as g++",
-    ("inductor", "cuda"): "; it needs triton",
-}
 _numbers = itertools.count()
 
 
 class Graphs:
     """The graphs of one attachment, for all threads; kept until it is removed.
 
-    ``alone`` is held while a graph is made, and by calls without one: what transformers records of hidden states goes
+    A graph is made alone, without a call that has none beside it: what transformers records of hidden states goes
     astray between threads while one of them compiles.
     """
 
     def __init__(self) -> None:
         self._made: dict[tuple, Callable[..., Any]] = {}
-        self.alone = threading.Lock()
+        self.turns = Turns()
 
-    def run(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, towers.Run]:
-        """The tower's output by the graph for tensors of these shapes, which the first call makes, and its run."""
+    def run(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The tower's output by the graph for such arguments, which the first call makes."""
         args, kwargs = towers.started(tower, plan, args, kwargs)
         run = kwargs[towers.RUN]
         run.in_graph = True
-        device = next(tower.parameters()).device
-        shapes = (tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        key = (plan, device, *shapes)
+        key = _key(tower, plan, args, kwargs)
         made = self._made.get(key)
-        output = self._first(tower, plan, device, key, args, kwargs) if made is None else made(*args, **kwargs)
-        if device.type == "cuda":
+        output = self._first(tower, plan, key, args, kwargs) if made is None else made(*args, **kwargs)
+        if next(tower.parameters()).device.type == "cuda":
             run.stats = copy.deepcopy(run.stats, {id(plan): plan})
-        return output, run
+        towers.keep_stats(tower._pitome, run)
+        return output
 
-    def _first(
-        self, tower: nn.Module, plan: Plan, device: torch.device, key: tuple, args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
+    def _first(self, tower: nn.Module, plan: Plan, key: tuple, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Make a graph by its first call, unless another thread has made it meanwhile."""
-        with self.alone:
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = tower.forward(*args, **kwargs)
+            towers.finish_run(tower, args, kwargs, output)
+            return output
+
+        with self.turns.alone():
             if not self._made:  # transformers sets up its recorders in a tower's first call, which no graph can hold
                 with torch.no_grad():
-                    tower._call_impl(*args, **{**kwargs, towers.RUN: None})
-            made = self._made.get(key) or graph(tower._call_impl, plan.compiled, device)
+                    tower.forward(*args, **{**kwargs, towers.RUN: None})
+            made = self._made.get(key) or graph(forward, plan.compiled, next(tower.parameters()).device)
             output = made(*args, **kwargs)
             self._made[key] = made
         return output
+
+
+def _key(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """What a graph is made for: with anything else here, torch would make it anew without a word."""
+
+    def look(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference()
+
+    weight = next(tower.parameters())
+    kind = weight.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    state = tower.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    given = ((name, look(value)) for name, value in (*enumerate(args), *kwargs.items()) if name != towers.RUN)
+    return plan, weight.device, weight.dtype, weight.requires_grad, tower.config._attn_implementation, state, *given
 
 
 def check(tower: nn.Module, plan: Plan) -> None:
@@ -104,15 +120,29 @@ def prepare(tower: nn.Module, plan: Plan) -> None:
         if torch.compiler.is_dynamo_compiling():  # somebody compiles what is around the tower
             return tower._call_impl(*args, **kwargs)
         if active is None or not active.compiled:
-            with handle.graphs.alone:
+            with handle.graphs.turns.together():
                 return tower._call_impl(*args, **kwargs)
-        output, run = handle.graphs.run(tower, active, args, kwargs)
-        towers.keep_stats(handle, run)
-        return output
+        return hooked(tower, partial(handle.graphs.run, tower, active), args, kwargs)
 
     call.of_pitome = True
     if plan.compiled:
         vars(tower)[CALL] = call
+
+
+def hooked(tower: nn.Module, run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``run`` between the tower's own forward hooks, which no graph holds: torch would not see that they change."""
+    for number, hook in [item for item in tower._forward_pre_hooks.items() if item[1] is not towers.start_run]:
+        if number in tower._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(tower, args, kwargs) or (args, kwargs)
+        else:
+            given = hook(tower, args)
+            args = args if given is None else given if isinstance(given, tuple) else (given,)
+    output = run(args, kwargs)
+    for number, hook in [item for item in tower._forward_hooks.items() if item[1] is not towers.finish_run]:
+        known = (args, kwargs) if number in tower._forward_hooks_with_kwargs else (args,)
+        given = hook(tower, *known, output)
+        output = output if given is None else given
+    return output
 
 
 def uninstall(tower: nn.Module) -> None:
@@ -141,15 +171,20 @@ def graph(function: Callable[..., Any], backend: str, device: torch.device) -> C
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             output = compiled(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except _failures() as error:
             raise RuntimeError(
-                f"{backend!r} could not compile on {device}: {_reason(error)}{NEEDS.get((backend, device.type), '')}; "
-                "compiled=False runs without"
+                f"{backend!r} could not compile on {device}: {_reason(error)}; compiled=False runs without"
             ) from error
         # what a CUDA graph gives lies in its own memory, where its next launch writes again
         return tree_map_only(Tensor, Tensor.clone, output) if device.type == "cuda" else output
 
     return call
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What torch raises where it cannot compile; asked for late, since importing it takes seconds."""
+    known = torch._dynamo.exc
+    return known.TorchDynamoException, getattr(known, "FailOnRecompileLimitHit", known.TorchDynamoException)
 
 
 def _reason(error: BaseException | None) -> str:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import shutil
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from families import FAMILIES, QUESTIONS, pictures
 from models import build
+from torch import Tensor
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch.utils._pytree import tree_map_only
 
 from pitome_mllm import METHODS, attach, compiling
+from pitome_mllm.latency import timed_tower
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm.settings import BACKENDS
+from pitome_mllm.turns import Turns
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +34,10 @@ def counted():
     counters.clear()
     yield
     torch.compiler.reset()
+
+
+def layer(model):
+    return next(module for module in model.modules() if type(module).__name__ == "MergingCLIPEncoderLayer")
 
 
 @torch.no_grad()
@@ -153,20 +164,178 @@ def test_threads_with_settings_of_their_own_do_not_mix(one, pair):
     assert graphs() == 3
 
 
-def test_a_call_without_a_graph_waits_while_one_is_made(one):
+@pytest.mark.parametrize("settings", [(None,), False], ids=["plain", "eager"])
+def test_calls_without_a_graph_run_together(settings, one):
+    """Also once graphs were asked for: two threads meet in the middle of a tower."""
+    model, meeting = build(layers=1, feature_layer=-1), threading.Barrier(2)
+    handle = attach(model, "tome", keep=500, compiled="eager")
+
+    def meet(*_):
+        meeting.wait(20)
+
+    def call(_):
+        with handle.using(None) if settings else handle.using(compiled=False):
+            return seen(model, one)
+
+    layer(model).register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        assert torch.equal(*pool.map(call, range(2)))
+
+
+def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
     """transformers says that hidden states are not recorded thread-safely while something compiles."""
     model = build(layers=1, feature_layer=-1)
+    handle = attach(model, "tome", keep=500, compiled="eager")
+    making, go, entered, make = threading.Event(), threading.Event(), threading.Event(), compiling.graph
+
+    def slow(*args):
+        making.set()
+        assert go.wait(60)
+        return make(*args)
 
     def plain():
         with handle.using(None):
             return seen(model, one)
 
-    with attach(model, "tome", keep=500, compiled="eager") as handle, ThreadPoolExecutor(1) as pool:
-        with handle.graphs.alone:
-            waiting = pool.submit(plain)
-            with pytest.raises(TimeoutError):
-                waiting.result(0.5)
-        waiting.result(60)
+    plain()
+    monkeypatch.setattr(compiling, "graph", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(seen, model, one)
+        assert making.wait(60)
+        hook = model.model.vision_tower.embeddings.register_forward_pre_hook(lambda *_: entered.set())
+        other = pool.submit(plain)
+        assert not entered.wait(1)  # it takes some milliseconds else
+        hook.remove()
+        go.set()
+        assert torch.isfinite(first.result(60)).all() and torch.isfinite(other.result(60)).all()
+    assert graphs() == 1
+
+
+def test_a_graph_waits_for_calls_without_one():
+    turns, inside, leave, made = Turns(), threading.Event(), threading.Event(), threading.Event()
+
+    def call():
+        with turns.together(), turns.together():
+            inside.set()
+            assert leave.wait(60)
+
+    def make():
+        with turns.alone():
+            made.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(call)
+        assert inside.wait(60)
+        asked = asked, pool.submit(make)
+        assert not made.wait(0.2)
+        leave.set()
+        assert [future.result(60) for future in asked] == [None, None] and made.is_set()
+
+
+def test_a_call_within_a_call_of_the_same_thread_does_not_wait_for_itself():
+    turns = Turns()
+
+    def nested():
+        with turns.together(), turns.together(), turns.alone(), turns.alone(), turns.together():
+            pass
+        with turns.alone():
+            return True
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(nested).result(10)
+
+
+def halved(model, one):
+    model.model.vision_tower.bfloat16()
+    return {"pixel_values": one["pixel_values"].bfloat16()}
+
+
+CHANGES = {  # of a call that has a graph, what torch would make it anew for
+    "gradients": lambda model, one: torch.enable_grad(),
+    "inference": lambda model, one: torch.inference_mode(),
+    "training": lambda model, one: model.train() and None,
+    "frozen": lambda model, one: model.requires_grad_(False) and None,
+    "dtype": halved,
+    "autocast": lambda model, one: torch.autocast("cpu", torch.bfloat16),
+    "attention": lambda model, one: model.set_attn_implementation("eager"),
+    "hidden states": lambda model, one: {"output_hidden_states": False},
+    "a new argument": lambda model, one: {"return_dict": True},
+    "names": lambda model, one: {"pixel_values": None, "x": one["pixel_values"]},
+    "strides": lambda model, one: {"pixel_values": one["pixel_values"].to(memory_format=torch.channels_last)},
+    "pictures that learn": lambda model, one: {"pixel_values": one["pixel_values"].clone().requires_grad_()},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_is_never_made_anew_where_it_was(change, one):
+    """Then other threads would run beside it; each of these has a graph of its own."""
+    model = build(layers=3)
+    handle, tower = attach(model, keep=144, compiled="eager"), model.model.vision_tower
+
+    def made(**changed):
+        given = {"pixel_values": one["pixel_values"], "output_hidden_states": True, **changed}
+        x = given.pop("x", None)
+        args = () if x is None else (given.pop("pixel_values") or x,)
+        for _ in range(2):
+            tower(*args, **given)
+        return len(handle.graphs._made), graphs()
+
+    with torch.no_grad():
+        assert made() == (1, 1)
+        changed = CHANGES[change](model, one)
+        with changed if hasattr(changed, "__enter__") else nullcontext():
+            assert made(**(changed if isinstance(changed, dict) else {})) == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_half_precision_gives_the_same_bits(backend, dtype, one):
+    model = build(layers=3).to(dtype)
+    inputs = {**one, "pixel_values": one["pixel_values"].to(dtype)}
+    with attach(model, "pitome", keep=144, compiled=backend) as handle:
+        assert_same_run(handle, model, inputs)
+        assert seen(model, inputs).dtype == dtype
+    assert graphs() == 1
+
+
+def test_hooks_of_the_tower_run_around_its_graph(one):
+    """Whenever they came, and until they are taken off; they may change what goes in and what comes out."""
+    model, called = build(layers=3), []
+    tower = model.model.vision_tower
+
+    def note(module, *_):
+        called.append((module, time.perf_counter()))  # which no graph could hold
+
+    def pictures_named(module, args, kwargs):
+        note(module)
+        return (), {**kwargs, "pixel_values": kwargs.get("pixel_values", *args)}
+
+    tower.register_forward_hook(note)
+    with attach(model, keep=144, compiled="eager") as handle:
+        expected = seen(model, one)
+        hooks = [
+            tower.register_forward_pre_hook(note),
+            tower.register_forward_pre_hook(lambda module, args: args[0], prepend=True),
+            tower.register_forward_pre_hook(pictures_named, with_kwargs=True),
+            tower.register_forward_hook(lambda module, args, kwargs, output: note(module) or output, with_kwargs=True),
+        ]
+        assert torch.equal(seen(model, one), expected) and len(called) == 1 + 4
+        blind = tower.register_forward_hook(lambda module, args, output: tree_map_only(Tensor, Tensor.zero_, output))
+        assert not torch.equal(seen(model, one), expected) and handle.stats.tokens_after == 144
+        for hook in (*hooks, blind):
+            hook.remove()
+        assert torch.equal(seen(model, one), expected) and len(called) == 1 + 4 + 4 + 1
+    assert {module for module, _ in called} == {tower} and graphs() == 2  # one for pictures by name, one by place
+
+
+def test_the_time_of_a_tower_with_a_graph_is_taken(one):
+    model = build(layers=3)
+    with attach(model, keep=144, compiled="eager"), timed_tower(model) as ticks:
+        for calls in (1, 2):
+            start = time.perf_counter()
+            seen(model, one)
+            assert len(ticks) == 2 * calls and start < ticks[-2] < ticks[-1] < time.perf_counter()
+    assert graphs() == 1
 
 
 def test_a_deep_copy_makes_graphs_of_its_own(one):
@@ -192,8 +361,8 @@ def test_gradients_flow_through_a_graph(one):
 def test_a_tower_that_does_not_merge_as_planned_is_found_in_a_graph_too(one):
     model = build(layers=3)
     with attach(model, "pitome", keep=400, compiled="eager"):
-        layer = next(module for module in model.modules() if type(module).__name__ == "MergingCLIPEncoderLayer")
-        layer.forward = type(layer).__bases__[-1].forward.__get__(layer)
+        block = layer(model)
+        block.forward = type(block).__bases__[-1].forward.__get__(block)
         with pytest.raises(RuntimeError, match="did not merge as planned"):
             seen(model, one)
 
@@ -205,7 +374,9 @@ def test_a_machine_without_a_compiler_says_so(one, tmp_path, monkeypatch):
         attach(model, "random", keep=500, compiled=True),
         inductor.patch({"cpp.cxx": ("nowhere",), "force_disable_caches": True}),
     ):
-        with pytest.raises(RuntimeError, match=r"'inductor' could not compile on cpu: .*C\+\+ compiler such as g\+\+"):
+        with pytest.raises(
+            RuntimeError, match=r"could not compile on cpu: .*C\+\+ compiler.*nowhere.*; compiled=False"
+        ):
             seen(model, one)
 
 
@@ -216,6 +387,12 @@ def test_the_reason_is_what_the_backend_raised():
     doubled = compiling.graph(lambda x: x + x, backend, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="could not compile on cpu: no such operator; compiled=False runs without"):
         doubled(torch.ones(2))
+
+
+def test_a_graph_that_torch_would_make_too_often_says_so():
+    doubled = compiling.graph(lambda x: x + x, "eager", torch.device("cpu"))
+    with dynamo.patch(cache_size_limit=1), pytest.raises(RuntimeError, match="'eager' could not compile on cpu: "):
+        doubled(torch.ones(2)), doubled(torch.ones(3))
 
 
 @pytest.mark.parametrize("compiled", ["fast", 1, None, 0.5])
