@@ -202,12 +202,13 @@ def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(seen, model, one)
         assert making.wait(60)
-        model.model.vision_tower.embeddings.register_forward_pre_hook(lambda *_: entered.set())
+        hook = model.model.vision_tower.embeddings.register_forward_pre_hook(lambda *_: entered.set())
         other = pool.submit(plain)
         early = entered.wait(1)  # it takes some milliseconds else
+        hook.remove()  # which no graph could hold
         go.set()
         assert torch.isfinite(first.result(60)).all() and torch.isfinite(other.result(60)).all()
-    assert not early and entered.is_set() and graphs() == 1
+    assert not early and graphs() == 1
 
 
 def test_a_graph_waits_for_calls_without_one():
