@@ -1,4 +1,4 @@
-"""A vision tower as one graph for each plan and each shape of its pictures: what ``compiled=`` asks for.
+"""A vision tower as one graph for each plan and each kind of call: what ``compiled=`` asks for.
 
 Token counts are static, so everything between the pixels and the projector, merging included, fits one graph without
 breaks, and on a CUDA device that graph is launched as a whole. The tower's own call is replaced, as `nn.Module.compile`
