@@ -114,21 +114,20 @@ def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
 
 def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Visual tokens of every picture that a call brings: of the plain model, and as many as it will have."""
+    pixels, encoded = pixels_in(kwargs), (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if pixels is None and encoded is None:  # every step of decoding passes here
+        return [], []
     plan, available = handle.active, handle.geometry.available
-    pixels = pixels_in(kwargs)
     if pixels is not None:
         check_pictures(handle, pixels, kwargs.get("image_sizes"))
         if handle.family.tiles == "anyres":
             return tiles.lengths(handle, kwargs)
         pictures = _number(pixels)
         return [available] * pictures, [available if plan is None else plan.keep] * pictures
-    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None:
-        kept = [len(features) for features in encoded.pooler_output]
-        if handle.family.tiles:  # how many they were is not known without the pictures
-            return kept if plan is None or plan.keep == available else [-1] * len(kept), kept
-        return [available] * len(kept), kept
-    return [], []
+    kept = [len(features) for features in encoded.pooler_output]
+    if handle.family.tiles:  # how many they were is not known without the pictures
+        return kept if plan is None or plan.keep == available else [-1] * len(kept), kept
+    return [available] * len(kept), kept
 
 
 def _number(pixels: Tensor) -> int:
@@ -275,7 +274,8 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     handle = model._pitome
     state = handle.state
     state.call = state.log_size = None
-    kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
+    if args:
+        kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
     if state.generating is not None:
         full, kept = _pictures(handle, kwargs)
         if not kept:
