@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import json
+import sys
 import threading
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_what_is_no_picture_that_was_sent_is_refused(url, message, form):
         (b"{", "no JSON"),
         (b"[]", "no JSON object"),
         (b'{"a": ' + b"[" * 100_000, "no JSON"),
-        (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", "no JSON"),
+        (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "nested more than 100 levels"),
         ({"messages": [{"content": [{"type": "video_url", "video_url": {"url": "/etc/passwd"}}]}]}, "'video_url'"),
         ({"messages": [], "chat_template_kwargs": {"images": ["/etc/passwd"]}}, "'chat_template_kwargs'"),
         (asking(*["data:"] * 9), "has 9 pictures; at most 8"),
@@ -117,6 +118,16 @@ def test_what_is_no_picture_that_was_sent_is_refused(url, message, form):
 def test_odd_requests_are_refused(body, message):
     status, said = refused(body)
     assert status == 400 and message in said
+
+
+def test_requests_may_be_nested_as_deep_as_the_limit_and_not_as_python_happens_to_allow():
+    before, deep = sys.getrecursionlimit(), b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}"
+    sys.setrecursionlimit(10_000)  # as other packages do
+    try:
+        assert "nested more than 100 levels" in refused(deep)[1]
+    finally:
+        sys.setrecursionlimit(before)
+    assert send(b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}")[0] == 200
 
 
 def test_requests_that_are_too_large_are_not_read_to_their_end():

@@ -21,6 +21,7 @@ MODELS = "/v1/models"
 PATHS = ("/health", MODELS, "/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_BODY = 64_000_000  # bytes of a request
 MAX_PICTURES = 8  # in a request
+MAX_DEPTH = 100  # of lists and objects within each other, whatever Python's own limit is
 REFUSED = ("video_url", "audio_url", "input_audio", "chat_template_kwargs")
 SECONDS = 10  # that another server may keep us waiting
 
@@ -110,10 +111,12 @@ def _fetch(url: str, name: str) -> bytes:
         raise ValueError(f"{name!r} could not be fetched: {error}") from error
 
 
-def _pictures(part: Any) -> list[tuple[dict[str, Any], str]]:
+def _pictures(part: Any, depth: int = 0) -> list[tuple[dict[str, Any], str]]:
     """Where the addresses of pictures stand in a request: the object and the key in it, in their order."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"the request is nested more than {MAX_DEPTH} levels deep")
     if isinstance(part, list):
-        return [found for each in part for found in _pictures(each)]
+        return [found for each in part for found in _pictures(each, depth + 1)]
     if not isinstance(part, dict):
         return []
     for key in REFUSED:
@@ -124,7 +127,7 @@ def _pictures(part: Any) -> list[tuple[dict[str, Any], str]]:
         if key == "image_url":
             found.append((value, "url") if isinstance(value, dict) and "url" in value else (part, key))
         else:
-            found += _pictures(value)
+            found += _pictures(value, depth + 1)
     return found
 
 
