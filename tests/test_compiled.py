@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from pitome_mllm import METHODS, attach, compiling
 from pitome_mllm.latency import timed_tower
+from pitome_mllm.methods.baselines import _shuffled
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm.settings import BACKENDS
 from pitome_mllm.turns import Turns
@@ -91,6 +93,12 @@ def test_inductor_keeps_counts_and_answers_within_its_rounding(pair):
         assert graphs() == 1 and handle.plan.compiled == "inductor"
         assert handle.stats.counts == stats.counts and torch.equal(handle.stats.groups, stats.groups)
         torch.testing.assert_close(handle.stats.energies, stats.energies, atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_shuffles_as_torch_does():
+    shuffle = compiling.graph(partial(_shuffled, 576, 3), "inductor", torch.device("cpu"))
+    assert torch.equal(shuffle(torch.device("cpu")), _shuffled(576, 3, torch.device("cpu")))
 
 
 def test_every_setting_and_every_shape_has_one_graph(one, pair):

@@ -15,7 +15,8 @@ _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111
 
 def _shuffled(n: int, seed: int, device: torch.device) -> Tensor:
     """A permutation of 0 .. n-1 that depends on n and seed alone, computed on the device from hashed indices."""
-    x = (torch.arange(n, device=device) + (seed % 2**32 + 1) * 2**20) * _MIX[0]
+    # by "or", not "+": inductor would reckon sums of indices and their products out, beyond 64 bits
+    x = (torch.arange(n, device=device) | (seed % 2**32 + 1) << 20) * _MIX[0]
     x = (x ^ (x >> 30)) * _MIX[1]
     x = (x ^ (x >> 27)) * _MIX[2]
     return (x ^ (x >> 31)).argsort(stable=True)
