@@ -169,8 +169,7 @@ def contenders(
             yield made
         for alike in ways.values() if ORACLE in methods else ():
             if not alike[0].plan.reducer.shrinks_picture:
-                like = " ".join(dict.fromkeys(made.method for made in alike))
-                yield replace(_oracle(model, alike[0], plain), like=like)
+                yield _oracle(model, alike, plain)
 
 
 def _way(plan: Plan) -> tuple[Any, ...]:
@@ -194,8 +193,10 @@ def _merging(model: Any, name: str, asked: dict[str, Any], backend: str) -> Cont
     return Contender(method, variant, "", asked, own, own, attach(own, method, compiled=backend or False, **asked).plan)
 
 
-def _oracle(model: Any, made: Contender, plain: Any) -> Contender:
-    plan, own = made.plan, twin(model)
+def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
+    """The oracle of contenders that go the same way."""
+    made, own = alike[0], twin(model)
+    plan, like = made.plan, " ".join(dict.fromkeys(each.method for each in alike))
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
     preset = METHODS[made.method].settings if "counts" not in where else {}
     told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
@@ -205,4 +206,4 @@ def _oracle(model: Any, made: Contender, plain: Any) -> Contender:
     )
     if _way(handle.plan) != _way(plan):
         raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")
-    return replace(made, method=ORACLE, variant="", model=own, llm=plain, plan=handle.plan)
+    return replace(made, method=ORACLE, variant="", like=like, model=own, llm=plain, plan=handle.plan)

@@ -87,7 +87,7 @@ class Picture:
 
     @torch.inference_mode()
     def merge(self) -> list[torch.Tensor]:
-        """All that merging adds to the models' own work: what it looks at, matching, combining, a smaller picture.
+        """What merging does beside the models' own work: what it looks at, matching, combining, a smaller picture.
 
         What it makes comes back, else a compiler would leave it out.
         """

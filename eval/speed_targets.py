@@ -185,6 +185,6 @@ def growth(rows: list[Found]) -> str:
         figures = f"{float(row['ms']):.1f} | {float(row['pairs_share']):.0%} | {float(row['floor_ms']):.1f}"
         lines.append(f"| {row['tokens']} | {figures} | {row['mb']} | {row['whole_mb']} |")
     first, half = rows[0], next((row for row in rows if float(row["pairs_share"]) >= 0.5), None)
-    said = f"Half and more from {half['tokens']} tokens on. " if half else ""
-    about = f"{said}{first['processor']}, torch {first['torch']}, commit {first['commit']}, {first['date']}."
+    turn = f"Half and more from {half['tokens']} tokens on. " if half else ""
+    about = f"{turn}{first['processor']}, torch {first['torch']}, commit {first['commit']}, {first['date']}."
     return "\n".join([*lines, "", about])

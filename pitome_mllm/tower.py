@@ -192,9 +192,7 @@ def merging_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the tower: hand a new `Run` down to the layers, unless there is one already."""
-    if RUN in kwargs:  # a graph looks at nothing that belongs to a thread, else it would serve this one call only
-        return None
+    """Forward pre-hook of the tower: hand a new `Run` down to the layers."""
     plan = tower._pitome.active
     return None if plan is None else started(tower, plan, args, kwargs)
 
