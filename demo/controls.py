@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pitome_mllm.families import Geometry
 from pitome_mllm.plan import Plan
 from pitome_mllm.settings import DEFAULT_METHOD
-from pitome_mllm.specs import Geometry
 
 AMOUNTS = ("tokens", "ratio")
 OWN_PLACE = "the method's own"

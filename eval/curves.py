@@ -201,7 +201,7 @@ def whole(args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write the CSV."""
-    from pitome_mllm.specs import geometry
+    from pitome_mllm.families import geometry
 
     args = parser().parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pitome_mllm import METHODS
-from pitome_mllm.specs import geometry
+from pitome_mllm.families import geometry
 
 from .benchmark import PER_SCENE, SCENES
 from .curves import BLIND, KEEPS, PLACES, RESULTS, Setting, settings

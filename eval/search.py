@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from pitome_mllm.families import geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES
 from pitome_mllm.settings import Settings
-from pitome_mllm.specs import geometry
 
 from .benchmark import questions
 from .bootstrap import Bootstrap

@@ -70,7 +70,7 @@ def distances(
 ) -> dict[Setting, float]:
     """Mean spectral distance over pictures (I, 3, H, W), of every setting whose method forms groups."""
     from pitome_mllm import attach
-    from pitome_mllm.features import tower_features
+    from pitome_mllm.families.features import tower_features
     from pitome_mllm.spectral import TokenGraph
 
     wanted = list(wanted)
@@ -156,7 +156,7 @@ def check_same_model(rows: list[dict[str, str]], about: dict[str, str]) -> None:
 def measured(args: argparse.Namespace) -> tuple[list[Point], dict[str, Any]]:
     """The points as measured now, and where they come from."""
     from pitome_mllm.commands.options import progress
-    from pitome_mllm.features import pixel_values
+    from pitome_mllm.families.features import pixel_values
 
     if not 1 <= args.pictures <= SCENES:
         raise ValueError(f"--pictures {args.pictures} is not possible; choose 1 to {SCENES}")

@@ -15,9 +15,9 @@ import torch
 from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from pitome_mllm.families import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
-from pitome_mllm.specs import geometry
 
 from .clocks import Call, clock_name, in_turns, quantiles
 from .contenders import FROZEN, MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pitome_mllm import Attachment
 from pitome_mllm.compiling import graph
-from pitome_mllm.features import read
+from pitome_mllm.families import family_of, geometry
+from pitome_mllm.families.features import read
 from pitome_mllm.methods.pitome import PiToMe
 from pitome_mllm.prompt import Call as Prompt
-from pitome_mllm.specs import family_of, geometry
 
 from .clocks import Call
 from .contenders import MODES, Contender

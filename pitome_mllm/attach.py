@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import compiling, original, wiring
+from .families import FAMILIES, FamilySpec, Geometry, geometry
+from .families.packing import Places
+from .families.probe import probe
 from .methods import Reducer
-from .packing import Places
 from .plan import Plan, make_plan
-from .probe import probe
 from .prompt import Call
 from .settings import Settings
-from .specs import FAMILIES, FamilySpec, Geometry, geometry
 from .stats import Stats
 from .tiles import Encoded
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .features import PIXELS
+from .families.features import PIXELS
 
 if TYPE_CHECKING:
     from .attach import Attachment

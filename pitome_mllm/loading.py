@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import original
-from .specs import FAMILY_OF_CONFIG, geometry
+from .families import FAMILY_OF_CONFIG, geometry
 
 TINY = Path(__file__).with_name("tiny")
 BITS = (4, 8)

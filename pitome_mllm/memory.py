@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .accounting import itemsize, kv_bytes_per_token, resolve, row_lengths
+from .families import FAMILY_OF_CONFIG, family_of
 from .latency import at_least
 from .methods import Reducer
 from .plan import Plan
-from .specs import FAMILY_OF_CONFIG, family_of
 
 BITS = (4, 8)
 NF4_BLOCK = 64  # weights that share one float32 scale, as bitsandbytes has it by default

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import tower as towers
-from .packing import Packed, Places
-from .specs import ANYWHERE, IN_TOWER, FamilySpec, Geometry
+from .families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
+from .families.packing import Packed, Places
 from .stats import Stats
 from .tiles import merged_parts, merged_tiles
 from .tower import RUN, MergingLayer, Run

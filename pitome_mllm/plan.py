@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .families import Geometry
 from .methods import Reducer
 from .schedule import Schedule, rounds, target_count
 from .settings import HOW, Settings, settled
-from .specs import Geometry
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import language, tiles
-from .features import pixels_in
+from .families.features import pixels_in
 from .inputs import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
 from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .families import Geometry
 from .methods import METHODS, Reducer, get_method, unknown
 from .schedule import SHAPES
-from .specs import Geometry
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from .families.packing import Packed
 from .methods import Merge
-from .packing import Packed
 from .plan import Plan
 
 

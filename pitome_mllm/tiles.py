@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .families.packing import Packed, Places, of_parts, part_keeps, survivors
 from .merging import merge_rounds
 from .methods import Merge
-from .packing import Packed, Places, of_parts, part_keeps, survivors
 from .plan import Plan
 from .schedule import rounds
 from .stats import Stats

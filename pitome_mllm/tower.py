@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import read, write
+from .families import PLAIN_BACKENDS, TowerSpec
+from .families.features import read, write
 from .merging import Clues, merge_once, merge_rounds
 from .methods import Merge
 from .methods.pooling import cells
 from .plan import Plan
-from .specs import PLAIN_BACKENDS, TowerSpec
 from .stats import Stats
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers

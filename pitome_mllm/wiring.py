@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import compiling, language, original, prompt, tiles, tower
-from .specs import TOWERS, TowerSpec
+from .families import TOWERS, TowerSpec
 
 if TYPE_CHECKING:
     from .attach import Attachment

@@ -7,7 +7,7 @@ from pathlib import Path
 from families import FAMILIES, Family
 from models import tokenizer
 
-from pitome_mllm import specs
+from pitome_mllm import families
 from pitome_mllm.original import MODELS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -31,14 +31,14 @@ def row(family: Family) -> tuple[str, ...]:
     processor = type(getattr(made, "processor", made)).__name__
     tower = "yes" if "tower" in family.wheres else "no"
     places = ", ".join(family.wheres)
-    known = specs.FAMILIES.get(family.model)
+    known = families.FAMILIES.get(family.model)
     videos = f"no: {known.videos}" if known and known.videos else ""
     return (family.title, f"`{family.model}`", tower, "yes", places, "yes", "yes", videos, f"`{processor}`")
 
 
 def original(name: str) -> tuple[str, ...]:
     """A model of the original llava package, whose tests are in tests/original."""
-    places = f"{', '.join(specs.IN_TOWER)}; with anyres also packed"
+    places = f"{', '.join(families.IN_TOWER)}; with anyres also packed"
     functions = "the package's `process_images` and `tokenizer_image_token` (`make test-llava`)"
     return ("original llava package", f"`{name}`", "yes", "yes", places, "yes", "not tested", "", functions)
 

@@ -9,9 +9,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from pitome_mllm.families import Geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
-from pitome_mllm.specs import Geometry
 from pitome_mllm_eval import accuracy, curves, documents, report, runs
 from pitome_mllm_eval.accuracy_plot import panels
 from pitome_mllm_eval.bootstrap import Bootstrap

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig
 
 from pitome_mllm import attach, estimate
-from pitome_mllm.specs import FAMILIES as SPECS
+from pitome_mllm.families import FAMILIES as SPECS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*"),

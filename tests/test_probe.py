@@ -11,8 +11,8 @@ from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, WIDTH, clip, config, l
 from models import scale_weights
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.probe import probe
-from pitome_mllm.specs import geometry
+from pitome_mllm.families import geometry
+from pitome_mllm.families.probe import probe
 
 DEEPSEEK = BY_TITLE["DeepSeek-VL (found by probing)"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pitome_mllm import attach, load, spectral_distance
-from pitome_mllm.features import pixel_values, tower_features
+from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm_eval import spectra
 from pitome_mllm_eval.benchmark import scene
 from pitome_mllm_eval.curves import Setting

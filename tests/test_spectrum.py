@@ -12,7 +12,7 @@ from PIL import Image
 
 from pitome_mllm import METHODS, attach, spectral_distance
 from pitome_mllm.commands import spectrum
-from pitome_mllm.features import pixel_values, tower_features
+from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import Merge, Method, Reducer
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import picture
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.packing import Places, of_parts, part_keeps, survivors
+from pitome_mllm.families.packing import Places, of_parts, part_keeps, survivors
 from pitome_mllm.schedule import rounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pitome_mllm import attach
 from pitome_mllm.commands.groups import step_rows
-from pitome_mllm.features import pixel_values
+from pitome_mllm.families.features import pixel_values
 from pitome_mllm.visualize import (
     PALETTE,
     below,

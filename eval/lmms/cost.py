@@ -14,8 +14,8 @@ from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.accounting import MLP_MATRICES
+from pitome_mllm.families import geometry
 from pitome_mllm.latency import now, timed_tower
-from pitome_mllm.specs import geometry
 
 
 @dataclass

@@ -90,7 +90,7 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     The FLOPs of an LLM that `accounting` does not know stay None, as those of pictures cut into tiles.
     """
     from ..accounting import MLP_MATRICES, estimate, kv_bytes_per_token
-    from ..specs import geometry
+    from ..families import geometry
 
     if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).tiled:
         cached = run.prompt_tokens + TIMED_TOKENS - 1

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    from ..features import pixel_values
+    from ..families.features import pixel_values
     from ..methods import METHODS
 
     methods = options.method or list(METHODS)
@@ -97,9 +97,9 @@ def compare(
     ------
     ValueError : a keep out of range, or settings of which none is possible.
     """
-    from ..features import tower_features
+    from ..families import geometry
+    from ..families.features import tower_features
     from ..schedule import target_count
-    from ..specs import geometry
     from ..spectral import TokenGraph
 
     counts = [target_count(keep, geometry(model.config).available) for keep in keeps]
@@ -119,7 +119,7 @@ def _distance(
 ) -> float | None:
     """One figure; where it does not exist, None, and the reason goes to ``found.why``."""
     from ..attach import attach
-    from ..features import tower_features
+    from ..families.features import tower_features
 
     try:
         with attach(model, method, keep=keep, where=where) as handle:

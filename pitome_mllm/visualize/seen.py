@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..features import pixels_in
+from ..families.features import pixels_in
 
 
 def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:

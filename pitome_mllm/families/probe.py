@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .specs import FAMILIES, IN_TOWER, TOWER_OF_CONFIG, TOWERS, FamilySpec, Geometry, llm_obstacle
+from . import FAMILIES, IN_TOWER, TOWER_OF_CONFIG, TOWERS, FamilySpec, Geometry, llm_obstacle
 
 logger = logging.getLogger(__name__)
 
