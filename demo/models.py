@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pitome_mllm import attach, estimate, load
-from pitome_mllm.accounting import MLP_MATRICES, kv_bytes_per_token
+from pitome_mllm.costs.flops import MLP_MATRICES, kv_bytes_per_token
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.loading import check_bits, read_config
 from pitome_mllm.plan import Plan, make_plan

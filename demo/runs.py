@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from pitome_mllm.costs.latency import now, timed_tower
 from pitome_mllm.families.features import pixel_values, tower_features
-from pitome_mllm.latency import now, timed_tower
 from pitome_mllm.plan import Plan
 
 from .controls import Controls

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pitome_mllm import Attachment, attach
+from pitome_mllm.costs.published import SHAPES, Shape, get_shape
 from pitome_mllm.families import FAMILY_OF_CONFIG
 from pitome_mllm.methods import METHODS, Merge, Reducer, unknown
 from pitome_mllm.plan import Plan
-from pitome_mllm.shapes import SHAPES, Shape, get_shape
 
 # What --mode means for everything that is compared: the ``compiled`` of `attach`. Frozen graphs hold the weights as
 # constants, packed for their products, as TORCHINDUCTOR_FREEZING=1 makes them.

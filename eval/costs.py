@@ -51,7 +51,7 @@ class Cost:
 
 def config_of(shape: str) -> Any:
     """The configuration behind a name in `SHAPES`."""
-    from pitome_mllm.shapes import get_shape
+    from pitome_mllm.costs.published import get_shape
 
     from .tiny_model import build_config
 

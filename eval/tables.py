@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pitome_mllm import METHODS, estimate
-from pitome_mllm.memory import weight_bytes
+from pitome_mllm.costs.memory import weight_bytes
 
 PLAIN = "none"
 RELATIVE = "relative"  # mean over a table's tasks of what a run keeps of the plain model's figure, in per cent
@@ -227,7 +227,7 @@ def downloads(table: Table, local: bool) -> list[str]:
 
 def config_of(model: str) -> Any:
     """The configuration of a model of the tables, or of one that is here; nothing is fetched."""
+    from pitome_mllm.costs.published import get_shape
     from pitome_mllm.loading import read_config
-    from pitome_mllm.shapes import get_shape
 
     return get_shape(SHAPE_OF[model]).config() if model in SHAPE_OF else read_config(model)

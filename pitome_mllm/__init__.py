@@ -3,8 +3,8 @@
 Read `attach` first.
 """
 
-from .accounting import estimate
 from .attach import Attachment, attach
+from .costs.flops import estimate
 from .loading import load
 from .methods import METHODS, get_method
 from .schedule import Schedule

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionModel
 
 from pitome_mllm import attach, load
-from pitome_mllm.accounting import MLP_MATRICES, Timing, estimate, measure
+from pitome_mllm.costs.flops import MLP_MATRICES, Timing, estimate, measure
 
 TEXT = len(QUESTION.split())  # the placeholder left out, <s> added
 

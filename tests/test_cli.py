@@ -16,8 +16,8 @@ from models import processor as plain_processor
 from PIL import Image
 
 from pitome_mllm import METHODS, __version__, attach, cli
-from pitome_mllm.accounting import MLP_MATRICES
 from pitome_mllm.commands.groups import drawing
+from pitome_mllm.costs.flops import MLP_MATRICES
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")

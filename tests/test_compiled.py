@@ -22,7 +22,7 @@ from torch._inductor import config as inductor
 from torch.utils._pytree import tree_map_only
 
 from pitome_mllm import METHODS, attach, compiling
-from pitome_mllm.latency import timed_tower
+from pitome_mllm.costs.latency import timed_tower
 from pitome_mllm.methods.baselines import _shuffled
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm.settings import BACKENDS

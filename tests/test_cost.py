@@ -12,8 +12,8 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalG
 
 from pitome_mllm import estimate
 from pitome_mllm.commands.cost_tables import Costs, mae_h_settings, section
-from pitome_mllm.memory import largest_batch
-from pitome_mllm.shapes import SHAPES, get_shape
+from pitome_mllm.costs.memory import largest_batch
+from pitome_mllm.costs.published import SHAPES, get_shape
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cost.md"
 

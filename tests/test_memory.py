@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pitome_mllm import attach, load
-from pitome_mllm.accounting import estimate
-from pitome_mllm.memory import footprint, largest_batch, weight_bytes
-from pitome_mllm.shapes import SHAPES
+from pitome_mllm.costs.flops import estimate
+from pitome_mllm.costs.memory import footprint, largest_batch, weight_bytes
+from pitome_mllm.costs.published import SHAPES
 
 TEXT = len(QUESTION.split())
 

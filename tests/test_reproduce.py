@@ -14,7 +14,7 @@ from checks import command_line
 
 from pitome_mllm import METHODS, estimate, load
 from pitome_mllm.commands.reproduce import NAMES
-from pitome_mllm.shapes import get_shape
+from pitome_mllm.costs.published import get_shape
 from pitome_mllm_eval import identity
 from pitome_mllm_eval.intervals import draws, interval
 from pitome_mllm_eval.lmms import report

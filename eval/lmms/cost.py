@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from pitome_mllm import estimate
-from pitome_mllm.accounting import MLP_MATRICES
+from pitome_mllm.costs.flops import MLP_MATRICES
+from pitome_mllm.costs.latency import now, timed_tower
 from pitome_mllm.families import geometry
-from pitome_mllm.latency import now, timed_tower
 
 
 @dataclass

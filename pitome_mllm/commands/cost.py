@@ -29,7 +29,7 @@ A multiply-add counts as two FLOPs, and only matrix products and convolutions co
 merging, that of the LLM the projector. `ratio` is the share of its patches that every block keeps, `keep` the patches
 (of every tile) that are left in the end. The KV cache is in float16.
 
-The largest batch is what `pitome_mllm.memory.largest_batch` says for {memory:g} GB (10^9 bytes) and {weights} weights:
+The largest batch is what `pitome_mllm.costs.memory.largest_batch` says for {memory:g} GB (10^9 bytes) and {weights} weights:
 weights, KV cache and a bound on activations, without what the driver of a GPU takes."""
 
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    from ..shapes import SHAPES, get_shape
+    from ..costs.published import SHAPES, get_shape
     from .cost_tables import Costs, section
 
     check_method(options.method)

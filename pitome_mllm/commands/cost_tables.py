@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from ..accounting import Estimate, estimate
-from ..memory import largest_batch, weight_bytes
-from ..shapes import Shape
+from ..costs.flops import Estimate, estimate
+from ..costs.memory import largest_batch, weight_bytes
+from ..costs.published import Shape
 
 STEPS = 200  # ratios are looked for in steps of 1 / 200
 PAPER_MAE = (167.4, 92.8)  # GFLOPs of the plain and the merged ViT-MAE-H in the paper

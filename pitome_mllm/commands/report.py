@@ -70,7 +70,7 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
     inputs : of one picture and prompt.
     handle : of the attached model.
     """
-    from ..accounting import measure
+    from ..costs.flops import measure
 
     seen: dict[str, list[Any]] = {run.mode: [] for run in runs}
     with progress("Timing", total=(repeats + 1) * len(runs)) as advance:
@@ -89,7 +89,7 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
 
     The FLOPs of an LLM that `accounting` does not know stay None, as those of pictures cut into tiles.
     """
-    from ..accounting import MLP_MATRICES, estimate, kv_bytes_per_token
+    from ..costs.flops import MLP_MATRICES, estimate, kv_bytes_per_token
     from ..families import geometry
 
     if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).tiled:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .accounting import itemsize, kv_bytes_per_token, resolve, row_lengths
-from .families import FAMILY_OF_CONFIG, family_of
+from ..families import FAMILY_OF_CONFIG, family_of
+from ..methods import Reducer
+from ..plan import Plan
+from .flops import itemsize, kv_bytes_per_token, resolve, row_lengths
 from .latency import at_least
-from .methods import Reducer
-from .plan import Plan
 
 BITS = (4, 8)
 NF4_BLOCK = 64  # weights that share one float32 scale, as bitsandbytes has it by default

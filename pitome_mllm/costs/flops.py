@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .families import TOWER_OF_CONFIG, TOWERS, Geometry, geometry
+from ..families import TOWER_OF_CONFIG, TOWERS, Geometry, geometry
+from ..methods import Reducer
+from ..plan import Plan, make_plan
+from ..settings import Settings
 from .latency import Latency, Timing, at_least, measure
-from .methods import Reducer
-from .plan import Plan, make_plan
-from .settings import Settings
 
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {

@@ -1,0 +1,1 @@
+"""What a model with merging costs: FLOPs, memory, time; and the shapes of published models."""
