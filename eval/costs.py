@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from pitome_mllm.families import geometry
+from pitome_mllm.hooks.tower import Run, smaller_picture
 from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
-from pitome_mllm.tower import Run, smaller_picture
 
 from .clocks import quantiles
 from .curves import KEEPS, PLACES, Setting, settings

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from pitome_mllm import Attachment
-from pitome_mllm.compiling import graph
 from pitome_mllm.families import family_of, geometry
 from pitome_mllm.families.features import read
+from pitome_mllm.hooks.graphs import graph
+from pitome_mllm.hooks.prompt import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
-from pitome_mllm.prompt import Call as Prompt
 
 from .clocks import Call
 from .contenders import MODES, Contender

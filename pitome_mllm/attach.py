@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import compiling, original, wiring
 from .families import FAMILIES, FamilySpec, Geometry, geometry
 from .families.packing import Places
 from .families.probe import probe
+from .hooks import graphs, install, llava_package
+from .hooks.prompt import Call
+from .hooks.tiles import Encoded
 from .methods import Reducer
 from .plan import Plan, make_plan
-from .prompt import Call
 from .settings import Settings
 from .stats import Stats
-from .tiles import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Attachment:
         self.family, self.geometry = _known(model) or probe(model)
         self.settings = settings
         self._threads = _Threads()
-        self.graphs = compiling.Graphs()
+        self.graphs = graphs.Graphs()
         self.projector: nn.Module = model.get_submodule(self.family.projector)
         self.tower: nn.Module = model.get_submodule(self.family.tower)
         self.language: nn.Module = model.get_submodule(self.family.language)
@@ -71,7 +71,7 @@ class Attachment:
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
         self.told_of_videos = False
         self._plan = make_plan(settings, self.geometry)
-        wiring.install(self)
+        install.install(self)
 
     @classmethod
     def of(cls, model: nn.Module) -> Attachment | None:
@@ -115,8 +115,8 @@ class Attachment:
     def _planned(self, settings: Settings) -> Plan:
         """What ``settings`` mean for this model, whose tower is made ready for it."""
         plan = make_plan(settings, self.geometry)
-        compiling.check(self.tower, plan)
-        compiling.prepare(self.tower, plan)
+        graphs.check(self.tower, plan)
+        graphs.prepare(self.tower, plan)
         return plan
 
     @contextmanager
@@ -148,7 +148,7 @@ class Attachment:
         """
         if Attachment.of(self.model) is not self:
             return
-        wiring.uninstall(self)
+        install.uninstall(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -164,8 +164,8 @@ class Attachment:
         return {k: v for k, v in vars(self).items() if k not in ("_threads", "graphs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _threads=_Threads(), graphs=compiling.Graphs())
-        compiling.prepare(self.tower, self._plan)
+        vars(self).update(state, _threads=_Threads(), graphs=graphs.Graphs())
+        graphs.prepare(self.tower, self._plan)
 
 
 def attach(model: nn.Module, method: str | Reducer | None = None, **settings: Any) -> Attachment:
@@ -233,8 +233,8 @@ def _describe(plan: Plan) -> str:
 
 def _known(model: nn.Module) -> tuple[FamilySpec, Geometry] | None:
     """The row of a model, by the name of its class or of one it derives from, and its geometry; None if it has none."""
-    if original.is_original(model):
-        return original.describe(model)
+    if llava_package.is_original(model):
+        return llava_package.describe(model)
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
     return None if name is None else (FAMILIES[name], geometry(model.config))
 

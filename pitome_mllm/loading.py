@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import original
 from .families import FAMILY_OF_CONFIG, geometry
+from .hooks import llava_package
 
 TINY = Path(__file__).with_name("tiny")
 BITS = (4, 8)
@@ -53,7 +53,7 @@ def load(
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
     if architecture is not None:
-        return original.load(source, architecture, dtype, placement)
+        return llava_package.load(source, architecture, dtype, placement)
     config = read_config(name_or_path)
     options: dict[str, Any] = {"dtype": dtype, "device_map": placement}
     if bits is not None:
@@ -131,7 +131,7 @@ def _original_architecture(source: str) -> str | None:
         architectures = PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
     except (OSError, ValueError):  # read_config says what is wrong with it
         return None
-    return next((name for name in architectures if name in original.MODELS), None)
+    return next((name for name in architectures if name in llava_package.MODELS), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,8 +13,9 @@ from models import PATCH, PATCHES, QUESTION, build, picture, processor
 from torch import Tensor
 from transformers import DynamicCache
 
-from pitome_mllm import METHODS, attach, get_method, language
-from pitome_mllm.language import biased_mask
+from pitome_mllm import METHODS, attach, get_method
+from pitome_mllm.hooks import llm
+from pitome_mllm.hooks.llm import biased_mask
 from pitome_mllm.methods import Merge, Reducer
 
 NEEDING_ATTENTION = [name for name, method in METHODS.items() if "attention" in method.reducer.needs]
@@ -191,7 +192,7 @@ def test_a_cache_of_other_rows_is_refused():
     """Beams repeat every row; anything else would give sizes to the wrong rows."""
     past = DynamicCache()
     past.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
-    language.mark(past, torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
-    assert language.continued(past, torch.zeros(4, 1)).tolist() == [[0, 1, 2, 0]] * 2 + [[3, 4, 5, 0]] * 2
+    llm.mark(past, torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
+    assert llm.continued(past, torch.zeros(4, 1)).tolist() == [[0, 1, 2, 0]] * 2 + [[3, 4, 5, 0]] * 2
     with pytest.raises(ValueError, match="filled with 2 rows; got 3"):
-        language.continued(past, torch.zeros(3, 1))
+        llm.continued(past, torch.zeros(3, 1))

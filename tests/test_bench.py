@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import is_flash_attn_2_available
 
 from pitome_mllm import METHODS, attach, cli, estimate
-from pitome_mllm.compiling import graph
 from pitome_mllm.families.features import tower_features
+from pitome_mllm.hooks.graphs import graph
 from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,12 +21,13 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils._pytree import tree_map_only
 
-from pitome_mllm import METHODS, attach, compiling
+from pitome_mllm import METHODS, attach
 from pitome_mllm.costs.latency import timed_tower
+from pitome_mllm.hooks import graphs
+from pitome_mllm.hooks.turns import Turns
 from pitome_mllm.methods.baselines import _shuffled
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm.settings import BACKENDS
-from pitome_mllm.turns import Turns
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_inductor_keeps_counts_and_answers_within_its_rounding(pair):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_shuffles_as_torch_does():
-    shuffle = compiling.graph(partial(_shuffled, 576, 3), "inductor", torch.device("cpu"))
+    shuffle = graphs.graph(partial(_shuffled, 576, 3), "inductor", torch.device("cpu"))
     assert torch.equal(shuffle(torch.device("cpu")), _shuffled(576, 3, torch.device("cpu")))
 
 
@@ -194,7 +195,7 @@ def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
     """transformers says that hidden states are not recorded thread-safely while something compiles."""
     model = build(layers=1, feature_layer=-1)
     handle = attach(model, "tome", keep=500, compiled="eager")
-    making, go, entered, make = threading.Event(), threading.Event(), threading.Event(), compiling.graph
+    making, go, entered, make = threading.Event(), threading.Event(), threading.Event(), graphs.graph
 
     def slow(*args):
         making.set()
@@ -395,13 +396,13 @@ def test_the_reason_is_what_the_backend_raised():
     def backend(graph, inputs):
         raise NotImplementedError("no such operator\nand more")
 
-    doubled = compiling.graph(lambda x: x + x, backend, torch.device("cpu"))
+    doubled = graphs.graph(lambda x: x + x, backend, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="could not compile on cpu: no such operator; compiled=False runs without"):
         doubled(torch.ones(2))
 
 
 def test_a_graph_that_torch_would_make_too_often_says_so():
-    doubled = compiling.graph(lambda x: x + x, "eager", torch.device("cpu"))
+    doubled = graphs.graph(lambda x: x + x, "eager", torch.device("cpu"))
     with dynamo.patch(cache_size_limit=1), pytest.raises(RuntimeError, match="'eager' could not compile on cpu: "):
         doubled(torch.ones(2)), doubled(torch.ones(3))
 
@@ -418,7 +419,7 @@ def test_a_cuda_graph_needs_a_cuda_device(one):
     model = build(layers=3)
     with pytest.raises(ValueError, match="compiled='cudagraphs' needs the model on a CUDA device, got cpu"):
         attach(model, keep=144, compiled="cudagraphs")
-    assert not hasattr(model, "_pitome") and compiling.CALL not in vars(model.model.vision_tower)
+    assert not hasattr(model, "_pitome") and graphs.CALL not in vars(model.model.vision_tower)
     with attach(model, keep=144) as handle, pytest.raises(ValueError, match="needs the model on a CUDA device"):
         handle.update(compiled="cudagraphs")
     assert "cudagraphs" in BACKENDS
@@ -465,14 +466,14 @@ def test_a_tower_that_the_caller_compiled_is_left_to_them(how):
         attach(model, keep=144, compiled=True)
     with attach(model, keep=144):
         pass
-    assert how == "function" or vars(model.model.vision_tower)[compiling.CALL] is not None
+    assert how == "function" or vars(model.model.vision_tower)[graphs.CALL] is not None
 
 
 def test_what_a_cuda_graph_gives_is_copied(monkeypatch):
     """Its memory is written again by the next launch."""
     x = torch.ones(2)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    made = compiling.graph(lambda: {"a": (x, 1)}, "cudagraphs", torch.device("cuda"))
+    made = graphs.graph(lambda: {"a": (x, 1)}, "cudagraphs", torch.device("cuda"))
     x_copy = made()["a"][0]
     assert torch.equal(x_copy, x) and x_copy.data_ptr() != x.data_ptr()
-    assert compiling.graph(lambda: x, "eager", torch.device("cpu"))() is x
+    assert graphs.graph(lambda: x, "eager", torch.device("cpu"))() is x

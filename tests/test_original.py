@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
 
 from pitome_mllm import attach
-from pitome_mllm.original import IMAGE, PREPARE, SIGNATURES, pack
+from pitome_mllm.hooks.llava_package import IMAGE, PREPARE, SIGNATURES, pack
 
 SIDE, PATCH, WIDTH, BLOCKS = 16, 4, 8, 3
 PATCHES = (SIDE // PATCH) ** 2

@@ -13,9 +13,9 @@ import pytest
 
 from pitome_mllm import METHODS
 from pitome_mllm.families import Geometry
+from pitome_mllm.hooks.tower import Run
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
-from pitome_mllm.tower import Run
 from pitome_mllm_eval import costs, documents, report, runs, search
 from pitome_mllm_eval.curves import Setting, settings
 from pitome_mllm_eval.gates import every_setting

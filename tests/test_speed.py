@@ -10,9 +10,9 @@ import torch
 from models import build
 
 from pitome_mllm import attach, get_method
+from pitome_mllm.hooks.prompt import Call
 from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
-from pitome_mllm.prompt import Call
 from pitome_mllm_eval import contenders, growth, handles, profiled, speed_report, speed_rows, speed_targets
 from pitome_mllm_eval.growth import Merging
 from pitome_mllm_eval.peak import Alive

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pitome_mllm.tiles import at_most
+from pitome_mllm.hooks.tiles import at_most
 
 from .asked import Asked
 

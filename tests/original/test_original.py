@@ -15,7 +15,7 @@ from shrunken import BLOCKS, IMAGE, LAYOUTS, PATCHES, build, inputs, lengths, pi
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from pitome_mllm import attach, get_method, load
-from pitome_mllm.original import SIGNATURES
+from pitome_mllm.hooks.llava_package import SIGNATURES
 
 WHERES = ("tower", "projector", "both")
 CASES = [("square", where) for where in WHERES]

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .families.features import PIXELS
+from ..families.features import PIXELS
 
 if TYPE_CHECKING:
-    from .attach import Attachment
-    from .plan import Plan
+    from ..attach import Attachment
+    from ..plan import Plan
 
 ADVICE = "use the model's own processor, and pass its whole output"
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", *PIXELS)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
+from ..families.packing import Packed, Places
+from ..stats import Stats
 from . import tower as towers
-from .families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
-from .families.packing import Packed, Places
-from .stats import Stats
 from .tiles import merged_parts, merged_tiles
 from .tower import RUN, MergingLayer, Run
 

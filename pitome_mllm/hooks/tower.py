@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .families import PLAIN_BACKENDS, TowerSpec
-from .families.features import read, write
+from ..families import PLAIN_BACKENDS, TowerSpec
+from ..families.features import read, write
+from ..methods import Merge
+from ..methods.pooling import cells
+from ..plan import Plan
+from ..stats import Stats
 from .merging import Clues, merge_once, merge_rounds
-from .methods import Merge
-from .methods.pooling import cells
-from .plan import Plan
-from .stats import Stats
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import language, tiles
-from .families.features import pixels_in
-from .inputs import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
-from .placeholders import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
+from ..families.features import pixels_in
+from . import llm, tiles
+from .layout import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
+from .validate import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
 
 if TYPE_CHECKING:
-    from .attach import Attachment
+    from ..attach import Attachment
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +294,6 @@ def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     state, past = model._pitome.state, getattr(output, "past_key_values", None)
     if state.call is not None:
         _mark(past, state.call.layout)
-    if state.log_size is not None and language.marked(past) is None:
-        language.mark(past, state.log_size)
+    if state.log_size is not None and llm.marked(past) is None:
+        llm.mark(past, state.log_size)
     state.call = state.log_size = None

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .methods import Merge
-from .plan import Plan
+from ..methods import Merge
+from ..plan import Plan
 
 # What a block tells about its tokens: "keys" (B, N, C / heads), mean over heads; "attention" (B, N, 1) that they get
 # from the class token, mean over heads. Merged tokens carry their means.

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .families.packing import Packed, Places, of_parts, part_keeps, survivors
+from ..families.packing import Packed, Places, of_parts, part_keeps, survivors
+from ..methods import Merge
+from ..plan import Plan
+from ..schedule import rounds
+from ..stats import Stats
 from .merging import merge_rounds
-from .methods import Merge
-from .plan import Plan
-from .schedule import rounds
-from .stats import Stats
 
 if TYPE_CHECKING:
-    from .attach import Attachment
+    from ..attach import Attachment
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .families import PLAIN_BACKENDS, llm_obstacle
-from .placeholders import at_placeholders, place_pictures
+from ..families import PLAIN_BACKENDS, llm_obstacle
+from .layout import at_placeholders, place_pictures
 
 if TYPE_CHECKING:
     from .prompt import Call

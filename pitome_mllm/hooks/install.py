@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import compiling, language, original, prompt, tiles, tower
-from .families import TOWERS, TowerSpec
+from ..families import TOWERS, TowerSpec
+from . import graphs, llava_package, llm, prompt, tiles, tower
 
 if TYPE_CHECKING:
-    from .attach import Attachment
+    from ..attach import Attachment
 
 # Every hook we register: the table of the module it lives in, and the function.
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
@@ -24,22 +24,22 @@ _HOOKS = (
     tower.catch_query,
     prompt.before_forward,
     prompt.after_forward,
-    language.before_language,
+    llm.before_language,
     tiles.after_projector,
-    original.start_run,
-    original.finish_run,
+    llava_package.start_run,
+    llava_package.finish_run,
 )
 
 
 def install(handle: Attachment) -> None:
     """Put everything on the model; ValueError, with nothing done, if its tower is not what family and plan say."""
-    compiling.check(handle.tower, handle.plan)
+    graphs.check(handle.tower, handle.plan)
     if handle.geometry.merges_in_tower:
         _hook_tower(handle)
     if not handle.family.original:
         handle.model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
         handle.model.register_forward_hook(prompt.after_forward, with_kwargs=True)
-        handle.language.register_forward_pre_hook(language.before_language, with_kwargs=True)
+        handle.language.register_forward_pre_hook(llm.before_language, with_kwargs=True)
     if handle.family.tiles == "connector":
         handle.projector.register_forward_hook(tiles.after_projector)
     for module in _marked(handle):
@@ -47,12 +47,12 @@ def install(handle: Attachment) -> None:
     handle.replaced = {name: vars(owner).get(name) for owner, name, _ in _methods(handle)}
     for owner, name, make in _methods(handle):
         setattr(owner, name, MethodType(make(owner), owner))
-    compiling.prepare(handle.tower, handle.plan)
+    graphs.prepare(handle.tower, handle.plan)
 
 
 def uninstall(handle: Attachment) -> None:
     """Take everything off again."""
-    compiling.uninstall(handle.tower)
+    graphs.uninstall(handle.tower)
     for owner, name, _ in _methods(handle):
         if handle.replaced[name] is None:
             delattr(owner, name)
@@ -82,7 +82,7 @@ def _marked(handle: Attachment) -> list[nn.Module]:
 def _methods(handle: Attachment) -> list[tuple[nn.Module, str, Callable]]:
     """Methods that instances get in place of their class's: whose, which, and what makes them."""
     if handle.family.original:
-        return [(handle.model, original.PREPARE, original.preparing_like)] if handle.geometry.tiled else []
+        return [(handle.model, llava_package.PREPARE, llava_package.preparing_like)] if handle.geometry.tiled else []
     methods = [(handle.model, "generate", generate_like)]
     if handle.family.tiles == "anyres":
         methods.append((handle.core, "pack_image_features", tiles.packing_like))

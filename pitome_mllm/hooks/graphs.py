@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..plan import Plan
 from . import tower as towers
-from .plan import Plan
 from .turns import Turns
 
 CALL = "_compiled_call_impl"  # where `nn.Module.__call__` looks for a compiled call
