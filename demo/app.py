@@ -17,7 +17,7 @@ os.environ |= {
 import gradio as gr
 
 from pitome_mllm import METHODS
-from pitome_mllm.commands.uploads import FORMATS, MAX_BYTES
+from pitome_mllm.serving.uploads import FORMATS, MAX_BYTES
 from pitome_mllm.settings import DEFAULT_METHOD
 
 from . import examples

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pitome_mllm.commands.uploads import read_upload
+from pitome_mllm.serving.uploads import read_upload
 
 THUMBNAIL = 220
 

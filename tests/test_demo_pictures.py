@@ -9,7 +9,7 @@ from bombs import png_of
 from models import picture
 from PIL import Image
 
-from pitome_mllm.commands.uploads import FORMATS, MAX_BYTES, MAX_SIDE
+from pitome_mllm.serving.uploads import FORMATS, MAX_BYTES, MAX_SIDE
 from pitome_mllm_demo.pictures import data_uri, open_upload
 
 

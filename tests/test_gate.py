@@ -16,8 +16,8 @@ from models import picture
 from PIL import Image
 
 from pitome_mllm import cli
-from pitome_mllm.commands import gate
-from pitome_mllm.commands.gate import Gate
+from pitome_mllm.serving import gate
+from pitome_mllm.serving.gate import Gate
 
 
 def data_url(data, kind="image/png"):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from .gate import Gate
+from ..serving.gate import Gate
 from .options import add_merging, add_model, check_method, merging, open_model
 
 
