@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pitome_mllm.commands.inputs import check_question
+from pitome_mllm.commands._inputs import check_question
 
 NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
 

@@ -155,7 +155,7 @@ def check_same_model(rows: list[dict[str, str]], about: dict[str, str]) -> None:
 
 def measured(args: argparse.Namespace) -> tuple[list[Point], dict[str, Any]]:
     """The points as measured now, and where they come from."""
-    from pitome_mllm.commands.options import progress
+    from pitome_mllm.commands._options import progress
     from pitome_mllm.families.features import pixel_values
 
     if not 1 <= args.pictures <= SCENES:

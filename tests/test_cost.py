@@ -11,7 +11,7 @@ from checks import command_line
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from pitome_mllm import estimate
-from pitome_mllm.commands.cost_tables import Costs, mae_h_settings, section
+from pitome_mllm.commands._cost_tables import Costs, mae_h_settings, section
 from pitome_mllm.costs.memory import largest_batch
 from pitome_mllm.costs.published import SHAPES, get_shape
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import Any
 
+from ._inputs import Subject, encode, read_subject
+from ._options import add_merging, add_model, add_subject, check_method, merging, open_model
+from ._report import TIMED_TOKENS, Run, add_costs, add_times, describe_device, in_mode, print_comparison, print_json
 from .groups import check_picture_file, drawing, write_picture
-from .inputs import Subject, encode, read_subject
-from .options import add_merging, add_model, add_subject, check_method, merging, open_model
-from .report import TIMED_TOKENS, Run, add_costs, add_times, describe_device, in_mode, print_comparison, print_json
 
 NEW_TOKENS = 64  # longest answer where neither the command line nor the model sets a limit
 

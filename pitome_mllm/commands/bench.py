@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._companion import companion
-from .options import keep
+from ._options import keep
 
 METHODS = "pitome pitome-tuned tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()
 MODES = """for all alike: eager, compile, frozen (compiled, with weights packed for their products) or cudagraph (exact,

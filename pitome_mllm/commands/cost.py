@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .options import check_method, keep, progress
+from ._options import check_method, keep, progress
 
 RATIOS, KEEPS = (0.975, 0.95, 0.925, 0.9), (0.5, 0.25, 0.125)
 COLUMNS = {  # field of Row: its heading and how it is written; columns without any figure are left out
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     ValueError : a mistake the user can mend, in one sentence.
     """
     from ..costs.published import SHAPES, get_shape
-    from .cost_tables import Costs, section
+    from ._cost_tables import Costs, section
 
     check_method(options.method)
     asked = {name: getattr(options, name) for name in ("method", "text_tokens", "new_tokens", "bits")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._companion import companion
-from .options import add_model
+from ._options import add_model
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from .inputs import encode, read_subject
-from .options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
+from ._inputs import encode, read_subject
+from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
 
 CAPTIONS = {  # by what is drawn: what its marks mean
     "outline": "An outline: patches of one visual token. Dot: stayed alone. Diamond: protected. Hatched: dropped.",

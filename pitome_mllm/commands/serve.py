@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from ..serving.gate import Gate
-from .options import add_merging, add_model, check_method, merging, open_model
+from ._options import add_merging, add_model, check_method, merging, open_model
 
 
 def register(commands: Any) -> None:

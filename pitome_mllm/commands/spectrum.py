@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ._inputs import read_subject
+from ._options import add_model, add_subject, check_method, keep, open_model, progress
 from .groups import check_picture_file
-from .inputs import read_subject
-from .options import add_model, add_subject, check_method, keep, open_model, progress
 
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; further methods get other lines.

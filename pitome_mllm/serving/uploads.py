@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..commands.inputs import decode
+from ..commands._inputs import decode
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 40_000_000  # a phone's camera; more would take over 160 MB once decoded

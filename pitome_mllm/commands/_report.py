@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .options import progress
+from ._options import progress
 
 TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache are calculated for as many
 
