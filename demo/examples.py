@@ -20,7 +20,7 @@ NOTE = (
 
 def write(folder: Path) -> list[tuple[str, Path]]:
     """Write the pictures into a folder; returns a question ("" = only look) with each."""
-    benchmark, data = companion("eval", "benchmark"), companion("eval", "glyphs")
+    benchmark, data = companion("eval", "benchmark.sets"), companion("eval", "benchmark.glyphs")
     made = []
     for number in SCENES:
         picture, questions = benchmark.scene(number, split="test")

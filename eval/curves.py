@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark import blind_answer, questions
-from .bootstrap import Bootstrap, groups
+from .benchmark.bootstrap import Bootstrap, groups
+from .benchmark.glyphs import SPLITS
+from .benchmark.questions import CATEGORIES, Question
+from .benchmark.scenes import GRID
+from .benchmark.sets import blind_answer, questions
 from .documents import write_csv
-from .glyphs import SPLITS
-from .questions import CATEGORIES, Question
 from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder
-from .scenes import GRID
 
 KEEPS = (288, 144, 72, 36, 16)
 PLACES = ("tower", "projector", "both")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .benchmark import PER_SCENE, SCENES
-from .questions import CATEGORIES
-from .scenes import TIERS
-from .score import score, table
+from .benchmark.questions import CATEGORIES
+from .benchmark.scenes import TIERS
+from .benchmark.score import score, table
+from .benchmark.sets import PER_SCENE, SCENES
 from .tiny_model import build_model, save_release
 
 LIMIT_BYTES = 9_000_000
@@ -32,7 +32,7 @@ It exists so that token reduction can be tried, tested and measured anywhere, wi
 `load("tiny")` takes less than half a second of CPU time (a test bounds it), after the imports of torch and transformers
 themselves, which take longer.
 
-It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/scenes.py`), with words
+It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/benchmark/scenes.py`), with words
 of its vocabulary. How much a reduction method costs here says how methods compare with each other on this task; it does
 not say what they cost on LLaVA-1.5 or any other large model. No loss looks at the class token, so its attention knows
 little: methods that rank by it (VisionZip, PruMerge, DiffRate, MCTF) have a disadvantage here that CLIP would not give
@@ -52,7 +52,7 @@ training.
 
 ## Accuracy
 
-All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.score --split SPLIT`. The intervals are 95 %
+All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.benchmark.score --split SPLIT`. The intervals are 95 %
 bootstraps over pictures; "blind" is the most common answer to the same text in training data. On another machine the
 accuracy on the first {sample} test questions is within 2 points of the one in `accuracy.json`; a test checks it.
 

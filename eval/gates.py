@@ -14,10 +14,10 @@ from pathlib import Path
 from pitome_mllm import METHODS
 from pitome_mllm.families import geometry
 
-from .benchmark import PER_SCENE, SCENES
+from .benchmark.questions import CATEGORIES
+from .benchmark.sets import PER_SCENE, SCENES
 from .curves import BLIND, KEEPS, PLACES, RESULTS, Setting, settings
 from .documents import read
-from .questions import CATEGORIES
 from .runs import PLAIN
 from .tiny_model import build_config
 

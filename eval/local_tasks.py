@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .benchmark import scene
+from .benchmark.sets import scene
 from .lmms.circular import ROTATED
 
 Rows = Iterator[dict[str, Any]]

@@ -24,8 +24,8 @@ from tenacity import RetryError
 
 from pitome_mllm import load
 
+from .benchmark.intervals import span
 from .identity import identity, model_identity, short
-from .intervals import span
 from .lmms.arguments import place
 from .lmms.asked import EvaluationError
 from .lmms.circular import note_hits

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from .benchmark import questions, recorded, scene
-from .questions import CATEGORIES
+from .benchmark.questions import CATEGORIES
+from .benchmark.sets import questions, recorded, scene
 
 TASKS = Path(__file__).parent / "tasks"
 GROUP = "pitome_scenes"

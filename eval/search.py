@@ -21,8 +21,8 @@ from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES
 from pitome_mllm.settings import Settings
 
-from .benchmark import questions
-from .bootstrap import Bootstrap
+from .benchmark.bootstrap import Bootstrap
+from .benchmark.sets import questions
 from .documents import write_csv
 from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark import SCENES, scene
+from .benchmark.sets import SCENES, scene
 from .correlation import Correlation, correlation
 from .curves import RESULTS, Setting
 from .documents import COLOURS, put_in, read, write_csv

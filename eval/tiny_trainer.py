@@ -5,8 +5,8 @@ import time
 import torch
 from torch import nn
 
+from .benchmark.questions import CATEGORIES
 from .muon import Muon
-from .questions import CATEGORIES
 from .tiny_batch import IGNORE, Phase, training_batch
 from .tiny_forward import Heads, losses
 from .tiny_model import EOS, build_model, vision_tower

@@ -79,7 +79,7 @@ def pair(process):
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Pictures of held-out scenes 0 to 16, as files."""
-    from pitome_mllm_eval.benchmark import scene  # after what `UNPATCHED` notes
+    from pitome_mllm_eval.benchmark.sets import scene  # after what `UNPATCHED` notes
 
     folder = tmp_path_factory.mktemp("uploads")
     paths = [folder / f"scene{number}.png" for number in range(17)]

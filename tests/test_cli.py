@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory):
 
 
 def scene(number=0):
-    from pitome_mllm_eval.benchmark import scene
+    from pitome_mllm_eval.benchmark.sets import scene
 
     return scene(number, split="test")
 

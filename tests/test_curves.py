@@ -14,10 +14,10 @@ from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
 from pitome_mllm_eval import accuracy, curves, documents, report, runs
 from pitome_mllm_eval.accuracy_plot import panels
-from pitome_mllm_eval.bootstrap import Bootstrap
+from pitome_mllm_eval.benchmark.bootstrap import Bootstrap
+from pitome_mllm_eval.benchmark.questions import CATEGORIES, Question
 from pitome_mllm_eval.curves import Rows, Setting
 from pitome_mllm_eval.gates import check_whole, every_setting, gates, table
-from pitome_mllm_eval.questions import CATEGORIES, Question
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
 

@@ -11,7 +11,7 @@ from pitome_mllm_demo import charts
 from pitome_mllm_demo.look import DIM
 from pitome_mllm_demo.models import Models
 from pitome_mllm_demo.session import Controls, Conversation
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pitome_mllm_demo import session
 from pitome_mllm_demo.controls import Controls
 from pitome_mllm_demo.models import Models
 from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Conversation
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 QUESTION = "what colour is the star"
 

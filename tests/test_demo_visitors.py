@@ -11,7 +11,7 @@ from asking import ask
 from pitome_mllm_demo.controls import Controls
 from pitome_mllm_demo.session import Conversation
 from pitome_mllm_demo.visitors import Visitors
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 
 def test_a_visitor_who_leaves_frees_what_they_hold(models, files):

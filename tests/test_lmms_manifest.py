@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pitome_mllm_eval.benchmark.questions import CATEGORIES
 from pitome_mllm_eval.lmms import manifest
-from pitome_mllm_eval.questions import CATEGORIES
 from pitome_mllm_eval.scene_tasks import GROUP, TASKS, picture, rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -143,7 +143,7 @@ def test_folders_of_a_bare_checkout_are_found():
         "sys.stdout.write(module.__name__ + ' ' + module.__file__ + ' ' + companion('demo').__name__)"
     )
     first, file, last = python(code, "-E").split(" ")
-    assert first == "pitome_mllm_eval.benchmark" and last == "pitome_mllm_demo"
+    assert first == "pitome_mllm_eval.benchmark.sets" and last == "pitome_mllm_demo"
     assert Path(file) == ROOT / "eval" / "benchmark.py"
 
 
@@ -186,7 +186,7 @@ def test_the_embedded_model_answers_from_a_wheel(built, tmp_path):
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         f"sys.path[:] = [{str(tmp_path)!r}, *(p for p in sys.path if p not in ('', {str(ROOT)!r}))]\n"
-        "import time, pitome_mllm, pitome_mllm_eval.score as score\n"
+        "import time, pitome_mllm, pitome_mllm_eval.benchmark.score as score\n"
         "from transformers import LlavaForConditionalGeneration, LlavaProcessor\n"
         "start = time.process_time()\n"
         "model, processor = pitome_mllm.load('tiny', dtype='float32')\n"

@@ -16,7 +16,7 @@ from pitome_mllm import METHODS, estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.costs.published import get_shape
 from pitome_mllm_eval import identity
-from pitome_mllm_eval.intervals import draws, interval
+from pitome_mllm_eval.benchmark.intervals import draws, interval
 from pitome_mllm_eval.lmms import report
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.published import FIGURES, published

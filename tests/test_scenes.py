@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pitome_mllm_eval import benchmark, glyphs, questions, scenes
-from pitome_mllm_eval.glyphs import DIGITS, SHAPES, SPLITS, archive, digit_mask, digit_scans, pick
-from pitome_mllm_eval.questions import CATEGORIES, make_questions, vocabulary, words
-from pitome_mllm_eval.scenes import CANVAS, COLOURS, PATCH, TIERS, lay_out, make_scene
+from pitome_mllm_eval.benchmark import glyphs, questions, scenes, sets
+from pitome_mllm_eval.benchmark.glyphs import DIGITS, SHAPES, SPLITS, archive, digit_mask, digit_scans, pick
+from pitome_mllm_eval.benchmark.questions import CATEGORIES, make_questions, vocabulary, words
+from pitome_mllm_eval.benchmark.scenes import CANVAS, COLOURS, PATCH, TIERS, lay_out, make_scene
 from pitome_mllm_eval.tiny_batch import training_batch
 from pitome_mllm_eval.tiny_trainer import PHASES
 
@@ -32,7 +32,7 @@ def asked():
 @pytest.fixture(scope="module")
 def held_out():
     """All questions of the validation and test sets; drawing them raises where a picture is not the recorded one."""
-    return {split: [q for _, q in benchmark.questions(split)] for split in SPLITS[1:]}
+    return {split: [q for _, q in sets.questions(split)] for split in SPLITS[1:]}
 
 
 @pytest.fixture(params=["training", "held out"])
@@ -128,7 +128,7 @@ def test_training_draws_from_its_own_scans_and_photographs(used):
 @pytest.mark.parametrize("split", SPLITS[1:])
 def test_the_benchmark_draws_from_its_own_scans_and_photographs(split, used):
     for number in range(60):
-        benchmark.scene_questions(number, split)
+        sets.scene_questions(number, split)
     assert set(used["scans"].values()) == {split} and len(used["scans"]) > 100
     assert used["photos"] == {name for name in archive("photos.npz") if name.startswith("eval_")}
 
@@ -144,13 +144,13 @@ def test_what_is_held_out_leaves_no_trace_in_training(monkeypatch):
         held_out = data["split"] != SPLITS.index("train")
         return data | {"images": np.where(held_out[:, None, None], 16 - data["images"], data["images"])}
 
-    before, tested = training_pixels(4), [benchmark.scene_questions(n)[0].pixels for n in range(6)]
+    before, tested = training_pixels(4), [sets.scene_questions(n)[0].pixels for n in range(6)]
     monkeypatch.setattr(glyphs, "archive", spoiled)
     monkeypatch.setattr(scenes, "archive", spoiled)
     for name in ("digit_mask", "_photos"):  # past their caches
         monkeypatch.setattr(scenes, name, getattr(scenes, name).__wrapped__)
     assert all(map(np.array_equal, before, training_pixels(4)))
-    assert not any(np.array_equal(p, benchmark.scene_questions(n)[0].pixels) for n, p in enumerate(tested))
+    assert not any(np.array_equal(p, sets.scene_questions(n)[0].pixels) for n, p in enumerate(tested))
 
 
 def test_questions_use_the_vocabulary_and_one_word_answers(asked):
@@ -234,17 +234,17 @@ def test_the_benchmark_is_the_recorded_one(split, held_out):
     assert len(every) >= 3000
     assert min(Counter(q.category for q in every).values()) >= 300
     assert len(Counter(q.tier for q in every)) == 3
-    blind = [benchmark.blind_answer(q, layouts=1500) == q.answer for q in every]
+    blind = [sets.blind_answer(q, layouts=1500) == q.answer for q in every]
     assert np.mean(blind) <= 0.45
 
 
 def test_one_scene_is_quick_and_checked(monkeypatch):
-    picture, asked = benchmark.scene(7)
-    assert picture.size == (CANVAS, CANVAS) and len(asked) == benchmark.PER_SCENE
+    picture, asked = sets.scene(7)
+    assert picture.size == (CANVAS, CANVAS) and len(asked) == sets.PER_SCENE
     with pytest.raises(ValueError, match="scenes 0 to"):
-        benchmark.scene(benchmark.SCENES)
+        sets.scene(sets.SCENES)
     with pytest.raises(ValueError, match="unknown split"):
-        benchmark.scene(0, "train")
-    monkeypatch.setattr(benchmark, "recorded", lambda split: ["0"] * benchmark.SCENES)
+        sets.scene(0, "train")
+    monkeypatch.setattr(benchmark, "recorded", lambda split: ["0"] * sets.SCENES)
     with pytest.raises(RuntimeError, match="differs from the recorded"):
-        benchmark.scene(7)
+        sets.scene(7)

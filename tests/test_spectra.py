@@ -10,7 +10,7 @@ import pytest
 from pitome_mllm import attach, load, spectral_distance
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm_eval import spectra
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 from pitome_mllm_eval.curves import Setting
 from pitome_mllm_eval.spectra import Loss, correlations, losses, points
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..intervals import FIGURES
+from ..benchmark.intervals import FIGURES
 from ..results_files import Results
 
 

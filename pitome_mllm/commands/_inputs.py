@@ -46,7 +46,7 @@ def read_subject(options: argparse.Namespace) -> Subject:
 
 def _scene(number: int, question: str | None = None) -> Subject:
     """A held-out test scene with its first question, or with another one."""
-    picture, questions = companion("eval", "benchmark").scene(number, split="test")
+    picture, questions = companion("eval", "benchmark.sets").scene(number, split="test")
     if question is None:
         asked, truth = questions[0].text, questions[0].answer
     else:

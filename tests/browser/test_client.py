@@ -13,7 +13,7 @@ from record import record
 
 from pitome_mllm_demo.app import Page
 from pitome_mllm_demo.models import Models
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 SETTINGS = {"method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "the method's own"}
 FIRST_ANSWER = 30  # seconds from the command to the first answer, with the embedded model on two cores

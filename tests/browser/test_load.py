@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file
 from record import record
 from test_client import program  # noqa: F401, the server as a user starts it
 
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 VISITORS = 8
 SECONDS = float(os.environ.get("PITOME_LOAD_SECONDS", 120))

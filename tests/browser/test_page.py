@@ -9,7 +9,7 @@ from gradio_client import Client
 from models import LONG
 from PIL import Image
 
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 
 def truth(number):

@@ -6,7 +6,8 @@ from evaluating import COLOUR, COUNT, answers, by_hand, evaluate, request
 from lmms_eval.models import get_model
 
 from pitome_mllm import attach, estimate, load
-from pitome_mllm_eval import benchmark, scene_tasks
+from pitome_mllm_eval import scene_tasks
+from pitome_mllm_eval.benchmark import sets
 from pitome_mllm_eval.lmms.asked import EvaluationError
 from pitome_mllm_eval.lmms.model import PitomeLlava, PitomeLlavaChat
 
@@ -42,7 +43,7 @@ def test_it_is_found_by_its_name():
 def test_the_tasks_are_the_recorded_benchmark():
     from datasets import load_dataset
 
-    from pitome_mllm_eval.questions import CATEGORIES
+    from pitome_mllm_eval.benchmark.questions import CATEGORIES
 
     asked = []
     for category in CATEGORIES:
@@ -51,7 +52,7 @@ def test_the_tasks_are_the_recorded_benchmark():
         assert stored == scene_tasks.rows(category)
         asked += [(row["scene"], category, row["question"], row["answer"]) for row in stored]
     assert all(scene_tasks.recorded("test")[row["scene"]] == row["sha256"] for row in stored)
-    assert sorted(asked) == sorted((n, q.category, q.text, q.answer) for n, q in benchmark.questions("test"))
+    assert sorted(asked) == sorted((n, q.category, q.text, q.answer) for n, q in sets.questions("test"))
     assert len(asked) == 3360
 
 
@@ -104,7 +105,7 @@ def test_a_batch_gives_the_answers_of_single_questions_where_groups_are_equal(ma
 
 
 def test_questions_with_two_pictures_one_and_none_share_a_batch(make):
-    pictures = [benchmark.scene(number)[0] for number in range(3)]
+    pictures = [sets.scene(number)[0] for number in range(3)]
     documents = [[pictures[0], pictures[1]], [pictures[2]], []]
     texts = ["how many digits are there?", "is there a red star?", "what colour is the star?"]
     lm = make(**SETTINGS)
@@ -119,7 +120,7 @@ def test_questions_with_two_pictures_one_and_none_share_a_batch(make):
 
 
 def test_placeholders_in_the_text_say_where_pictures_stand(make):
-    pictures = [benchmark.scene(number)[0] for number in range(2)]
+    pictures = [sets.scene(number)[0] for number in range(2)]
     lm = make(**SETTINGS)
     lm.task_dict = {"own": {"test": [pictures]}}
     (inline,) = lm.generate_until([request(0, "<image>\n<image>\nhow many digits are there?", GREEDY)])
@@ -132,7 +133,7 @@ def test_placeholders_in_the_text_say_where_pictures_stand(make):
 @pytest.mark.parametrize("size", [1, 4])
 def test_likelihoods_are_the_model_s(make, size):
     lm = make(batch_size=size, **SETTINGS)
-    pictures = [benchmark.scene(number)[0] for number in range(4)]
+    pictures = [sets.scene(number)[0] for number in range(4)]
     lm.task_dict = {"own": {"test": [[picture] for picture in pictures]}}
     texts, said = ["is there a red star?", "what colour is the star?", "how many stars are there?"], ["yes", "no", "2"]
     asked = [

@@ -22,7 +22,7 @@ from PIL import Image
 
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm_eval import local_tasks, reproduce
-from pitome_mllm_eval.intervals import interval
+from pitome_mllm_eval.benchmark.intervals import interval
 from pitome_mllm_eval.lmms.circular import note_hits
 from pitome_mllm_eval.lmms.model import PitomeLlava
 from pitome_mllm_eval.tables import TABLES, TASKS, narrowed

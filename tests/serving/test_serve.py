@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pitome_mllm import attach, load
-from pitome_mllm_eval.benchmark import scene
+from pitome_mllm_eval.benchmark.sets import scene
 
 KEEP = 36
 

@@ -1,4 +1,4 @@
-"""Accuracy on the benchmark: ``python -m pitome_mllm_eval.score --limit 500``.
+"""Accuracy on the benchmark: ``python -m pitome_mllm_eval.benchmark.score --limit 500``.
 
 All questions on a picture share one tower pass and one prefill of the prompt up to the picture, through the model's own
 forward, so whatever is attached to the model takes part.
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .benchmark import PER_SCENE, SCENES, blind_answer, scene
 from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
+from .sets import PER_SCENE, SCENES, blind_answer, scene
 
 PROMPT = "USER: <image>\n{} ASSISTANT:"
 

@@ -1,0 +1,1 @@
+"""The embedded benchmark: scenes, questions about them, and the score of answers."""
