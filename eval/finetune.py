@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .accuracy.runs import check_out, load, provenance
 from .benchmark.bootstrap import Bootstrap
 from .benchmark.glyphs import SPLITS
 from .benchmark.score import score
 from .benchmark.sets import questions
 from .documents import put_in, read, write_csv
-from .runs import check_out, load, provenance
 from .tiny_batch import IGNORE, Phase, training_batch
 from .tiny_model import EOS, PAD, PREFIX, word_ids
 

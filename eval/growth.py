@@ -18,8 +18,8 @@ from pitome_mllm.methods import get_method
 from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_metric
 from pitome_mllm.methods.pitome import BLOCK
 
+from .accuracy.costs import yardstick
 from .clocks import Call, in_turns, quantiles
-from .costs import yardstick
 from .documents import write_csv
 from .peak import Alive
 from .speed_rows import stamp

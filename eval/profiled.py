@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
 
+from .accuracy.runs import processor_name
 from .contenders import Contender, configuration, contenders, find_shape, parted, random_model
-from .runs import processor_name
 from .stages import Load, Stages
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .accuracy import NOT_MEASURED
+from .accuracy.tables import NOT_MEASURED
 from .contenders import PLAIN
 from .documents import COLOURS, put_in
 from .growth import RESULTS as GROWTH

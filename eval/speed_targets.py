@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from .accuracy import NOT_MEASURED
+from .accuracy.tables import NOT_MEASURED
 from .contenders import ORACLE, PLAIN
 from .speed_rows import RUN, name
 

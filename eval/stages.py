@@ -20,9 +20,9 @@ from pitome_mllm.hooks.graphs import graph
 from pitome_mllm.hooks.prompt import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
 
+from .accuracy.costs import Picture
 from .clocks import Call
 from .contenders import MODES, Contender
-from .costs import Picture
 
 # Stage -> what it is. Those of `EAGER` run through transformers' own loops, which no graph holds.
 STAGES = {

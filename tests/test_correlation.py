@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pitome_mllm_eval.correlation import correlation, ranks, spearman
+from pitome_mllm_eval.accuracy.correlation import correlation, ranks, spearman
 
 
 def test_ranks_share_ties():

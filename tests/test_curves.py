@@ -12,12 +12,13 @@ import pytest
 from pitome_mllm.families import Geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
-from pitome_mllm_eval import accuracy, curves, documents, report, runs
-from pitome_mllm_eval.accuracy_plot import panels
+from pitome_mllm_eval import documents
+from pitome_mllm_eval.accuracy import curves, report, runs, tables
+from pitome_mllm_eval.accuracy.curves import Rows, Setting
+from pitome_mllm_eval.accuracy.gates import check_whole, every_setting, gates, table
+from pitome_mllm_eval.accuracy.plot import panels
 from pitome_mllm_eval.benchmark.bootstrap import Bootstrap
 from pitome_mllm_eval.benchmark.questions import CATEGORIES, Question
-from pitome_mllm_eval.curves import Rows, Setting
-from pitome_mllm_eval.gates import check_whole, every_setting, gates, table
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
 
@@ -121,7 +122,7 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     rows = run()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    documents.put_in(readme, accuracy.table(rows, {}), report.MARKS)
+    documents.put_in(readme, tables.table(rows, {}), report.MARKS)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     value = next(r["value"] for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", ""))
@@ -129,7 +130,7 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     change = next(r for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", "plain"))
     low, high = (100 * float(change[name]) for name in ("low", "high"))
     assert f"{100 * float(value):.1f} ({low:+.1f} to {high:+.1f})" in text
-    documents.put_in(readme, accuracy.table(rows, {}), report.MARKS)
+    documents.put_in(readme, tables.table(rows, {}), report.MARKS)
     assert readme.read_text() == text
 
 
@@ -189,7 +190,7 @@ def test_the_report_says_whom_the_default_does_not_lead():
         lead_row(144, "dart projector", 0.3),
         lead_row(72, "tome both", 0.1),
     ]
-    text = accuracy.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
+    text = tables.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
     assert "- keep 144: `pitome-tuned`: no interval above zero against tome both; to the plain model -5.0" in text
     assert "- keep 72: `pitome-tuned` leads every other one; to the plain model -5.0 (-7.0 to -3.0)." in text
     assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower;" in text
@@ -204,7 +205,7 @@ def test_the_summary_tells_own_settings_from_lent_ones():
         lead_row(36, "tome both", 0.0),
         lead_row(36, "tome both (lent all)", 0.06),
     ]
-    text = accuracy.summary(rows)
+    text = tables.summary(rows)
     assert "own settings `pitome-tuned` leads all of them at keep 144, 72, by 4.0 points or more, is level" in text
     assert "to which its settings are lent `pitome-tuned` leads all of them at keep 36, by 6.0 points or" in text
     assert "is level with the best of them at keep 144, is behind the best of them at keep 72." in text
@@ -227,7 +228,7 @@ def lent_rows() -> list[dict[str, str]]:
 
 
 def test_the_tables_of_lent_settings():
-    full, short = (accuracy.lent(lent_rows(), everywhere).splitlines() for everywhere in (True, False))
+    full, short = (tables.lent(lent_rows(), everywhere).splitlines() for everywhere in (True, False))
     assert "| tome | both | where | 80.0 (-12.0 to -8.0) |" in full
     assert "| divprune | tower | where | 80.0 (-12.0 to -8.0) |" in full and len(full) == 2 + 5
     assert [line.split(" | ")[:3] for line in short[2:]] == [

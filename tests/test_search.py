@@ -16,9 +16,10 @@ from pitome_mllm.families import Geometry
 from pitome_mllm.hooks.tower import Run
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
-from pitome_mllm_eval import costs, documents, report, runs, search
-from pitome_mllm_eval.curves import Setting, settings
-from pitome_mllm_eval.gates import every_setting
+from pitome_mllm_eval import documents
+from pitome_mllm_eval.accuracy import costs, report, runs, search
+from pitome_mllm_eval.accuracy.curves import Setting, settings
+from pitome_mllm_eval.accuracy.gates import every_setting
 
 GEOMETRY = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=6, blocks=7)
 QUESTIONS = 64

@@ -9,10 +9,10 @@ import pytest
 
 from pitome_mllm import attach, load, spectral_distance
 from pitome_mllm.families.features import pixel_values, tower_features
-from pitome_mllm_eval import spectra
+from pitome_mllm_eval.accuracy import spectra
+from pitome_mllm_eval.accuracy.curves import Setting
+from pitome_mllm_eval.accuracy.spectra import Loss, correlations, losses, points
 from pitome_mllm_eval.benchmark.sets import scene
-from pitome_mllm_eval.curves import Setting
-from pitome_mllm_eval.spectra import Loss, correlations, losses, points
 
 METHODS, PLACES, KEEPS = ("tome", "pitome", "random"), ("tower", "projector"), (400, 288, 200, 144, 100, 72, 36)
 
@@ -131,7 +131,7 @@ def test_the_readme_says_what_the_results_give():
     found, about = spectra.stored(spectra.OUT)
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     said = spectra.sentence(found, *correlations(found), about)
-    assert said in readme, "write it anew: python -m pitome_mllm_eval.spectra --from-csv"
+    assert said in readme, "write it anew: python -m pitome_mllm_eval.accuracy.spectra --from-csv"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_readme_says_what_the_results_give():
         (
             made_up(),
             ["--from-csv", "--out", "nowhere.csv"],
-            "no results 'nowhere.csv'; measure first: python -m pitome_mllm_eval.spectra",
+            "no results 'nowhere.csv'; measure first: python -m pitome_mllm_eval.accuracy.spectra",
         ),
     ],
 )

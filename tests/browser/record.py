@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from pitome_mllm_eval.accuracy.runs import processor_name
 from pitome_mllm_eval.documents import put_in, read, write_csv
-from pitome_mllm_eval.runs import processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "eval" / "results" / "chat.csv"

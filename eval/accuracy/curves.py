@@ -1,4 +1,4 @@
-"""Accuracy over the number of visual tokens: ``python -m pitome_mllm_eval.curves``.
+"""Accuracy over the number of visual tokens: ``python -m pitome_mllm_eval.accuracy.curves``.
 
 Every method at every place and every keep answers the benchmark. What is measured is kept in ``--work``, so a killed
 run goes on where it stopped. The results go to one CSV; `report` draws the plot and the README's table from it.
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark.bootstrap import Bootstrap, groups
-from .benchmark.glyphs import SPLITS
-from .benchmark.questions import CATEGORIES, Question
-from .benchmark.scenes import GRID
-from .benchmark.sets import blind_answer, questions
-from .documents import write_csv
+from ..benchmark.bootstrap import Bootstrap, groups
+from ..benchmark.glyphs import SPLITS
+from ..benchmark.questions import CATEGORIES, Question
+from ..benchmark.scenes import GRID
+from ..benchmark.sets import blind_answer, questions
+from ..documents import write_csv
 from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder
 
 KEEPS = (288, 144, 72, 36, 16)

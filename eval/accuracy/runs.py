@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark.score import score
+from ..benchmark.score import score
 
 PLAIN = "plain"
 WORK = Path("runs")  # finished runs, in a folder for each `work_folder`

@@ -1,4 +1,4 @@
-"""What the embedded model and its benchmark must show, from the CSV of `curves`: ``python -m pitome_mllm_eval.gates``.
+"""What the embedded model and its benchmark must show, from the CSV of `curves`: ``python -m pitome_mllm_eval.accuracy.gates``.
 
 Exits with 1 if a gate fails: then the benchmark or the model is mended, not the gate.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 from pitome_mllm import METHODS
 from pitome_mllm.families import geometry
 
-from .benchmark.questions import CATEGORIES
-from .benchmark.sets import PER_SCENE, SCENES
+from ..benchmark.questions import CATEGORIES
+from ..benchmark.sets import PER_SCENE, SCENES
+from ..documents import read
+from ..tiny_model import build_config
 from .curves import BLIND, KEEPS, PLACES, RESULTS, Setting, settings
-from .documents import read
 from .runs import PLAIN
-from .tiny_model import build_config
 
 NEAR = "low end of"  # how the names of the gates about keep 288 begin
 
@@ -112,7 +112,7 @@ def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
         raise ValueError(
             f"the gates need all {len(wanted)} runs over the whole test set; got split {', '.join(sorted(splits))}, "
             f"questions {sorted(counts)}, {len(measured)} runs, missing {missing or 'none'}, unknown "
-            f"{unknown or 'none'}; run python -m pitome_mllm_eval.curves"
+            f"{unknown or 'none'}; run python -m pitome_mllm_eval.accuracy.curves"
         )
 
 

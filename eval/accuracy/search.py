@@ -1,4 +1,4 @@
-"""The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.search``.
+"""The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.accuracy.search``.
 
 One factor after the other: every alternative is measured with all others as they are by then, and the best stays; of
 those within `TIE` of the best the first. Then the factors in `AGAIN` are asked again, now that the rest has changed.
@@ -21,9 +21,9 @@ from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES
 from pitome_mllm.settings import Settings
 
-from .benchmark.bootstrap import Bootstrap
-from .benchmark.sets import questions
-from .documents import write_csv
+from ..benchmark.bootstrap import Bootstrap
+from ..benchmark.sets import questions
+from ..documents import write_csv
 from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
 
 KEEPS = (144, 72, 36, 16)

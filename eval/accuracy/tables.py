@@ -10,8 +10,8 @@ from typing import Any
 from pitome_mllm import METHODS
 from pitome_mllm.settings import DEFAULT_METHOD
 
+from ..documents import read
 from .curves import BLIND, own_place
-from .documents import read
 from .runs import PLAIN
 
 Row = dict[str, str]

@@ -1,4 +1,4 @@
-"""What the methods themselves cost: ``python -m pitome_mllm_eval.costs``.
+"""What the methods themselves cost: ``python -m pitome_mllm_eval.accuracy.costs``.
 
 What merging adds is run alone, by the code that runs in a model, on random tensors of its widths: reading keys and
 class attention, matching, combining, and for methods that look at projected tokens one more pass of the projector. On
@@ -24,9 +24,9 @@ from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
-from .clocks import quantiles
+from ..clocks import quantiles
+from ..documents import write_csv
 from .curves import KEEPS, PLACES, Setting, settings
-from .documents import write_csv
 from .runs import check_out, code_hash, processor_name
 
 RESULTS = Path(__file__).parent / "results" / "costs.csv"
@@ -53,7 +53,7 @@ def config_of(shape: str) -> Any:
     """The configuration behind a name in `SHAPES`."""
     from pitome_mllm.costs.published import get_shape
 
-    from .tiny_model import build_config
+    from ..tiny_model import build_config
 
     return build_config() if shape == "tiny" else get_shape(shape).config()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pitome_mllm.settings import DEFAULT_METHOD
 
-from .accuracy import Key, Results, Row, borrowers, points
-from .documents import COLOURS
+from ..documents import COLOURS
+from .tables import Key, Results, Row, borrowers, points
 
 
 def panels(found: list[Row]) -> dict[str, dict[Key, Row]]:

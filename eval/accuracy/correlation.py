@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .benchmark.bootstrap import DRAWS
+from ..benchmark.bootstrap import DRAWS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Accuracy over visual tokens on the embedded benchmark, for every method."""
