@@ -22,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from pitome_mllm import METHODS, attach, cli, estimate
 from pitome_mllm.families.features import tower_features
 from pitome_mllm.hooks.graphs import graph
-from pitome_mllm_eval import clocks, contenders, speed, speed_rows, stages
+from pitome_mllm_eval.speed import clocks, contenders, measure, rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_slicing_decides_nothing_and_keeps_the_first_tokens():
 
 @torch.inference_mode()
 def test_rows_hold_times_ratios_flops_and_cache(field):
-    rows = list(speed.measure(field[:3], load(1), ["tower", "merge", "yardstick", "llm", "decode"], "eager", 2, 0))
+    rows = list(measure.measure(field[:3], load(1), ["tower", "merge", "yardstick", "llm", "decode"], "eager", 2, 0))
     found = {(row.stage, row.method): row for row in rows}
     assert found["tower", "plain"].ratio == 1 and ("merge", "plain") not in found
     assert found["merge", "tome"].against == "own tower" and 0 < found["merge", "tome"].ratio < 1
@@ -171,20 +171,20 @@ def test_rows_of_other_columns_are_not_mixed(tmp_path):
     out = tmp_path / "bench.csv"
     out.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
-        speed_rows.append(out, [speed_rows.Row(*[0] * 20)], {})
+        rows.append(out, [rows.Row(*[0] * 20)], {})
 
 
 @pytest.mark.parametrize("commit", ["abc-dirty", ""])
 def test_published_results_take_clean_commits_only(commit, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="commit first"):
-        speed_rows.check_commit(speed_rows.RESULTS, commit)
+        rows.check_commit(rows.RESULTS, commit)
     with pytest.raises(ValueError, match="commit first"):
-        speed_rows.append(speed_rows.RESULTS, [speed_rows.Row(*[0] * 20)], {"commit": commit})
-    speed_rows.check_commit(speed_rows.RESULTS, "abc")
-    speed_rows.check_commit(tmp_path / "bench.csv", commit)
+        rows.append(rows.RESULTS, [rows.Row(*[0] * 20)], {"commit": commit})
+    rows.check_commit(rows.RESULTS, "abc")
+    rows.check_commit(tmp_path / "bench.csv", commit)
     monkeypatch.setattr(speed, "commit", lambda: commit)
     monkeypatch.setattr(speed, "_model", lambda *_: pytest.fail("measured before it was refused"))
-    assert cli.main(["bench", "--out", str(speed_rows.RESULTS)]) == 2
+    assert cli.main(["bench", "--out", str(rows.RESULTS)]) == 2
 
 
 def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkeypatch):
@@ -200,14 +200,14 @@ def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkey
     git("init", "-q")
     git("add", results)
     git("commit", "-qm", "somebody else's")
-    assert speed_rows.commit() == ""  # this commit says nothing about the code
+    assert rows.commit() == ""  # this commit says nothing about the code
     git("add", code)
     git("commit", "-qm", "first")
-    clean = speed_rows.commit()
+    clean = rows.commit()
     results.write_text("2")
-    assert clean and speed_rows.commit() == clean
+    assert clean and rows.commit() == clean
     code.write_text("2")
-    assert speed_rows.commit() == f"{clean}-dirty"
+    assert rows.commit() == f"{clean}-dirty"
 
 
 @torch.inference_mode()
@@ -225,7 +225,7 @@ def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monk
         return 7
 
     monkeypatch.setattr(speed, "Stages", Watched)
-    found = speed.once(field[:2], load(1), ["tower", "merge", "decode"], look)
+    found = measure.once(field[:2], load(1), ["tower", "merge", "decode"], look)
     assert max(most) == 1 and found == dict.fromkeys(
         [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
     )
@@ -254,7 +254,7 @@ def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
             counters.clear()
             calls[0].run()
             assert not counters["stats"]  # nothing is compiled twice
-    rows = list(speed.measure(field[:2], load(1), ["tower", "projector"], "compile", 1, 1))
+    rows = list(measure.measure(field[:2], load(1), ["tower", "projector"], "compile", 1, 1))
     assert all(row.gflops > 0 for row in rows) and len(rows) == 4
     torch.compiler.reset()
 
@@ -279,9 +279,9 @@ def test_weights_are_constants_of_frozen_graphs_only(mode, monkeypatch):
 
 @pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])
 def test_families_whose_pictures_bench_cannot_make_are_refused(config):
-    speed.check_family(build().config)
+    measure.check_family(build().config)
     with pytest.raises(ValueError, match="--shape llava-next-7b"):
-        speed.check_family(getattr(transformers, config)())
+        measure.check_family(getattr(transformers, config)())
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from pitome_mllm import attach, get_method
 from pitome_mllm.hooks.prompt import Call
 from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
-from pitome_mllm_eval import contenders, growth, handles, profiled, speed_report, speed_rows, speed_targets
-from pitome_mllm_eval.growth import Merging
-from pitome_mllm_eval.peak import Alive
+from pitome_mllm_eval.speed import contenders, growth, handles, profiled, report, rows, targets
+from pitome_mllm_eval.speed.growth import Merging
+from pitome_mllm_eval.speed.peak import Alive
 
 SHORT = Call({}, torch.zeros(1, 0, dtype=torch.bool))  # a prompt that generate() knows to be short
 OPTIONS = [{}, {"energy": "elu"}, {"smooth": 0.5}, {"alpha": 0.0, "protect": 0.5, "steps": 2}]
@@ -84,7 +84,7 @@ def deep():
 def test_attaching_updating_and_removing_are_quick(deep):
     """Under 50 ms each; thread time, since others may use the processor too."""
     taken = handles.handle_times(deep, 5)
-    assert {step: times for step, times in taken.items() if statistics.median(times) > speed_targets.HANDLE_MS} == {}
+    assert {step: times for step, times in taken.items() if statistics.median(times) > targets.HANDLE_MS} == {}
 
 
 @torch.no_grad()
@@ -129,22 +129,22 @@ def row(**given: str) -> dict[str, str]:
 def test_the_report_makes_a_table_of_every_run():
     rows = [row(), row(method="tome", keep="144", ms="60", ratio="0.6"), row(method="tome", variant="weights", ms="9")]
     rows += [row(method="oracle", like="tome", keep="144", stage="llm", ms="7.123", ratio="0.3"), row(batch="4")]
-    tables = [speed_report.table(run) for run in speed_report.runs(rows)]
+    tables = [report.table(run) for run in report.runs(rows)]
     assert len(tables) == 2 and "| plain | 576 | 100 |  |" in tables[0]
     assert "| tome | 144 | 60 (0.600) |  |" in tables[0] and "| oracle of tome | 144 |  | 7.123 (0.300) |" in tables[0]
     assert "tome:weights" in tables[0] and "chip, 1 thread" in tables[0] and "batch 4" in tables[1]
-    assert speed_report.devices(rows) == "GPU: not measured."
-    assert speed_report.devices([row(clock="CUDA events", device="H100")]) == "GPU: H100."
+    assert report.devices(rows) == "GPU: not measured."
+    assert report.devices([row(clock="CUDA events", device="H100")]) == "GPU: H100."
 
 
 @pytest.mark.parametrize("column", ["text_tokens", "clock", "repeats", "warmup", "torch", "transformers", "commit"])
 def test_what_was_measured_otherwise_stands_in_a_table_of_its_own(column):
-    assert len(speed_report.runs([row(), row(**{column: "other"})])) == 2
+    assert len(report.runs([row(), row(**{column: "other"})])) == 2
 
 
 def test_what_was_measured_twice_is_refused():
     with pytest.raises(ValueError, match="measured twice: plain"):
-        speed_report.table([row(), row(ms="200")])
+        report.table([row(), row(ms="200")])
 
 
 def test_a_plot_holds_one_run(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_plot_holds_one_run(tmp_path, monkeypatch):
     usual = {"stage": "first token", "method": "tome"}
     rows = [row(**usual, keep="144", model="other")]
     rows += [row(**usual, keep=str(k), batch=str(b)) for k in (72, 144) for b in (1, 2)]
-    speed_report.plots(rows, tmp_path)
+    report.plots(rows, tmp_path)
     assert [(r["model"], r["keep"]) for r in drawn["speed-keep.png"]] == [("LLaVA-1.5-7B", k) for k in ("72", "144")]
     assert [(r["model"], r["batch"]) for r in drawn["speed-batch.png"]] == [("LLaVA-1.5-7B", b) for b in ("1", "2")]
 
@@ -166,7 +166,7 @@ def test_targets_are_judged_from_what_was_measured():
     rows += [row(**tower, threads="2", ratio="0.9")]  # not what was asked for
     handle = {"processor": "chip", "commit": "abc", "model": "M", "p20": "1", "p80": "9"}
     steps = [handle | {"step": "attach", "ms": "51"}, handle | {"step": "import", "ms": "500"}]
-    lines = speed_targets.targets(rows, steps).splitlines()
+    lines = targets.targets(rows, steps).splitlines()
     assert "0.420 = 1.050 of it; oracle 0.400 = 1.000; 5.0 % above the oracle | no" in lines[2]
     assert "1.1 % (3.0 ms); yardstick 0.4 % (1.0 ms) | no" in lines[3]
     assert "attach under 50 ms | 51.00 ms (1 to 9) | no" in lines[4] and "| - |" in lines[5]
@@ -179,24 +179,24 @@ def test_decoding_is_judged_by_what_plain_models_usually_take():
     plain = [
         row(**same, like=like, p80=p80) for like, p80 in (("pitome-tuned", "110"), ("pool", "119"), ("dct", "300"))
     ]
-    assert "3 plain 100 to 100, p80 119 | no |" in speed_targets.targets([slow, *plain], [])
-    assert "p80 121 | yes |" in speed_targets.targets([slow, *plain, row(**same, like="tome", p80="123")], [])
-    assert "p80 110 | no |" in speed_targets.targets([slow, plain[0], plain[1] | {"keep": "72"}], [])
+    assert "3 plain 100 to 100, p80 119 | no |" in targets.targets([slow, *plain], [])
+    assert "p80 121 | yes |" in targets.targets([slow, *plain, row(**same, like="tome", p80="123")], [])
+    assert "p80 110 | no |" in targets.targets([slow, plain[0], plain[1] | {"keep": "72"}], [])
 
 
 def test_the_first_token_is_judged_against_rivals():
     same = {"stage": "first token", "keep": "144"}
     rows = [row(**same, method="pitome", ms="50"), row(**same, method="tome", variant="weights", ms="51")]
-    assert "| 50 ms; tome:weights 51 | yes |" in speed_targets.targets(rows, [])
+    assert "| 50 ms; tome:weights 51 | yes |" in targets.targets(rows, [])
     rows += [row(**same, method="visionzip", ms="49"), row(**same, method="tome", ms="9", device="other")]
-    assert "| 50 ms; tome:weights 51, visionzip 49 | no |" in speed_targets.targets(rows, [])
+    assert "| 50 ms; tome:weights 51, visionzip 49 | no |" in targets.targets(rows, [])
 
 
 def test_memory_is_judged_by_the_worst_stage():
     rows = [row(stage=stage, peak_bytes="100") for stage in ("tower", "llm")]
     rows += [row(stage="llm", method="pitome", peak_bytes="60"), row(stage="tower", method="pitome", peak_bytes="100")]
-    assert "| 1.000 x (least of 2) | yes |" in speed_targets.targets(rows, [])
-    assert "| no |" in speed_targets.targets([*rows, row(method="pitome-tuned", peak_bytes="101")], [])
+    assert "| 1.000 x (least of 2) | yes |" in targets.targets(rows, [])
+    assert "| no |" in targets.targets([*rows, row(method="pitome-tuned", peak_bytes="101")], [])
 
 
 def gpu(**given: str) -> dict[str, str]:
@@ -212,7 +212,7 @@ def test_what_a_gpu_measured_is_judged(ms, oracle, peak, verdicts):
     for mode in ("eager", "compile", "cudagraph"):
         rows += [gpu(stage="tower", mode=mode), gpu(stage="tower", mode=mode, method="pitome", keep="288", ms=tower)]
         rows += [gpu(stage="tower", mode=mode, method="pitome", keep="400", ms="999")]  # beyond what is promised
-    found = {line[0]: line[1:] for line in speed_targets.on_gpu(rows)}
+    found = {line[0]: line[1:] for line in targets.on_gpu(rows)}
     measured = {target: line for target, line in found.items() if line[0] != "not measured"}
     assert len(found) == 9 and {line[1] for line in measured.values()} == {verdicts}
     assert set(found) - set(measured) == {
@@ -224,10 +224,10 @@ def test_what_a_gpu_measured_is_judged(ms, oracle, peak, verdicts):
 
 def test_the_published_results_are_of_clean_commits():
     for name in ("bench", "growth", "handles"):
-        found = speed_report.read(speed_rows.RESULTS.with_name(f"{name}.csv"))
+        found = report.read(rows.RESULTS.with_name(f"{name}.csv"))
         assert all(row["commit"] and "dirty" not in row["commit"] for row in found)
-    for run in speed_report.runs(speed_report.read(speed_rows.RESULTS)):
-        assert speed_report.table(run)  # nothing is there twice
+    for run in report.runs(report.read(rows.RESULTS)):
+        assert report.table(run)  # nothing is there twice
 
 
 def test_handles_and_imports_are_timed(deep):
@@ -245,7 +245,7 @@ def test_a_legend_covers_no_line_and_names_lines_only(tmp_path, monkeypatch):
     )
     rows = [row(method=method, batch=str(b)) for method in ("tome", "pitome") for b in (1, 2)]
     rows += [row(method="pool", batch="1")]
-    speed_report.plot(rows, tmp_path / "batch.png", "batch", lambda found: float(found["ms"]), {})
+    report.plot(rows, tmp_path / "batch.png", "batch", lambda found: float(found["ms"]), {})
     (figure,), (axis,) = drawn, drawn[0].axes
     (legend,) = figure.legends
     assert legend.get_window_extent().x0 >= axis.get_window_extent().x1
@@ -254,10 +254,10 @@ def test_a_legend_covers_no_line_and_names_lines_only(tmp_path, monkeypatch):
 
 def test_the_report_draws_both_plots(tmp_path):
     rows = [row(stage="first token", method="tome", keep=str(k), batch=str(b)) for k in (72, 144) for b in (1, 2)]
-    speed_report.plots(rows, tmp_path)
+    report.plots(rows, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"speed-keep.png", "speed-batch.png"}
     with pytest.raises(ValueError, match="measure first"):
-        speed_report.read(tmp_path / "none.csv")
+        report.read(tmp_path / "none.csv")
 
 
 @torch.inference_mode()

@@ -24,8 +24,8 @@ from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
-from ..clocks import quantiles
 from ..documents import write_csv
+from ..speed.clocks import quantiles
 from .curves import KEEPS, PLACES, Setting, settings
 from .runs import check_out, code_hash, processor_name
 

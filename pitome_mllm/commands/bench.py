@@ -1,4 +1,4 @@
-"""``pitome-mllm bench``: how long every stage takes, plain and with merging, on this device; see eval/speed.py."""
+"""``pitome-mllm bench``: how long every stage takes, plain and with merging, on this device; see eval/speed/measure.py."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    companion("eval", "speed").bench(options)
+    companion("eval", "speed.measure").bench(options)

@@ -1,4 +1,4 @@
-"""The operators that a plain and a merged tower spend their time in: ``python -m pitome_mllm_eval.profiled``."""
+"""The operators that a plain and a merged tower spend their time in: ``python -m pitome_mllm_eval.speed.profiled``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
 
-from .accuracy.runs import processor_name
+from ..accuracy.runs import processor_name
 from .contenders import Contender, configuration, contenders, find_shape, parted, random_model
 from .stages import Load, Stages
 

@@ -20,7 +20,7 @@ from pitome_mllm.hooks.graphs import graph
 from pitome_mllm.hooks.prompt import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
 
-from .accuracy.costs import Picture
+from ..accuracy.costs import Picture
 from .clocks import Call
 from .contenders import MODES, Contender
 

@@ -1,4 +1,4 @@
-"""How long `attach`, `update` and `remove` take, and importing the package: ``python -m pitome_mllm_eval.handles``.
+"""How long `attach`, `update` and `remove` take, and importing the package: ``python -m pitome_mllm_eval.speed.handles``.
 
 On a tower of CLIP-L's size with random weights. Importing is timed in fresh processes, in which torch is there already.
 """
@@ -17,10 +17,10 @@ import torch
 
 from pitome_mllm import attach
 
+from ..documents import write_csv
 from .clocks import quantiles
 from .contenders import configuration, find_shape, random_model
-from .documents import write_csv
-from .speed_rows import stamp
+from .rows import stamp
 
 RESULTS = Path(__file__).parent / "results" / "handles.csv"
 SHAPE = "llava-1.5-7b"

@@ -1,4 +1,4 @@
-"""How merging grows with the number of tokens: ``python -m pitome_mllm_eval.growth``.
+"""How merging grows with the number of tokens: ``python -m pitome_mllm_eval.speed.growth``.
 
 One merge of PiToMe at ratio 0.9, widths of CLIP-L (keys 64, features 1024), random tokens, one thread. What works on
 pairs of tokens (energies, and the match of A with B) and what works on tokens is timed apart, and memory is that of the
@@ -18,11 +18,11 @@ from pitome_mllm.methods import get_method
 from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_metric
 from pitome_mllm.methods.pitome import BLOCK
 
-from .accuracy.costs import yardstick
+from ..accuracy.costs import yardstick
+from ..documents import write_csv
 from .clocks import Call, in_turns, quantiles
-from .documents import write_csv
 from .peak import Alive
-from .speed_rows import stamp
+from .rows import stamp
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"
 TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)

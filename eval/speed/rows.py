@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .accuracy.runs import processor_name
+from ..accuracy.runs import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.

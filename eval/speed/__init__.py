@@ -1,0 +1,1 @@
+"""How long every stage takes, plain and with merging."""
