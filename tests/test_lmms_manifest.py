@@ -13,7 +13,7 @@ import pytest
 
 from pitome_mllm_eval.benchmark.questions import CATEGORIES
 from pitome_mllm_eval.lmms import manifest
-from pitome_mllm_eval.scene_tasks import GROUP, TASKS, picture, rows
+from pitome_mllm_eval.lmms.scene_tasks import GROUP, TASKS, picture, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 

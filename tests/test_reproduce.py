@@ -15,13 +15,12 @@ from checks import command_line
 from pitome_mllm import METHODS, estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.costs.published import get_shape
-from pitome_mllm_eval import identity
 from pitome_mllm_eval.benchmark.intervals import draws, interval
-from pitome_mllm_eval.lmms import report
+from pitome_mllm_eval.lmms import identity, report
 from pitome_mllm_eval.lmms.cost import Meter
-from pitome_mllm_eval.published import FIGURES, published
-from pitome_mllm_eval.results_files import read
-from pitome_mllm_eval.tables import BESIDE, RELATIVE, SUSTAINED, TABLES, TASKS, Run, narrowed, plan
+from pitome_mllm_eval.lmms.published import FIGURES, published
+from pitome_mllm_eval.lmms.results_files import read
+from pitome_mllm_eval.lmms.tables import BESIDE, RELATIVE, SUSTAINED, TABLES, TASKS, Run, narrowed, plan
 
 
 def run(capsys, *arguments):

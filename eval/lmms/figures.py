@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..benchmark.intervals import FIGURES
-from ..results_files import Results
+from .results_files import Results
 
 
 @dataclass(frozen=True)

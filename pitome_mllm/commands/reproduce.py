@@ -65,12 +65,12 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    tables = companion("eval", "tables")
+    tables = companion("eval", "lmms.tables")
     table = tables.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
     if options.plan:
         _show_plan(options, table, tables)
         return
-    reproduce = companion("eval", "reproduce")
+    reproduce = companion("eval", "lmms.reproduce")
     asked = reproduce.Options(
         limit=options.limit,
         batch_size=options.batch_size,

@@ -12,7 +12,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
 from pitome_mllm import attach, load
-from pitome_mllm_eval.scene_tasks import TASKS
+from pitome_mllm_eval.lmms.scene_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOUR, COUNT = "pitome_scenes_colour", "pitome_scenes_count"

@@ -6,8 +6,8 @@ from evaluating import COLOUR, COUNT, answers, by_hand, evaluate, request
 from lmms_eval.models import get_model
 
 from pitome_mllm import attach, estimate, load
-from pitome_mllm_eval import scene_tasks
 from pitome_mllm_eval.benchmark import sets
+from pitome_mllm_eval.lmms import scene_tasks
 from pitome_mllm_eval.lmms.asked import EvaluationError
 from pitome_mllm_eval.lmms.model import PitomeLlava, PitomeLlavaChat
 
@@ -164,7 +164,7 @@ dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {scene_tasks.TASKS}/data/existence.parquet}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_visual: !function pitome_mllm_eval.scene_tasks.picture
+doc_to_visual: !function pitome_mllm_eval.lmms.scene_tasks.picture
 doc_to_text: question
 doc_to_target: answer
 doc_to_choice: ["yes", "no"]

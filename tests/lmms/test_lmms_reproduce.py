@@ -21,11 +21,11 @@ from lmms_eval.tasks.mmbench import en_utils
 from PIL import Image
 
 from pitome_mllm.methods.tome import ToMe
-from pitome_mllm_eval import local_tasks, reproduce
 from pitome_mllm_eval.benchmark.intervals import interval
+from pitome_mllm_eval.lmms import local_tasks, reproduce
 from pitome_mllm_eval.lmms.circular import note_hits
 from pitome_mllm_eval.lmms.model import PitomeLlava
-from pitome_mllm_eval.tables import TABLES, TASKS, narrowed
+from pitome_mllm_eval.lmms.tables import TABLES, TASKS, narrowed
 
 SHORT = "\nAnswer the question using a single word or phrase."
 PACKAGED = packaged.removesuffix("__init__.py")
@@ -291,7 +291,9 @@ def test_text_vqa_has_no_hint_in_the_paper_s_table(data):
 
 
 def test_missing_data_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no data .*gqa.parquet'; write some: python -m pitome_mllm_eval.local_tasks"):
+    with pytest.raises(
+        ValueError, match=r"no data .*gqa.parquet'; write some: python -m pitome_mllm_eval.lmms.local_tasks"
+    ):
         reproduce.task_of("gqa", tmp_path)
     with pytest.raises(ValueError, match=r"no data .*; choose other tasks than vqav2_val with --task"):
         reproduce.task_of("vqav2_val", tmp_path)

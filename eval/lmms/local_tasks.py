@@ -1,7 +1,7 @@
 """Small data sets with the columns of published ones, out of the embedded scenes: ``--out FOLDER``.
 
 They let lmms-eval's own prompts and metrics of these tasks run without a network:
-``python -m pitome_mllm_eval.local_tasks --out data`` and then ``pitome-mllm reproduce --data data ...``. The figures
+``python -m pitome_mllm_eval.lmms.local_tasks --out data`` and then ``pitome-mllm reproduce --data data ...``. The figures
 say nothing about the published benchmarks.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .benchmark.sets import scene
-from .lmms.circular import ROTATED
+from ..benchmark.sets import scene
+from .circular import ROTATED
 
 Rows = Iterator[dict[str, Any]]
 BINARY = ("existence", "location", "relation")

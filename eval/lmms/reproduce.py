@@ -24,14 +24,14 @@ from tenacity import RetryError
 
 from pitome_mllm import load
 
-from .benchmark.intervals import span
+from ..benchmark.intervals import span
+from .arguments import place
+from .asked import EvaluationError
+from .circular import note_hits
 from .identity import identity, model_identity, short
-from .lmms.arguments import place
-from .lmms.asked import EvaluationError
-from .lmms.circular import note_hits
-from .lmms.manifest import NAME
-from .lmms.model import PitomeLlava
 from .local_tasks import MAKERS
+from .manifest import NAME
+from .model import PitomeLlava
 from .published import published
 from .results_files import Results, newest
 from .scene_tasks import GROUP, TASKS
@@ -203,7 +203,7 @@ def task_of(name: str, data: Path | None) -> Any:
         return {"task": task.task, **task.changes} if task.changes else task.task
     file = data / f"{task.task}.parquet"
     if not file.is_file():
-        some = f"write some: python -m pitome_mllm_eval.local_tasks --out {data}"
+        some = f"write some: python -m pitome_mllm_eval.lmms.local_tasks --out {data}"
         mend = some if task.task in MAKERS else f"choose other tasks than {name} with --task"
         raise ValueError(f"no data {str(file)!r}; {mend}")
     local = {"dataset_path": "parquet", "dataset_name": None, "process_docs": None}

@@ -13,7 +13,7 @@ from typing import Any
 
 from pitome_mllm.loading import TINY, read_config
 
-from .accuracy.runs import sources
+from ..accuracy.runs import sources
 from .scene_tasks import GROUP, TASKS
 from .tables import TASKS as KNOWN
 from .tables import Run, Table
