@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from pitome_mllm import attach, load
-from pitome_mllm_eval import finetune
 from pitome_mllm_eval.documents import read, write_csv
-from pitome_mllm_eval.tiny_batch import IGNORE
-from pitome_mllm_eval.tiny_model import EOS
+from pitome_mllm_eval.training import finetune
+from pitome_mllm_eval.training.tiny_batch import IGNORE
+from pitome_mllm_eval.training.tiny_model import EOS
 
 
 def test_training_rows_are_prompts_with_labels_at_the_answers():

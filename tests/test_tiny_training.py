@@ -10,14 +10,22 @@ import pytest
 import torch
 
 import pitome_mllm
-from pitome_mllm_eval import muon, tiny_batch, tiny_forward, train_tiny
 from pitome_mllm_eval.benchmark.scenes import GRID, PATCH
 from pitome_mllm_eval.benchmark.score import PROMPT, answers, score
 from pitome_mllm_eval.benchmark.sets import scene, scene_questions
-from pitome_mllm_eval.tiny_batch import IGNORE, Phase, encode_scene, patch_ids, row_length, stack, training_batch
-from pitome_mllm_eval.tiny_forward import Heads, answer_loss, language_states, losses, tower_features
-from pitome_mllm_eval.tiny_model import build_model, build_processor, save_release, word_ids
-from pitome_mllm_eval.tiny_trainer import Trainer
+from pitome_mllm_eval.training import muon, tiny_batch, tiny_forward, train_tiny
+from pitome_mllm_eval.training.tiny_batch import (
+    IGNORE,
+    Phase,
+    encode_scene,
+    patch_ids,
+    row_length,
+    stack,
+    training_batch,
+)
+from pitome_mllm_eval.training.tiny_forward import Heads, answer_loss, language_states, losses, tower_features
+from pitome_mllm_eval.training.tiny_model import build_model, build_processor, save_release, word_ids
+from pitome_mllm_eval.training.tiny_trainer import Trainer
 
 PHASES = (
     Phase("see", 1, 2, 0, side=96, ask=False, chat_share=0.0),

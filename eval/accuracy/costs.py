@@ -53,7 +53,7 @@ def config_of(shape: str) -> Any:
     """The configuration behind a name in `SHAPES`."""
     from pitome_mllm.costs.published import get_shape
 
-    from ..tiny_model import build_config
+    from ..training.tiny_model import build_config
 
     return build_config() if shape == "tiny" else get_shape(shape).config()
 

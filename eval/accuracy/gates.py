@@ -17,7 +17,7 @@ from pitome_mllm.families import geometry
 from ..benchmark.questions import CATEGORIES
 from ..benchmark.sets import PER_SCENE, SCENES
 from ..documents import read
-from ..tiny_model import build_config
+from ..training.tiny_model import build_config
 from .curves import BLIND, KEEPS, PLACES, RESULTS, Setting, settings
 from .runs import PLAIN
 

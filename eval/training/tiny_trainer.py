@@ -5,7 +5,7 @@ import time
 import torch
 from torch import nn
 
-from .benchmark.questions import CATEGORIES
+from ..benchmark.questions import CATEGORIES
 from .muon import Muon
 from .tiny_batch import IGNORE, Phase, training_batch
 from .tiny_forward import Heads, losses

@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m pitome_mllm_eval.train_tiny --out DIR [--resume] [--device cuda]``.
+"""Train the embedded model: ``python -m pitome_mllm_eval.training.train_tiny --out DIR [--resume] [--device cuda]``.
 
 Three phases: the tower alone on dense labels of windows of the canvas, then questions on windows, then questions on
 whole pictures with all 576 tokens and a falling learning rate. Batch i of a phase depends on (seed, phase, i) alone and
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .benchmark.questions import CATEGORIES
+from ..benchmark.questions import CATEGORIES
 from .tiny_batch import Phase, encode_scene, row_length, stack, training_batch
 from .tiny_trainer import PHASES, Trainer, accuracies
 
@@ -25,7 +25,7 @@ COLUMNS = "time split phase step pictures loss answer patch mention comparison r
 
 def validation_batches(count: int, pictures: int = 8) -> list[dict[str, torch.Tensor]]:
     """About `count` questions on whole validation pictures, the first ones of the benchmark's validation set."""
-    from .benchmark.sets import scene_questions
+    from ..benchmark.sets import scene_questions
 
     batches, per_picture = [], 16
     for first in range(0, count // per_picture, pictures):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .benchmark.scenes import COLOURS, GRID, KINDS
+from ..benchmark.scenes import COLOURS, GRID, KINDS
 from .tiny_batch import IGNORE
 from .tiny_model import EOS, PREFIX, vision_tower, word_ids
 

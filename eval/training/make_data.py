@@ -1,6 +1,6 @@
 """Write `eval/data/*.npz` from the data sets that ship with scikit-learn and scikit-image.
 
-Needed only to make the stored files anew, as are those two packages: ``python -m pitome_mllm_eval.make_data``.
+Needed only to make the stored files anew, as are those two packages: ``python -m pitome_mllm_eval.training.make_data``.
 """
 
 from pathlib import Path

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .benchmark.questions import vocabulary
-from .benchmark.scenes import CANVAS, GRID, PATCH
+from ..benchmark.questions import vocabulary
+from ..benchmark.scenes import CANVAS, GRID, PATCH
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PAD, UNK, BOS, EOS, IMAGE = range(len(SPECIAL))

@@ -1,4 +1,4 @@
-"""Write the released model from a checkpoint: ``python -m pitome_mllm_eval.export_tiny RUN --to pitome_mllm/tiny``."""
+"""Write the released model from a checkpoint: ``python -m pitome_mllm_eval.training.export_tiny RUN --to pitome_mllm/tiny``."""
 
 import argparse
 import hashlib
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .benchmark.questions import CATEGORIES
-from .benchmark.scenes import TIERS
-from .benchmark.score import score, table
-from .benchmark.sets import PER_SCENE, SCENES
+from ..benchmark.questions import CATEGORIES
+from ..benchmark.scenes import TIERS
+from ..benchmark.score import score, table
+from ..benchmark.sets import PER_SCENE, SCENES
 from .tiny_model import build_model, save_release
 
 LIMIT_BYTES = 9_000_000
@@ -40,7 +40,7 @@ them.
 
 ## Training
 
-`python -m pitome_mllm_eval.train_tiny --out DIR{phases}`, seed 0, on {device}:
+`python -m pitome_mllm_eval.training.train_tiny --out DIR{phases}`, seed 0, on {device}:
 {pictures:,} generated pictures in {steps:,} steps, no picture twice. `training_log.csv` holds the whole course.
 First the tower learns what each patch shows, then questions are asked on 96-pixel windows of the canvas, then on whole
 pictures with all 576 visual tokens. No visual token is ever left out because of what it shows. Auxiliary targets (what

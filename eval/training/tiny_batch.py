@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .benchmark.questions import CATEGORIES, Question, make_questions, words
-from .benchmark.scenes import CANVAS, COLOURS, GRID, KINDS, PATCH, TIERS, Object, Scene, make_scene
+from ..benchmark.questions import CATEGORIES, Question, make_questions, words
+from ..benchmark.scenes import CANVAS, COLOURS, GRID, KINDS, PATCH, TIERS, Object, Scene, make_scene
 from .tiny_model import EOS, PAD, word_ids
 
 IGNORE = -100

@@ -1,0 +1,1 @@
+"""How the embedded model is made: its data, its training, its export."""
