@@ -69,7 +69,8 @@ def curve(method: str, where: str) -> Curve | None:
 
 @lru_cache(maxsize=1)
 def _record() -> Any:
-    tables, documents, curves = (companion("eval", name) for name in ("accuracy", "documents", "curves"))
+    names = ("accuracy.tables", "documents", "accuracy.curves")
+    tables, documents, curves = (companion("eval", name) for name in names)
     return tables.Results.of(documents.read(curves.RESULTS))
 
 

@@ -28,14 +28,13 @@ def read(path: Path, command: str = "curves") -> list[dict[str, str]]:
     ------
     ValueError : no such file, or one of something else or of an older version.
     """
+    module = f"pitome_mllm_eval.{'training' if command == 'finetune' else 'accuracy'}.{command}"
     if not path.is_file():
-        raise ValueError(f"no results {str(path)!r}; measure first: python -m pitome_mllm_eval.{command}")
+        raise ValueError(f"no results {str(path)!r}; measure first: python -m {module}")
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     if not found or not COLUMNS[command] <= set(found[0]):
-        raise ValueError(
-            f"{str(path)!r} does not hold results of today's pitome_mllm_eval.{command}; measure them again with it"
-        )
+        raise ValueError(f"{str(path)!r} does not hold results of today's {module}; measure them again with it")
     return found
 
 

@@ -182,8 +182,8 @@ def test_published_results_take_clean_commits_only(commit, tmp_path, monkeypatch
         rows.append(rows.RESULTS, [rows.Row(*[0] * 20)], {"commit": commit})
     rows.check_commit(rows.RESULTS, "abc")
     rows.check_commit(tmp_path / "bench.csv", commit)
-    monkeypatch.setattr(speed, "commit", lambda: commit)
-    monkeypatch.setattr(speed, "_model", lambda *_: pytest.fail("measured before it was refused"))
+    monkeypatch.setattr(measure, "commit", lambda: commit)
+    monkeypatch.setattr(measure, "_model", lambda *_: pytest.fail("measured before it was refused"))
     assert cli.main(["bench", "--out", str(rows.RESULTS)]) == 2
 
 
@@ -191,12 +191,13 @@ def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkey
     def git(*words):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@e", *words], cwd=tmp_path, check=True)
 
-    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "eval" / "speed_rows.py"
+    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "eval" / "speed" / "rows.py"
     results.parent.mkdir(parents=True)
+    code.parent.mkdir()
     for path in (results, code):
         path.write_text("1")
-    monkeypatch.setattr(speed_rows, "RESULTS", results)
-    monkeypatch.setattr(speed_rows, "__file__", str(code))
+    monkeypatch.setattr(rows, "RESULTS", results)
+    monkeypatch.setattr(rows, "__file__", str(code))
     git("init", "-q")
     git("add", results)
     git("commit", "-qm", "somebody else's")
@@ -224,7 +225,7 @@ def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monk
         most.append(len(alive))
         return 7
 
-    monkeypatch.setattr(speed, "Stages", Watched)
+    monkeypatch.setattr(measure, "Stages", Watched)
     found = measure.once(field[:2], load(1), ["tower", "merge", "decode"], look)
     assert max(most) == 1 and found == dict.fromkeys(
         [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
@@ -264,14 +265,14 @@ def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
 def test_weights_are_constants_of_frozen_graphs_only(mode, monkeypatch):
     linear, seen = torch.nn.Linear(4, 4), []
 
-    def measure(*_):
+    def watched(*_):
         doubled = graph(linear, contenders.MODES[mode], CPU)
         before = doubled(torch.ones(1, 4))
         linear.bias.data += 1
         seen.append(bool((doubled(torch.ones(1, 4)) == before).all()))
         return []
 
-    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(measure, "measure", watched)
     torch.compiler.reset()
     assert cli.main(["bench", "--mode", mode, "--stages", "projector"]) == 0
     assert seen == [mode == "frozen"] and not inductor.freezing
@@ -309,7 +310,7 @@ def test_a_mistake_is_one_line(arguments, words, capsys):
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is installed")
 def test_attention_that_is_not_installed_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(speed, "random_model", lambda *_: build(layers=2))
+    monkeypatch.setattr(measure, "random_model", lambda *_: build(layers=2))
     assert cli.main("bench --shape llava-1.5-7b --attention flash_attention_2".split()) == 2
     said = capsys.readouterr().err
     assert "--attention flash_attention_2 is not installed" in said and said.count("\n") == 1

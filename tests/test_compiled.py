@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from pitome_mllm import METHODS, attach
 from pitome_mllm.costs.latency import timed_tower
-from pitome_mllm.hooks import graphs
+from pitome_mllm.hooks import graphs as captured
 from pitome_mllm.hooks.turns import Turns
 from pitome_mllm.methods.baselines import _shuffled
 from pitome_mllm.methods.tome import ToMe
@@ -98,7 +98,7 @@ def test_inductor_keeps_counts_and_answers_within_its_rounding(pair):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_shuffles_as_torch_does():
-    shuffle = graphs.graph(partial(_shuffled, 576, 3), "inductor", torch.device("cpu"))
+    shuffle = captured.graph(partial(_shuffled, 576, 3), "inductor", torch.device("cpu"))
     assert torch.equal(shuffle(torch.device("cpu")), _shuffled(576, 3, torch.device("cpu")))
 
 
@@ -195,7 +195,7 @@ def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
     """transformers says that hidden states are not recorded thread-safely while something compiles."""
     model = build(layers=1, feature_layer=-1)
     handle = attach(model, "tome", keep=500, compiled="eager")
-    making, go, entered, make = threading.Event(), threading.Event(), threading.Event(), graphs.graph
+    making, go, entered, make = threading.Event(), threading.Event(), threading.Event(), captured.graph
 
     def slow(*args):
         making.set()
@@ -207,7 +207,7 @@ def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
             return seen(model, one)
 
     plain()
-    monkeypatch.setattr(compiling, "graph", slow)
+    monkeypatch.setattr(captured, "graph", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(seen, model, one)
         assert making.wait(60)

@@ -17,28 +17,15 @@ PACKAGE = ROOT / "pitome_mllm"
 ALLOWED = {
     "methods": set(),
     "schedule": set(),
-    "specs": {"schedule"},
-    "placeholders": {"schedule", "specs"},
-    "packing": {"schedule", "specs"},
+    "families": {"schedule"},
+    "settings": {"methods", "schedule", "families"},
+    "plan": {"methods", "schedule", "settings", "families"},
     "spectral": {"methods"},
-    "visualize": {"features", "methods"},
-    "settings": {"methods", "schedule", "specs"},
-    "plan": {"methods", "schedule", "settings", "specs"},
-    "stats": {"methods", "packing", "plan"},
-    "accounting": {"latency", "methods", "plan", "schedule", "settings", "specs"},
-    "latency": {"features", "specs"},
-    "memory": {"accounting", "latency", "methods", "plan", "specs"},
-    "shapes": {"methods"},
-    "features": {"specs"},
-    "inputs": {"features"},
-    "prompt": {"features", "inputs", "language", "placeholders", "plan", "specs", "stats", "tiles"},
-    "language": {"placeholders", "specs"},
-    "probe": {"specs"},
-    "merging": {"methods", "plan"},
-    "tower": {"features", "merging", "methods", "plan", "specs", "stats"},
-    "tiles": {"merging", "methods", "packing", "plan", "schedule", "specs", "stats"},
-    "original": {"packing", "specs", "stats", "tiles", "tower"},
-    "loading": {"original", "specs"},
+    "stats": {"methods", "plan", "families"},
+    "costs": {"methods", "schedule", "settings", "plan", "families"},
+    "hooks": {"methods", "schedule", "settings", "plan", "families", "stats"},
+    "loading": {"hooks", "families"},
+    "visualize": {"families", "methods"},
     "_companion": set(),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -87,7 +74,7 @@ def test_import_direction(path):
 
 def test_the_import_test_sees_imports():
     assert imported_parts(PACKAGE / "cli.py") >= {"commands"}
-    assert imported_parts(PACKAGE / "loading.py") == {"original", "specs"}
+    assert imported_parts(PACKAGE / "loading.py") == {"families", "hooks"}
 
 
 def test_methods_need_torch_only():
@@ -139,12 +126,12 @@ def test_folders_of_a_bare_checkout_are_found():
         "sys.path[:] = [p for p in sys.path if 'pitome' not in p]\n"
         "import os; sys.path.insert(0, os.getcwd())\n"
         "from pitome_mllm._companion import companion\n"
-        "module = companion('eval', 'benchmark')\n"
+        "module = companion('eval', 'benchmark.sets')\n"
         "sys.stdout.write(module.__name__ + ' ' + module.__file__ + ' ' + companion('demo').__name__)"
     )
     first, file, last = python(code, "-E").split(" ")
     assert first == "pitome_mllm_eval.benchmark.sets" and last == "pitome_mllm_demo"
-    assert Path(file) == ROOT / "eval" / "benchmark.py"
+    assert Path(file) == ROOT / "eval" / "benchmark" / "sets.py"
 
 
 def test_a_missing_companion_names_its_extra():
@@ -196,7 +183,7 @@ def test_the_embedded_model_answers_from_a_wheel(built, tmp_path):
     )
     package, evaluation, right, seconds = python(code, "-E").split(" ")
     assert Path(package) == tmp_path / "pitome_mllm" / "__init__.py"
-    assert Path(evaluation) == tmp_path / "pitome_mllm_eval" / "score.py" and int(right) >= 12
+    assert Path(evaluation) == tmp_path / "pitome_mllm_eval" / "benchmark" / "score.py" and int(right) >= 12
     assert float(seconds) < 0.5  # of CPU time; transformers' own imports take longer
 
 

@@ -245,6 +245,6 @@ def test_one_scene_is_quick_and_checked(monkeypatch):
         sets.scene(sets.SCENES)
     with pytest.raises(ValueError, match="unknown split"):
         sets.scene(0, "train")
-    monkeypatch.setattr(benchmark, "recorded", lambda split: ["0"] * sets.SCENES)
+    monkeypatch.setattr(sets, "recorded", lambda split: ["0"] * sets.SCENES)
     with pytest.raises(RuntimeError, match="differs from the recorded"):
         sets.scene(7)

@@ -149,7 +149,7 @@ def test_what_was_measured_twice_is_refused():
 
 def test_a_plot_holds_one_run(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(speed_report, "plot", lambda rows, path, *_: drawn.update({path.name: rows}))
+    monkeypatch.setattr(report, "plot", lambda rows, path, *_: drawn.update({path.name: rows}))
     usual = {"stage": "first token", "method": "tome"}
     rows = [row(**usual, keep="144", model="other")]
     rows += [row(**usual, keep=str(k), batch=str(b)) for k in (72, 144) for b in (1, 2)]

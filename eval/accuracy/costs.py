@@ -29,7 +29,7 @@ from ..speed.clocks import quantiles
 from .curves import KEEPS, PLACES, Setting, settings
 from .runs import check_out, code_hash, processor_name
 
-RESULTS = Path(__file__).parent / "results" / "costs.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "costs.csv"
 # What is timed: "tiny", or the widths of a published model's tower and LLM.
 SHAPES = ("tiny", "llava-1.5-7b")
 

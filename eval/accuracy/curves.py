@@ -27,7 +27,7 @@ from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, ru
 KEEPS = (288, 144, 72, 36, 16)
 PLACES = ("tower", "projector", "both")
 BLIND = "blind"
-RESULTS = Path(__file__).parent / "results" / "curves.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "curves.csv"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the embedded model and its benchmark must show, from the CSV of `curves`: ``python -m pitome_mllm_eval.accuracy.gates``.
+"""What embedded model and benchmark must show, from the CSV of `curves`: ``python -m pitome_mllm_eval.accuracy.gates``.
 
 Exits with 1 if a gate fails: then the benchmark or the model is mended, not the gate.
 """

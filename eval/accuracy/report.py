@@ -19,7 +19,8 @@ TITLE = f"with the settings of `{DEFAULT_METHOD}`"
 WHY = f"Where `{DEFAULT_METHOD}` gets its lead from, by the [search](search.md) on the validation set:"
 GATES = """## What the embedded model and its benchmark must show
 
-From the same results, in per cent or points, by `python -m pitome_mllm_eval.accuracy.gates`, which fails if one of them does:"""
+From the same results, in per cent or points, by `python -m pitome_mllm_eval.accuracy.gates`, which fails if one of them
+does:"""
 
 
 def ablation(rows: list[dict[str, str]]) -> str:

@@ -114,8 +114,8 @@ def sources() -> list[Path]:
     """The files that decide what is answered."""
     import pitome_mllm
 
-    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
-    asking = [here / f"{name}.py" for name in ("benchmark", "glyphs", "questions", "runs", "scenes", "score")]
+    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parents[1]
+    asking = [*sorted((here / "benchmark").glob("*.py")), here / "accuracy" / "runs.py"]
     return sorted([*package.glob("*.py"), *(package / "methods").glob("*.py"), *asking])
 
 

@@ -27,7 +27,7 @@ from ..documents import write_csv
 from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
 
 KEEPS = (144, 72, 36, 16)
-RESULTS = Path(__file__).parent / "results" / "search.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "search.csv"
 TIE = 0.002
 START: dict[str, Any] = {"method": "pitome"}
 

@@ -11,7 +11,7 @@ from PIL import Image
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 DIGITS = tuple(str(d) for d in range(10))
 SPLITS = ("train", "validation", "test")
-_DATA = Path(__file__).parent / "data"
+_DATA = Path(__file__).parents[1] / "data"
 
 
 @functools.cache

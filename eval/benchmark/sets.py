@@ -17,7 +17,7 @@ SCENES = 210  # per split, a third of each tier
 PER_SCENE = 16
 _SEED = 20_000
 _EVEN = dict.fromkeys(CATEGORIES, 1.0)
-_DATA = Path(__file__).parent / "data"
+_DATA = Path(__file__).parents[1] / "data"
 
 
 def scene_questions(number: int, split: str = "test") -> tuple[Scene, list[Question]]:

@@ -21,7 +21,7 @@ from .tables import Run, Table
 # What answers and scores follow from beside our own code; torchvision and bitsandbytes where they are installed.
 PACKAGES = ("torch", "torchvision", "transformers", "bitsandbytes", "pillow", "lmms_eval")
 BLOCK = 1 << 20  # bytes that are read at once
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def identity(
@@ -35,7 +35,7 @@ def identity(
     data : folder of local data; None = lmms-eval's own data sets, which are known by their names only.
     how : limit, batch size, what the model is loaded with, and the like.
     """
-    mine = [*sources(), *(HERE / "lmms").glob("*.py"), HERE / "scene_tasks.py"]
+    mine = [*sources(), *(HERE / "lmms").glob("*.py"), HERE / "lmms" / "scene_tasks.py"]
     return {
         "model": dict(model),
         "settings": run.settings,

@@ -1,8 +1,8 @@
 """Small data sets with the columns of published ones, out of the embedded scenes: ``--out FOLDER``.
 
 They let lmms-eval's own prompts and metrics of these tasks run without a network:
-``python -m pitome_mllm_eval.lmms.local_tasks --out data`` and then ``pitome-mllm reproduce --data data ...``. The figures
-say nothing about the published benchmarks.
+``python -m pitome_mllm_eval.lmms.local_tasks --out data`` and then ``pitome-mllm reproduce --data data ...``. The
+figures say nothing about the published benchmarks.
 """
 
 from __future__ import annotations

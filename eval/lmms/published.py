@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pitome_mllm import METHODS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FIGURES = HERE / "data" / "published.csv"
 CURVES = HERE / "results" / "curves.csv"
 

@@ -1,4 +1,6 @@
-"""The embedded benchmark as tasks of lmms-eval: ``python -m pitome_mllm_eval.lmms.scene_tasks`` writes `eval/tasks/data`.
+"""The embedded benchmark as tasks of lmms-eval.
+
+``python -m pitome_mllm_eval.lmms.scene_tasks`` writes `eval/tasks/data`.
 
 The parquet files hold questions and answers, with the number and the recorded hash of each picture. Pictures are drawn
 when they are asked for, and checked against their hash.
@@ -15,7 +17,7 @@ from PIL import Image
 from ..benchmark.questions import CATEGORIES
 from ..benchmark.sets import questions, recorded, scene
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parents[1] / "tasks"
 GROUP = "pitome_scenes"
 SPLIT = "test"
 

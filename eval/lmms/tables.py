@@ -135,7 +135,7 @@ TABLES = {
         VICUNA,
     ),
     "embedded": Table(
-        "the embedded model and benchmark, beside what `python -m pitome_mllm_eval.accuracy.curves` measured of all questions",
+        "the embedded model and benchmark, beside what `pitome_mllm_eval.accuracy.curves` measured of all questions",
         ("pitome_scenes",),
         (Run("tiny"), *(Run("tiny", method, keep=keep) for method in _TINY for keep in (144, 72, 36))),
     ),

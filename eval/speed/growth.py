@@ -24,7 +24,7 @@ from .clocks import Call, in_turns, quantiles
 from .peak import Alive
 from .rows import stamp
 
-RESULTS = Path(__file__).parent / "results" / "growth.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "growth.csv"
 TOKENS = (72, 144, 288, 576, 1152, 2304, 4608, 9216)
 KEYS, WIDTH, REMOVED, DEPTH = 64, 1024, 0.1, 0.5
 

@@ -1,4 +1,6 @@
-"""How long `attach`, `update` and `remove` take, and importing the package: ``python -m pitome_mllm_eval.speed.handles``.
+"""How long `attach`, `update` and `remove` take, and importing the package.
+
+``python -m pitome_mllm_eval.speed.handles``.
 
 On a tower of CLIP-L's size with random weights. Importing is timed in fresh processes, in which torch is there already.
 """
@@ -22,7 +24,7 @@ from .clocks import quantiles
 from .contenders import configuration, find_shape, random_model
 from .rows import stamp
 
-RESULTS = Path(__file__).parent / "results" / "handles.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "handles.csv"
 SHAPE = "llava-1.5-7b"
 IMPORT = "import time, torch; t = time.thread_time(); import pitome_mllm; print(1000 * (time.thread_time() - t))"
 

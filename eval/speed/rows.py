@@ -15,7 +15,7 @@ import torch
 
 from ..accuracy.runs import processor_name
 
-RESULTS = Path(__file__).parent / "results" / "bench.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
 SERIES = (
     "model llm_layers device threads dtype mode attention clock images text_tokens new_tokens repeats warmup torch "
@@ -64,7 +64,7 @@ class Row:
 
 def commit() -> str:
     """The checkout's commit, with "-dirty" behind it where files other than results differ; empty outside one."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()

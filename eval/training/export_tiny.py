@@ -1,4 +1,6 @@
-"""Write the released model from a checkpoint: ``python -m pitome_mllm_eval.training.export_tiny RUN --to pitome_mllm/tiny``."""
+"""Write the released model from a checkpoint.
+
+``python -m pitome_mllm_eval.training.export_tiny RUN --to pitome_mllm/tiny``."""
 
 import argparse
 import hashlib
@@ -32,11 +34,11 @@ It exists so that token reduction can be tried, tested and measured anywhere, wi
 `load("tiny")` takes less than half a second of CPU time (a test bounds it), after the imports of torch and transformers
 themselves, which take longer.
 
-It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/benchmark/scenes.py`), with words
-of its vocabulary. How much a reduction method costs here says how methods compare with each other on this task; it does
-not say what they cost on LLaVA-1.5 or any other large model. No loss looks at the class token, so its attention knows
-little: methods that rank by it (VisionZip, PruMerge, DiffRate, MCTF) have a disadvantage here that CLIP would not give
-them.
+It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/benchmark/scenes.py`),
+with words of its vocabulary. How much a reduction method costs here says how methods compare with each other on this
+task; it does not say what they cost on LLaVA-1.5 or any other large model. No loss looks at the class token, so its
+attention knows little: methods that rank by it (VisionZip, PruMerge, DiffRate, MCTF) have a disadvantage here
+that CLIP would not give them.
 
 ## Training
 
@@ -52,9 +54,9 @@ training.
 
 ## Accuracy
 
-All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.benchmark.score --split SPLIT`. The intervals are 95 %
-bootstraps over pictures; "blind" is the most common answer to the same text in training data. On another machine the
-accuracy on the first {sample} test questions is within 2 points of the one in `accuracy.json`; a test checks it.
+All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.benchmark.score --split SPLIT`. The intervals are
+95 % bootstraps over pictures; "blind" is the most common answer to the same text in training data. On another machine
+the accuracy on the first {sample} test questions is within 2 points of the one in `accuracy.json`; a test checks it.
 
 {accuracy}
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 PHOTOS = ("astronaut", "chelsea", "coffee", "camera", "rocket", "grass", "brick", "gravel")
 TRAIN_SHARE = 0.6  # of each photograph's width; the rest is for validation and test backgrounds
 SCANS = (1197, 300, 300)  # train, validation, test

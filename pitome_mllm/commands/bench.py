@@ -1,4 +1,4 @@
-"""``pitome-mllm bench``: how long every stage takes, plain and with merging, on this device; see eval/speed/measure.py."""
+"""``pitome-mllm bench``: how long every stage takes, plain and with merging, on this device; see eval/speed/."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ A multiply-add counts as two FLOPs, and only matrix products and convolutions co
 merging, that of the LLM the projector. `ratio` is the share of its patches that every block keeps, `keep` the patches
 (of every tile) that are left in the end. The KV cache is in float16.
 
-The largest batch is what `pitome_mllm.costs.memory.largest_batch` says for {memory:g} GB (10^9 bytes) and {weights} weights:
-weights, KV cache and a bound on activations, without what the driver of a GPU takes."""
+The largest batch is what `pitome_mllm.costs.memory.largest_batch` says for {memory:g} GB (10^9 bytes) and {weights}
+weights: weights, KV cache and a bound on activations, without what the driver of a GPU takes."""
 
 
 def register(commands: Any) -> None:

@@ -93,7 +93,7 @@ def _methods(handle: Attachment) -> list[tuple[nn.Module, str, Callable]]:
 
 
 def _hook_tower(handle: Attachment) -> None:
-    layers, kind = _layers(handle.tower), original if handle.family.original else tower
+    layers, kind = _layers(handle.tower), llava_package if handle.family.original else tower
     if len(layers) != handle.geometry.blocks:
         raise ValueError(
             f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
