@@ -1,26 +1,25 @@
 """Attach merging to a model, change it, and take it off again without a trace.
 
-Read next: `settings` for what may be asked, `plan` for what it means, `wiring` for what is put on a model, `tower` for
-merging inside the blocks, `tiles` for pictures cut into tiles, `prompt` for the placeholders, `language` for what the
-LLM is told.
+Read next: `settings` for what may be asked, `plan` for what it means, `hooks.state` for what is remembered and where,
+`hooks.install` for what is put on a model, `hooks.tower` for merging inside the blocks, `hooks.tiles` for pictures cut
+into tiles, `hooks.prompt` for the placeholders, `hooks.llm` for what the LLM is told.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .families import FAMILIES, FamilySpec, Geometry, geometry
-from .families.packing import Places
 from .families.probe import probe
 from .hooks import graphs, install, llava_package
-from .hooks.prompt import Call
-from .hooks.tiles import Encoded
+from .hooks.state import Attached, refuse_pickling
 from .methods import Reducer
 from .plan import Plan, make_plan
 from .settings import Settings
@@ -29,48 +28,26 @@ from .stats import Stats
 logger = logging.getLogger(__name__)
 
 
-class _Thread:
-    """What one thread does with one attachment."""
-
-    def __init__(self) -> None:
-        self.plans: list[Plan | None] = []  # of `using`, innermost last
-        self.generating: Call | None = None  # the prompt of the generate() that is running
-        self.call: Call | None = None
-        self.stats: Stats | None = None
-        self.log_size: Tensor | None = None  # of the places of the KV cache, while a call runs
-        self.encoded: Encoded | None = None  # pictures that the model has not asked for yet
-
-
-class _Threads(threading.local):
-    """Every thread's own `_Thread`: an ordinary object, because compiled graphs cannot write to a local itself."""
-
-    def __init__(self) -> None:
-        self.mine = _Thread()
-
-
-class Attachment:
+class Attachment(Attached):
     """Merging on one model; made by `attach`. Also a context manager that removes itself.
+
+    What `using` asks for, and ``stats``, belong to the asyncio task or the thread that asks. A task has those of the
+    task that made it from the start; a thread has none.
 
     Attributes
     ----------
     model : the model.
-    plan : what happens to every picture; within ``using(keep=72)`` what that asks for.
-    stats : this thread's last run, None before it or if the plain model ran.
+    settings : what was asked for, of all tasks and threads.
+    plan : what happens to every picture; within ``using(keep=72)`` what that asks for, None within ``using(None)``.
+    stats : the last run, None before it or if the plain model ran.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model = model
-        self.family, self.geometry = _known(model) or probe(model)
+        family, geometry = _known(model) or probe(model)
+        super().__init__(model, family, geometry, make_plan(settings, geometry))
         self.settings = settings
-        self._threads = _Threads()
         self.graphs = graphs.Graphs()
-        self.projector: nn.Module = model.get_submodule(self.family.projector)
-        self.tower: nn.Module = model.get_submodule(self.family.tower)
-        self.language: nn.Module = model.get_submodule(self.family.language)
-        self.core: nn.Module = model.get_submodule(self.family.core)
-        self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
-        self.told_of_videos = False
-        self._plan = make_plan(settings, self.geometry)
+        self._updating = threading.Lock()
         install.install(self)
 
     @classmethod
@@ -79,67 +56,40 @@ class Attachment:
         return vars(model).get("_pitome")
 
     @property
-    def state(self) -> _Thread:
-        return self._threads.mine
-
-    @property
-    def active(self) -> Plan | None:
-        """The plan in force on this thread; None = the plain model."""
-        return self.state.plans[-1] if self.state.plans else self._plan
-
-    @property
-    def plan(self) -> Plan:
-        return self.active or self._plan
-
-    @property
     def stats(self) -> Stats | None:
         return self.state.stats
 
     def update(self, **settings: Any) -> None:
-        """Change settings for all threads; the same keywords as `attach`. On an error nothing changes."""
+        """Change settings for all tasks and threads; the same keywords as `attach`. On an error nothing changes."""
         self._check_attached()
-        changed = self.settings.changed(**settings)
-        self._plan = self._planned(changed)
-        self.settings = changed
+        with self._updating:
+            changed = self.settings.changed(**settings)
+            self._plan, self.settings = self._planned(changed), changed
 
     @contextmanager
     def using(self, *plain: None, **settings: Any) -> Iterator[Attachment]:
-        """Other settings within a ``with`` block, for this thread only. ``using(None)`` is the plain model."""
+        """Other settings within a ``with`` block, for this task or thread only. ``using(None)`` is the plain model.
+
+        Blocks may end in any order and anywhere. While a generator pauses inside of one, its caller has these settings
+        too, and a generator that is stepped by several threads has them in the first: open one around each step.
+        """
         self._check_attached()
         if plain not in ((), (None,)) or bool(plain) == bool(settings):
             raise ValueError(f"got using{plain}; call using(None) for the plain model, or using(keep=72, ...)")
         plan = None if plain else self._planned(self.settings.changed(**settings))
-        with self._pinned(plan):
+        with self.choosing(plan):
             yield self
 
     def _planned(self, settings: Settings) -> Plan:
         """What ``settings`` mean for this model, whose tower is made ready for it."""
         plan = make_plan(settings, self.geometry)
-        graphs.check(self.tower, plan)
+        install.check(self, plan)
         graphs.prepare(self.tower, plan)
         return plan
-
-    @contextmanager
-    def generating(self, call: Call) -> Iterator[None]:
-        """Within generate(): prompts are short already, and the plan stays what it was at its start."""
-        outer, self.state.generating = self.state.generating, call
-        try:
-            with self._pinned(self.active):
-                yield
-        finally:
-            self.state.generating = outer
 
     def _check_attached(self) -> None:
         if Attachment.of(self.model) is not self:
             raise ValueError(f"this attachment was removed from {type(self.model).__name__}; attach again")
-
-    @contextmanager
-    def _pinned(self, plan: Plan | None) -> Iterator[None]:
-        self.state.plans.append(plan)
-        try:
-            yield
-        finally:
-            self.state.plans.pop()
 
     def remove(self) -> None:
         """Restore the model exactly. A second call does nothing.
@@ -159,13 +109,16 @@ class Attachment:
     def __repr__(self) -> str:
         return f"Attachment({type(self.model).__name__}: {_describe(self._plan)})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For deep copies: what threads are doing stays behind, and so do graphs, which are of these modules."""
-        return {k: v for k, v in vars(self).items() if k not in ("_threads", "graphs")}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        own = {"graphs": graphs.Graphs(), "_updating": threading.Lock()}
+        vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
+        graphs.prepare(twin.tower, twin._plan)
+        return twin
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _threads=_Threads(), graphs=graphs.Graphs())
-        graphs.prepare(self.tower, self._plan)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return refuse_pickling(type(self))
 
 
 def attach(model: nn.Module, method: str | Reducer | None = None, **settings: Any) -> Attachment:
@@ -212,7 +165,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
             f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
             f"supported: {', '.join(FAMILIES)}"
         )
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper calls it
+    model = _unwrapped(model)
     carried = _carried(model)
     if carried is not None:
         raise ValueError(
@@ -225,6 +178,13 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     handle = Attachment(model, asked)
     logger.info("attached %s", handle)
     return handle
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that wrappers call: those of torch.compile, which makes graphs of whatever is on it, and of peft."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "get_base_model"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.get_base_model()
+    return model
 
 
 def _describe(plan: Plan) -> str:

@@ -8,6 +8,7 @@ does it, by one that looks at the plan of the calling thread first.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -111,34 +112,37 @@ def check(tower: nn.Module, plan: Plan) -> None:
         raise ValueError(f"compiled='cudagraphs' needs the model on a CUDA device, got {device}; choose compiled=True")
 
 
-def prepare(tower: nn.Module, plan: Plan) -> None:
+def prepare(tower: nn.Module, asked: Plan) -> None:
     """Where the plan asks for graphs, make calls of the tower go through those of its attachment."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        handle = tower._pitome
-        active = handle.active
         if torch.compiler.is_dynamo_compiling():  # somebody compiles what is around the tower
             return tower._call_impl(*args, **kwargs)
-        if active is None or not active.compiled:
+        handle, plan = tower._pitome, tower._pitome.plan
+        if plan is None or not plan.compiled:
             with handle.graphs.turns.together():
                 return tower._call_impl(*args, **kwargs)
-        return hooked(tower, partial(handle.graphs.run, tower, active), args, kwargs)
+        return hooked(tower, partial(handle.graphs.run, tower, plan), args, kwargs)
 
     call.of_pitome = True
-    if plan.compiled:
+    if asked.compiled:
         vars(tower)[CALL] = call
 
 
 def hooked(tower: nn.Module, run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """``run`` between the tower's own forward hooks, which no graph holds: torch would not see that they change."""
-    for number, hook in [item for item in tower._forward_pre_hooks.items() if item[1] is not towers.start_run]:
+    for number, hook in [
+        item for item in tower._forward_pre_hooks.items() if inspect.unwrap(item[1]) is not towers.start_run
+    ]:
         if number in tower._forward_pre_hooks_with_kwargs:
             args, kwargs = hook(tower, args, kwargs) or (args, kwargs)
         else:
             given = hook(tower, args)
             args = args if given is None else given if isinstance(given, tuple) else (given,)
     output = run(args, kwargs)
-    for number, hook in [item for item in tower._forward_hooks.items() if item[1] is not towers.finish_run]:
+    for number, hook in [
+        item for item in tower._forward_hooks.items() if inspect.unwrap(item[1]) is not towers.finish_run
+    ]:
         known = (args, kwargs) if number in tower._forward_hooks_with_kwargs else (args,)
         given = hook(tower, *known, output)
         output = output if given is None else given

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..families import TOWERS, TowerSpec
+from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
-
-if TYPE_CHECKING:
-    from ..attach import Attachment
+from .state import Attached
 
 # Every hook we register: the table of the module it lives in, and the function.
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
-_HOOKS = (
+_HOOKS = (  # or `uncompiled` ones
     tower.start_run,
     tower.finish_run,
     tower.catch_keys,
@@ -26,50 +28,81 @@ _HOOKS = (
     prompt.after_forward,
     llm.before_language,
     tiles.after_projector,
-    llava_package.start_run,
-    llava_package.finish_run,
 )
 
 
-def install(handle: Attachment) -> None:
-    """Put everything on the model; ValueError, with nothing done, if its tower is not what family and plan say."""
-    graphs.check(handle.tower, handle.plan)
+def install(handle: Attached) -> None:
+    """Put everything on the model, or nothing.
+
+    Raises
+    ------
+    ValueError : its tower is not what family and plan say.
+    """
+    check(handle, handle.plan)
+    try:
+        _put_on(handle)
+    except BaseException:
+        uninstall(handle)
+        raise
+
+
+def check(handle: Attached, plan: Plan) -> None:
+    """ValueError if the tower of this model cannot merge as ``plan`` says."""
+    graphs.check(handle.tower, plan)
+    if not handle.geometry.merges_in_tower:
+        return
+    layers = _layers(handle.tower)
+    if len(layers) != handle.geometry.blocks:
+        raise ValueError(
+            f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
+            f"expected {handle.geometry.blocks}"
+        )
+    for layer in layers:
+        _check_forward(layer, plan)
+
+
+def _put_on(handle: Attached) -> None:
     if handle.geometry.merges_in_tower:
         _hook_tower(handle)
     if not handle.family.original:
-        handle.model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
-        handle.model.register_forward_hook(prompt.after_forward, with_kwargs=True)
-        handle.language.register_forward_pre_hook(llm.before_language, with_kwargs=True)
+        handle.model.register_forward_pre_hook(uncompiled(prompt.before_forward), with_kwargs=True)
+        handle.model.register_forward_hook(uncompiled(prompt.after_forward), with_kwargs=True, always_call=True)
+        handle.language.register_forward_pre_hook(uncompiled(llm.before_language), with_kwargs=True)
     if handle.family.tiles == "connector":
-        handle.projector.register_forward_hook(tiles.after_projector)
+        handle.projector.register_forward_hook(uncompiled(tiles.after_projector))
     for module in _marked(handle):
         module._pitome = handle
-    handle.replaced = {name: vars(owner).get(name) for owner, name, _ in _methods(handle)}
     for owner, name, make in _methods(handle):
+        handle.replaced[name] = vars(owner).get(name)
         setattr(owner, name, MethodType(make(owner), owner))
     graphs.prepare(handle.tower, handle.plan)
 
 
-def uninstall(handle: Attachment) -> None:
-    """Take everything off again."""
+def uninstall(handle: Attached) -> None:
+    """Take everything off again, as far as it is there."""
     graphs.uninstall(handle.tower)
     for owner, name, _ in _methods(handle):
-        if handle.replaced[name] is None:
-            delattr(owner, name)
-        else:
+        if handle.replaced.get(name) is not None:
             setattr(owner, name, handle.replaced[name])
+        elif name in handle.replaced:
+            delattr(owner, name)
+    handle.replaced.clear()
     for layer in _layers(handle.tower):
         if "_pitome" in vars(layer):
             for part in layer.modules():  # adapters may have come around what we hooked
                 _unhook(part)
-            _swap_class(layer, type(layer).__bases__[-1])
-            del layer._pitome
+            _swap_class(layer, tower.plain_class(type(layer)))
     for module in _marked(handle):
         _unhook(module)
-        del module._pitome
 
 
-def _marked(handle: Attachment) -> list[nn.Module]:
+@lru_cache
+def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that torch.compile leaves alone: what a task or thread chose is asked anew in every call."""
+    return torch.compiler.disable(hook)
+
+
+def _marked(handle: Attached) -> list[nn.Module]:
     """The modules that know their attachment."""
     if handle.family.original:
         return [handle.model, handle.tower]
@@ -79,10 +112,13 @@ def _marked(handle: Attachment) -> list[nn.Module]:
     return modules
 
 
-def _methods(handle: Attachment) -> list[tuple[nn.Module, str, Callable]]:
+def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
     """Methods that instances get in place of their class's: whose, which, and what makes them."""
     if handle.family.original:
-        return [(handle.model, llava_package.PREPARE, llava_package.preparing_like)] if handle.geometry.tiled else []
+        methods = [(handle.tower, "forward", llava_package.running_like)]
+        if handle.geometry.tiled:
+            methods.append((handle.model, llava_package.PREPARE, llava_package.preparing_like))
+        return methods
     methods = [(handle.model, "generate", generate_like)]
     if handle.family.tiles == "anyres":
         methods.append((handle.core, "pack_image_features", tiles.packing_like))
@@ -92,22 +128,33 @@ def _methods(handle: Attachment) -> list[tuple[nn.Module, str, Callable]]:
     return methods
 
 
-def _hook_tower(handle: Attachment) -> None:
-    layers, kind = _layers(handle.tower), llava_package if handle.family.original else tower
-    if len(layers) != handle.geometry.blocks:
-        raise ValueError(
-            f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
-            f"expected {handle.geometry.blocks}"
-        )
-    for index, layer in enumerate(layers):
-        spec = _tower_spec(layer)
-        layer._pitome = (index, spec)
-        key, query = _projections(layer, spec)
-        key.register_forward_hook(tower.catch_keys)
-        query.register_forward_hook(tower.catch_query)
+def _hook_tower(handle: Attached) -> None:
+    kind = llava_package if handle.family.original else tower
+    for index, layer in enumerate(_layers(handle.tower)):
+        block = layer._pitome = tower.Block(index, _tower_spec(layer), tower.Inbox())
+        for projection, catch in zip(_projections(layer, block.spec), (tower.catch_keys, tower.catch_query)):
+            projection._pitome = block.inbox
+            projection.register_forward_hook(catch)
         _swap_class(layer, kind.merging_class(type(layer)))
-    handle.tower.register_forward_pre_hook(kind.start_run, with_kwargs=True)
-    handle.tower.register_forward_hook(kind.finish_run, with_kwargs=True)
+    if not handle.family.original:
+        handle.tower.register_forward_pre_hook(uncompiled(tower.start_run), with_kwargs=True)
+        handle.tower.register_forward_hook(uncompiled(tower.finish_run), with_kwargs=True)
+
+
+def _check_forward(layer: nn.Module, plan: Plan) -> None:
+    """ValueError if a layer has a forward that merging would go around, or that would go around merging."""
+    kept = vars(layer).get("_old_forward", vars(layer).get("forward"))  # accelerate keeps what it calls
+    if kept is not None and getattr(kept, "__func__", None) is not type(layer).forward:
+        raise ValueError(
+            f"an encoder layer of the vision tower has its forward replaced by {kept!r:.80}, which would go around "
+            "merging; restore it, or derive a class of the layer's own with that forward and set it as its __class__"
+        )
+    own = next(cls for cls in tower.plain_class(type(layer)).__mro__ if "forward" in vars(cls))
+    if plan.place == "mid" and plan.merging and own.__name__ not in TOWERS:
+        raise ValueError(
+            f"encoder layers of the vision tower have a forward of their own ({own.__name__}), which merging between "
+            "attention and MLP would leave out; give place='end', and it is called as a whole"
+        )
 
 
 def _tower_spec(module: nn.Module) -> TowerSpec | None:
@@ -137,12 +184,14 @@ def _swap_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _unhook(module: nn.Module) -> None:
-    """Remove our hooks; found by function, so that it works on deep copies too."""
+    """Remove our hooks, found by function so that it works on deep copies too, and our mark."""
     for table in _HOOK_TABLES:
         hooks = getattr(module, table)
-        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+        for key in [key for key, hook in hooks.items() if inspect.unwrap(hook) in _HOOKS]:
             del hooks[key]
-            getattr(module, f"{table}_with_kwargs").pop(key, None)
+            for more in ("with_kwargs", "always_called"):
+                getattr(module, f"{table}_{more}", {}).pop(key, None)
+    vars(module).pop("_pitome", None)
 
 
 def generate_like(model: nn.Module) -> Callable[..., Any]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import lru_cache
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from ..families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
 from ..families.packing import Packed, Places
 from ..stats import Stats
 from . import tower as towers
+from .state import Attached
 from .tiles import merged_parts, merged_tiles
-from .tower import RUN, MergingLayer, Run
+from .tower import RUN, Merging, MergingLayer, Run
 
 MODELS = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
 MPT = "LlavaMptForCausalLM"  # its forward() calls `PREPARE` as older versions had it, and fails on any picture
@@ -106,25 +107,19 @@ def describe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
     )
 
 
-# The vision tower: a run reaches its layers by the thread, not by a keyword.
+# The vision tower: a run reaches its layers by a variable that is set while the tower runs, not by a keyword.
 
-
-class _Current(threading.local):
-    """The run of the tower call that this thread is in."""
-
-    run: Run | None = None
-
-
-_current = _Current()
+_current: ContextVar[Run | None] = ContextVar("pitome_run", default=None)
 
 
 class _Outside:
     """Mixin in front of `MergingLayer`: finds the run, and returns a tuple."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        if _current.run is None:
-            return type(self).__bases__[-1].forward(self, hidden_states, *args, **kwargs)
-        return (super().forward(hidden_states, *args, **kwargs, **{RUN: _current.run}),)
+        run = _current.get()
+        if run is None:
+            return towers.plain_class(type(self)).forward(self, hidden_states, *args, **kwargs)
+        return (super().forward(hidden_states, *args, **kwargs, **{RUN: run}),)
 
 
 class _Inside:
@@ -137,19 +132,28 @@ class _Inside:
 @lru_cache
 def merging_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an encoder layer class of transformers 4.36 that merges."""
-    return type(f"Merging{base.__name__}", (_Outside, MergingLayer, _Inside, base), {"__module__": __name__})
+    own = {"__module__": __name__, "_plain": base}
+    return Merging(f"Merging{base.__name__}", (_Outside, MergingLayer, _Inside, base), own)
 
 
-def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the tower: a new run for its layers."""
-    started = towers.start_run(tower, args, kwargs)
-    _current.run = None if started is None else started[1][RUN]
+def running_like(tower: nn.Module) -> Callable[..., Any]:
+    """A forward of the tower that starts and finishes a run, as hooks of newer towers do."""
 
+    @functools.wraps(type(tower).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = self._pitome.replaced["forward"] or MethodType(type(self).forward, self)  # accelerate's, if it has one
+        started = towers.start_run(self, args, kwargs)
+        args, given = (args, {**kwargs}) if started is None else started
+        run = given.pop(RUN, None)
+        token = _current.set(run)
+        try:
+            output = own(*args, **given)
+        finally:
+            _current.reset(token)
+        towers.finish_run(self, args, {**given, RUN: run}, output)
+        return output
 
-def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the tower: as that of newer towers."""
-    run, _current.run = _current.run, None
-    towers.finish_run(tower, args, {**kwargs, RUN: run}, output)
+    return forward
 
 
 # Tiles: what the model packs is merged, and the model puts it into the prompt.
@@ -181,15 +185,15 @@ def preparing_like(model: nn.Module) -> Callable[..., Any]:
         image_sizes: Any = None,
     ) -> tuple:
         prompt = (input_ids, position_ids, attention_mask, past_key_values, labels)
-        plan, state = self._pitome.active, self._pitome.state
+        handle, plan = self._pitome, self._pitome.plan
         if images is None or input_ids.shape[1] == 1:  # no pictures, or decoding
             return own(self, *prompt, images, image_sizes)
         if plan is None or plan.keep == plan.available:
             made = own(self, *prompt, images, image_sizes)
-            state.stats = plan and Stats(plan, len(images), (), None, made[4].device)
+            handle.note(stats=plan and Stats(plan, len(images), (), None, made[4].device))
             return made
         features, packed = zip(*_merged(self, images, image_sizes))
-        state.stats = _stats_of(self._pitome, packed, features[0].device)
+        handle.note(stats=_stats_of(handle, packed, features[0].device))
         config = _changed(self.config, mm_patch_merge_type="flat")
         one_token_tiles = [x[:, None, None] for x in features]  # (K, 1, 1, C): K tiles of one token each
         view = _View(self, config=config, encode_images=lambda tiles: tiles[:, 0])
@@ -200,7 +204,7 @@ def preparing_like(model: nn.Module) -> Callable[..., Any]:
 
 def _merged(model: nn.Module, images: Any, sizes: Any) -> list[tuple[Tensor, Packed]]:
     """Every picture's merged features (K, C), and what became of its tokens."""
-    plan, state = model._pitome.active, model._pitome.state
+    plan = model._pitome.plan
     places = _places(model, images, sizes)
     if plan.where == "packed":
         packed = pack(model, images, sizes, model.encode_images)
@@ -209,14 +213,14 @@ def _merged(model: nn.Module, images: Any, sizes: Any) -> list[tuple[Tensor, Pac
     features = model.encode_images(flat)
     counts = _tiles(images)
     newline = getattr(model.get_model(), "image_newline", features.new_zeros(features.shape[-1]))
-    pictures = zip(features.split(counts), state.stats.groups.split(counts), places)
+    pictures = zip(features.split(counts), model._pitome.state.stats.groups.split(counts), places)
     return [merged_tiles(*picture, newline) for picture in pictures]
 
 
-def _stats_of(handle: Any, packed: tuple[Packed, ...], device: torch.device) -> Stats:
-    made = handle.state.stats if handle.active.where != "packed" else None
+def _stats_of(handle: Attached, packed: tuple[Packed, ...], device: torch.device) -> Stats:
+    made = handle.state.stats if handle.plan.where != "packed" else None
     images, merges, sizes = (len(packed), (), None) if made is None else (made.images, made.merges, made.token_sizes)
-    return Stats(handle.active, images, merges, sizes, device, packed)
+    return Stats(handle.plan, images, merges, sizes, device, packed)
 
 
 def _whole(images: Any) -> bool:

@@ -8,7 +8,7 @@ then draws as much attention as the ten did. The sizes stay on the KV cache, for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +16,25 @@ from torch import Tensor, nn
 
 from ..families import PLAIN_BACKENDS, llm_obstacle
 from .layout import at_placeholders, place_pictures
-
-if TYPE_CHECKING:
-    from .prompt import Call
+from .state import CALL, Call
 
 SIZE_MARK = "_pitome_log_size"  # on a KV cache: (B, P) float32, log(size) of what stands at each of its places
 
 
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the LLM: the tower has run, so visual tokens can take their positions and their sizes."""
-    state, past = language._pitome.state, kwargs.get("past_key_values")
-    call = state.call
-    pictures = call is not None and bool(call.image.any())
-    plan = language._pitome.active
+    call, past = kwargs.get(CALL), kwargs.get("past_key_values")
+    if call is None:
+        return None if marked(past) is None else (args, _biased(language, None, (), kwargs))
+    call.reached = True
+    kwargs = {name: value for name, value in kwargs.items() if name != CALL}
+    stats, plan = language._pitome.state.stats, language._pitome.plan
+    pictures = bool(call.image.any())
     weighed = pictures and plan is not None and plan.llm_size_bias and plan.keep < plan.available
-    bias = weighed or marked(past) is not None
-    move = pictures and call.move and kwargs.get("position_ids") is not None
-    if not move and not bias:
-        return None
-    if move:
-        kwargs = _moved(language, call, state.stats.first, kwargs)
-    if bias:
-        kwargs = _biased(language, call if weighed else None, kwargs)
+    if pictures and call.move and kwargs.get("position_ids") is not None:
+        kwargs = _moved(language, call, stats.first, kwargs)
+    if weighed or marked(past) is not None:
+        kwargs = _biased(language, call, stats.sizes if weighed else (), kwargs)
     return args, kwargs
 
 
@@ -56,19 +53,20 @@ def _moved(language: nn.Module, call: Call, first: Sequence[Tensor], kwargs: dic
     return kwargs
 
 
-def _biased(language: nn.Module, call: Call | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keys of visual tokens with log(size) in the attention mask; ``call`` brings new ones, or is None."""
+def _biased(language: nn.Module, call: Call | None, sizes: Sequence[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keys of visual tokens with log(size) in the attention mask; ``call`` brings new ones of ``sizes`` (K,)."""
     check(language.config)
-    state, past = language._pitome.state, kwargs.get("past_key_values")
+    past = kwargs.get("past_key_values")
     embeds = kwargs.get("inputs_embeds")
     tokens = kwargs["input_ids"] if embeds is None else embeds
     fresh = torch.zeros(tokens.shape[:2], device=tokens.device)
-    if call is not None:
-        log_sizes = [size.to(tokens.device).log() for size in state.stats.sizes]
+    if len(sizes):
+        log_sizes = [size.to(tokens.device).log() for size in sizes]
         fresh = at_placeholders(call.image.to(tokens.device), log_sizes)
     log_size = continued(past, fresh)
     mark(past, log_size)
-    state.log_size = log_size  # for the cache that the model makes itself
+    if call is not None:
+        call.log_size = log_size  # for the cache that the model makes itself
     dtype = language.dtype if embeds is None else embeds.dtype
     mask = biased_mask(log_size, tokens.shape[1], past, kwargs.get("attention_mask"), dtype)
     return {**kwargs, "attention_mask": mask}

@@ -5,45 +5,26 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..families.features import pixels_in
+from ..plan import Plan
 from . import llm, tiles
 from .layout import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
+from .state import CALL, Attached, Call
 from .validate import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
-
-if TYPE_CHECKING:
-    from ..attach import Attachment
 
 logger = logging.getLogger(__name__)
 
 CACHE_MARK = "_pitome_layout"  # on a KV cache: the `Layout` of the prompt that filled it
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One prompt as the model gets it.
-
-    Attributes
-    ----------
-    kwargs : the arguments, with every per-token tensor shortened.
-    image : (B, S) bool, the placeholders among the tokens of this call.
-    layout : the caller's column at every place of the KV cache after this call; None if they are the same.
-    move : visual tokens take their original positions as soon as the tower has run.
-    """
-
-    kwargs: dict[str, Any]
-    image: Tensor
-    layout: Layout | None = None
-    move: bool = False
-
-
-def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole: bool) -> Call | None:
+def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | None:
     """The call that ``kwargs`` become; None if there is nothing of ours in it.
 
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
@@ -67,7 +48,7 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     count, merged = int(fresh.sum()), full != kept
     short = count > 0 and count == sum(kept)
     first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
-    original = handle.plan.positions == "original" if marked is None else marked.original
+    original = _original(handle.plan) if marked is None else marked.original
     move = original and count > 0 and merged
     if merged and pixels_in(kwargs) is not None:
         if count or seen is None:  # assistants get the pictures of a prompt that is in the cache already
@@ -89,7 +70,12 @@ def rewrite(model: nn.Module, handle: Attachment, kwargs: dict[str, Any], whole:
     return _shortened(model, Call(kwargs, image, layout, move), new, first)
 
 
-def _tell_videos(handle: Attachment, kwargs: dict[str, Any]) -> None:
+def _original(plan: Plan | None) -> bool:
+    """Whether visual tokens take the positions of their patches."""
+    return plan is not None and plan.positions == "original"
+
+
+def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
     """Warn, once, that videos pass through as in the plain model."""
     if handle.family.videos and kwargs.get("pixel_values_videos") is not None and not handle.told_of_videos:
         handle.told_of_videos = True
@@ -112,12 +98,12 @@ def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
     return Call(short, image, layout, call.move)
 
 
-def _pictures(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
+def _pictures(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Visual tokens of every picture that a call brings: of the plain model, and as many as it will have."""
     pixels, encoded = pixels_in(kwargs), (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if pixels is None and encoded is None:  # every step of decoding passes here
         return [], []
-    plan, available = handle.active, handle.geometry.available
+    plan, available = handle.plan, handle.geometry.available
     if pixels is not None:
         check_pictures(handle, pixels, kwargs.get("image_sizes"))
         if handle.family.tiles == "anyres":
@@ -194,16 +180,19 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
         kwargs["input_ids"] = inputs
-    handle.state.encoded = None
-    with torch.no_grad():
-        call = rewrite(model, handle, kwargs, whole=True)
-    if call is None:
-        return plain(**kwargs)
-    short = call.kwargs
-    if call.layout is not None:
-        short = {**short, **_lengths(model, kwargs, _width(short)), **_callbacks(kwargs, _width(short))}
-    with handle.generating(call):
-        out = plain(**short)
+    try:
+        _forget_encoded(handle)
+        with torch.no_grad():
+            call = rewrite(model, handle, kwargs, whole=True)
+        if call is None:
+            return plain(**kwargs)
+        short = call.kwargs
+        if call.layout is not None:
+            short = {**short, **_lengths(model, kwargs, _width(short)), **_callbacks(kwargs, _width(short))}
+        with handle.choosing(handle.plan, call):  # prompts are short already, and the plan stays what it is
+            out = plain(**short)
+    finally:
+        _forget_encoded(handle)
     if call.layout is None:
         return out
     sequences = out if isinstance(out, Tensor) else out.sequences
@@ -272,28 +261,40 @@ def _callbacks(kwargs: dict[str, Any], short: int) -> dict[str, Any]:
 def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the model: shorten the prompt. The decoding loop passes through at once."""
     handle = model._pitome
-    state = handle.state
-    state.call = state.log_size = None
+    handle.check_calls(model)
     if args:
         kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
-    if state.generating is not None:
+    generating = handle.generating
+    if generating is not None:
         full, kept = _pictures(handle, kwargs)
         if not kept:
             return None
         image = _placeholders(model, kwargs)
         if kept == full or int(image.sum()) != sum(full):  # the prompt that generate() shortened
-            state.call = Call(kwargs, image, move=state.generating.move)
-            return None
-    state.encoded = None
-    state.call = rewrite(model, handle, kwargs, whole=False)
-    return None if state.call is None else ((), state.call.kwargs)
+            return (), {**kwargs, CALL: Call(kwargs, image, move=generating.move)}
+    _forget_encoded(handle)
+    call = rewrite(model, handle, kwargs, whole=False)
+    return None if call is None else ((), {**call.kwargs, CALL: call})
 
 
 def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the model: remember layout and sizes on the KV cache that the call filled."""
-    state, past = model._pitome.state, getattr(output, "past_key_values", None)
-    if state.call is not None:
-        _mark(past, state.call.layout)
-    if state.log_size is not None and llm.marked(past) is None:
-        llm.mark(past, state.log_size)
-    state.call = state.log_size = None
+    """Forward hook of the model, also called after an error: remember layout and sizes on the KV cache that is full."""
+    handle, call = model._pitome, kwargs.get(CALL)
+    if handle.generating is None:
+        _forget_encoded(handle)
+    if call is None or output is None:
+        return
+    if not call.reached and (call.move or (handle.plan is not None and handle.plan.llm_size_bias)):
+        raise RuntimeError(
+            f"the LLM of {type(model).__name__} did not get what merging hands down to it: something replaced it, or a "
+            "forward on the way to it, after attach; call handle.remove() and attach again"
+        )
+    past = getattr(output, "past_key_values", None)
+    _mark(past, call.layout)
+    if call.log_size is not None and llm.marked(past) is None:
+        llm.mark(past, call.log_size)
+
+
+def _forget_encoded(handle: Attached) -> None:
+    if handle.state.encoded is not None:
+        handle.note(encoded=None)

@@ -7,14 +7,13 @@ its pictures encoded already.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,54 +24,22 @@ from ..plan import Plan
 from ..schedule import rounds
 from ..stats import Stats
 from .merging import merge_rounds
-
-if TYPE_CHECKING:
-    from ..attach import Attachment
+from .state import Attached, Encoded
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Pictures that a call brought, encoded before the model asks for them."""
-
-    pixels: Tensor
-    plan: Plan
-    output: Any
-
-    def answers(self, pixels: Tensor | None, plan: Plan | None) -> bool:
-        """Whether these are ``pixels``, or what generate() made of them for beams: each picture several times."""
-        if pixels is None or plan is not self.plan:
-            return False
-        if pixels is self.pixels:
-            return True
-        times, rest = divmod(len(pixels), len(self.pixels))
-        alike = (pixels.shape[1:], pixels.dtype, pixels.device) == (
-            self.pixels.shape[1:],
-            self.pixels.dtype,
-            self.pixels.device,
-        )
-        return alike and times > 0 and not rest and torch.equal(pixels[::times], self.pixels)
-
-    def repeated(self, pixels: Tensor) -> Any:
-        """The model's output for ``pixels``, which hold each of these pictures several times."""
-        times = len(pixels) // len(self.pixels)
-        output = copy.copy(self.output)
-        output.pooler_output = [one for one in self.output.pooler_output for _ in range(times)]
-        return output
-
-
-def lengths(handle: Attachment, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
+def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Visual tokens of every picture of a call: of the plain model, and as many as it will have."""
-    full, plan = [len(place) for place in _places_of(handle, kwargs)], handle.active
+    full, plan = [len(place) for place in _places_of(handle, kwargs)], handle.plan
     if plan is None or plan.keep == plan.available or plan.where == "packed":
         return full, at_most(handle, kwargs)
     return full, [len(features) for features in _encode(handle, kwargs).pooler_output]
 
 
-def at_most(handle: Attachment, kwargs: dict[str, Any]) -> list[int]:
+def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
     """Visual tokens that each picture of a call can have, found without running the tower, which alone knows how many
     of them hold nothing but padding.
     """
-    places, plan = _places_of(handle, kwargs), handle.active
+    places, plan = _places_of(handle, kwargs), handle.plan
     if plan is None or plan.keep == plan.available:
         return [len(place) for place in places]
     if plan.where == "packed":
@@ -80,26 +47,25 @@ def at_most(handle: Attachment, kwargs: dict[str, Any]) -> list[int]:
     return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
 
 
-def _encode(handle: Attachment, kwargs: dict[str, Any]) -> Any:
+def _encode(handle: Attached, kwargs: dict[str, Any]) -> Any:
     """The model's own encoding of a call's pictures, which the model will get when it asks for it."""
-    pixels, state = kwargs["pixel_values"], handle.state
-    if state.encoded is not None and state.encoded.answers(pixels, handle.active):
-        return state.encoded.repeated(pixels)
-    state.encoded = None
+    pixels, encoded = kwargs["pixel_values"], handle.state.encoded
+    if encoded is not None and encoded.answers(pixels, handle.plan):
+        return encoded.repeated(pixels)
     names = inspect.signature(type(handle.core).get_image_features).parameters
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     output = handle.core.get_image_features(**given, return_dict=True)
-    state.encoded = Encoded(pixels, handle.active, output)
+    handle.note(encoded=Encoded(pixels, handle.plan, output))
     return output
 
 
-def _places_of(handle: Attachment, kwargs: dict[str, Any]) -> list[Places]:
+def _places_of(handle: Attached, kwargs: dict[str, Any]) -> list[Places]:
     sizes, per_row = kwargs.get("image_sizes"), kwargs.get("batch_num_images")
     cut = [True] * len(sizes) if per_row is None else [int(n) == 1 for n in per_row for _ in range(int(n))]
     return [_places(handle, size, alone) for size, alone in zip(sizes, cut)]
 
 
-def _places(handle: Attachment, size: Any, cut: bool) -> Places:
+def _places(handle: Attached, size: Any, cut: bool) -> Places:
     """The model's own packing of a picture of ``size`` (height, width), cut into tiles or not; found once per size."""
     key = (*(int(side) for side in size), cut)
     if key not in handle.places:
@@ -132,9 +98,10 @@ def packing_like(core: nn.Module) -> Callable[..., Any]:
     @functools.wraps(type(core).pack_image_features)
     def pack_image_features(self: nn.Module, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         handle, own = self._pitome, MethodType(type(self).pack_image_features, self)
-        plan, state = handle.active, handle.state
+        plan, stats = handle.plan, handle.state.stats
         if plan is None or plan.where == "packed":
-            state.stats = plan and Stats(plan, sum(map(len, image_features)), (), None, image_features[0].device)
+            stats = plan and Stats(plan, sum(map(len, image_features)), (), None, image_features[0].device)
+            handle.note(stats=stats)
         if plan is None or plan.keep == plan.available:
             return own(image_features, image_sizes, *args, **kwargs)
         places = [_places(handle, size, len(tiles) > 1) for size, tiles in zip(image_sizes, image_features)]
@@ -142,11 +109,11 @@ def packing_like(core: nn.Module) -> Callable[..., Any]:
             full, _ = own(image_features, image_sizes, *args, **kwargs)
             made = [merged_parts(plan, features, place) for features, place in zip(full, places)]
         else:
-            groups = state.stats.groups.split([len(tiles) for tiles in image_features])
+            groups = stats.groups.split([len(tiles) for tiles in image_features])
             newline = kwargs["image_newline"]
             made = [merged_tiles(*picture, newline) for picture in zip(image_features, groups, places)]
         features, packed = zip(*made)
-        state.stats = replace(state.stats, packed=packed)
+        handle.note(stats=replace(stats, packed=packed))
         return list(features), torch.tensor([len(f) for f in features], device=features[0].device)
 
     return pack_image_features
@@ -178,9 +145,11 @@ def encoding_like(core: nn.Module) -> Callable[..., Any]:
     @functools.wraps(type(core).get_image_features)
     def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = self._pitome
-        encoded, handle.state.encoded = handle.state.encoded, None
+        encoded = handle.state.encoded
+        if encoded is not None:
+            handle.note(encoded=None)
         pixels = kwargs.get("pixel_values", args[0] if args else None)
-        if encoded is not None and kwargs.get("return_dict", True) and encoded.answers(pixels, handle.active):
+        if encoded is not None and kwargs.get("return_dict", True) and encoded.answers(pixels, handle.plan):
             return encoded.repeated(pixels)
         return type(self).get_image_features(self, *args, **kwargs)
 
@@ -194,9 +163,9 @@ def plain_like(core: nn.Module, name: str) -> Callable[..., Any]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = self._pitome
         stats = handle.state.stats
-        with handle.using(None):
+        with handle.choosing(None):
             output = getattr(type(self), name)(self, *args, **kwargs)
-        handle.state.stats = stats
+        handle.note(stats=stats)
         return output
 
     return method
@@ -205,10 +174,11 @@ def plain_like(core: nn.Module, name: str) -> Callable[..., Any]:
 def after_projector(projector: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
     """Forward hook of a projector that needs the whole grid of patches: merge the tokens (tiles, N, C) it makes."""
     handle = projector._pitome
-    plan, state = handle.active, handle.state
+    handle.check_calls(projector)
+    plan = handle.plan
     if plan is None:
-        state.stats = None
+        handle.note(stats=None)
         return None
     x, merges, size = merge_rounds(plan, output, plan.packed)
-    state.stats = Stats(plan, len(x), tuple(merges), size, x.device)
+    handle.note(stats=Stats(plan, len(x), tuple(merges), size, x.device))
     return x

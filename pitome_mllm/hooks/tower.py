@@ -3,13 +3,17 @@
 The layers get a subclass of their own class, whose forward merges between attention and MLP: the second residual is a
 local variable there, out of reach for hooks. All state of a call is one `Run`, handed down as a keyword, so that
 threads, checkpoint recomputation and several towers never meet.
+
+Only projections have no such way to their layer: their hooks leave what they see in the layer's `Inbox`, which is open
+while the layer runs its attention. It is no context variable, since torch.compile reads none.
 """
 
 from __future__ import annotations
 
+import copyreg
 import threading
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, reduce
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,32 +26,45 @@ from ..methods.pooling import cells
 from ..plan import Plan
 from ..stats import Stats
 from .merging import Clues, merge_once, merge_rounds
+from .state import Attached, refuse_pickling
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
 
 
-class _Inbox(threading.local):
+class Inbox(threading.local):
     """Where the projections of an attention leave their outputs for the layer that called it, within one thread."""
 
     def __init__(self) -> None:  # for each thread, so that a graph finds the same in all of them
-        self.wanted = False
+        self.shut()
+
+    def shut(self, wanted: bool = False) -> None:
+        """Empty it, and take from now on what comes if it is ``wanted``."""
+        self.wanted = wanted
         self.keys: Tensor | None = None
         self.query: Tensor | None = None  # of the class token
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inbox:
+        return Inbox()
 
-_inbox = _Inbox()
+
+class Block(NamedTuple):
+    """What an encoder layer knows of itself: its index in the tower, the names of its parts, and its inbox."""
+
+    index: int
+    spec: TowerSpec
+    inbox: Inbox
 
 
 def catch_keys(module: nn.Module, args: tuple, output: Tensor) -> None:
     """Forward hook of the key projection."""
-    if _inbox.wanted:
-        _inbox.keys = output.detach()
+    if module._pitome.wanted:
+        module._pitome.keys = output.detach()
 
 
 def catch_query(module: nn.Module, args: tuple, output: Tensor) -> None:
     """Forward hook of the query projection."""
-    if _inbox.wanted:
-        _inbox.query = output[:, 0].detach()
+    if module._pitome.wanted:
+        module._pitome.query = output[:, 0].detach()
 
 
 class Run:
@@ -128,32 +145,33 @@ class Run:
 class MergingLayer:
     """Mixin in front of an encoder layer's own class."""
 
-    _pitome: tuple[int, TowerSpec]  # index of the block in its tower, and the names of its parts
+    _pitome: Block
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         run: Run | None = kwargs.pop(RUN, None)
         if run is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        block, spec = self._pitome
+        block, spec, inbox = self._pitome
         attention_mask = run.bias(block, attention_mask, hidden_states)
-        _inbox.wanted = run.wants_clues(block)
-        if run.plan.place == "mid" and run.plan.removed(block):
-            attention, mlp = getattr(self, spec.attention), getattr(self, spec.mlp)
-            normed = getattr(self, spec.norm1)(hidden_states)
-            x = hidden_states + attention(normed, attention_mask, *args, **kwargs)[0]
-            x = run.leave(block, x, self._clues(run, block))
-            return x + mlp(getattr(self, spec.norm2)(x))
-        x = super().forward(hidden_states, attention_mask, *args, **kwargs)
-        return run.leave(block, x, self._clues(run, block))
+        early = run.plan.place == "mid" and run.plan.removed(block) > 0
+        try:
+            inbox.shut(wanted=run.wants_clues(block))
+            if early:
+                normed = getattr(self, spec.norm1)(hidden_states)
+                x = hidden_states + getattr(self, spec.attention)(normed, attention_mask, *args, **kwargs)[0]
+            else:
+                x = super().forward(hidden_states, attention_mask, *args, **kwargs)
+            clues = self._clues(run, inbox.keys, inbox.query)
+        finally:
+            inbox.shut()
+        x = run.leave(block, x, clues)
+        return x + getattr(self, spec.mlp)(getattr(self, spec.norm2)(x)) if early else x
 
-    def _clues(self, run: Run, block: int) -> Clues:
+    def _clues(self, run: Run, keys: Tensor | None, query: Tensor | None) -> Clues:
         """What the attention that just ran tells about its tokens, as far as the plan asks for it."""
-        keys, query = _inbox.keys, _inbox.query
-        _inbox.keys = _inbox.query = None
-        _inbox.wanted = False
+        block, spec, _ = self._pitome
         if not run.wants_clues(block):
             return {}
-        spec = self._pitome[1]
         attention = getattr(self, spec.attention)
         watched = [(spec.key, catch_keys)] + [(spec.query, catch_query)] * ("attention" in run.plan.clues)
         if not all(hook in getattr(attention, name)._forward_hooks.values() for name, hook in watched):
@@ -185,15 +203,39 @@ def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
     return logits.softmax(1).mean(-1, keepdim=True)
 
 
+class Merging(type):
+    """The class of the classes that encoder layers get; pickle would not find those again."""
+
+    _plain: type[nn.Module]  # the layer's own
+
+
+copyreg.pickle(Merging, refuse_pickling)
+
+
 @lru_cache
 def merging_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an encoder layer class that merges."""
-    return type(f"Merging{base.__name__}", (MergingLayer, base), {"__module__": __name__})
+    return Merging(f"Merging{base.__name__}", (MergingLayer, base), {"__module__": __name__, "_plain": base})
+
+
+@lru_cache
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class without what `merging_class` added, in whatever was derived from it since then: FSDP derives one."""
+    if "_plain" in vars(cls):
+        return cls._plain
+    bases = tuple(map(plain_class, cls.__bases__))
+    if bases == cls.__bases__:
+        return cls
+    names = {old.__name__: new.__name__ for old, new in zip(cls.__bases__, bases)}
+    name = reduce(lambda name, old: name.replace(old, names[old]), names, cls.__name__)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(name, bases, own)
 
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the tower: hand a new `Run` down to the layers."""
-    plan = tower._pitome.active
+    tower._pitome.check_calls(tower)
+    plan = tower._pitome.plan
     return None if plan is None else started(tower, plan, args, kwargs)
 
 
@@ -230,18 +272,15 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         keep_stats(handle, run)
 
 
-def keep_stats(handle: Any, run: Run | None) -> None:
-    """What a call of the tower did, for its thread; RuntimeError if a block did not merge as planned."""
-    handle.state.stats = None
-    if run is None:
-        return
-    missing = [block for block in run.plan.merging if block not in run.merges]
+def keep_stats(handle: Attached, run: Run | None) -> None:
+    """What a call of the tower did, for its caller; RuntimeError if a block did not merge as planned."""
+    missing = [] if run is None else [block for block in run.plan.merging if block not in run.merges]
+    handle.note(stats=None if run is None or missing else run.stats)
     if missing:
         raise RuntimeError(
             f"blocks {missing} of the vision tower did not merge as planned: something replaced their forward after "
             "attach; call handle.remove() and attach again"
         )
-    handle.state.stats = run.stats
 
 
 def _finish(run: Run, output: Any, projector: nn.Module) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..families.features import PIXELS
-
-if TYPE_CHECKING:
-    from ..attach import Attachment
-    from ..plan import Plan
+from ..plan import Plan
+from .state import Attached
 
 ADVICE = "use the model's own processor, and pass its whole output"
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", *PIXELS)
 
 
-def check_call(handle: Attachment, kwargs: Mapping[str, Any]) -> None:
+def check_call(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     """ValueError unless a call brings tensors, its pictures by this family's name, and all where the model is."""
     given = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
     for name, x in given.items():
@@ -40,18 +38,18 @@ def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
     raise ValueError(f"got {said}, the model on {own}; move the processor's whole output with inputs.to(model.device)")
 
 
-def check_no_pictures(handle: Attachment, kwargs: Mapping[str, Any]) -> None:
+def check_no_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     """ValueError if a prompt that starts here has image placeholders; for calls without pictures."""
     ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
     elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
-    if handle.active is None or ids is None or elsewhere or (past is not None and past.get_seq_length()):
+    if handle.plan is None or ids is None or elsewhere or (past is not None and past.get_seq_length()):
         return
     count = int((ids == handle.model.config.image_token_id).sum())
     if count:
         raise ValueError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
 
 
-def check_pictures(handle: Attachment, pixels: Tensor, sizes: Any) -> None:
+def check_pictures(handle: Attached, pixels: Tensor, sizes: Any) -> None:
     """ValueError unless ``pixels`` are pictures as this family's processor makes them.
 
     ``sizes`` : the image_sizes that came with them, or None.
@@ -74,7 +72,7 @@ def check_pictures(handle: Attachment, pixels: Tensor, sizes: Any) -> None:
         )
 
 
-def check_count(handle: Attachment, count: int, full: Sequence[int], kept: Sequence[int]) -> None:
+def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequence[int]) -> None:
     """ValueError unless ``count`` placeholders are those of pictures with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return

@@ -1,0 +1,186 @@
+"""All that is known while something runs: by one call, by one task or thread, and by the hooks of one attachment.
+
+A call of a vision tower has a `tower.Run` and a call of the model a `Call`. Both are handed down as keywords, so that
+they end with the call, whether it returns or raises. What a task or a thread chose, and what its last run did, is a
+`State`. Nothing else of this package remembers anything between two calls, except what is marked on a KV cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..families import FamilySpec, Geometry
+from ..families.packing import Places
+from ..plan import Plan
+from ..stats import Stats
+from .layout import Layout
+
+CALL = "pitome_call"  # the keyword that hands a Call from the model down to its LLM
+
+
+class Call:
+    """One prompt as the model gets it.
+
+    No dataclass: wrappers such as FSDP go through the fields of those that they find among the arguments.
+
+    Attributes
+    ----------
+    kwargs : the arguments, with every per-token tensor shortened.
+    image : (B, S) bool, the placeholders among the tokens of this call.
+    layout : the caller's column at every place of the KV cache after this call; None if they are the same.
+    move : visual tokens take their original positions as soon as the tower has run.
+    reached : the LLM was called.
+    log_size : (B, P) of the places of the KV cache after this call, once the LLM was called; None if all are 0.
+    """
+
+    def __init__(self, kwargs: dict[str, Any], image: Tensor, layout: Layout | None = None, move: bool = False) -> None:
+        self.kwargs, self.image, self.layout, self.move = kwargs, image, layout, move
+        self.reached = False
+        self.log_size: Tensor | None = None
+
+
+class Encoded:
+    """Pictures that a call brought, encoded before the model asks for them."""
+
+    def __init__(self, pixels: Tensor, plan: Plan, output: Any) -> None:
+        self.pixels, self.plan, self.output = pixels, plan, output
+
+    def answers(self, pixels: Tensor | None, plan: Plan | None) -> bool:
+        """Whether these are ``pixels``, or what generate() made of them for beams: each picture several times."""
+        if pixels is None or plan is not self.plan:
+            return False
+        if pixels is self.pixels:
+            return True
+        times, rest = divmod(len(pixels), len(self.pixels))
+        alike = (pixels.shape[1:], pixels.dtype, pixels.device) == (
+            self.pixels.shape[1:],
+            self.pixels.dtype,
+            self.pixels.device,
+        )
+        return alike and times > 0 and not rest and torch.equal(pixels[::times], self.pixels)
+
+    def repeated(self, pixels: Tensor) -> Any:
+        """The model's output for ``pixels``, which hold each of these pictures several times."""
+        times = len(pixels) // len(self.pixels)
+        output = copy.copy(self.output)
+        output.pooler_output = [one for one in self.output.pooler_output for _ in range(times)]
+        return output
+
+
+class Choice:
+    """A plan in force until it is closed, which may happen in another task or thread than it was made in.
+
+    Attributes
+    ----------
+    plan : what to do; None = the plain model.
+    call : the prompt of the generate() that runs with it; None if it is of `using`.
+    closed : it counts no more, wherever it is still listed.
+    """
+
+    def __init__(self, plan: Plan | None, call: Call | None = None) -> None:
+        self.plan, self.call, self.closed = plan, call, False
+
+    def close(self) -> None:
+        self.plan, self.call, self.closed = None, None, True
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What one task or thread does with one attachment; never changed, but replaced.
+
+    Attributes
+    ----------
+    choices : of `using` and generate(), innermost last.
+    stats : of its last run, None before it or if the plain model ran.
+    encoded : pictures that the model has not asked for yet.
+    """
+
+    choices: tuple[Choice, ...] = ()
+    stats: Stats | None = None
+    encoded: Encoded | None = None
+
+    @property
+    def open(self) -> tuple[Choice, ...]:
+        return tuple(choice for choice in self.choices if not choice.closed)
+
+
+_FRESH = State()
+# One variable for all attachments, since a context keeps every variable that was ever set in it, and weak keys, since
+# it must not keep a model either. A dictionary in it is never changed: contexts that were copied share it.
+_states: ContextVar[WeakKeyDictionary[Attached, State] | None] = ContextVar("pitome_states", default=None)
+
+
+class Attached:
+    """What hooks know of the attachment that they belong to: the model's parts, and the state of who calls."""
+
+    def __init__(self, model: nn.Module, family: FamilySpec, geometry: Geometry, plan: Plan) -> None:
+        self.model, self.family, self.geometry = model, family, geometry
+        self.projector: nn.Module = model.get_submodule(family.projector)
+        self.tower: nn.Module = model.get_submodule(family.tower)
+        self.language: nn.Module = model.get_submodule(family.language)
+        self.core: nn.Module = model.get_submodule(family.core)
+        self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
+        self.told_of_videos = False
+        self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
+        self._plan = plan
+
+    @property
+    def state(self) -> State:
+        """The state of the calling task or thread."""
+        states = _states.get()
+        return _FRESH if states is None else states.get(self, _FRESH)
+
+    def note(self, **changes: Any) -> None:
+        """Replace fields of the calling task's or thread's `State`."""
+        states = WeakKeyDictionary(_states.get() or {})
+        states[self] = replace(self.state, **changes)
+        _states.set(states)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What happens to every picture of the calling task or thread; None = the plain model."""
+        for choice in reversed(self.state.choices):
+            if not choice.closed:
+                return choice.plan
+        return self._plan
+
+    @property
+    def generating(self) -> Call | None:
+        """The prompt of the generate() that the calling task or thread is in."""
+        return next((choice.call for choice in reversed(self.state.choices) if choice.call is not None), None)
+
+    @contextmanager
+    def choosing(self, plan: Plan | None, call: Call | None = None) -> Iterator[None]:
+        """``plan`` within a ``with`` block, and while generate() runs with ``call``."""
+        choice = Choice(plan, call)
+        self.note(choices=(*self.state.open, choice))
+        try:
+            yield
+        finally:
+            choice.close()
+            self.note(choices=self.state.open)
+
+    def check_calls(self, module: nn.Module) -> None:
+        """ValueError if ``module`` is a replica that nn.DataParallel made: it carries another one's parts."""
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel copies the model in every call, and copies of one with merging would use parts of the "
+                "first; use DistributedDataParallel with one process for each GPU, or call the model itself"
+            )
+
+
+def refuse_pickling(cls: type) -> Any:
+    """What pickle calls for whatever belongs to an attachment: ValueError."""
+    raise ValueError(
+        f"a model with merging attached cannot be pickled ({cls.__name__}); call handle.remove() before torch.save or "
+        "handing it to another process, or write it with model.save_pretrained(folder), which saves the plain model"
+    )
