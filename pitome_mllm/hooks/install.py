@@ -149,7 +149,7 @@ def _check_forward(layer: nn.Module, plan: Plan) -> None:
             f"an encoder layer of the vision tower has its forward replaced by {kept!r:.80}, which would go around "
             "merging; restore it, or derive a class of the layer's own with that forward and set it as its __class__"
         )
-    own = next(cls for cls in tower.plain_class(type(layer)).__mro__ if "forward" in vars(cls))
+    own = tower.author_of_forward(tower.plain_class(type(layer)))
     if plan.place == "mid" and plan.merging and own.__name__ not in TOWERS:
         raise ValueError(
             f"encoder layers of the vision tower have a forward of their own ({own.__name__}), which merging between "

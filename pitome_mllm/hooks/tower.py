@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copyreg
 import threading
+from collections.abc import Callable
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -228,8 +229,23 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     names = {old.__name__: new.__name__ for old, new in zip(cls.__bases__, bases)}
     name = reduce(lambda name, old: name.replace(old, names[old]), names, cls.__name__)
-    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(name, bases, own)
+    left_out = ["__dict__", "__weakref__"] + ["forward"] * (author_of_forward(cls) is not cls)
+    return type(name, bases, {k: v for k, v in vars(cls).items() if k not in left_out})
+
+
+def author_of_forward(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that the forward of ``cls`` was written in.
+
+    Newer transformers give every subclass of a layer a forward that wraps the one it inherits; that one does not count.
+    """
+
+    def written(forward: Callable[..., Any]) -> Callable[..., Any]:
+        while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"].startswith("transformers."):
+            forward = forward.__wrapped__
+        return forward
+
+    forward = written(cls.forward)
+    return [base for base in cls.__mro__ if written(vars(base).get("forward")) is forward][-1]
 
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
