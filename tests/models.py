@@ -163,7 +163,7 @@ def build(seed: int = 1, **options: Any) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(settings)
     scale_weights(model, seed)
     model.generation_config.pad_token_id = PAD
-    return model.eval()
+    return model.double().eval()
 
 
 def build_text_model(seed: int = 5) -> LlamaForCausalLM:
@@ -171,4 +171,4 @@ def build_text_model(seed: int = 5) -> LlamaForCausalLM:
     model = LlamaForCausalLM(llama_config())
     scale_weights(model, seed)
     model.generation_config.pad_token_id = PAD
-    return model.eval()
+    return model.double().eval()
