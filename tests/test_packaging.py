@@ -66,10 +66,9 @@ def imported_parts(path: Path) -> set[str]:
     return found - {part(path)}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_import_direction(path):
-    imports = imported_parts(path)
-    assert imports <= ALLOWED.get(part(path), imports), f"{name(path)} imports {sorted(imports)}"
+def test_import_direction():
+    found = {name(path): imported_parts(path) - ALLOWED[part(path)] for path in SOURCES if part(path) in ALLOWED}
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
 
 
 def test_the_import_test_sees_imports():
@@ -84,15 +83,6 @@ def test_methods_need_torch_only():
         modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
         foreign = {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names)
         assert foreign <= {"torch"}, f"{name(path)} imports {sorted(foreign)}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_no_print_and_no_assert(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        where = f"{name(path)}:{getattr(node, 'lineno', 0)}"
-        assert not isinstance(node, ast.Assert), f"assert at {where}: raise an exception instead"
-        is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-        assert not is_print, f"print at {where}: log, or write to sys.stdout in a command"
 
 
 def python(code: str, *flags: str) -> str:
