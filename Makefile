@@ -1,6 +1,7 @@
 # make ask          answer a question about a held-out picture, with all visual tokens and with a quarter of them
-# make test         the test suite
-# make test-oldest  the same on the oldest supported release of transformers
+# make test         style checks and the test suite
+# make test-oldest  the test suite on the oldest supported release of transformers
+# make test-newest  the same on its newest release, where a call that it will refuse one day fails
 # make test-lmms    the tests of the lmms-eval plug-in, with lmms-eval in an environment of its own
 # make test-llava   the tests beside the original llava package, with its old torch and transformers (5 GB, Python 3.10 or 3.11)
 # make demo         the chat in a browser
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 LMMS ?= .venv-lmms
 LLAVA ?= .venv-llava
 BROWSER ?= .venv-browser
@@ -25,7 +27,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask bench-gpu demo test test-oldest test-lmms test-llava test-browser test-load record-chat test-serve chromium lint clean
+.PHONY: ask bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-serve chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -40,11 +42,14 @@ bench-gpu:
 	$(PYTHON) $(GPU_BENCH) --mode cudagraph --stages tower prefill
 	$(PYTHON) -m eval.speed_report
 
-test: $(VENV)/.ready
+test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
 
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+
+test-newest: $(NEWEST)/.ready
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu" -W error::FutureWarning
 
 test-lmms: $(LMMS)/.ready
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q tests/lmms
@@ -80,6 +85,7 @@ lint: $(VENV)/.ready
 
 $(VENV)/.ready: requirements/test.txt $(PINS) pyproject.toml
 $(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
+$(NEWEST)/.ready: requirements/newest.txt $(PINS) pyproject.toml
 $(BROWSER)/.ready: requirements/browser.txt requirements/constraints.txt pyproject.toml
 $(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
 
@@ -109,4 +115,4 @@ $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) build dist *.egg-info

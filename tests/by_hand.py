@@ -140,9 +140,9 @@ class Reference:
             if number:
                 features = tokens.features[image : image + number].flatten(0, 1)
                 embeddings[ids[at] == IMAGE] = features.detach()
-            self.bias.append(torch.zeros(len(at)))
+            self.bias.append(torch.zeros(len(at), dtype=embeddings.dtype))
             if llm_size_bias and number:
-                self.bias[-1][ids[at] == IMAGE] = tokens.sizes[image : image + number].flatten().log()
+                self.bias[-1][ids[at] == IMAGE] = tokens.sizes[image : image + number].flatten().log().to(embeddings)
             image += number
             self.rows.append((embeddings, at if positions == "original" else torch.arange(len(at))))
             self.caller.append(columns[at])
@@ -155,7 +155,7 @@ class Reference:
             embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(text)])
             positions = torch.cat([positions, positions[-1] + 1 + torch.arange(len(text))])
         length = len(positions)
-        bias = torch.cat([self.bias[row], torch.zeros(length - len(self.bias[row]))])
+        bias = torch.cat([self.bias[row], self.bias[row].new_zeros(length - len(self.bias[row]))])
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None],
@@ -176,7 +176,7 @@ class Reference:
     def padded(self) -> dict[str, Tensor]:
         """Left-padded embeddings and mask of all rows, for the plain model's own generate (it returns new ids only)."""
         longest = max(len(embeddings) for embeddings, _ in self.rows)
-        batch = torch.zeros(len(self.rows), longest, self.rows[0][0].shape[1])
+        batch = self.rows[0][0].new_zeros(len(self.rows), longest, self.rows[0][0].shape[1])
         mask = torch.zeros(len(self.rows), longest, dtype=torch.long)
         for i, (embeddings, _) in enumerate(self.rows):
             batch[i, longest - len(embeddings) :] = embeddings

@@ -70,6 +70,33 @@ def reference(
     return Reference(plain, inputs, tokens, positions, llm_size_bias)
 
 
+def gaps(metric: Tensor, r: int, depth: float, protected: int = 1) -> tuple[float, float, float]:
+    """By how much PiToMe decides in float64: energies apart, nearest targets apart, cosines off the margin."""
+    unit = nn.functional.normalize(metric[:, protected:].double(), dim=-1)
+    cosines, margin = unit @ unit.mT, 0.9 - 0.9 * depth
+    values = torch.where(cosines >= margin, cosines, (cosines - margin).exp() - 1)
+    energies, order = values.mean(-1).sort(descending=True, stable=True)
+    a, b = order[:, 0 : 2 * r : 2, None], order[:, None, 1 : 2 * r : 2]
+    best = cosines.gather(1, a.expand(-1, -1, cosines.shape[2])).gather(2, b.expand(-1, r, -1)).topk(2).values
+    apart = (-energies.diff()[:, : 2 * r], best[..., 0] - best[..., 1], (cosines - margin).abs())
+    return tuple(gap.min().item() for gap in apart)
+
+
+class WideGaps:
+    """PiToMe that fails where rounding, 6e-8 of a cosine in float32, may turn what it decides."""
+
+    def match(self, metric: Tensor, r: int, *, depth: float, protected: int, **given: Any) -> Any:
+        energies, targets, margin = gaps(metric, r, depth, protected)
+        assert energies > 1e-7 and min(targets, margin) > 1e-6, (energies, targets, margin)
+        return get_method("pitome").match(metric, r, depth=depth, protected=protected, **given)
+
+
+@torch.no_grad()
+def assert_wide_gaps(plain: nn.Module, inputs: Any, counts: list[int]) -> None:
+    """What PiToMe decides for these pictures hangs on no machine's rounding."""
+    encode(plain, inputs["pixel_values"], counts, WideGaps())
+
+
 def assert_merged_like(handle: Any, tokens: Tokens) -> None:
     """The last run merged exactly as by hand: equal groups first, then sizes."""
     assert handle.stats is not None, "nothing ran"

@@ -91,7 +91,7 @@ class Family:
             if type(module).__name__ == "GemmaRMSNorm":  # it adds one to its weight
                 module.weight.data -= 1
         model.generation_config.pad_token_id = PAD
-        return model.eval()
+        return model.double().eval()
 
     def process(self, rows: list[tuple[str, list[Image.Image]]], side: str = "left") -> Any:
         """Model inputs of a batch: per row its text and its pictures."""

@@ -1,12 +1,13 @@
 """Small LLaVA models with real visual geometry (24 x 24 patches), pictures, and a processor.
 
-The weights are random but fixed and scaled so that answers depend on the picture. Pictures are textured, so that no
-merge decision is a near-tie in float32.
+The weights are random but fixed and scaled so that answers depend on the picture. They are in double precision: two
+ways of computing the same then give the same float32 metric, on every machine, and hence the same merges.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from transformers import (
 GRID = 24
 PATCHES = GRID * GRID
 SIDE, PATCH = 96, 4  # pixels
-SEEDS = (16, 14, 4, 11, 1, 7)  # of 24 pictures those whose merges change least often when noise of 1e-6 is added
+SEEDS = (48, 28, 83, 53, 24, 22)  # of 100 pictures those that PiToMe decides by the widest gaps (`checks.gaps`)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 WORDS = (
@@ -39,6 +40,9 @@ WORDS = (
 ).split()
 VOCABULARY = SPECIAL + sorted(set(WORDS))
 LONG = 120  # words of every answer of a model that never ends by itself
+# What a call names its cache: before transformers 5.24, and from it on.
+_TAKES = signature(LlavaForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in _TAKES else "past_key_values"
 QUESTION = "USER: <image> what colour is the star ASSISTANT:"
 
 
@@ -163,7 +167,7 @@ def build(seed: int = 1, **options: Any) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(settings)
     scale_weights(model, seed)
     model.generation_config.pad_token_id = PAD
-    return model.eval()
+    return model.double().eval()
 
 
 def build_text_model(seed: int = 5) -> LlamaForCausalLM:
@@ -171,4 +175,4 @@ def build_text_model(seed: int = 5) -> LlamaForCausalLM:
     model = LlamaForCausalLM(llama_config())
     scale_weights(model, seed)
     model.generation_config.pad_token_id = PAD
-    return model.eval()
+    return model.double().eval()

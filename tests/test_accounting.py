@@ -1,6 +1,5 @@
 """Estimates against what torch counts while a model runs; latency without side effects."""
 
-import time
 from functools import lru_cache
 
 import pytest
@@ -10,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionModel
 
 from pitome_mllm import attach, load
+from pitome_mllm.costs import latency
 from pitome_mllm.costs.flops import MLP_MATRICES, Timing, estimate, measure
 
 TEXT = len(QUESTION.split())  # the placeholder left out, <s> added
@@ -327,12 +327,14 @@ def test_measure_times_a_model_as_it_is_and_leaves_it_so(how):
     assert all(torch.equal(after[1][name], value) for name, value in before[1].items())
 
 
-def test_measure_tells_tower_first_token_and_further_tokens_apart():
-    own = build(layers=2)
-    own.model.vision_tower.register_forward_hook(lambda *_: time.sleep(0.03))
-    own.lm_head.register_forward_hook(lambda *_: time.sleep(0.02))
-    latency = measure(own, inputs(), new_tokens=3, repeats=1, warmup=0)
-    assert latency.tower_ms >= 30 and latency.prefill_ms >= 50 and latency.per_token_ms >= 20
+def test_measure_tells_tower_first_token_and_further_tokens_apart(monkeypatch):
+    """On a clock that the tower moves by 1 s and every new token by 16."""
+    own, passed = build(layers=2), []
+    own.model.vision_tower.register_forward_hook(lambda *_: passed.append(1))
+    own.lm_head.register_forward_hook(lambda *_: passed.append(16))
+    monkeypatch.setattr(latency, "now", lambda device: sum(passed))
+    taken = measure(own, inputs(), new_tokens=3, repeats=1, warmup=0)
+    assert (taken.tower_ms, taken.prefill_ms, taken.per_token_ms) == (1000, 17000, 16000)
 
 
 def test_measure_writes_all_tokens_even_where_the_model_would_stop():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from checks import logits, new_ids
-from models import QUESTION, build, picture
+from models import CACHE, QUESTION, build, picture
 from packaging.version import Version
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -84,10 +84,10 @@ def test_a_cache_goes_on_in_the_positions_it_was_filled_with(model, one, change)
     with attach(model, "pitome", keep=144, positions="original") as handle, torch.no_grad():
         cache = model(**one, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
-        expected = model(input_ids=NEXT, past_key_values=cache, attention_mask=mask).logits
+        expected = model(input_ids=NEXT, **{CACHE: cache}, attention_mask=mask).logits
         settings = {"all": {"keep": 1.0}, "compact": {"positions": "compact"}}.get(change)
         with handle.using(**settings) if settings else handle.using(None):
-            seen = model(input_ids=NEXT, past_key_values=twin, attention_mask=mask).logits
+            seen = model(input_ids=NEXT, **{CACHE: twin}, attention_mask=mask).logits
     assert torch.equal(seen, expected)
 
 
@@ -96,9 +96,9 @@ def test_a_repeated_cache_goes_on(model, one):
     with attach(model, "pitome", keep=144), torch.no_grad():
         cache = model(**one, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
-        expected = model(input_ids=NEXT, past_key_values=twin, attention_mask=mask).logits
+        expected = model(input_ids=NEXT, **{CACHE: twin}, attention_mask=mask).logits
         cache.batch_repeat_interleave(2)
-        seen = model(input_ids=NEXT.repeat(2, 1), past_key_values=cache, attention_mask=mask.repeat(2, 1)).logits
+        seen = model(input_ids=NEXT.repeat(2, 1), **{CACHE: cache}, attention_mask=mask.repeat(2, 1)).logits
     torch.testing.assert_close(seen, expected.repeat(2, 1, 1), atol=1e-5, rtol=1e-5)
 
 

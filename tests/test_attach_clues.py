@@ -38,7 +38,7 @@ class Spy(Reducer):
 def weights(model, inputs, block: int) -> Tensor:
     """Attention weights (B, H, N, N) of a block, from the eager implementation."""
     out = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, return_dict=True)
-    return out.attentions[block]
+    return out.attentions[block].float()
 
 
 @pytest.mark.parametrize("place", ["mid", "end"])
@@ -93,7 +93,7 @@ def test_history_halves_earlier_keys_from_block_to_block(model, one):
     spy = Spy()
     with attach(model, spy, counts=[576, 576, 500, 500, 500, 500], metric="history"):
         logits(model, one)
-    torch.testing.assert_close(spy.seen[0]["metric"], keys[2] + keys[1] / 2 + keys[0] / 4)
+    torch.testing.assert_close(spy.seen[0]["metric"], (keys[2] + keys[1] / 2 + keys[0] / 4).float())
 
 
 @pytest.mark.parametrize("method", NEEDING_ATTENTION)

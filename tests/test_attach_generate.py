@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 import transformers
-from checks import assert_merged_like, assert_row, assert_works, logits, new_ids, reference
-from models import BOS, EOS, IMAGE, PAD, PATCHES, QUESTION, build, build_text_model, picture, processor
+from checks import assert_merged_like, assert_row, assert_wide_gaps, assert_works, logits, new_ids, reference
+from models import BOS, CACHE, EOS, IMAGE, PAD, PATCHES, QUESTION, build, build_text_model, picture, processor
 from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
@@ -51,14 +51,8 @@ def handle(model):
 # ---- the caller's prompt, and what follows it ------------------------------------------------------------------------
 
 
-def test_pictures_have_no_near_ties(plain, batch, handle):
-    """The comparisons below are safe only if double precision makes the same decisions."""
-    import copy
-
-    exact = copy.deepcopy(plain).double()
-    inputs = {**batch, "pixel_values": batch["pixel_values"].double()}
-    tokens = reference(exact, inputs, handle.plan.counts).tokens
-    assert torch.equal(tokens.groups, reference(plain, batch, handle.plan.counts).tokens.groups)
+def test_pictures_are_decided_by_wide_gaps(plain, batch, handle):
+    assert_wide_gaps(plain, batch, handle.plan.counts)
 
 
 def test_greedy_answers_equal_the_merge_written_out(model, plain, one, handle):
@@ -387,7 +381,7 @@ def test_hidden_states_have_the_length_of_the_merged_prompt(model, one, handle):
         out = model(**one, output_hidden_states=True)
     short = one["input_ids"].shape[1] - PATCHES + KEEP
     assert [x.shape[1] for x in out.hidden_states] == [short] * 3
-    assert out.image_hidden_states.shape[0] == KEEP
+    assert torch.cat([*out.image_hidden_states]).numel() == KEEP * 64  # from transformers 5.24 on a list of pictures
     torch.testing.assert_close(out.logits, logits(model, one))
 
 
@@ -413,7 +407,7 @@ def say(model, conversation, text, past, steps=4, **options):
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=past,
+        **{CACHE: past},
         max_new_tokens=steps,
         do_sample=False,
         return_dict_in_generate=True,
@@ -441,7 +435,7 @@ def test_three_turns_on_one_picture(model, plain, one, process, handle):
 def test_a_cache_of_the_caller_keeps_its_layout(model, plain, one, process, handle, change):
     """One cache object through all turns, and other settings for later pictures, which change nothing in it."""
     past, expected = DynamicCache(), reference(plain, one, handle.plan.counts)
-    out = model.generate(**one, past_key_values=past, max_new_tokens=4, do_sample=False)
+    out = model.generate(**one, **{CACHE: past}, max_new_tokens=4, do_sample=False)
     handle.update(**change)
     text, _ = follow_up(process, "USER: how many are there ASSISTANT:")
     second = say(model, out, text, past)
@@ -508,5 +502,5 @@ def test_a_decoding_loop_written_by_hand(model, plain, handle, with_mask, rows):
             said.append(out.logits[:, -1].argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(said[-1])], 1)
             options = {"attention_mask": mask} if with_mask else {}
-            out = model(input_ids=said[-1], past_key_values=out.past_key_values, use_cache=True, **options)
+            out = model(input_ids=said[-1], **{CACHE: out.past_key_values}, use_cache=True, **options)
     assert torch.cat(said, 1).tolist() == [expected.greedy(row) for row in range(len(rows))]

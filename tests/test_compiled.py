@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import queue
 import shutil
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from checks import assert_wide_gaps
 from families import FAMILIES, QUESTIONS, pictures
 from models import build
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch._inductor import config as inductor
 from torch.utils._pytree import tree_map_only
 
 from pitome_mllm import METHODS, attach
+from pitome_mllm.costs import latency
 from pitome_mllm.costs.latency import timed_tower
 from pitome_mllm.hooks import graphs as captured
 from pitome_mllm.hooks.turns import Turns
@@ -85,8 +88,9 @@ def test_graphs_of_aot_autograd_give_the_same_bits(one):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_keeps_counts_and_answers_within_its_rounding(pair):
-    model, picture = build(layers=3), {k: v[1:] for k, v in pair.items()}  # without near ties, which rounding may turn
+    model, picture = build(layers=3), {k: v[1:] for k, v in pair.items()}
     with attach(model, "pitome", keep=144, energies=True) as handle:
+        assert_wide_gaps(build(layers=3), picture, handle.plan.counts)
         expected, stats = seen(model, picture), handle.stats
         handle.update(compiled=True)
         torch.testing.assert_close(seen(model, picture), expected, atol=1e-4, rtol=1e-4)
@@ -191,11 +195,29 @@ def test_calls_without_a_graph_run_together(settings, one):
         assert torch.equal(*pool.map(call, range(2)))
 
 
+class Told(threading.Condition):
+    """A condition that tells a queue of every thread that has to wait for it, so that no test waits for nothing."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def __enter__(self):
+        if not self.acquire(blocking=False):
+            self.told.put("waits")
+            self.acquire()
+        return True
+
+    def wait(self, timeout=None):
+        self.told.put("waits")
+        return super().wait(timeout)
+
+
 def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
     """transformers says that hidden states are not recorded thread-safely while something compiles."""
     model = build(layers=1, feature_layer=-1)
     handle = attach(model, "tome", keep=500, compiled="eager")
-    making, go, entered, make = threading.Event(), threading.Event(), threading.Event(), captured.graph
+    making, go, told, make = threading.Event(), threading.Event(), queue.Queue(), captured.graph
 
     def slow(*args):
         making.set()
@@ -208,20 +230,22 @@ def test_a_call_without_a_graph_waits_while_one_is_made(one, monkeypatch):
 
     plain()
     monkeypatch.setattr(captured, "graph", slow)
+    monkeypatch.setattr(handle.graphs.turns, "_turn", Told(told))
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(seen, model, one)
         assert making.wait(60)
-        hook = model.model.vision_tower.embeddings.register_forward_pre_hook(lambda *_: entered.set())
+        hook = model.model.vision_tower.embeddings.register_forward_pre_hook(lambda *_: told.put("runs"))
         other = pool.submit(plain)
-        early = entered.wait(1)  # it takes some milliseconds else
+        early = told.get(timeout=60)
         hook.remove()  # which no graph could hold
         go.set()
         assert torch.isfinite(first.result(60)).all() and torch.isfinite(other.result(60)).all()
-    assert not early and graphs() == 1
+    assert early == "waits" and graphs() == 1
 
 
 def test_a_graph_waits_for_calls_without_one():
-    turns, inside, leave, made = Turns(), threading.Event(), threading.Event(), threading.Event()
+    turns, inside, leave, told = Turns(), threading.Event(), threading.Event(), queue.Queue()
+    turns._turn = Told(told)
 
     def call():
         with turns.together(), turns.together():
@@ -230,16 +254,16 @@ def test_a_graph_waits_for_calls_without_one():
 
     def make():
         with turns.alone():
-            made.set()
+            told.put("made")
 
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(call)
         assert inside.wait(60)
         making = pool.submit(make)
-        early = made.wait(0.2)
+        first = told.get(timeout=60)
         leave.set()
         running.result(60), making.result(60)
-    assert not early and made.is_set()
+    assert first == "waits" and "made" in told.queue
 
 
 def test_a_call_within_a_call_of_the_same_thread_does_not_wait_for_itself():
@@ -316,7 +340,7 @@ def test_hooks_of_the_tower_run_around_its_graph(one):
     tower = model.model.vision_tower
 
     def note(module, *_):
-        called.append((module, time.perf_counter()))  # which no graph could hold
+        called.append((module, threading.get_ident()))  # which no graph could hold
 
     def pictures_named(module, args, kwargs):
         note(module)
@@ -340,13 +364,13 @@ def test_hooks_of_the_tower_run_around_its_graph(one):
     assert {module for module, _ in called} == {tower} and graphs() == 2  # one for pictures by name, one by place
 
 
-def test_the_time_of_a_tower_with_a_graph_is_taken(one):
-    model = build(layers=3)
+def test_the_time_of_a_tower_with_a_graph_is_taken(one, monkeypatch):
+    model, clock = build(layers=3), itertools.count()
+    monkeypatch.setattr(latency, "now", lambda device: next(clock))
     with attach(model, keep=144, compiled="eager"), timed_tower(model) as ticks:
-        for calls in (1, 2):
-            start = time.perf_counter()
+        for _ in range(2):
             seen(model, one)
-            assert len(ticks) == 2 * calls and start < ticks[-2] < ticks[-1] < time.perf_counter()
+    assert ticks == [0, 1, 2, 3]
     assert graphs() == 1
 
 

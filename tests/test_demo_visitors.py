@@ -1,9 +1,11 @@
 """Visitors of the chat: never mixed, never in each other's way, and what they hold is freed when they leave."""
 
 import gc
+import queue
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from asking import ask
@@ -31,24 +33,23 @@ def test_a_visitor_who_leaves_frees_what_they_hold(models, files):
 
 
 def test_a_visitor_who_was_away_for_long_counts_as_gone(models, files):
-    visitors = Visitors(models, idle=0.05)
+    visitors = Visitors(models, idle=100)
     ask(visitors.of("a"), "is there a star?", files[:1])
-    time.sleep(0.1)
+    visitors.of("a").seen -= 101
     visitors.of("b")
     assert list(visitors.conversations) == ["b"]
 
 
-def test_who_was_away_is_let_go_though_nobody_comes(models, files):
-    left = []
-    visitors = Visitors(models, idle=0.05, farewell=left.append)
+def test_who_was_away_is_let_go_though_nobody_comes(models, files, monkeypatch):
+    slept, left, nap = [], queue.Queue(), threading.Semaphore(1)
+    clock = SimpleNamespace(sleep=lambda every: (slept.append(every), nap.acquire()), monotonic=time.monotonic)
+    monkeypatch.setattr("pitome_mllm_demo.visitors.time", clock)
+    visitors = Visitors(models, idle=100, farewell=left.put)
     chat = visitors.of("a")
     ask(chat, "is there a star?", files[:1])
-    visitors.watch(every=0.05)
-    for _ in range(200):
-        if left:
-            break
-        time.sleep(0.05)
-    assert left == ["a"] and visitors.conversations == {} and chat.turns == []
+    chat.seen -= 101
+    visitors.watch(every=7)
+    assert left.get(timeout=60) == "a" and visitors.conversations == {} and chat.turns == [] and slept[0] == 7
 
 
 def test_there_is_room_for_so_many_visitors(models):

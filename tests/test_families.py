@@ -7,6 +7,7 @@ import pytest
 import torch
 from checks import logits, new_ids
 from families import BY_TITLE, FAMILIES, IMAGE, NO_PICTURE, QUESTIONS, TWO_PICTURES, Family, pictures
+from models import CACHE
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig
 
@@ -124,7 +125,7 @@ def test_turns_continue_the_cache(family, where, made):
         if "token_type_ids" in inputs:
             added = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
             more["token_type_ids"] = torch.cat([inputs["token_type_ids"], added], 1)
-        second = model.generate(**more, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        second = model.generate(**more, **{CACHE: first.past_key_values}, max_new_tokens=4, do_sample=False)
         assert torch.equal(second[:, : ids.shape[1]], ids)
         anew = new_ids(model, {**inputs, **more}, 4)
         assert second[:, ids.shape[1] :].tolist() == anew

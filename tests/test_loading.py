@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -35,11 +34,8 @@ def generate(model, process, new_tokens=3):
     return out[:, inputs["input_ids"].shape[1] :]
 
 
-def test_tiny_is_there_at_once_and_ready_to_use():
-    load("tiny")  # imports the classes
-    start = time.perf_counter()
+def test_tiny_is_ready_to_use():
     model, process = load("tiny")
-    assert time.perf_counter() - start < 2
     assert not model.training and model.dtype == torch.float32 and model.device.type == "cpu"
     assert isinstance(model, LlavaForConditionalGeneration)
     with attach(model, keep=144) as handle:

@@ -244,6 +244,16 @@ def test_memory_layout_does_not_matter(name, drawn):
     torch.testing.assert_close(other.reduce(*strided[1:])[0], merge.reduce(t.x, t.size)[0])
 
 
+def test_tokens_without_a_neighbour_rank_in_reading_order():
+    """Their cosine to themselves is all they have, and its rounding ranks nothing: each has energy 1 / N exactly."""
+    drawn = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(0))
+    for metric in (drawn, drawn.mT.contiguous().mT):
+        merge = get_method("pitome", margin=0.9, alpha=0.0).match(metric, 5)
+        assert torch.equal(merge.energy, torch.full((3, 40), 1 / 40))
+        for row in range(3):
+            assert {i for group in members(merge, row) if len(group) > 1 for i in group} <= set(range(10))
+
+
 @each(["pitome", "pitome-tuned", "pitome-bsm", "pitome-llava", "tome"])
 @pytest.mark.parametrize("depth", [0.0, 22 / 23])
 @pytest.mark.parametrize("protected", [0, 1])

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import build
+from models import CACHE, build
 
 from pitome_mllm import attach, get_method
 from pitome_mllm.hooks.prompt import Call
@@ -100,7 +100,7 @@ def test_a_decoding_step_of_generate_has_no_graph_break(one, settings):
         mask = torch.ones(1, past.get_seq_length() + 1, dtype=torch.long)
 
         def step(token, past, mask):
-            return model(input_ids=token, past_key_values=past, attention_mask=mask, use_cache=True).logits
+            return model(input_ids=token, **{CACHE: past}, attention_mask=mask, use_cache=True).logits
 
         with handle.generating(SHORT):
             expected = step(token, past, mask)

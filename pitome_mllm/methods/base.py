@@ -37,11 +37,11 @@ def flat(index: Tensor, tokens: int) -> Tensor:
 
 
 def unit_metric(metric: Tensor) -> Tensor:
-    """``metric`` (B, N, C) in float32 with rows of length one.
+    """``metric`` (B, N, C) in float32 with rows of length one, in one piece of memory whose layout decides nothing.
 
     A row with NaN or infinity becomes zero, and a zero row stays zero: such a token is similar to nothing.
     """
-    metric = metric.detach().float()
+    metric = metric.detach().float().contiguous()
     norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
     return (metric / norm.clamp_min_(1e-12)).nan_to_num_(0.0)  # dividing by NaN or infinity leaves NaN or zero
 

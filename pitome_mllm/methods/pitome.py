@@ -97,7 +97,7 @@ class PiToMe(Reducer):
     def energy_of(self, unit: Tensor, depth: float) -> Tensor:
         """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
         margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
-        energy = pair_means(unit, partial(self._value, margin=margin))
+        energy = pair_means(unit, partial(self._value, margin=margin), products=similarities)
         if self.smooth:
             blocks = unit.split(block_rows(unit), dim=1)
             around = torch.cat([around_each(cosine(block, unit), energy) for block in blocks], 1)
@@ -121,20 +121,32 @@ def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
     return torch.cat([front, others, b], dim=1)
 
 
-def pair_means(unit: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``value`` of the similarities to all tokens, for every token of ``unit`` (B, n, C): (B, n).
+def similarities(some: Tensor, unit: Tensor) -> Tensor:
+    """Cosines (B, S, n) of the first tokens ``some`` (B, S, C) of ``unit`` (B, n, C) to all of it.
 
-    ``value`` is symmetric, so each pair is worked out once, for both of its tokens, but those within a block of rows.
+    A token's cosine to itself is exactly 1 (0 for a zero row): rounding must not rank tokens without a neighbour.
+    """
+    cosines = cosine(some, unit)
+    cosines.diagonal(dim1=1, dim2=2).round_()
+    return cosines
+
+
+def pair_means(
+    unit: Tensor, value: Callable[[Tensor], Tensor], products: Callable[[Tensor, Tensor], Tensor] = cosine
+) -> Tensor:
+    """Mean of ``value`` of the ``products`` with all tokens, for every token of ``unit`` (B, n, C): (B, n).
+
+    Products are symmetric, so each pair is worked out once, for both of its tokens, but those within a block of rows.
     """
     batch, tokens = unit.shape[:2]
     if batch > 1 and unit.device.type == "cpu":  # one after the other stays in the caches
-        return torch.cat([pair_means(row, value) for row in unit.split(1)])
+        return torch.cat([pair_means(row, value, products) for row in unit.split(1)])
     rows = block_rows(unit)
     if rows >= tokens:
-        return value(cosine(unit, unit)).mean(-1)
+        return value(products(unit, unit)).mean(-1)
     total = unit.new_zeros(batch, tokens)
     for start in range(0, tokens, rows):
-        pairs = value(cosine(unit[:, start : start + rows], unit[:, start:]))
+        pairs = value(products(unit[:, start : start + rows], unit[:, start:]))
         total[:, start : start + rows].add_(pairs.sum(2))
         total[:, start + rows :].add_(pairs[..., rows:].sum(1))
     return total / tokens
