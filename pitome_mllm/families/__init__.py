@@ -180,8 +180,8 @@ def geometry(config: Any) -> Geometry:
     ValueError : the configuration is of a family, or holds a vision tower, that has no row here.
     """
     family, vision = family_of(config), config.vision_config
-    side = vision.image_size // vision.patch_size
     class_tokens = _class_tokens(vision, family)
+    side = vision.image_size // vision.patch_size
     full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not class_tokens:
         raise ValueError(
@@ -211,13 +211,18 @@ def geometry(config: Any) -> Geometry:
 
 
 def _class_tokens(vision: Any, family: FamilySpec) -> int:
-    """Class tokens of a vision tower; ValueError if tokens are to merge in one of a kind that has no row."""
-    if vision.model_type in TOWER_OF_CONFIG:
-        return TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens
-    if "tower" in family.places:
-        raise ValueError(
-            f"unsupported vision tower {vision.model_type!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}"
-        )
+    """Class tokens of a vision tower.
+
+    Raises
+    ------
+    ValueError : tokens are to merge in a tower of a kind that has no row, or it does not say how many patches it has.
+    """
+    kind = getattr(vision, "model_type", None) or type(vision).__name__
+    if kind in TOWER_OF_CONFIG:
+        return TOWERS[TOWER_OF_CONFIG[kind]].class_tokens
+    sides = (getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers"))
+    if "tower" in family.places or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
     return 0
 
 

@@ -13,6 +13,14 @@ from . import Geometry, family_of, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call pictures; the latter Video-LLaVA's
 
+SELECTION = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
+
+
+def selected_features(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which of a tower's features the projector gets, as a model's configuration or the arguments of a call say it."""
+    said = {name: values[name] for name in SELECTION if values.get(name) is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+
 
 def read(output: Any, geometry: Geometry) -> Tensor | None:
     """What the projector reads of a tower's output (I, N, C), the feature layers side by side; None if it has none."""

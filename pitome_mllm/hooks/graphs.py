@@ -8,7 +8,6 @@ does it, by one that looks at the plan of the calling thread first.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..plan import Plan
 from . import tower as towers
+from .state import Hook
 from .turns import Turns
 
 CALL = "_compiled_call_impl"  # where `nn.Module.__call__` looks for a compiled call
@@ -131,18 +131,14 @@ def prepare(tower: nn.Module, asked: Plan) -> None:
 
 def hooked(tower: nn.Module, run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """``run`` between the tower's own forward hooks, which no graph holds: torch would not see that they change."""
-    for number, hook in [
-        item for item in tower._forward_pre_hooks.items() if inspect.unwrap(item[1]) is not towers.start_run
-    ]:
+    for number, hook in [item for item in tower._forward_pre_hooks.items() if not isinstance(item[1], Hook)]:
         if number in tower._forward_pre_hooks_with_kwargs:
             args, kwargs = hook(tower, args, kwargs) or (args, kwargs)
         else:
             given = hook(tower, args)
             args = args if given is None else given if isinstance(given, tuple) else (given,)
     output = run(args, kwargs)
-    for number, hook in [
-        item for item in tower._forward_hooks.items() if inspect.unwrap(item[1]) is not towers.finish_run
-    ]:
+    for number, hook in [item for item in tower._forward_hooks.items() if not isinstance(item[1], Hook)]:
         known = (args, kwargs) if number in tower._forward_hooks_with_kwargs else (args,)
         given = hook(tower, *known, output)
         output = output if given is None else given

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..families import TOWERS, TowerSpec
 from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
-from .state import Attached
+from .state import Attached, Hook
 
-# Every hook we register: the table of the module it lives in, and the function.
-_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
-_HOOKS = (  # or `uncompiled` ones
-    tower.start_run,
-    tower.finish_run,
-    tower.catch_keys,
-    tower.catch_query,
-    prompt.before_forward,
-    prompt.after_forward,
-    llm.before_language,
-    tiles.after_projector,
-)
+_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")  # of a module
 
 
 def install(handle: Attached) -> None:
@@ -65,16 +51,17 @@ def _put_on(handle: Attached) -> None:
     if handle.geometry.merges_in_tower:
         _hook_tower(handle)
     if not handle.family.original:
-        handle.model.register_forward_pre_hook(uncompiled(prompt.before_forward), with_kwargs=True)
-        handle.model.register_forward_hook(uncompiled(prompt.after_forward), with_kwargs=True, always_call=True)
-        handle.language.register_forward_pre_hook(uncompiled(llm.before_language), with_kwargs=True)
+        handle.model.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
+        handle.model.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True, always_call=True)
+        handle.language.register_forward_pre_hook(Hook(llm.before_language), with_kwargs=True)
     if handle.family.tiles == "connector":
-        handle.projector.register_forward_hook(uncompiled(tiles.after_projector))
+        handle.projector.register_forward_hook(Hook(tiles.after_projector))
     for module in _marked(handle):
         module._pitome = handle
     for owner, name, make in _methods(handle):
+        made = MethodType(make(owner), owner)
         handle.replaced[name] = vars(owner).get(name)
-        setattr(owner, name, MethodType(make(owner), owner))
+        setattr(owner, name, made)
     graphs.prepare(handle.tower, handle.plan)
 
 
@@ -94,12 +81,6 @@ def uninstall(handle: Attached) -> None:
             _swap_class(layer, tower.plain_class(type(layer)))
     for module in _marked(handle):
         _unhook(module)
-
-
-@lru_cache
-def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that torch.compile leaves alone: what a task or thread chose is asked anew in every call."""
-    return torch.compiler.disable(hook)
 
 
 def _marked(handle: Attached) -> list[nn.Module]:
@@ -132,13 +113,13 @@ def _hook_tower(handle: Attached) -> None:
     kind = llava_package if handle.family.original else tower
     for index, layer in enumerate(_layers(handle.tower)):
         block = layer._pitome = tower.Block(index, _tower_spec(layer), tower.Inbox())
-        for projection, catch in zip(_projections(layer, block.spec), (tower.catch_keys, tower.catch_query)):
+        for projection, catch in zip(_projections(layer, block.spec), tower.CATCHING):
             projection._pitome = block.inbox
             projection.register_forward_hook(catch)
         _swap_class(layer, kind.merging_class(type(layer)))
     if not handle.family.original:
-        handle.tower.register_forward_pre_hook(uncompiled(tower.start_run), with_kwargs=True)
-        handle.tower.register_forward_hook(uncompiled(tower.finish_run), with_kwargs=True)
+        handle.tower.register_forward_pre_hook(Hook(tower.start_run), with_kwargs=True)
+        handle.tower.register_forward_hook(Hook(tower.finish_run), with_kwargs=True)
 
 
 def _check_forward(layer: nn.Module, plan: Plan) -> None:
@@ -184,10 +165,10 @@ def _swap_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _unhook(module: nn.Module) -> None:
-    """Remove our hooks, found by function so that it works on deep copies too, and our mark."""
+    """Remove our hooks, found by what they are so that it works on deep copies too, and our mark."""
     for table in _HOOK_TABLES:
         hooks = getattr(module, table)
-        for key in [key for key, hook in hooks.items() if inspect.unwrap(hook) in _HOOKS]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) or hook in tower.CATCHING]:
             del hooks[key]
             for more in ("with_kwargs", "always_called"):
                 getattr(module, f"{table}_{more}", {}).pop(key, None)

@@ -8,7 +8,8 @@ they end with the call, whether it returns or raises. What a task or a thread ch
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import FamilySpec, Geometry
+from ..families.features import selected_features
 from ..families.packing import Places
 from ..plan import Plan
 from ..stats import Stats
@@ -128,6 +130,7 @@ class Attached:
         self.tower: nn.Module = model.get_submodule(family.tower)
         self.language: nn.Module = model.get_submodule(family.language)
         self.core: nn.Module = model.get_submodule(family.core)
+        self.features = selected_features(vars(model.config))
         self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
         self.told_of_videos = False
         self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
@@ -176,6 +179,22 @@ class Attached:
                 "nn.DataParallel copies the model in every call, and copies of one with merging would use parts of the "
                 "first; use DistributedDataParallel with one process for each GPU, or call the model itself"
             )
+
+
+class Hook(functools.partial):
+    """A hook that torch.compile leaves alone, so that what a task or thread chose is asked anew in every call.
+
+    It is a `partial` because torch.compile would look into a method. Copies of a model share it.
+    """
+
+    def __new__(cls, function: Callable[..., Any]) -> Hook:
+        return super().__new__(cls, torch.compiler.disable(function))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return refuse_pickling(type(self))
 
 
 def refuse_pickling(cls: type) -> Any:

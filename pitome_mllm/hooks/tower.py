@@ -68,6 +68,9 @@ def catch_query(module: nn.Module, args: tuple, output: Tensor) -> None:
         module._pitome.query = output[:, 0].detach()
 
 
+CATCHING = (catch_keys, catch_query)
+
+
 class Run:
     """One call of a vision tower: what was merged so far, by block, so that recomputing one changes nothing."""
 

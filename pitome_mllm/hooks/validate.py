@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..families.features import PIXELS
+from ..families.features import PIXELS, selected_features
 from ..plan import Plan
 from .state import Attached
 
@@ -24,6 +24,19 @@ def check_call(handle: Attached, kwargs: Mapping[str, Any]) -> None:
         if name in PIXELS and name != handle.family.pixels:
             raise ValueError(f"got {name}, {type(handle.model).__name__} takes {handle.family.pixels}; {ADVICE}")
     _check_devices(handle.model, {name: str(x.device) for name, x in given.items()})
+    if handle.plan is not None and any(name in PIXELS for name in given):
+        _check_features(handle, kwargs)
+
+
+def _check_features(handle: Attached, kwargs: Mapping[str, Any]) -> None:
+    """ValueError if a call, or a configuration that was changed, selects other features of the tower than at attach."""
+    asked = {**selected_features(vars(handle.model.config)), **selected_features(kwargs)}
+    for name, value in handle.features.items():
+        if asked.get(name) != value:
+            raise ValueError(
+                f"got {name}={asked.get(name)!r}, merging is planned for {value!r}; call handle.remove(), set it in "
+                "model.config and attach again, or use the plain model within handle.using(None)"
+            )
 
 
 def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
