@@ -66,7 +66,7 @@ class Plan:
     @property
     def clues(self) -> tuple[str, ...]:
         """What merging needs to know of the attention of a block: "keys", "attention"."""
-        needed = {"keys": self.metric in ("keys", "history"), "attention": "attention" in self.reducer.needs}
+        needed = {"keys": self.metric == "keys", "attention": "attention" in self.reducer.needs}
         return tuple(name for name, wanted in needed.items() if wanted)
 
     @property
@@ -139,7 +139,9 @@ def _token_counts(
         if reducer.shrinks_picture:
             return keep, [keep] * blocks, []
         shape = "last" if reducer.once else settings.schedule
-        return patches, Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
+        merges = None if reducer.once or keep is None else settings.merges
+        schedule = Schedule(keep, settings.ratio, settings.counts, shape, merges)
+        return patches, schedule.counts(patches, blocks, limit), []
     keep = _patch_keep(settings, reducer, name, geometry)
     if settings.where == "packed":
         return patches, [patches] * blocks, rounds(geometry.available, keep + geometry.visible_class_tokens, limit)
@@ -152,7 +154,7 @@ def _token_counts(
     )
     if tower < keep:
         raise ValueError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
-    counts = Schedule(tower, shape=settings.schedule).counts(patches, blocks, limit)
+    counts = Schedule(tower, shape=settings.schedule, merges=settings.merges).counts(patches, blocks, limit)
     return patches, counts, rounds(tower, keep, limit)
 
 
