@@ -50,7 +50,7 @@ SETTINGS = [
     {"keep": PATCHES},
     {"keep": 288},
     {"keep": 57},
-    {"keep": 20, "schedule": "constant"},
+    {"keep": 20, "schedule": "early"},
     {"ratio": 0.8},
     {"counts": [500, 400, 400, 300, 200, 100]},
     {"keep": 100, "method": "tome"},

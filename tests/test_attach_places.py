@@ -76,7 +76,7 @@ def test_explicit_counts(model, plain, one):
         assert_works(handle, model, plain, one)
 
 
-@pytest.mark.parametrize("shape", ["equal", "linear"])
+@pytest.mark.parametrize("shape", ["equal", "delayed"])
 def test_schedule_shapes(model, plain, one, shape):
     with attach(model, "pitome", keep=100, schedule=shape) as handle:
         assert list(handle.plan.counts) == Schedule(keep=100, shape=shape).counts(PATCHES, BLOCKS)
