@@ -51,6 +51,7 @@ SETTINGS = [
     {"keep": 288},
     {"keep": 57},
     {"keep": 20, "schedule": "early"},
+    {"keep": 200, "merges": 2, "schedule": "delayed"},
     {"ratio": 0.8},
     {"counts": [500, 400, 400, 300, 200, 100]},
     {"keep": 100, "method": "tome"},

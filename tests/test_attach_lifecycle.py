@@ -23,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with
 # ---- keep = all is the plain model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"keep": PATCHES}, {"keep": 1.0}, {"ratio": 1.0}, {"counts": [PATCHES] * 6}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"keep": PATCHES}, {"keep": 1.0}, {"keep": 1.0, "merges": 2}, {"ratio": 1.0}, {"counts": [PATCHES] * 6}],
+)
 @pytest.mark.parametrize("method", ["pitome", "tome", "pitome-llava"])
 def test_keeping_all_is_bit_identical(model, plain, pair, settings, method):
     with attach(model, method, **settings):

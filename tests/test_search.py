@@ -64,8 +64,8 @@ def test_the_best_alternative_stays(searched):
 
 def test_of_the_nearly_best_the_first_stays(searched, monkeypatch):
     monkeypatch.setattr(search, "TIE", 0.05)
-    assert chosen(searched({"schedule=late": 0.04}))["schedule, first and last merging block"] == "schedule=equal"
-    assert chosen(searched({"schedule=late": 0.08}))["schedule, first and last merging block"] == "schedule=late"
+    assert chosen(searched({"schedule=delayed": 0.04}))["schedule, first and last merging block"] == "schedule=equal"
+    assert chosen(searched({"schedule=delayed": 0.08}))["schedule, first and last merging block"] == "schedule=delayed"
 
 
 def test_rows_tell_the_gain_over_the_setting_before(searched):
