@@ -31,6 +31,11 @@ def half(n: int) -> int:
     return n // 2
 
 
+def gentle(max_removable: MaxRemovable) -> MaxRemovable:
+    """At most 40 % of the tokens, or one of them, within ``max_removable``: few merges lose little by that."""
+    return lambda n: min(max(2 * n // 5, 1), max_removable(n))
+
+
 class Schedule:
     """Token counts over the merging blocks.
 
@@ -158,16 +163,13 @@ def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: Max
 
 def _at_points(tokens: int, blocks: int, keep: int, shape: str, max_removable: MaxRemovable, merges: int) -> list[int]:
     """Counts where only ``merges`` of the blocks remove tokens, or as many more as keep each at 40 %."""
-
-    def gentle(n: int) -> int:
-        return min(max(2 * n // 5, 1), max_removable(n))
-
-    merges = next((m for m in range(merges, blocks) if _fewest(tokens, m, gentle) <= keep), blocks)
+    limit = gentle(max_removable)
+    merges = next((m for m in range(merges, blocks) if _fewest(tokens, m, limit) <= keep), blocks)
     if merges == blocks:
-        gentle_enough = _fewest(tokens, blocks, gentle) <= keep
-        return _towards(tokens, blocks, keep, shape, gentle if gentle_enough else max_removable)
+        reached = _fewest(tokens, blocks, limit) <= keep
+        return _towards(tokens, blocks, keep, shape, limit if reached else max_removable)
     points = _merge_points(merges, blocks, shape)
-    after = dict(zip(points, _towards(tokens, merges, keep, "equal", gentle)))
+    after = dict(zip(points, _towards(tokens, merges, keep, "equal", limit)))
     counts = []
     for block in range(blocks):
         tokens = after.get(block, tokens)

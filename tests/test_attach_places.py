@@ -12,7 +12,7 @@ from models import PATCHES, QUESTION, build, picture, processor
 from pitome_mllm import METHODS, Schedule, attach, get_method
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
-from pitome_mllm.specs import Geometry
+from pitome_mllm.families import Geometry
 
 BLOCKS = 6  # of 7, since the features come from the last but one
 
