@@ -22,7 +22,7 @@ from pitome_mllm.settings import DEFAULT_METHOD
 
 from . import examples
 from .belongings import Belongings
-from .controls import AMOUNTS, OWN_PLACE, PLACES
+from .controls import AMOUNTS, MERGES, OWN_MERGES, OWN_PLACE, PLACES
 from .handlers import BITS, Handlers
 from .models import Models
 from .visitors import MAX_VISITORS
@@ -108,6 +108,9 @@ class Page:
                     list(METHODS), value=DEFAULT_METHOD, label="Method", elem_id="pm-method", min_width=170
                 )
                 self.where = gr.Dropdown(PLACES, value=OWN_PLACE, label="Where", elem_id="pm-where", min_width=170)
+                self.merges = gr.Dropdown(
+                    MERGES, value=OWN_MERGES, label="Merging blocks", elem_id="pm-merges", min_width=170
+                )
             self.amount = gr.Radio(
                 [("tokens left", AMOUNTS[0]), ("ratio per block", AMOUNTS[1])], value=AMOUNTS[0], label="How much",
                 elem_id="pm-amount",
@@ -119,7 +122,7 @@ class Page:
             )
             self.compare = gr.Checkbox(False, label="Compare: the plain model answers too", elem_id="pm-compare")
             self.plan = gr.HTML(elem_id="pm-plan")
-        self.controls = [self.method, self.amount, self.keep, self.ratio, self.where]
+        self.controls = [self.method, self.amount, self.keep, self.ratio, self.where, self.merges]
 
     def _lay_out_look(self) -> None:
         gr.Markdown("### Look inside")

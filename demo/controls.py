@@ -8,11 +8,14 @@ from typing import Any
 
 from pitome_mllm.families import Geometry
 from pitome_mllm.plan import Plan
+from pitome_mllm.schedule import EVERY
 from pitome_mllm.settings import DEFAULT_METHOD
 
 AMOUNTS = ("tokens", "ratio")
 OWN_PLACE = "the method's own"
 PLACES = (OWN_PLACE, "tower", "projector", "both", "packed")
+OWN_MERGES = "the method's own"
+MERGES = (OWN_MERGES, EVERY, *map(str, (3, 4, 5, 6, 8, 12)))
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Controls:
     keep : visual tokens left per picture; None = a quarter.
     ratio : share of its tokens that every block of the tower keeps.
     where : one of `PLACES`.
+    merges : how many blocks of the tower merge, or one of `MERGES`; where ``keep`` counts.
     """
 
     method: str = DEFAULT_METHOD
@@ -32,6 +36,7 @@ class Controls:
     keep: int | None = None
     ratio: float = 0.9
     where: str = OWN_PLACE
+    merges: int | str = OWN_MERGES
 
     def settings(self) -> dict[str, Any]:
         """The keywords of ``handle.using`` and of `estimate`.
@@ -43,7 +48,9 @@ class Controls:
         if self.amount not in AMOUNTS:
             raise ValueError(f"unknown amount {self.amount!r}; choose one of {', '.join(AMOUNTS)}")
         keep = 0.25 if self.keep is None else self.keep
-        much = {"keep": keep} if self.amount == "tokens" else {"ratio": self.ratio}
+        merges = None if self.merges == OWN_MERGES else self.merges
+        merges = int(merges) if isinstance(merges, str) and merges.isdigit() else merges
+        much = {"keep": keep, "merges": merges} if self.amount == "tokens" else {"ratio": self.ratio}
         return {"method": self.method, "where": None if self.where == OWN_PLACE else self.where, **much}
 
     def to_dict(self) -> dict[str, Any]:

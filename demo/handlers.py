@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import gradio as gr
@@ -199,8 +200,9 @@ class Handlers:
         return self.of(request).to_dict()
 
 
-def _controls(method: str, amount: str, keep: float, ratio: float, where: str) -> Controls:
-    return Controls.of({"method": method, "amount": amount, "keep": keep, "ratio": ratio, "where": where})
+def _controls(*values: Any) -> Controls:
+    """From what the page's controls hold, in the order of `Controls`."""
+    return Controls.of({field.name: value for field, value in zip(fields(Controls), values, strict=True)})
 
 
 def _looks(chat: Conversation) -> list[tuple[int, int, Look]]:

@@ -137,13 +137,15 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     If you want to tinker
     ---------------------
     These are the method's own choice unless given; `METHODS` says which.
-    schedule : shape of the way down to keep over the blocks, a name in `schedule.SHAPES`: "equal", "constant",
-        "linear", "late", "early", "delayed", "first-half", "second-half", "middle", "last".
+    merges : how many blocks of the tower merge on the way down to keep, each an equal share, at equal distances over
+        the first three quarters of them, or where schedule puts them; in a tower of fewer than 12 over all. More do
+        where one would remove over 40 %, and so it is before the projector; "every" = all of them.
+    schedule : the part of the blocks that merges: "equal" (all, or see merges), "early" or "delayed" (the first or last
+        two thirds), "last" (as late as possible).
     where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
         tower, by default the geometric mean of all and keep); where pictures are cut into tiles also "packed" (behind
         the projector, overview and tiles apart, without newlines).
-    metric : "keys" of the block's attention; "history", these and, halved from block to block, those of the blocks
-        before; "hidden" states; or, in front of the projector, what it "projected".
+    metric : "keys" of the block's attention; "hidden" states; or, in front of the projector, what it "projected".
     place : "mid" (between attention and MLP) or "end" of a block.
     weighted : mean weighted by the patches that tokens stand for.
     proportional_attention : add log(size) to the attention logits of merged tokens.

@@ -8,7 +8,7 @@ from typing import Any
 
 from .families import Geometry
 from .methods import Reducer
-from .schedule import Schedule, rounds, target_count
+from .schedule import EVERY, Schedule, gentle, rounds, target_count
 from .settings import HOW, Settings, settled
 
 
@@ -22,6 +22,7 @@ class Plan:
     rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
     packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
     entering : patches of the picture that the tower gets.
+    gentle : no merge removes over 40 % of the tokens, if there is another way.
     compiled : the backend of torch.compile that the tower's graphs are made by; "" = it runs eagerly.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     energies: bool
     compiled: str
     packed: tuple[int, ...] = ()
+    gentle: bool = False
 
     @property
     def available(self) -> int:
@@ -66,7 +68,7 @@ class Plan:
     @property
     def clues(self) -> tuple[str, ...]:
         """What merging needs to know of the attention of a block: "keys", "attention"."""
-        needed = {"keys": self.metric in ("keys", "history"), "attention": "attention" in self.reducer.needs}
+        needed = {"keys": self.metric == "keys", "attention": "attention" in self.reducer.needs}
         return tuple(name for name, wanted in needed.items() if wanted)
 
     @property
@@ -86,6 +88,11 @@ class Plan:
         after += [(left, 1.0) for left in self.rounds]
         before = [self.entering, *(left for left, _ in after)]
         return tuple((n, left, depth) for n, (left, depth) in zip(before, after) if left < n)
+
+    def max_removable(self, tokens: int) -> int:
+        """The most tokens that one step before or behind the projector removes."""
+        most = self.reducer.max_removable
+        return (gentle(most) if self.gentle else most)(tokens)
 
     @property
     def merging(self) -> tuple[int, ...]:
@@ -110,6 +117,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         counts=tuple(counts),
         rounds=() if settings.where == "packed" else tuple(steps),
         packed=tuple(steps) if settings.where == "packed" else (),
+        gentle=settings.merges != EVERY,
         energies=settings.energies,
         compiled=settings.compiled,
         **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
@@ -139,12 +147,15 @@ def _token_counts(
         if reducer.shrinks_picture:
             return keep, [keep] * blocks, []
         shape = "last" if reducer.once else settings.schedule
-        return patches, Schedule(keep, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
+        merges = None if keep is None else settings.merges
+        schedule = Schedule(keep, settings.ratio, settings.counts, shape, merges)
+        return patches, schedule.counts(patches, blocks, limit), []
     keep = _patch_keep(settings, reducer, name, geometry)
+    of_round = limit if settings.merges == EVERY else gentle(limit)
     if settings.where == "packed":
-        return patches, [patches] * blocks, rounds(geometry.available, keep + geometry.visible_class_tokens, limit)
+        return patches, [patches] * blocks, rounds(geometry.available, keep + geometry.visible_class_tokens, of_round)
     if settings.where == "projector":
-        return patches, [patches] * blocks, rounds(patches, keep, limit)
+        return patches, [patches] * blocks, rounds(patches, keep, of_round)
     tower = (
         round(math.sqrt(patches * keep))
         if settings.tower_keep is None
@@ -152,8 +163,8 @@ def _token_counts(
     )
     if tower < keep:
         raise ValueError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
-    counts = Schedule(tower, shape=settings.schedule).counts(patches, blocks, limit)
-    return patches, counts, rounds(tower, keep, limit)
+    counts = Schedule(tower, shape=settings.schedule, merges=settings.merges).counts(patches, blocks, limit)
+    return patches, counts, rounds(tower, keep, of_round)
 
 
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:

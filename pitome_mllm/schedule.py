@@ -14,32 +14,26 @@ from fractions import Fraction
 
 MaxRemovable = Callable[[int], int]
 
-Shape = Callable[[float, int, int], float]
-
-
-def _equal(begin: float, end: float) -> Shape:
-    """Every block between the shares ``begin`` and ``end`` of all blocks removes the same share."""
-    return lambda t, first, last: first * (last / first) ** min(max((t - begin) / (end - begin), 0), 1)
-
-
-# Tokens left after the share t of the blocks, when `first` become `last`: the shape of the way down.
-SHAPES: dict[str, Shape] = {
-    "equal": _equal(0, 1),
-    "constant": lambda t, first, last: first - (first - last) * t,  # ... the same number
-    "linear": lambda t, first, last: first - (first - last) * (2 * t - t * t),  # ... a number that falls to zero
-    "late": lambda t, first, last: first - (first - last) * t * t,  # ... a number that grows from zero
-    "early": _equal(0, 2 / 3),
-    "delayed": _equal(1 / 3, 1),
-    "first-half": _equal(0, 1 / 2),
-    "second-half": _equal(1 / 2, 1),
-    "middle": _equal(1 / 4, 3 / 4),
-    "last": lambda t, first, last: first if t < 1 else last,  # as late as possible
+# The part of the blocks, as shares of their number, over which tokens go; every block of it removes the same share.
+SHAPES: dict[str, tuple[float, float]] = {
+    "equal": (0, 1),
+    "early": (0, 2 / 3),
+    "delayed": (1 / 3, 1),
+    "last": (1, 1),  # as late as possible
 }
+EVERY = "every"
+FRONT = 0.75  # few merge points of shape "equal" are in this part of a tower ...
+DEEP = 12  # ... of so many blocks or more, and none in its first block
 
 
 def half(n: int) -> int:
     """The most tokens a bipartite method removes of ``n`` at once."""
     return n // 2
+
+
+def gentle(max_removable: MaxRemovable) -> MaxRemovable:
+    """At most 40 % of the tokens, or one of them, within ``max_removable``: few merges lose little by that."""
+    return lambda n: min(max(2 * n // 5, 1), max_removable(n))
 
 
 class Schedule:
@@ -52,10 +46,12 @@ class Schedule:
         floor(N - rho * N), at most half.
     counts : tokens after each block, explicitly.
     shape : how the way down to ``keep`` is spread over the blocks, a name in `SHAPES`.
+    merges : how many of the blocks merge, each an equal share, at places that ``shape`` decides; "every" (None) = all.
+        More do where one would remove over 40 %. It goes with ``keep``.
 
     Raises
     ------
-    ValueError : two of keep, ratio and counts; a value out of range; an unknown shape.
+    ValueError : two of keep, ratio and counts; merges with ratio or counts; a value out of range; an unknown shape.
     """
 
     def __init__(
@@ -64,6 +60,7 @@ class Schedule:
         ratio: float | None = None,
         counts: Iterable[int] | None = None,
         shape: str = "equal",
+        merges: int | str | None = None,
     ) -> None:
         given = {k: v for k, v in {"keep": keep, "ratio": ratio, "counts": counts}.items() if v is not None}
         if len(given) > 1:
@@ -76,13 +73,15 @@ class Schedule:
             raise ValueError(f"unknown schedule {shape!r}; choose one of {', '.join(SHAPES)}")
         if ratio is not None and shape != "equal":
             raise ValueError(f"ratio={ratio} already says what every block keeps; schedule={shape!r} goes with keep")
+        check_merges(merges, ratio, counts)
         self.keep = keep
         self.ratio = ratio
         self.explicit = None if counts is None else _integers(counts)
         self.shape = shape
+        self.merges = None if merges == EVERY else merges
 
     def __repr__(self) -> str:
-        given = {"keep": self.keep, "ratio": self.ratio, "counts": self.explicit}
+        given = {"keep": self.keep, "ratio": self.ratio, "counts": self.explicit, "merges": self.merges}
         said = [f"{k}={v}" for k, v in given.items() if v is not None]
         return f"Schedule({', '.join([*said, f'shape={self.shape!r}'])})"
 
@@ -108,6 +107,8 @@ class Schedule:
             return _by_ratio(tokens, blocks, self.ratio, max_removable)
         if self.explicit is not None:
             return _check_explicit(self.explicit, tokens, blocks, max_removable)
+        if self.merges is not None:
+            return _at_points(tokens, blocks, self.target(tokens), self.shape, max_removable, self.merges)
         return _towards(tokens, blocks, self.target(tokens), self.shape, max_removable)
 
 
@@ -142,9 +143,7 @@ def _by_ratio(tokens: int, blocks: int, ratio: float, max_removable: MaxRemovabl
 
 def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: MaxRemovable) -> list[int]:
     """Follow the shape as closely as the limit per block allows, and land exactly on ``keep``."""
-    fewest = tokens
-    for _ in range(blocks):
-        fewest -= max_removable(fewest)
+    fewest = _fewest(tokens, blocks, max_removable)
     if keep < fewest:
         raise ValueError(
             f"cannot reach {keep} of {tokens} tokens in {blocks} blocks: {fewest} to {tokens} are possible; "
@@ -153,12 +152,46 @@ def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: Max
     ceilings = [keep]  # per block, from the last one: the most tokens from which the rest of the way is possible
     while len(ceilings) < blocks:
         ceilings.append(bisect_right(range(tokens + 1), ceilings[-1], key=lambda n: n - max_removable(n)) - 1)
-    first, counts = tokens, []
+    (begin, end), first, counts = SHAPES[shape], tokens, []
     for block in range(1, blocks + 1):
-        wanted = round(SHAPES[shape](block / blocks, first, keep))
+        part = (block / blocks - begin) / (end - begin) if begin < end else block // blocks
+        wanted = round(first * (keep / first) ** min(max(part, 0), 1))
         tokens = max(min(wanted, ceilings[blocks - block], tokens), tokens - max_removable(tokens))
         counts.append(tokens)
     return counts
+
+
+def _at_points(tokens: int, blocks: int, keep: int, shape: str, max_removable: MaxRemovable, merges: int) -> list[int]:
+    """Counts where only ``merges`` of the blocks remove tokens, or as many more as keep each at 40 %."""
+    limit = gentle(max_removable)
+    merges = next((m for m in range(merges, blocks) if _fewest(tokens, m, limit) <= keep), blocks)
+    if merges == blocks:
+        reached = _fewest(tokens, blocks, limit) <= keep
+        return _towards(tokens, blocks, keep, shape, limit if reached else max_removable)
+    points = _merge_points(merges, blocks, shape)
+    after = dict(zip(points, _towards(tokens, merges, keep, "equal", limit)))
+    counts = []
+    for block in range(blocks):
+        tokens = after.get(block, tokens)
+        counts.append(tokens)
+    return counts
+
+
+def _merge_points(merges: int, blocks: int, shape: str = "equal") -> list[int]:
+    """Indices of ``merges`` of the blocks, at equal distances over the part of them that ``shape`` stands for."""
+    begin, end = SHAPES[shape]
+    first = max(math.ceil(begin * blocks), int(blocks >= DEEP))
+    last = math.floor((FRONT if shape == "equal" and blocks >= DEEP else end) * blocks) - 1
+    last = max(last, min(first + merges, blocks) - 1)  # where the part has fewer blocks, more behind it ...
+    first = min(first, last - merges + 1)  # ... or, at the end, before it
+    return [first + round(point * (last - first) / max(merges - 1, 1)) for point in range(merges)]
+
+
+def _fewest(tokens: int, merges: int, max_removable: MaxRemovable) -> int:
+    """The smallest count that so many merges can leave."""
+    for _ in range(merges):
+        tokens -= max_removable(tokens)
+    return tokens
 
 
 def _check_explicit(counts: list[int], tokens: int, blocks: int, max_removable: MaxRemovable) -> list[int]:
@@ -171,6 +204,18 @@ def _check_explicit(counts: list[int], tokens: int, blocks: int, max_removable: 
                 f"counts[{block}]={after} cannot follow {before} tokens; {max(fewest, 1)} to {before} are possible"
             )
     return list(counts)
+
+
+def check_merges(merges: object, ratio: object = None, counts: object = None) -> None:
+    """ValueError unless ``merges`` is None, "every" or a number from 1, and None beside ratio or counts."""
+    if merges is None:
+        return
+    for name, value in (("ratio", ratio), ("counts", counts)):
+        if value is not None:
+            raise ValueError(f"{name} says what every block removes, got merges={merges!r} too; give merges with keep")
+    is_count = isinstance(merges, numbers.Integral) and not isinstance(merges, bool) and merges >= 1
+    if not is_count and not (isinstance(merges, str) and merges == EVERY):
+        raise ValueError(f"merges={merges!r} is not possible; choose a number of merge points from 1, or {EVERY!r}")
 
 
 def _is_number(value: object) -> bool:

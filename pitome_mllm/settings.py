@@ -9,13 +9,13 @@ from typing import Any
 
 from .families import Geometry
 from .methods import METHODS, Reducer, get_method, unknown
-from .schedule import SHAPES
+from .schedule import EVERY, SHAPES, check_merges
 
 logger = logging.getLogger(__name__)
 
 CHOICES = {
     "where": ("tower", "projector", "both", "packed"),
-    "metric": ("keys", "history", "hidden", "projected"),
+    "metric": ("keys", "hidden", "projected"),
     "place": ("mid", "end"),
     "order": ("reading", "source"),
     "positions": ("compact", "original"),
@@ -24,7 +24,7 @@ CHOICES = {
 # What a setting is when neither the caller nor the method's preset says anything. How tokens merge goes with the
 # method: choosing another one resets it. Where they merge does not.
 HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
-WHERE = {"where": "tower", "schedule": "equal", "positions": "compact", "llm_size_bias": False}
+WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "positions": "compact", "llm_size_bias": False}
 DEFAULTS = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
 BACKENDS = ("inductor", "cudagraphs", "aot_eager", "eager")  # of torch.compile; True is the first one
@@ -40,6 +40,7 @@ class Settings:
     ratio: float | None = None
     counts: Sequence[int] | None = None
     schedule: str | None = None
+    merges: int | str | None = None
     where: str | None = None
     tower_keep: int | float | None = None
     metric: str | None = None
@@ -60,7 +61,7 @@ class Settings:
         preset = METHODS[self.method].settings if known else {}
         if self.ratio is None and self.counts is None:
             return preset
-        return {k: v for k, v in preset.items() if k not in ("where", "schedule")}
+        return {k: v for k, v in preset.items() if k not in ("where", "schedule", "merges")}
 
     @property
     def place_of_merging(self) -> str:
@@ -70,8 +71,8 @@ class Settings:
     def changed(self, **given: Any) -> Settings:
         """These settings with ``given`` in place; what is no setting counts as an option of the method.
 
-        A new method starts from its own preset, a new keep, ratio or counts replaces the old one, and a new place
-        forgets tower_keep.
+        A new method starts from its own preset, a new keep, ratio or counts replaces the old one, a new place forgets
+        tower_keep, and what leaves no choice of blocks forgets merges.
         """
         if given.get("method", "") is None:
             given["method"] = DEFAULT_METHOD
@@ -85,8 +86,12 @@ class Settings:
         if any(settings.get(k) is not None for k in ("keep", "ratio", "counts")):
             settings = {**dict.fromkeys(("keep", "ratio", "counts")), **settings}
         changed = replace(self, **settings)
-        moved = changed.place_of_merging != self.place_of_merging
-        return replace(changed, tower_keep=None) if moved and "tower_keep" not in given else changed
+        place, forgotten = changed.place_of_merging, set()
+        if place != self.place_of_merging:
+            forgotten.add("tower_keep")
+        if changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
+            forgotten.add("merges")
+        return replace(changed, **dict.fromkeys(forgotten - given.keys()))
 
 
 def settled(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, str]:
@@ -105,8 +110,9 @@ def settled(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, 
         if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
             raise ValueError(f"{name}={value!r} is not possible; choose True or False")
     reducer, name = _resolve(settings)
-    settings = _complete(settings, name, geometry)
+    merges, settings = settings.merges, _complete(settings, name, geometry)
     _check_needs(settings, reducer, name, geometry)
+    _check_merges(merges, settings, reducer, name)
     return replace(settings, compiled=_backend(settings.compiled)), reducer, name
 
 
@@ -192,6 +198,14 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"{name} needs the attention of a class token, and this vision tower has none; "
             f"choose another method, such as {DEFAULT_METHOD}"
         )
+
+
+def _check_merges(merges: int | str | None, settings: Settings, reducer: Reducer, name: str) -> None:
+    """ValueError where the caller asks for ``merges`` that are no number, or for some where no blocks merge."""
+    check_merges(merges, settings.ratio, settings.counts)
+    if merges is not None and (reducer.once or settings.where not in ("tower", "both")):
+        why = f"{name} reduces in one step" if reducer.once else f"no block merges with where={settings.where!r}"
+        raise ValueError(f"merges={merges!r} says how many blocks of the tower merge, but {why}; leave it out")
 
 
 def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:

@@ -83,19 +83,6 @@ def test_projected_is_what_the_projector_gives(model, plain, pair):
     assert spy.seen[1]["metric"].shape[1] == 1 + 288  # the second round projects what the first one left
 
 
-def test_history_halves_earlier_keys_from_block_to_block(model, one):
-    keys = []
-    for block in range(3):
-        spy = Spy()
-        with attach(model, spy, counts=[576] * block + [500] * (6 - block)):
-            logits(model, one)
-        keys.append(F.normalize(spy.seen[0]["metric"], dim=-1))
-    spy = Spy()
-    with attach(model, spy, counts=[576, 576, 500, 500, 500, 500], metric="history"):
-        logits(model, one)
-    torch.testing.assert_close(spy.seen[0]["metric"], (keys[2] + keys[1] / 2 + keys[0] / 4).float())
-
-
 @pytest.mark.parametrize("method", NEEDING_ATTENTION)
 def test_a_tower_without_class_token_lacks_class_attention(method):
     model = build(tower="siglip", strategy="full", feature_layer=-1)

@@ -23,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with
 # ---- keep = all is the plain model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"keep": PATCHES}, {"keep": 1.0}, {"ratio": 1.0}, {"counts": [PATCHES] * 6}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"keep": PATCHES}, {"keep": 1.0}, {"keep": 1.0, "merges": 2}, {"ratio": 1.0}, {"counts": [PATCHES] * 6}],
+)
 @pytest.mark.parametrize("method", ["pitome", "tome", "pitome-llava"])
 def test_keeping_all_is_bit_identical(model, plain, pair, settings, method):
     with attach(model, method, **settings):
@@ -323,7 +326,16 @@ WRONG = [  # settings, words that the message must contain
     ({"method": "pitome", "keep": 144, "order": "source", "steps": 2}, ["source", "steps", "reading"]),
     ({"method": "pitome-bsm", "keep": 144, "order": "source"}, ["source", "protect", "reading"]),
     ({"keep": 144, "positions": "old"}, ["old", "compact", "original"]),
-    ({"keep": 144, "schedule": "steep"}, ["steep", "equal", "linear"]),
+    ({"keep": 144, "schedule": "linear"}, ["linear", "equal", "early", "delayed", "last"]),
+    ({"keep": 144, "metric": "history"}, ["history", "keys", "hidden", "projected"]),
+    ({"method": "pitome", "keep": 144, "smooth": 0.5}, ["smooth", "margin", "protect"]),
+    *(({"keep": 144, "merges": merges}, [f"merges={merges!r}", "1", "every"]) for merges in (0, -1, True, "some", 2.5)),
+    ({"ratio": 0.9, "merges": 4}, ["ratio", "every block", "merges=4", "keep"]),
+    ({"counts": [500, 400, 300, 200, 144, 144], "merges": "every"}, ["counts", "merges='every'", "keep"]),
+    ({"keep": 144, "where": "projector", "merges": 4}, ["merges=4", "where='projector'", "leave it out"]),
+    ({"keep": 144, "where": "projector", "merges": 0}, ["merges=0", "1", "every"]),
+    ({"method": "visionzip", "keep": 144, "merges": 4}, ["merges=4", "visionzip", "one step", "leave it out"]),
+    ({"method": "downsample", "keep": 144, "merges": 4}, ["merges=4", "downsample", "one step", "leave it out"]),
     ({"method": "pitom", "keep": 144}, ["pitom", "did you mean", "pitome"]),
     ({"method": "fastv", "keep": 144}, ["fastv", "pitome", "tome"]),
     ({"method": "pitome", "keep": 144, "margn": 0.4}, ["margn", "margin"]),

@@ -10,6 +10,10 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
+from pitome_mllm.families import Geometry
+from pitome_mllm.plan import make_plan
+from pitome_mllm.schedule import rounds
+from pitome_mllm.settings import Settings
 
 BLOCKS = 6  # of 7, since the features come from the last but one
 
@@ -76,12 +80,51 @@ def test_explicit_counts(model, plain, one):
         assert_works(handle, model, plain, one)
 
 
-@pytest.mark.parametrize("shape", ["equal", "linear"])
+@pytest.mark.parametrize("shape", ["equal", "delayed"])
 def test_schedule_shapes(model, plain, one, shape):
     with attach(model, "pitome", keep=100, schedule=shape) as handle:
         assert list(handle.plan.counts) == Schedule(keep=100, shape=shape).counts(PATCHES, BLOCKS)
         assert handle.plan.counts[-1] == 100
         assert_works(handle, model, plain, one)
+
+
+def test_few_merges_keep_their_depth(model, plain, one):
+    with attach(model, "pitome", keep=200, merges=3) as handle:
+        assert handle.plan.merging == (0, 2, 5) and handle.plan.counts[-1] == 200
+        assert [depth for *_, depth in handle.plan.steps] == [0, 2 / BLOCKS, 5 / BLOCKS]
+        assert_works(handle, model, plain, one)
+
+
+def test_a_number_of_merges_gives_way_to_what_says_more():
+    geometry = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=23, blocks=24)
+    settings = Settings().changed(keep=144)
+    few = (1, 4, 7, 10, 13, 16)
+
+    def merging(settings):
+        return make_plan(settings, geometry).merging
+
+    assert merging(settings) == few
+    assert merging(settings.changed(where="projector")) == ()
+    assert merging(settings.changed(ratio=0.9)) == merging(settings.changed(merges="every")) == tuple(range(23))
+    assert merging(settings.changed(method="tome")) == tuple(range(23))  # a paper's: every block
+    asked = settings.changed(merges=4)
+    assert len(merging(asked)) == len(merging(asked.changed(method="tome"))) == 4
+    for away in ({"ratio": 0.9}, {"where": "projector"}):  # and back: the method's own
+        assert merging(asked.changed(**away).changed(where="both", keep=144)) == few
+    assert merging(asked.changed(merges=None)) == few
+    with pytest.raises(ValueError, match="ratio says what every block removes, got merges=4"):
+        merging(settings.changed(ratio=0.9).changed(merges=4))
+
+
+@pytest.mark.parametrize("where", ["both", "projector"])
+@pytest.mark.parametrize("keep", [287, 144, 72, 16, 1])
+def test_with_few_merges_no_round_removes_over_two_fifths(where, keep):
+    geometry = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=23, blocks=24)
+    few = make_plan(Settings().changed(keep=keep, where=where), geometry)
+    every = make_plan(Settings().changed(method="pitome", keep=keep, where=where), geometry)
+    assert all(before - after <= max(0.4 * before, 1) for before, after, _ in few.steps)
+    assert list(every.rounds) == rounds(every.counts[-1], keep)  # at most half, as ever
+    assert few.keep == every.keep == keep and few.counts[-1] == every.counts[-1]
 
 
 @pytest.mark.parametrize("layer,blocks", [(-1, 7), (-2, 6), (-4, 4), (5, 5), (1, 1)])
@@ -131,10 +174,9 @@ def test_the_tower_merges_as_defined(model, plain, pair):
 def test_the_default_is_pitome_tuned(model, one):
     plan, stats, seen = run(model, one, keep=144)
     assert plan.method == "pitome-tuned"
-    preset = METHODS["pitome-tuned"].settings
-    assert {name: getattr(plan, name) for name in preset if name != "schedule"} == {
-        name: value for name, value in preset.items() if name != "schedule"
-    }
+    preset = dict(METHODS["pitome-tuned"].settings)
+    assert preset.pop("merges") == len(plan.merging) == BLOCKS
+    assert {name: getattr(plan, name) for name in preset} == preset
     again = run(model, one, "pitome-tuned", keep=144)
     assert torch.equal(stats.groups, again[1].groups) and torch.equal(seen, again[2])
 

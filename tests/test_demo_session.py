@@ -96,6 +96,7 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
         Controls("tome", keep=72, where="projector"),
         Controls("pitome", amount="ratio", ratio=0.9),
         Controls(),
+        Controls("pitome", keep=144, merges="3"),
     ):
         turn = ask(chat, "is there a star?", files[:1] if not merges else (), controls)
         merges.append(turn.replies["merged"].looks[0].counts[-1])
@@ -104,7 +105,7 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
     assert labels[1] == "tome · 72 of 576 tokens (12%) · projector"
     assert labels[3] == "pitome-tuned · 144 of 576 tokens (25%) · both"
     expected = chat.engine.plan(Controls("pitome", amount="ratio")).keep
-    assert merges == [144, 72, expected, 144] and chat.engine.model is model
+    assert merges == [144, 72, expected, 144, 144] and chat.engine.model is model
 
 
 def test_a_conversation_that_does_not_fit_is_refused_before_anything_shows(chat, files):
@@ -130,6 +131,8 @@ def test_more_pictures_than_a_conversation_holds(chat, files):
         ("is there a star?", Controls("pitome", keep=577), "577"),
         ("is there a star?", Controls("pitome", amount="ratio", ratio=0.0), "ratio=0.0"),
         ("is there a star?", Controls("pitome", where="moon"), "unknown where 'moon'"),
+        ("is there a star?", Controls("pitome", merges="few"), "merges='few' is not possible"),
+        ("is there a star?", Controls("pitome", where="projector", merges=4), "no block merges"),
         ("is there a star?", Controls("dct", amount="much"), "unknown amount 'much'"),
     ],
 )
@@ -246,6 +249,7 @@ def test_the_conversation_as_json(chat, files):
     merged = turn["replies"]["merged"]
     assert merged["settings"] == {
         "method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "the method's own",
+        "merges": "the method's own",
     }  # fmt: skip
     assert merged["answer"] in ("yes", "no") and merged["figures"]["visual_tokens"] == 144
     assert merged["of_plain"]["visual_tokens"] == 0.25 and turn["replies"]["plain"]["settings"] is None

@@ -132,7 +132,7 @@ def test_keeping_everything_removes_nothing(shape):
 
 def test_shapes_differ_and_the_default_is_equal():
     ways = {shape: tuple(Schedule(keep=144, shape=shape).counts(PATCHES, BLOCKS)) for shape in SHAPES}
-    assert {"equal", "linear"} <= set(SHAPES)
+    assert set(SHAPES) == {"equal", "early", "delayed", "last"}
     assert len(set(ways.values())) == len(SHAPES)
     assert tuple(Schedule(keep=144).counts(PATCHES, BLOCKS)) == ways["equal"]
 
@@ -192,6 +192,91 @@ def test_the_same_request_gives_the_same_counts_in_a_list_of_its_own():
     explicit = Schedule(counts=[300, 200])
     explicit.counts(PATCHES, 2).clear()
     assert explicit.counts(PATCHES, 2) == [300, 200]
+
+
+# merges: a few of the blocks.
+
+
+def points(keep: int, merges: int | str, blocks: int = BLOCKS, shape: str = "equal") -> list[int]:
+    """The blocks that remove tokens."""
+    counts = Schedule(keep=keep, merges=merges, shape=shape).counts(PATCHES, blocks)
+    return [n for n, (before, after) in enumerate(zip([PATCHES, *counts], counts, strict=False)) if after < before]
+
+
+@pytest.mark.parametrize(
+    "merges,blocks,shape,where",
+    [
+        (6, 23, "equal", [1, 4, 7, 10, 13, 16]),  # CLIP's tower in LLaVA-1.5
+        (6, 26, "equal", [1, 4, 8, 11, 15, 18]),  # SigLIP's in LLaVA-OneVision
+        (4, 12, "equal", [1, 3, 6, 8]),
+        (6, 11, "equal", [0, 2, 4, 6, 8, 10]),  # of few blocks all may merge
+        (6, 6, "equal", [0, 1, 2, 3, 4, 5]),
+        (6, 4, "equal", [0, 1, 2, 3]),
+        (20, 23, "equal", list(range(1, 21))),  # more than three quarters have
+        (22, 23, "equal", list(range(1, 23))),
+        (6, 23, "early", [1, 4, 6, 9, 11, 14]),
+        (6, 23, "delayed", [8, 11, 14, 16, 19, 22]),
+        (6, 23, "last", [17, 18, 19, 20, 21, 22]),
+        (20, 23, "delayed", list(range(3, 23))),
+        (1, 23, "equal", [1]),
+    ],
+)
+def test_where_few_merges_are(merges, blocks, shape, where):
+    assert points(360, merges, blocks, shape) == where
+
+
+@fast
+@given(blocks=st.integers(1, 40), merges=st.integers(1, 45), shape=st.sampled_from(sorted(SHAPES)), data=st.data())
+def test_few_merges_land_exactly_and_remove_equal_shares_up_to_two_fifths(blocks, merges, shape, data):
+    tokens = data.draw(st.integers(1, 1200))
+    keep = data.draw(st.integers(fewest(tokens, blocks), tokens))
+    counts = Schedule(keep=keep, merges=merges, shape=shape).counts(tokens, blocks)
+    check(counts, tokens, blocks, keep)
+    needed = next((m for m in range(merges, blocks) if gently(tokens, m) <= keep), blocks)
+    if gently(tokens, blocks) > keep:  # over 40 % whatever is done
+        assert counts == Schedule(keep=keep, shape=shape).counts(tokens, blocks)
+        return
+    left = [after for b, after in zip([tokens, *counts], counts, strict=False) if after < b]
+    assert all(b - after <= max(0.4 * b, 1) for b, after in zip([tokens, *left], left, strict=False))
+    assert len(left) <= needed and (needed > merges or len(left) <= merges)
+    if needed < blocks and keep > tokens * 0.65**needed + needed:  # far from that limit: equal shares
+        ideal = {round(tokens * (keep / tokens) ** (point / needed)) for point in range(1, needed + 1)}
+        assert set(left) == ideal - {tokens}
+
+
+def gently(tokens: int, merges: int) -> int:
+    """The smallest count that so many merges of at most 40 %, or of one token, leave."""
+    for _ in range(merges):
+        tokens -= min(max(2 * tokens // 5, 1), tokens // 2)
+    return tokens
+
+
+@pytest.mark.parametrize("blocks", [6, 11, 22, 23, 26])
+def test_six_merges_for_every_keep(blocks):
+    """Exact; six points, or fewer where fewer tokens go; one more where a point would remove over 40 %."""
+    for keep in range(fewest(PATCHES, blocks), PATCHES + 1):
+        counts = Schedule(keep=keep, merges=6).counts(PATCHES, blocks)
+        check(counts, PATCHES, blocks, keep)
+        removed = [b - after for b, after in zip([PATCHES, *counts], counts, strict=False)]
+        used = sum(r > 0 for r in removed)
+        if keep >= 30:  # 576 * .6 ** 6 = 26.9
+            assert used == min(6, PATCHES - keep), (keep, counts)
+        if keep >= gently(PATCHES, blocks):  # 27 in 6 blocks, 3 in 11
+            assert all(r <= max(0.4 * b, 1) for b, r in zip([PATCHES, *counts], removed, strict=False)), (keep, counts)
+
+
+def test_merges_in_every_block_are_those_without_a_number():
+    for shape in SHAPES:
+        assert Schedule(keep=144, shape=shape, merges="every").counts(PATCHES, BLOCKS) == (
+            Schedule(keep=144, shape=shape).counts(PATCHES, BLOCKS)
+        )
+    assert points(144, 99) == points(144, BLOCKS) == list(range(BLOCKS))
+
+
+def test_few_merges_by_a_method_with_another_limit():
+    assert Schedule(keep=144, merges=3).counts(PATCHES, BLOCKS, quarter).count(PATCHES) == 1
+    assert len(set(Schedule(keep=144, merges=3).counts(PATCHES, BLOCKS, quarter))) == 6  # .75 ** 5 = .237
+    assert len(set(Schedule(keep=144, merges=2).counts(PATCHES, BLOCKS, all_but_one))) == 4  # 40 % still
 
 
 # What a method can remove in one block.
@@ -312,6 +397,19 @@ def test_two_of_keep_ratio_and_counts(arguments):
     message = refused(**arguments)
     assert all(f"{name}={value}" in message for name, value in arguments.items())
     assert "one" in message
+
+
+@pytest.mark.parametrize("given", [{"ratio": 0.9}, {"counts": [300, 200]}])
+@pytest.mark.parametrize("merges", [4, "every"])
+def test_merges_with_ratio_or_counts(given, merges):
+    message = refused(**given, merges=merges)
+    assert f"{[*given][0]} says what every block removes" in message and f"merges={merges!r}" in message
+
+
+@pytest.mark.parametrize("merges", [0, -1, True, False, 2.5, 6.0, "some", "6", [6]])
+def test_merges_out_of_range(merges):
+    message = refused(keep=144, merges=merges)
+    assert f"merges={merges!r}" in message and "a number of merge points from 1, or 'every'" in message
 
 
 def test_unknown_shape_names_the_choices():

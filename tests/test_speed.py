@@ -18,7 +18,7 @@ from pitome_mllm_eval.speed.growth import Merging
 from pitome_mllm_eval.speed.peak import Alive
 
 SHORT = Call({}, torch.zeros(1, 0, dtype=torch.bool))  # a prompt that generate() knows to be short
-OPTIONS = [{}, {"energy": "elu"}, {"smooth": 0.5}, {"alpha": 0.0, "protect": 0.5, "steps": 2}]
+OPTIONS = [{}, {"energy": "elu"}, {"alpha": 0.0, "protect": 0.5, "steps": 2}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -53,6 +53,7 @@ class Setting:
 
         lent = DEFAULTS | METHODS[DEFAULT_METHOD].settings
         names = {"": set(), "where": set(WHERE), "all": set(DEFAULTS)}[self.like]
+        names -= {"merges"}  # others merge in every block
         if not METHODS[self.method].reducer.forms_groups:
             names -= {"positions"}  # without groups there is no original position
         borrowed = {name: value for name, value in lent.items() if name in names}

@@ -40,14 +40,13 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "tokens out of the tower": [{"tower_keep": share} for share in (None, 0.75, 0.5, 0.25)],
     "order": [{"order": "reading"}, {"order": "source"}],
     "protected share": [{"protect": share} for share in (1.0, 0.75, 0.5, 0.25, 0.0)],
-    "metric": [{"metric": "keys"}, {"metric": "history"}, {"metric": "hidden"}],
+    "metric": [{"metric": "keys"}, {"metric": "hidden"}],
     "place": [{"place": "mid"}, {"place": "end"}],
     "weighted mean": [{"weighted": True}, {"weighted": False}],
     "proportional attention": [{"proportional_attention": True}, {"proportional_attention": False}],
     "energy": [{"energy": "paper"}, {"energy": "elu"}],
     "alpha": [{"alpha": alpha} for alpha in (1.0, 0.5, 0.0)],
     "margin": [{"margin": margin} for margin in (None, 0.9, 0.6, 0.3, 0.0)],
-    "smoothed energy": [{"smooth": share} for share in (0.0, 0.5, 1.0)],
     "steps per merge": [{"steps": steps} for steps in (1, 2, 3)],
 }
 AGAIN = ("schedule, first and last merging block", "protected share", "place", "proportional attention", "margin")

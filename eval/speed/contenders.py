@@ -198,12 +198,11 @@ def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
     made, own = alike[0], twin(model)
     plan, like = made.plan, " ".join(dict.fromkeys(each.method for each in alike))
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
-    preset = METHODS[made.method].settings if "counts" not in where else {}
+    preset = METHODS[made.method].settings if plan.where == "both" else {}
     told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
     told |= {"compiled": plan.compiled or False}
-    handle = attach(
-        own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, schedule=preset.get("schedule"), **told
-    )
+    told |= {name: preset.get(name) for name in ("schedule", "merges")}
+    handle = attach(own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, **told)
     if _way(handle.plan) != _way(plan):
         raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")
     return replace(made, method=ORACLE, variant="", like=like, model=own, llm=plain, plan=handle.plan)

@@ -29,6 +29,11 @@ def keep(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from None
 
 
+def merge_points(text: str) -> int | str:
+    """``6`` is a number of merge points; words are `attach`'s to judge."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
 def add_subject(parser: argparse.ArgumentParser, question: bool) -> None:
     """PICTURE, QUESTION and --scene."""
     group = parser.add_argument_group("what to look at (without any: held-out test scene 0)")
@@ -48,7 +53,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """--method (one, or ``several``), --keep, --ratio and --where."""
+    """--method (one, or ``several``), --keep, --ratio, --merges and --where."""
     group = parser.add_argument_group("merging")
     group.add_argument(
         "--method",
@@ -61,14 +66,21 @@ def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
         "--keep", type=keep, metavar="K", help="visual tokens left, a number or a share (default: 0.25, a quarter)"
     )
     amount.add_argument("--ratio", type=float, metavar="R", help="share of its tokens that every block keeps, e.g. 0.9")
+    group.add_argument(
+        "--merges",
+        type=merge_points,
+        metavar="M",
+        help="with --keep: how many blocks of the tower merge, or every (default: the method's own)",
+    )
     group.add_argument("--where", metavar="W", help="tower, projector or both (default: the method's own)")
 
 
 def merging(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `attach` that ``--keep``, ``--ratio`` and ``--where`` stand for."""
+    """The keywords of `attach` that ``--keep``, ``--ratio``, ``--merges`` and ``--where`` stand for."""
+    amount = {"keep": QUARTER if options.keep is None else options.keep}
     if options.ratio is not None:
-        return {"ratio": options.ratio, "where": options.where}
-    return {"keep": QUARTER if options.keep is None else options.keep, "where": options.where}
+        amount = {"ratio": options.ratio}
+    return {**amount, "merges": options.merges, "where": options.where}
 
 
 @contextmanager

@@ -197,12 +197,10 @@ def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
     blank = partial(torch.zeros, device="cpu")
     everything, width = plan.context.get("protected", 0) + tokens, vision.hidden_size
-    head = width // vision.num_attention_heads
     if plan.where == "packed":
         width = text.hidden_size
     widths = {
-        "keys": head,
-        "history": head,
+        "keys": width // vision.num_attention_heads,
         "hidden": width * max(1, len(plan.geometry.layers)) if depth == 1 else width,
         "projected": getattr(text, "hidden_size", None),
     }

@@ -131,7 +131,7 @@ def merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, P
     keeps, merged, groups = part_keeps(place, plan.keep), [], []
     for part, keep in zip(place.parts, keeps):
         x = features[part.to(features.device)][None]
-        steps = rounds(x.shape[1], keep, plan.reducer.max_removable)
+        steps = rounds(x.shape[1], keep, plan.max_removable)
         x, merges, _ = merge_rounds(plan, x, steps, context={})
         merged.append(x[0])
         group = reduce(Merge.then, merges).group[0] if merges else torch.arange(len(part), device=x.device)

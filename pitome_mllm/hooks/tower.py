@@ -87,10 +87,8 @@ class Run:
         return bool(self.plan.clues) and (self.plan.removed(block) > 0 or self._told_later(block))
 
     def _told_later(self, block: int) -> bool:
-        """Whether what a block tells is asked for after it, by the next block or in front of the projector."""
-        last = self.plan.geometry.merging_blocks - 1
-        history = self.plan.metric == "history" and block <= last
-        return history or (block == last and len(self.plan.rounds) > 0)
+        """Whether what a block tells is asked for after it, in front of the projector."""
+        return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.rounds) > 0
 
     def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
         """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
@@ -116,9 +114,6 @@ class Run:
         """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
         r = self.plan.removed(block)
         size = self.sizes.get(block)
-        if self.plan.metric == "history" and clues:
-            before = self.clues[block - 1]["keys"] / 2 if block else 0
-            clues = {**clues, "keys": F.normalize(clues["keys"].float(), dim=-1) + before}
         if r:
             depth = block / self.plan.geometry.merging_blocks
             metric = clues.get("keys", x)

@@ -66,11 +66,12 @@ METHODS: dict[str, Method] = {
     ),
     "pitome-tuned": Method(
         PiToMe,
-        "the default: what the search on the embedded benchmark's validation set ended at",
+        "the default: what a search on the embedded benchmark's validation set ended at, in few merges",
         _PITOME,
-        {"protect": 0.5, "alpha": 0.0, "margin": 0.6, "steps": 2},
+        {"protect": 0.5, "alpha": 0.0, "margin": 0.6},
         {
             "where": "both",
+            "merges": 6,
             "positions": "original",
             "llm_size_bias": True,
             "metric": "hidden",

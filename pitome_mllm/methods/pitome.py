@@ -42,7 +42,6 @@ class PiToMe(Reducer):
         candidates than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
     steps : 1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left,
         whose metric is the size-weighted mean; `Merge.energy` holds those of the first.
-    smooth : share of a token's energy that comes from the tokens it resembles, their mean by similarity; 0 = the paper.
     """
 
     margin: float | None = None
@@ -50,7 +49,6 @@ class PiToMe(Reducer):
     energy: str = "paper"
     protect: float = 1.0
     steps: int = 1
-    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
@@ -59,7 +57,6 @@ class PiToMe(Reducer):
             check_number("margin", self.margin)
         check_number("alpha", self.alpha)
         check_number("protect", self.protect, 0, 1)
-        check_number("smooth", self.smooth, 0, 1)
         check_count("steps", self.steps)
 
     @property
@@ -97,12 +94,7 @@ class PiToMe(Reducer):
     def energy_of(self, unit: Tensor, depth: float) -> Tensor:
         """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
         margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
-        energy = pair_means(unit, partial(self._value, margin=margin), products=similarities)
-        if self.smooth:
-            blocks = unit.split(block_rows(unit), dim=1)
-            around = torch.cat([around_each(cosine(block, unit), energy) for block in blocks], 1)
-            energy = energy.lerp(around, self.smooth)
-        return energy
+        return pair_means(unit, partial(self._value, margin=margin), products=similarities)
 
     def _value(self, similarity: Tensor, margin: float) -> Tensor:
         """f of similarities of any shape, which are overwritten; without boolean masks, slow on processors."""
@@ -156,9 +148,3 @@ def block_rows(unit: Tensor) -> int:
     """How many tokens of ``unit`` (B, n, C) to compare with all others at once, so that memory stays bounded."""
     batch, tokens = unit.shape[:2]
     return max(1, BLOCK["cpu" if unit.device.type == "cpu" else "gpu"] // max(1, batch * tokens))
-
-
-def around_each(similarity: Tensor, energy: Tensor) -> Tensor:
-    """Mean of ``energy`` (B, n) around the tokens that ``similarity`` (B, S, n) is of, weighted by it: (B, S)."""
-    weight = similarity.clamp_min(0.0)
-    return cosine(weight, energy[:, None])[..., 0] / weight.sum(-1).clamp_min(1e-6)

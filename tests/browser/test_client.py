@@ -15,7 +15,8 @@ from pitome_mllm_demo.app import Page
 from pitome_mllm_demo.models import Models
 from pitome_mllm_eval.benchmark.sets import scene
 
-SETTINGS = {"method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "the method's own"}
+OWN = "the method's own"
+SETTINGS = {"method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": OWN, "merges": OWN}
 FIRST_ANSWER = 30  # seconds from the command to the first answer, with the embedded model on two cores
 
 
