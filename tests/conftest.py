@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from importlib import import_module
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,13 +38,15 @@ def attributes() -> dict[str, int]:
     return found | {f"torch.nn.functional.{name}": id(getattr(torch.nn.functional, name)) for name in names}
 
 
-UNPATCHED = attributes()  # taken before anything imports pitome_mllm
+BEFORE = attributes()  # taken before anything imports pitome_mllm
+import_module("pitome_mllm.attach")
+IMPORTED = attributes()
 
 
 @pytest.fixture
-def unpatched() -> dict[str, int]:
-    """What `attributes` said before pitome_mllm was imported."""
-    return UNPATCHED
+def patched_by_import() -> set[str]:
+    """What importing pitome_mllm changed or added, whatever tests did since."""
+    return {name for name, _ in BEFORE.items() ^ IMPORTED.items()}
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +82,7 @@ def pair(process):
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Pictures of held-out scenes 0 to 16, as files."""
-    from pitome_mllm_eval.benchmark.sets import scene  # after what `UNPATCHED` notes
+    from pitome_mllm_eval.benchmark.sets import scene  # after what `BEFORE` notes
 
     folder = tmp_path_factory.mktemp("uploads")
     paths = [folder / f"scene{number}.png" for number in range(17)]

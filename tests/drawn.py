@@ -43,12 +43,13 @@ def each(names: list[str]):
 def metric_of(flavour: str, batch: int, tokens: int, channels: int, random: torch.Generator) -> Tensor:
     """A metric (B, N, C) of one kind, normal or nasty."""
     normal = torch.randn(batch, tokens, channels, generator=random)
+    exact = _exact(batch, tokens, channels, random)
     some = torch.rand(batch, tokens, 1, generator=random) < 0.3
     made = {
         "normal": lambda: normal,
         "positive": lambda: normal.abs() + 0.5,
-        "duplicates": lambda: normal[:, torch.randint(max(1, tokens // 3), (tokens,), generator=random)],
-        "equal": lambda: normal[:, :1].expand_as(normal).clone(),
+        "duplicates": lambda: exact[:, torch.randint(max(1, tokens // 3), (tokens,), generator=random)],
+        "equal": lambda: exact[:, :1].expand_as(normal).clone(),
         "zero": lambda: torch.zeros_like(normal),
         "some zero": lambda: normal.masked_fill(some, 0.0),
         "one hot": lambda: torch.eye(channels)[torch.randint(channels, (batch, tokens), generator=random)],
@@ -59,6 +60,13 @@ def metric_of(flavour: str, batch: int, tokens: int, channels: int, random: torc
         "infinite": lambda: normal.masked_fill(some, -math.inf),
     }
     return made[flavour]()
+
+
+def _exact(batch: int, tokens: int, channels: int, random: torch.Generator) -> Tensor:
+    """Rows of one or four entries 1 or -1: quarters are their cosines in float32, so that ties are ties anywhere."""
+    signs = torch.randint(2, (batch, tokens, channels), generator=random) * 2.0 - 1.0
+    order = torch.rand(batch, tokens, channels, generator=random).argsort(-1)
+    return signs.masked_fill(order >= (4 if channels >= 4 else 1), 0.0)
 
 
 @dataclass
