@@ -21,7 +21,7 @@ from torch import Tensor
 # None = a torch that cannot tell: that of the original llava package.
 AUTOCASTING: frozenset[str] | None = None
 if hasattr(torch.amp, "is_autocast_available"):
-    AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
+    AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")))
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
