@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import kernels
 from .base import Merge, Reducer, most_similar_first, unit_metric
 
 
@@ -40,8 +41,18 @@ class ToMe(Reducer):
         a, b = alternate(metric, protected)
         if r == 0:
             return Merge.join(tokens, a[:, :0], a[:, :0])
+        if kernels.fuses(metric):
+            merge = kernels.merge_by_position(metric, r, protected)
+            merge._source = lambda: authors_order(tokens, gone(merge, a, r), protected)
+            return merge
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         return Merge.join(tokens, merged, target, source=partial(authors_order, tokens, merged, protected))
+
+
+def gone(merge: Merge, a: Tensor, r: int) -> Tensor:
+    """Those r of the tokens ``a`` (B, S) that are no longer alone, (B, r)."""
+    alone = merge.expand(merge.reduce(torch.ones_like(merge.group, dtype=torch.float32)[..., None])[1])[..., 0] == 1
+    return a.gather(1, alone.gather(1, a).byte().argsort(dim=1, stable=True)[:, :r])
 
 
 def authors_order(tokens: int, merged: Tensor, protected: int) -> Tensor:
