@@ -2,7 +2,8 @@
 
 The torch path is the reference: the fused one takes the same decisions up to near-ties, and combines with the same
 bits. `fuses` alone decides which of the two a merge takes. The environment variable ``PITOME_KERNELS`` forces either:
-"torch", or "fused", which raises where a merge of these methods cannot be fused; "auto" (the default) fuses what it can.
+"torch", or "fused", which raises where a merge of these methods cannot be fused; "auto", the default, fuses what it
+can.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def merge_by_energy(
             energy, mean, order, n, 1.0 / (scale * n), ROWS=rows, ALL=_all(tokens), num_warps=8
         )
         halves = (candidates + 1) // 2, candidates // 2
-        merge = _match(metric, inverse, least, order, protected, protected, halves, r, tiles)
+        merge = _match(metric, inverse, least, order, protected, (protected, protected), halves, r, tiles)
     merge.energy = mean
     if source is not None:
         merge._source = lambda: source(order.long() + protected)
@@ -166,16 +167,13 @@ def merge_by_energy(
 
 
 def merge_by_position(metric: Tensor, r: int, protected: int, tiles: Tiles | None = None) -> FusedMerge:
-    """ToMe's merge: tokens alternate between A and B by position, and r of A join B.
-
-    The alternation counts from the first token on, also where it is protected.
-    """
+    """ToMe's merge: tokens at even places are A, those at odd ones B, protected ones neither, and r of A join B."""
     tokens, tiles = metric.shape[1], tiles or Tiles.of(metric)
-    first = protected + protected % 2
-    halves = (tokens - first + 1) // 2, (tokens - first) // 2
+    shifts = protected + protected % 2, protected - protected % 2
+    halves = (tokens - shifts[0] + 1) // 2, (tokens - shifts[1]) // 2
     with _on(metric.device):
         metric, inverse, _, least = _prepare(metric, protected)
-        return _match(metric, inverse, least, None, protected, first, halves, r, tiles)
+        return _match(metric, inverse, least, None, protected, shifts, halves, r, tiles)
 
 
 def _prepare(metric: Tensor, protected: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -202,12 +200,15 @@ def _match(
     least: Tensor,
     order: Tensor | None,
     protected: int,
-    first: int,
+    shifts: tuple[int, int],
     halves: tuple[int, int],
     r: int,
     tiles: Tiles,
 ) -> FusedMerge:
-    """Let the r most similar of the sources join their targets: places 0, 2, ... and 1, 3, ... from ``first`` on."""
+    """Let the r most similar of the sources, tokens at places 0, 2, ..., join their targets, at 1, 3, ...
+
+    Places are those of ``order`` (B, N - protected), or of the tokens themselves, ``shifts`` further back.
+    """
     from . import triton_kernels as device_code
 
     batch, tokens, width = metric.shape
@@ -220,16 +221,16 @@ def _match(
     top = torch.empty(parts, batch, sources, device=device)
     best = torch.empty(parts, batch, sources, dtype=torch.int32, device=device)
     device_code.match[(blocks, parts, batch)](
-        metric, inverse, order, top, best, *metric.stride()[:2], tokens, protected, first, sources, targets, share,
-        WIDTH=width, STEP=tiles.step, ROWS=tiles.rows, COLUMNS=tiles.columns, ORDERED=ordered,
+        metric, inverse, order, top, best, *metric.stride()[:2], tokens, protected, *shifts, sources, targets,
+        share, WIDTH=width, STEP=tiles.step, ROWS=tiles.rows, COLUMNS=tiles.columns, ORDERED=ordered,
         PRECISION=_precision(metric), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     group, leads_then_rest = torch.empty(2, batch, tokens, dtype=torch.int64, device=device)
     member, slot = torch.empty(2, batch, r, dtype=torch.int32, device=device)
     half = _all(tokens) // 2
     device_code.place[(batch,)](
-        top, best, order, least, group, leads_then_rest, member, slot, tokens, protected, first, sources, r, parts,
-        ALL=2 * half, HALF=half, CHUNK=max(8, 16384 // half), ORDERED=ordered, SELECT=r < sources, num_warps=8,
+        top, best, order, least, group, leads_then_rest, member, slot, tokens, protected, *shifts, sources, r,
+        parts, ALL=2 * half, HALF=half, CHUNK=max(8, 16384 // half), ORDERED=ordered, SELECT=r < sources, num_warps=8,
     )  # fmt: skip
     return FusedMerge(group, leads_then_rest, tokens - r, member, slot)
 

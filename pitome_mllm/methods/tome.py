@@ -38,20 +38,22 @@ class ToMe(Reducer):
     ) -> Merge:
         self.check(metric, r, protected)
         tokens = metric.shape[1]
+        if r and kernels.fuses(metric):
+            merge = kernels.merge_by_position(metric, r, protected)
+            merge._source = lambda: authors_order(tokens, gone(merge, r, protected), protected)
+            return merge
         a, b = alternate(metric, protected)
         if r == 0:
             return Merge.join(tokens, a[:, :0], a[:, :0])
-        if kernels.fuses(metric):
-            merge = kernels.merge_by_position(metric, r, protected)
-            merge._source = lambda: authors_order(tokens, gone(merge, a, r), protected)
-            return merge
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         return Merge.join(tokens, merged, target, source=partial(authors_order, tokens, merged, protected))
 
 
-def gone(merge: Merge, a: Tensor, r: int) -> Tensor:
-    """Those r of the tokens ``a`` (B, S) that are no longer alone, (B, r)."""
-    alone = merge.expand(merge.reduce(torch.ones_like(merge.group, dtype=torch.float32)[..., None])[1])[..., 0] == 1
+def gone(merge: Merge, r: int, protected: int) -> Tensor:
+    """The r tokens of A that joined another, (B, r)."""
+    a = alternate(merge.group, protected)[0]
+    tokens = torch.ones_like(merge.group, dtype=torch.float32)[..., None]
+    alone = merge.expand(merge.reduce(tokens)[1])[..., 0] == 1
     return a.gather(1, alone.gather(1, a).byte().argsort(dim=1, stable=True)[:, :r])
 
 

@@ -1,7 +1,7 @@
 """The device code of `kernels`: one merge of PiToMe or ToMe, in a handful of launches.
 
-`prepare`, `add_energies` and `rank` (PiToMe only), `match`, `place`, `combine`, in this order. Every shape is static and
-nothing waits for the host. Sums whose order is not fixed are sums of integers, so equal inputs give equal bits.
+`prepare`, `add_energies` and `rank` (PiToMe only), `match`, `place`, `combine`, in this order. Every shape is static
+and nothing waits for the host. Sums whose order is not fixed are sums of integers, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ NOTHING = tl.constexpr(-(2**63))
 
 
 @triton.jit
-def token(order, place, first, ORDERED: tl.constexpr):
-    """The token at a place of half A (even) or B (odd): by energy, or by position from ``first`` on."""
+def token(order, place, shift, ORDERED: tl.constexpr):
+    """The token at a place, even in A and odd in B: by energy, or by position; ``shift`` further back."""
     if ORDERED:
-        return first + tl.load(order + place)
-    return first + place
+        return shift + tl.load(order + place)
+    return shift + place
 
 
 # TRITON_INTERPRET=1 was set at import. The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
@@ -40,8 +40,8 @@ def prepare(
         c = start + tl.arange(0, STEP)
         value = tl.load(row[:, None] + c[None, :], mask=there[:, None] & (c < WIDTH)[None, :], other=0.0).to(tl.float32)
         square += tl.sum(value * value, 1)
-    length = tl.sqrt(square)
-    tl.store(inverse + b * tokens + i, tl.where(square < float("inf"), 1.0 / tl.maximum(length, 1e-12), 0.0), mask=there)
+    one_by = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), 1e-12))
+    tl.store(inverse + b * tokens + i, tl.where(square < float("inf"), one_by, 0.0), mask=there)
     tl.store(energy + b * (tokens - protected) + i, tl.zeros((ROWS,), tl.int64), mask=i < tokens - protected)
     tl.store(least + b * tokens + i, i, mask=there)
 
@@ -114,9 +114,10 @@ def rank(energy, mean, order, n, unit, ROWS: tl.constexpr, ALL: tl.constexpr):
     tl.store(mean + b * n + i, own.to(tl.float32) * unit, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["tokens", "protected", "first", "sources", "targets", "share"])
+@triton.jit(do_not_specialize=["tokens", "protected", "shift_a", "shift_b", "sources", "targets", "share"])
 def match(
-    metric, inverse, order, top, best, batch_stride, row_stride, tokens, protected, first, sources, targets, share,
+    metric, inverse, order, top, best, batch_stride, row_stride, tokens, protected, shift_a, shift_b, sources, targets,
+    share,
     WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ORDERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -124,12 +125,12 @@ def match(
     part, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     order += b * (tokens - protected)
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    i = token(order, 2 * tl.minimum(p, sources - 1), first, ORDERED)
+    i = token(order, 2 * tl.minimum(p, sources - 1), shift_a, ORDERED)
     high = tl.full((ROWS,), float("-inf"), tl.float32)
     found = tl.zeros((ROWS,), tl.int32)
     for start in range(part * share, tl.minimum(part * share + share, targets), COLUMNS):
         q = start + tl.arange(0, COLUMNS)
-        j = token(order, 2 * tl.minimum(q, targets - 1) + 1, first, ORDERED)
+        j = token(order, 2 * tl.minimum(q, targets - 1) + 1, shift_b, ORDERED)
         c = cosines(metric + b * batch_stride, inverse + b * tokens, i, j, row_stride, WIDTH, STEP, PRECISION)
         c = tl.where((q < targets)[None, :], c, float("-inf"))
         highest = tl.max(c, 1)
@@ -141,9 +142,10 @@ def match(
     tl.store(best + at, found, mask=p < sources)
 
 
-@triton.jit(do_not_specialize=["tokens", "protected", "first", "sources", "r", "parts"])
+@triton.jit(do_not_specialize=["tokens", "protected", "shift_a", "shift_b", "sources", "r", "parts"])
 def place(
-    top, best, order, least, group, leads_then_rest, member, slot, tokens, protected, first, sources, r, parts,
+    top, best, order, least, group, leads_then_rest, member, slot, tokens, protected, shift_a, shift_b,
+    sources, r, parts,
     ALL: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, ORDERED: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
     """Number the groups of one picture in reading order; with SELECT only the ``r`` most similar sources go.
@@ -173,8 +175,8 @@ def place(
             before = (other[None, :] > high[:, None]) | ((other[None, :] == high[:, None]) & (j[None, :] < p[:, None]))
             ahead += tl.sum((before & (j < sources)[None, :]).to(tl.int32), 1)
         goes = goes & (ahead < r)
-    i = token(order, tl.where(goes, 2 * p, 0), first, ORDERED)
-    j = token(order, tl.where(goes, 2 * q + 1, 0), first, ORDERED)
+    i = token(order, tl.where(goes, 2 * p, 0), shift_a, ORDERED)
+    j = token(order, tl.where(goes, 2 * q + 1, 0), shift_b, ORDERED)
     tl.atomic_min(least + j, i, mask=goes, sem="relaxed")
     tl.debug_barrier()
     root = tl.load(least + j, mask=goes, other=0, cache_modifier=".cg")
