@@ -8,6 +8,7 @@
 # make test-browser the chat in headless Chromium and through gradio_client (installs a Chromium where there is none)
 # make test-load    eight visitors of the chat for two minutes
 # make record-chat  both of these, and their figures into eval/results/chat.csv and the README
+# make test-kernels the fused kernels for GPUs, in Triton's interpreter (numpy below 2.4)
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make bench-gpu    the speed that is promised on a GPU, measured there: rows, tables and targets
 # make lint         style checks
@@ -20,6 +21,7 @@ LMMS ?= .venv-lmms
 LLAVA ?= .venv-llava
 BROWSER ?= .venv-browser
 SERVE ?= .venv-serve
+KERNELS ?= .venv-kernels
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
 PINS := requirements/common.txt requirements/constraints.txt
@@ -27,7 +29,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-serve chromium lint clean
+.PHONY: ask bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -70,6 +72,9 @@ test-load: $(BROWSER)/.ready
 record-chat: export PITOME_RECORD = 1
 record-chat: test-browser test-load
 
+test-kernels: $(KERNELS)/.ready
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -q -m "not gpu" --confcutdir=tests/kernels tests/kernels
+
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest -q tests/serving
 
@@ -87,6 +92,7 @@ $(VENV)/.ready: requirements/test.txt $(PINS) pyproject.toml
 $(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
 $(NEWEST)/.ready: requirements/newest.txt $(PINS) pyproject.toml
 $(BROWSER)/.ready: requirements/browser.txt requirements/constraints.txt pyproject.toml
+$(KERNELS)/.ready: requirements/kernels.txt requirements/constraints.txt pyproject.toml
 $(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
 
 $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
@@ -115,4 +121,4 @@ $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) build dist *.egg-info

@@ -174,3 +174,14 @@ def test_autocast_changes_neither_groups_nor_values(name, drawn):
         assert torch.equal(cast.group, merge.group)
     expected, expected_sizes = merge.reduce(t.x, t.size)
     assert torch.equal(features, expected) and torch.equal(sizes, expected_sizes)
+
+
+def test_no_call_asks_what_torch_2_11_cannot_compile(monkeypatch):
+    """Whether a device knows autocast is asked at import: inside a compiled graph that question breaks it."""
+
+    def cannot(kind: str) -> bool:
+        raise AssertionError("asked within a call")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", cannot)
+    monkeypatch.setattr(torch._C, "_is_autocast_available", cannot)
+    get_method("pitome").match(torch.randn(1, 9, 4), 3)

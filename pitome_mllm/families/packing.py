@@ -102,7 +102,8 @@ def _collect(token: Tensor, newline: Tensor, tokens: int) -> Packed:
     place = torch.arange(length, device=token.device)
     slot = token.where(token >= 0, tokens)  # one more takes what is dropped
     first = torch.full((tokens + 1,), length, device=token.device).scatter_reduce(0, slot, place, "amin")[:tokens]
-    size = torch.zeros(tokens + 1, device=token.device).scatter_add(0, slot, torch.ones_like(place).float())[:tokens]
+    size = torch.zeros(tokens + 1, dtype=torch.int64, device=token.device).scatter_add(0, slot, torch.ones_like(place))
+    size = size[:tokens].float()
     seen = (first < length).nonzero()[:, 0]
     ends = newline.nonzero()[:, 0]
     first, order = torch.cat([first[seen], ends]).sort()

@@ -79,6 +79,7 @@ class Run:
         self.in_graph = in_graph  # started, and its stats kept, by who called a compiled tower
         self.stats: Stats | None = None
         self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
+        self.log_sizes: tuple[Tensor, Tensor] | None = None  # sizes of the last block, and what attention adds
         self.merges: dict[int, Merge] = {}
         self.clues: dict[int, Clues] = {}  # of the tokens that leave a block
 
@@ -107,7 +108,9 @@ class Run:
         size = self.weights(block)
         if size is None:
             return mask
-        bias = size.log().to(x.dtype).mT[:, None].expand(-1, -1, x.shape[1], -1)
+        if self.log_sizes is None or self.log_sizes[0] is not size:  # the blocks up to the next merge share it
+            self.log_sizes = size, log_sizes(size, x.dtype)
+        bias = self.log_sizes[1].expand(-1, -1, x.shape[1], -1)
         return bias if mask is None else mask + bias
 
     def leave(self, block: int, x: Tensor, clues: Clues) -> Tensor:
@@ -139,6 +142,16 @@ class Run:
         size, clues = self.sizes.get(feature), self.clues.get(feature - 1, {})
         measure = projector if self.plan.metric == "projected" else None
         return merge_rounds(self.plan, x, self.plan.rounds, size, clues, measure)
+
+
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(size) of tokens with ``size`` (B, N, 1), as (B, 1, 1, N), in rows that start where a GPU reads whole vectors.
+
+    Attention on a GPU would else copy them to where they do, in every block, for every query.
+    """
+    batch, tokens = size.shape[:2]
+    row = size.new_zeros(batch, 1, 1, tokens + -tokens % 8, dtype=dtype)[..., :tokens]
+    return row.copy_(size.log().mT[:, None])
 
 
 class MergingLayer:

@@ -17,7 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-_TELLS_AUTOCAST = hasattr(torch.amp, "is_autocast_available")  # not the torch of the original llava package
+# Kinds of device whose autocast can be asked for; asked here, once, since not every torch compiles that question.
+# None = a torch that cannot tell: that of the original llava package.
+AUTOCASTING: frozenset[str] | None = None
+if hasattr(torch.amp, "is_autocast_available"):
+    AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")))
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -36,6 +40,17 @@ def flat(index: Tensor, tokens: int) -> Tensor:
     return index.flatten()
 
 
+def add_rows(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """``total`` (K, ...) with ``values`` (M, ...) added at rows ``index`` (M,), one after the other: in place.
+
+    The order of addition is that of ``values``, so that equal inputs give equal bits. On GPUs ``index_add`` and
+    ``scatter_add`` add in any order, and ``index_put`` sorts first; on processors all keep the order.
+    """
+    if total.device.type == "cpu":
+        return total.index_add_(0, index, values)
+    return total.index_put_((index,), values, accumulate=True)
+
+
 def unit_metric(metric: Tensor) -> Tensor:
     """``metric`` (B, N, C) in float32 with rows of length one, in one piece of memory whose layout decides nothing.
 
@@ -49,7 +64,7 @@ def unit_metric(metric: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Products (B, S, T) of rows (B, S, C) and (B, T, C), cosines if they are unit, in float32 also under autocast."""
     kind = a.device.type
-    if _TELLS_AUTOCAST and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if AUTOCASTING is not None and not (kind in AUTOCASTING and torch.is_autocast_enabled(kind)):
         return a @ b.mT
     with torch.autocast(kind, enabled=False):
         return a @ b.mT
@@ -182,8 +197,8 @@ class Merge:
 
     def weighted_by(self, value: Tensor) -> Merge:
         """This merge with means weighted by ``value`` (B, N), above zero, in place of sizes. In place; no dropping."""
-        total = torch.zeros_like(value).scatter_add(1, self.group, value).gather(1, self.group)
-        self._weight = value / total
+        total = self.reduce(value[..., None], value[..., None])[1]
+        self._weight = value / self.expand(total)[..., 0]
         return self
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -208,7 +223,7 @@ class Merge:
             dropped = slot.flatten() < 0
             slot, rest_size = slot.clamp(min=0), rest_size.masked_fill(dropped, 0.0)
         slot = flat(slot, self.count)
-        total = first_size.index_add(0, slot, rest_size)
+        total = add_rows(first_size, slot, rest_size)
 
         x, wide = x.flatten(0, 1), torch.promote_types(x.dtype, torch.float32)
         merged, joining = x.index_select(0, first).to(wide), x.index_select(0, rest).to(wide)
@@ -221,7 +236,7 @@ class Merge:
         joining = joining.mul_(share[:, None])
         if self._drops:
             joining = joining.masked_fill(dropped[:, None], 0.0)  # a NaN that is dropped must not return as 0 * NaN
-        merged.index_add_(0, slot, joining)
+        merged = add_rows(merged, slot, joining)
         return merged.view(batch, self.count, channels).to(x.dtype), total.view(batch, self.count, 1)
 
     def expand(self, y: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
 
 ENERGIES = ("paper", "elu")
@@ -80,21 +81,42 @@ class PiToMe(Reducer):
     def _step(self, metric: Tensor, r: int, protected: int, depth: float) -> Merge:
         """Merge ``r`` tokens by the energies of all of ``metric``."""
         n = metric.shape[1] - protected
+        candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
+        if r and not self.smooth and type(self) is PiToMe and kernels.fuses(metric):
+            return self._fused(metric, r, protected, candidates, depth)
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected
         if r == 0:
             return Merge.join(metric.shape[1], order[:, :0], order[:, :0], energy=energy)
-        candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
         a, b = order[:, 0:candidates:2], order[:, 1:candidates:2]
         merged, target = most_similar_first(unit, a, b, r)
         source = partial(authors_order, protected, order[:, candidates:], b) if self.source_order else None
         return Merge.join(metric.shape[1], merged, target, source=source, energy=energy)
 
+    def _fused(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
+        """The same by the fused kernels."""
+
+        def source(order: Tensor) -> Tensor:
+            return authors_order(protected, order[:, candidates:], order[:, 1:candidates:2])
+
+        return kernels.merge_by_energy(
+            metric,
+            r,
+            protected,
+            candidates,
+            margin=self._margin(depth),
+            alpha=self.alpha,
+            elu=self.energy == "elu",
+            source=source if self.source_order else None,
+        )
+
+    def _margin(self, depth: float) -> float:
+        return 0.9 - 0.9 * depth if self.margin is None else self.margin
+
     def energy_of(self, unit: Tensor, depth: float) -> Tensor:
         """Energy (B, n) of tokens with unit metric (B, n, C), each counting itself."""
-        margin = 0.9 - 0.9 * depth if self.margin is None else self.margin
-        return pair_means(unit, partial(self._value, margin=margin), products=similarities)
+        return pair_means(unit, partial(self._value, margin=self._margin(depth)), products=similarities)
 
     def _value(self, similarity: Tensor, margin: float) -> Tensor:
         """f of similarities of any shape, which are overwritten; without boolean masks, slow on processors."""

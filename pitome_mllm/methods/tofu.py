@@ -29,7 +29,7 @@ class NormPreserving(Merge):
             1, self.group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
         )
         own = mean.norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
-        alone = torch.zeros_like(largest).scatter_add(1, self.group, torch.ones_like(norm)) == 1
+        alone = super().reduce(norm[..., None].detach())[1][..., 0] == 1
         scale = (largest / own).masked_fill(alone | (own == 0), 1.0)
         return (mean * scale[..., None]).to(x.dtype), total
 

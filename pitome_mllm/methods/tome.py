@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import kernels
 from .base import Merge, Reducer, most_similar_first, unit_metric
 
 
@@ -37,11 +38,23 @@ class ToMe(Reducer):
     ) -> Merge:
         self.check(metric, r, protected)
         tokens = metric.shape[1]
+        if r and kernels.fuses(metric):
+            merge = kernels.merge_by_position(metric, r, protected)
+            merge._source = lambda: authors_order(tokens, gone(merge, r, protected), protected)
+            return merge
         a, b = alternate(metric, protected)
         if r == 0:
             return Merge.join(tokens, a[:, :0], a[:, :0])
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         return Merge.join(tokens, merged, target, source=partial(authors_order, tokens, merged, protected))
+
+
+def gone(merge: Merge, r: int, protected: int) -> Tensor:
+    """The r tokens of A that joined another, (B, r)."""
+    a = alternate(merge.group, protected)[0]
+    tokens = torch.ones_like(merge.group, dtype=torch.float32)[..., None]
+    alone = merge.expand(merge.reduce(tokens)[1])[..., 0] == 1
+    return a.gather(1, alone.gather(1, a).byte().argsort(dim=1, stable=True)[:, :r])
 
 
 def authors_order(tokens: int, merged: Tensor, protected: int) -> Tensor:

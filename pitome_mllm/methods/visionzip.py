@@ -67,6 +67,6 @@ class VisionZip(Reducer):
         weight = None
         if self.combine == "add":
             ones = torch.ones(metric.shape[:2], device=metric.device)
-            joined = torch.zeros_like(ones).scatter_add(1, target, ones[:, :r])
+            joined = torch.zeros_like(ones, dtype=torch.int64).scatter_add(1, target, torch.ones_like(target))
             weight = ones.scatter(1, sources, 1 / joined.gather(1, target))
         return Merge.join(metric.shape[1], sources, target, weight=weight)

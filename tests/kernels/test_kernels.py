@@ -1,0 +1,211 @@
+"""The fused merge against the reference: the same groups, and the same bits of what they become."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from rows import clear, exact, reference
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pitome_mllm.methods import get_method, kernels, triton_kernels
+from pitome_mllm.methods.kernels import FusedMerge
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIONS = {
+    "paper": ("pitome", {}),
+    "elu": ("pitome", {"energy": "elu", "margin": 0.45, "alpha": 0.5}),
+    "no alpha": ("pitome", {"margin": 0.6, "alpha": 0.0}),
+    "low margin": ("pitome", {"margin": -0.2, "energy": "elu"}),
+    "half protected": ("pitome", {"protect": 0.5}),
+    "bsm": ("pitome-bsm", {}),
+    "tome": ("tome", {}),
+}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+each_option = pytest.mark.parametrize("name, options", OPTIONS.values(), ids=OPTIONS)
+
+
+def assert_same(merge, expected) -> None:
+    """The same decision, in all that says it."""
+    assert isinstance(merge, FusedMerge)
+    assert merge.count == expected.count and merge.group.dtype == torch.int64
+    assert torch.equal(merge.group.cpu(), expected.group)
+    assert torch.equal(merge._first.cpu(), expected._first) and torch.equal(merge._rest.cpu(), expected._rest)
+    if expected.energy is not None:
+        torch.testing.assert_close(merge.energy.cpu(), expected.energy, atol=1e-6, rtol=1e-5)
+
+
+@each_dtype
+@each_option
+@pytest.mark.parametrize("r, protected, depth", [(9, 1, 0.3), (20, 0, 0.0), (1, 2, 1.0)])
+def test_clear_decisions_are_those_of_the_reference(device, switch, name, options, dtype, r, protected, depth):
+    reducer, given = get_method(name, **options), {"protected": protected, "depth": depth}
+    metric = clear(reducer, 2, 41 + protected, 24, r, dtype, **given)
+    assert_same(reducer.match(metric.to(device), r, **given), reference(switch, reducer, metric, r, **given))
+
+
+SIZES = [
+    # batch, tokens, width, kinds, r, protected
+    (1, 2, 16, 2, 1, 0),
+    (3, 3, 16, 2, 1, 1),
+    (2, 66, 80, 9, 17, 1),
+    (1, 257, 1280, 400, 100, 1),
+    (1, 577, 64, 40, 150, 1),
+    (1, 577, 64, 3, 288, 1),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("name, options", [OPTIONS["no alpha"], OPTIONS["tome"]], ids=["pitome", "tome"])
+@pytest.mark.parametrize("batch, tokens, width, kinds, r, protected", SIZES)
+def test_ties_go_to_the_first_token_at_every_size(
+    device, switch, name, options, dtype, batch, tokens, width, kinds, r, protected
+):
+    metric = exact(batch, tokens, width, kinds, seed=tokens).to(dtype)
+    reducer = get_method(name, **options)
+    merge = reducer.match(metric.to(device), r, protected=protected)
+    assert_same(merge, reference(switch, reducer, metric, r, protected=protected))
+
+
+@pytest.mark.parametrize("protect", [1.0, 0.5])
+def test_many_tokens(device, switch, protect):
+    metric = exact(1, 1500, 16, 60, seed=3)
+    reducer = get_method("pitome", margin=0.6, alpha=0.0, protect=protect)
+    merge = reducer.match(metric.to(device), 400, protected=1)
+    assert_same(merge, reference(switch, reducer, metric, 400, protected=1))
+
+
+@pytest.mark.parametrize("name", ["pitome", "tome"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, 1e30, 1e-40])
+def test_rows_without_a_length_are_similar_to_nothing(device, switch, name, bad):
+    reducer = get_method(name)
+    metric = clear(reducer, 2, 37, 24, 9, torch.float32, protected=1, depth=0.3)
+    for token in (0, 5, 6, 20):
+        metric[:, token, : 1 if not math.isfinite(bad) else None] = bad
+    options = {"protected": 1, "depth": 0.3}
+    assert_same(reducer.match(metric.to(device), 9, **options), reference(switch, reducer, metric, 9, **options))
+
+
+def merged(device: str, dtype: torch.dtype = torch.float32, r: int = 30):
+    """A fused merge of (2, 97, 16), and features (2, 97, 48) and sizes (2, 97, 1)."""
+    random = torch.Generator().manual_seed(7)
+    metric = exact(2, 97, 16, 5, seed=1).to(device)  # large groups
+    x = torch.randn(2, 97, 48, generator=random).to(device, dtype)
+    size = torch.randint(1, 9, (2, 97, 1), generator=random).float().to(device)
+    return get_method("pitome").match(metric, r, protected=1), x, size
+
+
+@each_dtype
+@pytest.mark.parametrize("sized", [True, False])
+def test_what_groups_become_has_the_bits_of_the_reference(device, dtype, sized):
+    merge, x, size = merged(device, dtype)
+    features, sizes = merge.reduce(x, size if sized else None)
+    expected, expected_sizes = super(FusedMerge, merge).reduce(x, size if sized else None)
+    assert features.dtype == dtype and sizes.dtype == torch.float32
+    assert torch.equal(sizes, expected_sizes) and sizes.max() > 8
+    if device == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off instead of rounding
+        torch.testing.assert_close(features, expected, atol=1e-3, rtol=2**-7)
+    else:
+        assert torch.equal(features, expected)
+    alone = (merge.reduce(x)[1] == 1)[..., 0]
+    assert torch.equal(features[alone], x.gather(1, merge._first[..., None].expand(-1, -1, 48))[alone])
+
+
+def test_slices_wide_features_and_float64_reduce_too(device):
+    merge, x, size = merged(device)
+    wide = torch.randn(2, 97, 3000, device=device)[..., 100:1300]
+    for features in (wide, x.double(), x.mT.contiguous().mT, size):
+        seen, expected = merge.reduce(features, size), super(FusedMerge, merge).reduce(features, size)
+        assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+
+
+def test_a_broken_feature_stays_inside_its_group(device):
+    merge, x, size = merged(device)
+    x[0, 40] = math.nan
+    broken = torch.zeros(2, merge.count, dtype=torch.bool, device=device)
+    broken[0, merge.group[0, 40]] = True
+    assert torch.equal(merge.reduce(x, size)[0].isfinite().all(-1), ~broken)
+
+
+def test_gradients_go_through_reduce(device):
+    merge, x, size = merged(device)
+    (gradient,) = torch.autograd.grad(merge.reduce(x.requires_grad_(), size)[0].sum(), x)
+    torch.testing.assert_close(gradient.sum(1), torch.full((2, 48), float(merge.count), device=device))
+
+
+@pytest.mark.parametrize("name", ["pitome", "tome"])
+def test_the_order_of_the_published_code(device, switch, name):
+    reducer = get_method(name)
+    metric = clear(reducer, 2, 41, 24, 9, torch.float32, protected=1)
+    merge = reducer.match(metric.to(device), 9, protected=1).in_source_order()
+    expected = reference(switch, reducer, metric, 9, protected=1).in_source_order()
+    assert torch.equal(merge.group.cpu(), expected.group)
+    assert torch.equal(merge.reduce(metric.to(device))[0].cpu(), expected.reduce(metric)[0])
+
+
+def test_merges_in_a_row_compose(device, switch):
+    reducer = get_method("pitome", margin=0.6, alpha=0.0, steps=2)
+    metric = exact(2, 41, 16, 9, seed=2)
+    merge = reducer.match(metric.to(device), 18, protected=1)
+    assert all(isinstance(step, FusedMerge) for step in merge.steps)
+    y = torch.arange(41.0, device=device)[None, :, None].expand(2, -1, 1)
+    means, sizes = merge.reduce(y)
+    inside = torch.nn.functional.one_hot(merge.group).float().mT
+    torch.testing.assert_close(sizes, inside.sum(-1, keepdim=True))
+    torch.testing.assert_close(means, inside @ y / sizes)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch that launch something: neither views nor empty memory."""
+
+    FREE = ("empty", "view", "slice", "select", "transpose", "expand", "alias", "detach", "unbind", "unsqueeze")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not any(word in str(function) for word in self.FREE):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["pitome", "pitome-bsm", "tome"])
+def test_a_merge_takes_at_most_eight_launches(monkeypatch, name):
+    """From the keys on, with sizes, and counting what torch itself launches."""
+    launched = []
+    for kernel in ("prepare", "add_energies", "rank", "match", "place", "combine"):
+        monkeypatch.setattr(triton_kernels, kernel, Noted(kernel, launched))
+    keys, size = torch.randn(1, 577, 16, 64), torch.ones(1, 577, 1)
+    kernels._device_obstacle(keys.device)
+    launched.clear()
+    with Operations() as torchs:
+        merge = get_method(name).match(keys.mean(2), 58, protected=1, size=size)
+        merge.reduce(torch.randn(1, 577, 1024), None)
+        merge.reduce(size, size)  # where means are not weighted, sizes are summed on their own
+    torchs.seen.remove("aten.randn.default")
+    assert torchs.seen == ["aten.mean.dim"]
+    assert len(launched) + len(torchs.seen) <= 8, launched
+
+
+class Noted:
+    """A kernel that only notes that it was launched."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launched.append(self.name)
+
+
+def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
+    reducer, metric = get_method("pitome"), torch.randn(1, 9, 16)
+    for impossible in (metric.double(), metric.clone().requires_grad_(), torch.randn(1, 2100, 16)):
+        with pytest.raises(RuntimeError, match="PITOME_KERNELS=fused, but"):
+            reducer.match(impossible, 3)
+    for choice in ("auto", "torch"):
+        switch(choice)
+        assert not isinstance(reducer.match(metric, 3), FusedMerge)
+    switch("fused")
+    assert isinstance(reducer.match(metric, 3), FusedMerge)
