@@ -82,7 +82,7 @@ class PiToMe(Reducer):
         """Merge ``r`` tokens by the energies of all of ``metric``."""
         n = metric.shape[1] - protected
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
-        if r and not self.smooth and type(self) is PiToMe and kernels.fuses(metric):
+        if r and type(self) is PiToMe and kernels.fuses(metric):
             return self._fused(metric, r, protected, candidates, depth)
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
