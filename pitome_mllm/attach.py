@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .families import FAMILIES, FamilySpec, Geometry, geometry
@@ -183,10 +184,11 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model that wrappers call: those of torch.compile, which makes graphs of whatever is on it, and of peft."""
-    while hasattr(model, "_orig_mod") or hasattr(model, "get_base_model"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.get_base_model()
-    return model
+    """The model that wrappers of torch.compile and of peft call."""
+    if hasattr(model, "_orig_mod"):
+        torch.compiler.reset()  # graphs of the plain model may be taken for those of the merging one
+        return _unwrapped(model._orig_mod)
+    return _unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def _describe(plan: Plan) -> str:
