@@ -10,6 +10,7 @@
 # make record-chat  both of these, and their figures into eval/results/chat.csv and the README
 # make test-kernels the fused kernels for GPUs, in Triton's interpreter (numpy below 2.4)
 # make test-serve   the OpenAI-compatible server, asked by the openai package
+# make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
 # make bench-gpu    the speed that is promised on a GPU, measured there: rows, tables and targets
 # make lint         style checks
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
@@ -21,6 +22,7 @@ LMMS ?= .venv-lmms
 LLAVA ?= .venv-llava
 BROWSER ?= .venv-browser
 SERVE ?= .venv-serve
+TRL ?= .venv-trl
 KERNELS ?= .venv-kernels
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
@@ -29,7 +31,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve chromium lint clean
+.PHONY: ask bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -78,6 +80,9 @@ test-kernels: $(KERNELS)/.ready
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest -q tests/serving
 
+test-trl: $(TRL)/.ready
+	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
+
 # An installed Chromium, else the one that Playwright brings, else Debian's.
 chromium: $(BROWSER)/.ready
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
@@ -94,6 +99,7 @@ $(NEWEST)/.ready: requirements/newest.txt $(PINS) pyproject.toml
 $(BROWSER)/.ready: requirements/browser.txt requirements/constraints.txt pyproject.toml
 $(KERNELS)/.ready: requirements/kernels.txt requirements/constraints.txt pyproject.toml
 $(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
+$(TRL)/.ready: requirements/trl.txt $(PINS) pyproject.toml
 
 $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	@echo "Creating $(LMMS) with the versions of $< (once, a few minutes)"
@@ -121,4 +127,4 @@ $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) $(TRL) build dist *.egg-info

@@ -153,6 +153,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     order : "reading", or "source" as the authors' code of ToMe and of the paper's PiToMe leaves the tokens.
     positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
     llm_size_bias : add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
+    logits : "merged": a call returns the logits of the tokens that there are; or "caller": of all columns of the
+        caller's prompt, as training loops want them, where a column that was dropped repeats the one in front of it.
     energies : keep the energy of every token in ``handle.stats``.
     compiled : True: the vision tower with its merging runs as one graph for every setting and shape of pictures, made
         by inductor on the first call, on a CUDA device as a CUDA graph; or a backend of torch.compile: "cudagraphs"

@@ -23,6 +23,7 @@ class Plan:
     packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
     entering : patches of the picture that the tower gets.
     gentle : no merge removes over 40 % of the tokens, if there is another way.
+    logits : "merged" or "caller", whose columns a call's logits have.
     compiled : the backend of torch.compile that the tower's graphs are made by; "" = it runs eagerly.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     positions: str
     llm_size_bias: bool
     energies: bool
+    logits: str
     compiled: str
     packed: tuple[int, ...] = ()
     gentle: bool = False
@@ -119,6 +121,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         packed=tuple(steps) if settings.where == "packed" else (),
         gentle=settings.merges != EVERY,
         energies=settings.energies,
+        logits=settings.logits,
         compiled=settings.compiled,
         **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
     )

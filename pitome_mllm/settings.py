@@ -20,6 +20,7 @@ CHOICES = {
     "order": ("reading", "source"),
     "positions": ("compact", "original"),
     "schedule": tuple(SHAPES),
+    "logits": ("merged", "caller"),
 }
 # What a setting is when neither the caller nor the method's preset says anything. How tokens merge goes with the
 # method: choosing another one resets it. Where they merge does not.
@@ -51,6 +52,7 @@ class Settings:
     positions: str | None = None
     llm_size_bias: bool | None = None
     energies: bool = False
+    logits: str = "merged"
     compiled: bool | str = False
     options: Mapping[str, Any] = field(default_factory=dict)
 

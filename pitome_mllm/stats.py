@@ -24,6 +24,8 @@ class Stats:
     merges : the merges in their order, blocks first, then the steps in front of the projector.
     token_sizes : (images, class_tokens + patch tokens, 1) patches per token at the end; None if nothing merged.
     packed : of an anyres family, where pictures are several tiles: what became of each picture.
+    layout : (B, S) int64, the column of the caller's prompt at every place of the prompt that the LLM got, -1 at
+        padding; of a turn that continues a KV cache, at every place since the beginning. None if they are the same.
     """
 
     plan: Plan
@@ -32,6 +34,7 @@ class Stats:
     token_sizes: Tensor | None
     device: torch.device
     packed: tuple[Packed, ...] = ()
+    layout: Tensor | None = None
 
     @property
     def method(self) -> str:
@@ -109,7 +112,7 @@ class Stats:
         if self.packed:
             return tuple(picture.size for picture in self.packed)
         if self.token_sizes is None:
-            return torch.ones(self.images, self.tokens_after, device=self.device)
+            return torch.ones(self.images, self.tokens_after, dtype=torch.float32, device=self.device)
         return self.token_sizes[:, self._hidden :, 0]
 
     @property

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -100  # the label of a token that no loss counts
 # What fills a padding place, for each argument of generate() and forward() that has one column per token.
-FILL = {"attention_mask": 0, "labels": -100, "inputs_embeds": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+FILL = {"attention_mask": 0, "labels": IGNORED, "inputs_embeds": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,16 @@ class Layout:
         if x.dim() == 3:
             index, real = index[..., None].expand(-1, -1, x.shape[-1]), real[..., None]
         return x.gather(1, index).masked_fill(~real, fill)
+
+    @property
+    def columns(self) -> Tensor:
+        """(B, S) int64, the caller's column at every place, -1 at padding."""
+        return self.index.where(self.real, -1)
+
+    def take_shifted(self, labels: Tensor) -> Tensor:
+        """``labels`` (B, T) of the tokens behind every column, as labels of those behind every place."""
+        own = self.take(F.pad(labels[:, :-1], (1, 0), value=IGNORED), IGNORED)
+        return torch.cat([own[:, 1:], labels[:, -1:].masked_fill(~self.real[:, -1:].to(labels.device), IGNORED)], 1)
 
     def then(self, later: Layout) -> Layout:
         """This layout, and ``later`` behind it for the columns that follow."""
@@ -98,10 +110,13 @@ def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int]) -> Layout:
     """Keep the first placeholders of every picture, and drop padding that is not needed any more.
 
+    The columns behind the last picture of every row stay the last columns, padding included: a slice from the end has
+    the tokens that it has in the caller's prompt. In front of them padding stays on the side where a row has it.
+
     Parameters
     ----------
     image : (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
-    mask : (B, T), 0 at the caller's padding. Padding stays on the side where the caller has it; left if there is none.
+    mask : (B, T), 0 at the caller's padding.
     full, kept : placeholders of every picture before and after.
 
     Raises
@@ -117,15 +132,26 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
             "use the model's own processor, one placeholder text per picture"
         )
     picture, rank = ranks(image, full)
-    keep = (mask != 0) & (~image | (rank < torch.tensor(kept, device=image.device)[picture]))
-    lengths = keep.sum(1, keepdim=True)
+    stays = (mask != 0) & (~image | (rank < torch.tensor(kept, device=image.device)[picture]))
+    column = torch.arange(image.shape[1], device=image.device)
+    tail = int(torch.where(image, column, -1).max()) + 1  # the first of the columns that all rows have behind pictures
+    return _packed(stays, mask != 0, tail)
+
+
+def _packed(stays: Tensor, real: Tensor, tail: int) -> Layout:
+    """The columns that ``stays`` (B, T) marks, and all from ``tail`` on, of a prompt that is ``real`` (B, T)."""
+    width = stays.shape[1]
+    head = stays[:, :tail]
+    lengths = head.sum(1, keepdim=True)
     places = int(lengths.max())
-    index = keep.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :places]
-    place = torch.arange(places, device=image.device).expand(len(image), -1)
-    if bool((mask[:, -1] == 0).any()):  # padded on the right
-        return Layout(index, place < lengths, image.shape[1])
-    shift = places - lengths
-    return Layout(index.gather(1, (place - shift).clamp(min=0)), place >= shift, image.shape[1])
+    place = torch.arange(places, device=stays.device).expand(len(stays), -1)
+    padded_right = ~real[:, min(tail, width - 1) :].any(1, keepdim=True)
+    shift = (places - lengths).masked_fill(padded_right, 0)
+    there = (place >= shift) & (place < shift + lengths)
+    order = head.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    index = order.gather(1, (place - shift).clamp(min=0))
+    behind = torch.arange(tail, width, device=stays.device).expand(len(stays), -1)
+    return Layout(torch.cat([index, behind], 1), torch.cat([there, real[:, tail:]], 1), width)
 
 
 def unchanged(rows: int, width: int, device: torch.device) -> Layout:
@@ -143,7 +169,7 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
     """
     by_width = {layout.width: layout for layout in layouts}
     taken = dict(kwargs)
-    for name, fill in {"input_ids": pad, **FILL}.items():
+    for name, fill in {"input_ids": pad, **FILL, "shift_labels": IGNORED}.items():
         x = kwargs.get(name)
         if x is None:
             continue
@@ -152,7 +178,8 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
                 f"{name} of shape {tuple(getattr(x, 'shape', ())) or type(x).__name__} cannot be shortened; "
                 f"pass the processor's, with {' or '.join(map(str, by_width))} columns"
             )
-        taken[name] = by_width[x.shape[1]].take(x, fill)
+        layout = by_width[x.shape[1]]
+        taken[name] = layout.take_shifted(x) if name == "shift_labels" else layout.take(x, fill)
     return taken
 
 

@@ -29,7 +29,7 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     call.reached = True
     kwargs = {name: value for name, value in kwargs.items() if name != CALL}
     stats, plan = language._pitome.state.stats, language._pitome.plan
-    pictures = bool(call.image.any())
+    pictures = stats is not None and bool(call.image.any())
     weighed = pictures and plan is not None and plan.llm_size_bias and plan.keep < plan.available
     if pictures and call.move and kwargs.get("position_ids") is not None:
         kwargs = _moved(language, call, stats.first, kwargs)
@@ -59,7 +59,7 @@ def _biased(language: nn.Module, call: Call | None, sizes: Sequence[Tensor], kwa
     past = kwargs.get("past_key_values")
     embeds = kwargs.get("inputs_embeds")
     tokens = kwargs["input_ids"] if embeds is None else embeds
-    fresh = torch.zeros(tokens.shape[:2], device=tokens.device)
+    fresh = torch.zeros(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
     if len(sizes):
         log_sizes = [size.to(tokens.device).log() for size in sizes]
         fresh = at_placeholders(call.image.to(tokens.device), log_sizes)

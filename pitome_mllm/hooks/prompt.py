@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 
 from ..families.features import pixels_in
 from ..plan import Plan
-from . import llm, tiles
+from ..stats import Stats
+from . import columns, llm, tiles
 from .layout import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
 from .state import CALL, Attached, Call
 from .validate import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
 
 logger = logging.getLogger(__name__)
 
+# Whose generate() runs, innermost last: a draft model gets the pictures as the model that asks it has encoded them.
+_generating: ContextVar[tuple[Attached, ...]] = ContextVar("pitome_generating", default=())
 CACHE_MARK = "_pitome_layout"  # on a KV cache: the `Layout` of the prompt that filled it
 
 
@@ -53,21 +57,34 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
     if merged and pixels_in(kwargs) is not None:
         if count or seen is None:  # assistants get the pictures of a prompt that is in the cache already
             check_count(handle, count, full, kept)
-    elif merged and count:
-        check_features_alone(handle.plan, kwargs, move, short)
-        move = False
+    elif count:
+        lent = _lent(sum(kept))
+        handle.note(stats=lent)
+        drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
+        if merged and lent is None and not drafting:
+            check_features_alone(handle.plan, kwargs, move, short)
+        move = move and lent is not None
 
     if merged and count == sum(full):
         new = shorten(fresh, real, full, kept)
     elif marked is not None:
         new = unchanged(*fresh.shape, fresh.device)
     else:  # already short; or features alone, of which the model refuses a wrong number
-        if move and short:
+        if move and short and (pixels_in(kwargs) is not None or kwargs.get("position_ids") is None):
             positions = caller_positions(real) + missing_before(fresh, full, kept)
             kwargs = {**kwargs, "position_ids": positions + first}
         return Call(kwargs, image, move=move)
     layout = replace(new if seen is None else seen.then(new), original=original)
     return _shortened(model, Call(kwargs, image, layout, move), new, first)
+
+
+def _lent(tokens: int) -> Stats | None:
+    """What became of pictures of ``tokens`` in all, if a model whose generate() runs has encoded them."""
+    for handle in reversed(_generating.get()):
+        stats = handle.state.stats
+        if stats is not None and sum(stats.lengths) == tokens:
+            return stats
+    return None
 
 
 def _original(plan: Plan | None) -> bool:
@@ -95,7 +112,9 @@ def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
         real = torch.ones_like(layout.index[:, :1]).expand(-1, layout.width) if mask is None else mask
         positions = layout.take(caller_positions(real), 0) + first
         short["position_ids"] = positions[:, positions.shape[1] - image.shape[1] :]
-    return Call(short, image, layout, call.move)
+    made = Call(short, image, layout, call.move)
+    made.fresh = new
+    return made
 
 
 def _pictures(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -165,6 +184,13 @@ def _mark(past: Any, layout: Layout | None) -> None:
         setattr(past, CACHE_MARK, layout)
 
 
+def _tell(handle: Attached, layout: Layout | None) -> None:
+    """Say in the stats of a run what layout its prompt had."""
+    stats = handle.state.stats
+    if layout is not None and stats is not None:
+        handle.note(stats=replace(stats, layout=layout.columns))
+
+
 @lru_cache
 def _names(function: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
@@ -180,6 +206,7 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
         kwargs["input_ids"] = inputs
+    outer = _generating.get()
     try:
         _forget_encoded(handle)
         with torch.no_grad():
@@ -189,12 +216,15 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
         short = call.kwargs
         if call.layout is not None:
             short = {**short, **_lengths(model, kwargs, _width(short)), **_callbacks(kwargs, _width(short))}
+        _generating.set((*outer, handle))
         with handle.choosing(handle.plan, call):  # prompts are short already, and the plan stays what it is
             out = plain(**short)
     finally:
+        _generating.set(outer)
         _forget_encoded(handle)
     if call.layout is None:
         return out
+    _tell(handle, call.layout)
     sequences = out if isinstance(out, Tensor) else out.sequences
     layout = call.layout.repeated(len(sequences))
     _mark(kwargs.get("past_key_values"), layout)
@@ -274,16 +304,26 @@ def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
             return (), {**kwargs, CALL: Call(kwargs, image, move=generating.move)}
     _forget_encoded(handle)
     call = rewrite(model, handle, kwargs, whole=False)
-    return None if call is None else ((), {**call.kwargs, CALL: call})
+    if call is None:
+        return None
+    needed: dict[str, Any] = {}
+    if call.fresh is not None:
+        at_caller = handle.plan is not None and handle.plan.logits == "caller"
+        call.answer, needed = columns.columns_of(call.fresh, kwargs, at_caller)
+        needed |= columns.labels_left(kwargs, call.kwargs)
+    return (), {**call.kwargs, **needed, CALL: call}
 
 
-def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the model, also called after an error: remember layout and sizes on the KV cache that is full."""
+def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the model, also called after an error: remember layout and sizes on the KV cache that is full.
+
+    What the model returned comes to the caller's columns where they are asked for.
+    """
     handle, call = model._pitome, kwargs.get(CALL)
     if handle.generating is None:
         _forget_encoded(handle)
     if call is None or output is None:
-        return
+        return None
     if not call.reached and (call.move or (handle.plan is not None and handle.plan.llm_size_bias)):
         raise RuntimeError(
             f"the LLM of {type(model).__name__} did not get what merging hands down to it: something replaced it, or a "
@@ -291,8 +331,10 @@ def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output:
         )
     past = getattr(output, "past_key_values", None)
     _mark(past, call.layout)
+    _tell(handle, call.layout)
     if call.log_size is not None and llm.marked(past) is None:
         llm.mark(past, call.log_size)
+    return None if call.answer is None else call.answer.restore(output)
 
 
 def _forget_encoded(handle: Attached) -> None:

@@ -24,6 +24,7 @@ from ..families.features import selected_features
 from ..families.packing import Places
 from ..plan import Plan
 from ..stats import Stats
+from .columns import Columns
 from .layout import Layout
 
 CALL = "pitome_call"  # the keyword that hands a Call from the model down to its LLM
@@ -40,12 +41,16 @@ class Call:
     image : (B, S) bool, the placeholders among the tokens of this call.
     layout : the caller's column at every place of the KV cache after this call; None if they are the same.
     move : visual tokens take their original positions as soon as the tower has run.
+    fresh : the layout of the tokens of this call only; None if they are the caller's.
+    answer : how the output of this call comes to the caller's columns; None if it stays as it is.
     reached : the LLM was called.
     log_size : (B, P) of the places of the KV cache after this call, once the LLM was called; None if all are 0.
     """
 
     def __init__(self, kwargs: dict[str, Any], image: Tensor, layout: Layout | None = None, move: bool = False) -> None:
         self.kwargs, self.image, self.layout, self.move = kwargs, image, layout, move
+        self.fresh: Layout | None = None
+        self.answer: Columns | None = None
         self.reached = False
         self.log_size: Tensor | None = None
 

@@ -85,7 +85,7 @@ def _learned(core: nn.Module, size: tuple[int, int], cut: bool) -> Places:
     options = {
         "vision_feature_select_strategy": core.config.vision_feature_select_strategy,
         "vision_aspect_ratio": getattr(core.config, "vision_aspect_ratio", None),
-        "image_newline": torch.tensor([-1.0]),
+        "image_newline": torch.tensor([-1.0], dtype=torch.float32),
     }
     names = inspect.signature(own).parameters
     packed, _ = own(core, [index], [size], **{k: v for k, v in options.items() if k in names})

@@ -66,7 +66,7 @@ class VisionZip(Reducer):
         target = nearest(unit_metric(metric), sources, targets)[1]
         weight = None
         if self.combine == "add":
-            ones = torch.ones(metric.shape[:2], device=metric.device)
+            ones = torch.ones(metric.shape[:2], dtype=torch.float32, device=metric.device)
             joined = torch.zeros_like(ones, dtype=torch.int64).scatter_add(1, target, torch.ones_like(target))
-            weight = ones.scatter(1, sources, 1 / joined.gather(1, target))
+            weight = ones.scatter(1, sources, 1 / joined.gather(1, target).float())
         return Merge.join(metric.shape[1], sources, target, weight=weight)
