@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 from pitome_mllm.methods import triton_kernels
 
 kinds = dict(margin="fp32", alpha="fp32", scale="fp32", unit="fp32", energy="*i64", group="*i64", lead="*i64")
-kinds |= dict(leads_then_rest="*i64", least="*i32", order="*i32", best="*i32", member="*i32", slot="*i32", inverse="*fp32")
-kinds |= dict(mean="*fp32", top="*fp32", size="*fp32", total="*fp32")
+kinds |= dict(leads_then_rest="*i64", least="*i32", order="*i32", best="*i32", member="*i32", slot="*i32")
+kinds |= dict(inverse="*fp32", mean="*fp32", top="*fp32", size="*fp32", total="*fp32")
 
 
 def build(kernel, capability, dtype, **constants):
