@@ -29,22 +29,25 @@ SWITCH = "PITOME_KERNELS"
 CHOICES = ("auto", "torch", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 2048  # tokens of a picture, whose groups one program numbers
+is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 
 def fuses(metric: Tensor) -> bool:
-    """Whether a merge by ``metric`` (B, N, C) takes the fused kernels.
+    """Whether a merge by ``metric`` (B, N, C) takes the fused kernels. Never within torch.compile.
 
     Raises
     ------
     ValueError : the switch says what it cannot say.
     RuntimeError : the switch says "fused", and this merge cannot be.
     """
+    if is_compiling():
+        return False
     choice = os.environ.get(SWITCH, CHOICES[0])
     if choice not in CHOICES:
         raise ValueError(f"{SWITCH}={choice!r} is not possible; choose one of {', '.join(CHOICES)}")
     if choice == "torch" or (choice == "auto" and metric.device.type != "cuda"):
         return False
-    reason = _obstacle(metric) or _device_obstacle(metric.device)
+    reason = _device_obstacle(metric.device) or _obstacle(metric)
     if reason and choice == "fused":
         raise RuntimeError(f"{SWITCH}=fused, but {reason}; leave it at auto, or set it to torch")
     _say(reason)
@@ -53,8 +56,8 @@ def fuses(metric: Tensor) -> bool:
 
 def _obstacle(metric: Tensor) -> str:
     """Why this merge cannot be fused; "" if it can."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "merges within torch.compile and traces are torch's operations"
+    if torch.jit.is_tracing():
+        return "a trace holds torch's operations"
     if type(metric) not in (Tensor, torch.nn.Parameter):
         return f"a {type(metric).__name__} has no memory of its own"
     if metric.requires_grad:
@@ -71,8 +74,8 @@ def _device_obstacle(device: torch.device) -> str:
     """Why nothing can be fused on this device; "" if it can. Compiles the smallest kernel to find out."""
     try:
         from . import triton_kernels as device_code
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+    except (ImportError, AttributeError, TypeError) as error:  # there is none, or one of long ago
+        return f"Triton cannot be imported, or is too old ({error})"
     if device.type == "cpu":
         return "" if device_code.INTERPRETED.value else "a processor runs Triton with TRITON_INTERPRET=1 only"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
@@ -215,7 +218,7 @@ def _match(
     (sources, targets), device, ordered = halves, metric.device, order is not None
     order = inverse if order is None else order  # not read
     blocks, columns = -(-sources // tiles.rows), -(-targets // tiles.columns)
-    parts = max(1, min(columns, 132 // (blocks * batch)))  # fill a GPU; what is found does not depend on it
+    parts = max(1, min(columns, 132 // max(1, blocks * batch)))  # fill a GPU; what is found does not depend on it
     share = -(-columns // parts) * tiles.columns
     parts = -(-targets // share)
     top = torch.empty(parts, batch, sources, device=device)
@@ -249,7 +252,7 @@ class FusedMerge(Merge):
         self._member, self._slot = member, slot
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()) or is_compiling():
             return super().reduce(x, size)
         with _on(x.device):
             return self._combine(x, size)

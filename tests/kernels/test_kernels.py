@@ -36,42 +36,42 @@ def assert_same(merge, expected) -> None:
         torch.testing.assert_close(merge.energy.cpu(), expected.energy, atol=1e-6, rtol=1e-5)
 
 
-@each_dtype
 @each_option
-@pytest.mark.parametrize("r, protected, depth", [(9, 1, 0.3), (20, 0, 0.0), (1, 2, 1.0)])
+@pytest.mark.parametrize(
+    "dtype, r, protected, depth", [("float32", 9, 1, 0.3), ("bfloat16", 20, 0, 0.0), ("float16", 1, 2, 1.0)]
+)
 def test_clear_decisions_are_those_of_the_reference(device, switch, name, options, dtype, r, protected, depth):
+    dtype = DTYPES[dtype]
     reducer, given = get_method(name, **options), {"protected": protected, "depth": depth}
     metric = clear(reducer, 2, 41 + protected, 24, r, dtype, **given)
     assert_same(reducer.match(metric.to(device), r, **given), reference(switch, reducer, metric, r, **given))
 
 
 SIZES = [
-    # batch, tokens, width, kinds, r, protected
-    (1, 2, 16, 2, 1, 0),
-    (3, 3, 16, 2, 1, 1),
-    (2, 66, 80, 9, 17, 1),
-    (1, 257, 1280, 400, 100, 1),
-    (1, 577, 64, 40, 150, 1),
-    (1, 577, 64, 3, 288, 1),
+    # dtype, batch, tokens, width, kinds, r, protected
+    ("float32", 1, 2, 16, 2, 1, 0),
+    ("float16", 3, 3, 16, 2, 1, 1),
+    ("float32", 2, 66, 80, 9, 17, 1),
+    ("bfloat16", 1, 257, 1280, 400, 100, 1),
+    ("float16", 1, 577, 64, 40, 150, 1),
+    ("bfloat16", 1, 577, 64, 3, 288, 1),
 ]
 
 
-@each_dtype
 @pytest.mark.parametrize("name, options", [OPTIONS["no alpha"], OPTIONS["tome"]], ids=["pitome", "tome"])
-@pytest.mark.parametrize("batch, tokens, width, kinds, r, protected", SIZES)
+@pytest.mark.parametrize("dtype, batch, tokens, width, kinds, r, protected", SIZES)
 def test_ties_go_to_the_first_token_at_every_size(
     device, switch, name, options, dtype, batch, tokens, width, kinds, r, protected
 ):
-    metric = exact(batch, tokens, width, kinds, seed=tokens).to(dtype)
+    metric = exact(batch, tokens, width, kinds, seed=tokens).to(DTYPES[dtype])
     reducer = get_method(name, **options)
     merge = reducer.match(metric.to(device), r, protected=protected)
     assert_same(merge, reference(switch, reducer, metric, r, protected=protected))
 
 
-@pytest.mark.parametrize("protect", [1.0, 0.5])
-def test_many_tokens(device, switch, protect):
+def test_many_tokens(device, switch):
     metric = exact(1, 1500, 16, 60, seed=3)
-    reducer = get_method("pitome", margin=0.6, alpha=0.0, protect=protect)
+    reducer = get_method("pitome", margin=0.6, alpha=0.0, protect=0.5)
     merge = reducer.match(metric.to(device), 400, protected=1)
     assert_same(merge, reference(switch, reducer, metric, 400, protected=1))
 
@@ -114,7 +114,7 @@ def test_what_groups_become_has_the_bits_of_the_reference(device, dtype, sized):
 
 def test_slices_wide_features_and_float64_reduce_too(device):
     merge, x, size = merged(device)
-    wide = torch.randn(2, 97, 3000, device=device)[..., 100:1300]
+    wide = torch.randn(2, 97, 2000, device=device)[..., 100:1300]
     for features in (wide, x.double(), x.mT.contiguous().mT, size):
         seen, expected = merge.reduce(features, size), super(FusedMerge, merge).reduce(features, size)
         assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])

@@ -1,0 +1,52 @@
+"""The kernels compile for GPUs, which takes none: the interpreter looks at no types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMPILING = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pitome_mllm.methods import triton_kernels
+
+kinds = dict(margin="fp32", alpha="fp32", scale="fp32", unit="fp32", energy="*i64", group="*i64", lead="*i64")
+kinds |= dict(leads_then_rest="*i64", least="*i32", order="*i32", best="*i32", member="*i32", slot="*i32")
+kinds |= dict(inverse="*fp32", mean="*fp32", top="*fp32", size="*fp32", total="*fp32")
+
+
+def build(kernel, capability, dtype, **constants):
+    kinds.update(metric=dtype, x=dtype, y=dtype)
+    names = getattr(triton_kernels, kernel).arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    whole = [name.endswith("stride") or "*" in signature[name] for name in names]
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if whole[k]}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(getattr(triton_kernels, kernel), signature, values, aligned)
+    triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+capability, dtype = int(sys.argv[1]), sys.argv[2]
+wide = dict(WIDTH=1152, STEP=128 if dtype != "*fp32" else 64, PRECISION="ieee" if dtype != "*fp32" else "tf32x3")
+build("prepare", capability, dtype, WIDTH=1152, STEP=1024, ROWS=1)
+build("add_energies", capability, dtype, **wide, SIDE=64, ELU=True)
+build("rank", capability, dtype, ROWS=16, ALL=1024)
+build("match", capability, dtype, **wide, ROWS=32, COLUMNS=64, ORDERED=True)
+build("place", capability, dtype, ALL=1024, HALF=512, CHUNK=32, ORDERED=False, SELECT=True)
+build("combine", capability, dtype, WIDTH=1152, STEP=1024, REST=512, SIZED=True)
+"""
+
+
+@pytest.mark.parametrize("capability, dtype", [(80, "*bf16"), (90, "*fp16"), (90, "*fp32")])
+def test_kernels_compile(capability, dtype):
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    outside["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", COMPILING, str(capability), dtype]
+    done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
