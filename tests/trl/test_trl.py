@@ -147,7 +147,7 @@ def test_grpo(tmp_path, settings, lora):
             with torch.no_grad():
                 told = scored(**alone, pixel_values=kwargs["pixel_values"][row : row + 1]).logits[:, -answer - 1 : -1]
             expected = told.log_softmax(-1).gather(2, alone["input_ids"][:, -answer:, None])[0, :, 0]
-            torch.testing.assert_close(out[0][row, :answer].detach(), expected, atol=1e-3, rtol=0)
+            torch.testing.assert_close(out[0][row, :answer].detach().double(), expected.double(), atol=1e-3, rtol=0)
         seen.append(mask)
         return out
 
