@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from checks import assert_row, logits, new_ids
 from models import PATCH, PATCHES, QUESTION, build, picture, processor
 from torch import Tensor
-from transformers import DynamicCache
 
 from pitome_mllm import METHODS, attach, get_method
-from pitome_mllm.hooks import llm
 from pitome_mllm.hooks.llm import biased_mask
 from pitome_mllm.methods import Merge, Reducer
 
@@ -173,13 +171,3 @@ def test_the_mask_is_causal_and_hides_padding():
     seen = mask[:, 0] == 0
     assert seen[1].tolist() == [[True, True, False, False], [True, True, True, False], [True, True, True, True]]
     assert seen[0].tolist() == [[False, True, False, False], [False, True, True, False], [False, True, True, True]]
-
-
-def test_a_cache_of_other_rows_is_refused():
-    """Beams repeat every row; anything else would give sizes to the wrong rows."""
-    past = DynamicCache()
-    past.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
-    llm.mark(past, torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
-    assert llm.continued(past, torch.zeros(4, 1)).tolist() == [[0, 1, 2, 0]] * 2 + [[3, 4, 5, 0]] * 2
-    with pytest.raises(ValueError, match="filled with 2 rows; got 3"):
-        llm.continued(past, torch.zeros(3, 1))

@@ -13,6 +13,7 @@ from models import picture
 
 from pitome_mllm import attach, get_method
 from pitome_mllm.families.packing import Places, of_parts, part_keeps, survivors
+from pitome_mllm.hooks.tiles import _places
 from pitome_mllm.schedule import rounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -107,6 +108,15 @@ def test_places_are_those_of_the_model(model, size):
     logits(model, inputs)
     assert handle.places[(*size, True)].source.tolist() == places_of(model, size)
     assert len(handle.places[(*size, True)]) == int((inputs["input_ids"] == IMAGE).sum())
+
+
+def test_the_packing_of_the_last_sizes_is_remembered(model):
+    handle = attach(model, "pitome", keep=36)
+    sizes = [(side, 60) for side in range(40, 140)]
+    seen = [_places(handle, size, True) for size in sizes]
+    assert list(handle.places) == [(*size, True) for size in sizes[-64:]]
+    assert _places(handle, sizes[-1], True) is seen[-1]
+    assert _places(handle, sizes[0], True).source.tolist() == seen[0].source.tolist()
 
 
 @settings(max_examples=40, deadline=None)

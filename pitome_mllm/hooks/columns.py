@@ -41,7 +41,7 @@ class Columns:
             first = next((i for i, x in enumerate(output) if isinstance(x, Tensor) and x.dim() == 3), -1)
             return tuple(self._logits(x) if i == first else x for i, x in enumerate(output))
         for name, x in list(output.items()):
-            if name == "logits" and x is not None:
+            if name in ("logits", "last_hidden_state") and x is not None:  # the latter of the core alone
                 output[name] = self._logits(x)
             elif isinstance(x, Tensor) and self._per_token(x):
                 output[name] = self._per_label(x)

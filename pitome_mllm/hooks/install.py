@@ -51,8 +51,9 @@ def _put_on(handle: Attached) -> None:
     if handle.geometry.merges_in_tower:
         _hook_tower(handle)
     if not handle.family.original:
-        handle.model.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
-        handle.model.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True, always_call=True)
+        for module in dict.fromkeys((handle.model, handle.core)):
+            module.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
+            module.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True, always_call=True)
         handle.language.register_forward_pre_hook(Hook(llm.before_language), with_kwargs=True)
     if handle.family.tiles == "connector":
         handle.projector.register_forward_hook(Hook(tiles.after_projector))
@@ -87,10 +88,9 @@ def _marked(handle: Attached) -> list[nn.Module]:
     """The modules that know their attachment."""
     if handle.family.original:
         return [handle.model, handle.tower]
-    modules = [handle.model, handle.tower, handle.language]
-    modules += [handle.core] if handle.family.tiles == "anyres" else []
+    modules = [handle.model, handle.core, handle.tower, handle.language]
     modules += [handle.projector] if handle.family.tiles == "connector" else []
-    return modules
+    return list(dict.fromkeys(modules))
 
 
 def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:

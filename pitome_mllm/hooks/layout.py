@@ -7,7 +7,7 @@ everything with a column per token (ids, mask, labels, embeddings, positions) mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,20 +22,28 @@ FILL = {"attention_mask": 0, "labels": IGNORED, "inputs_embeds": 0, "token_type_
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the columns of a shorter prompt come from.
+    """Where the columns of a shorter prompt come from, and what the LLM is told of them.
 
     Attributes
     ----------
     index : (B, S) int64, the caller's column at each place.
     real : (B, S) bool, False at padding places.
     width : number of columns of the caller, T.
-    original : position ids count the caller's columns, not the places.
+    position : (B, S) int64, positions that count the caller's columns; None if the LLM counts the places itself.
+    follows : (B, 1) int64, the position of the column behind them; with ``position`` only.
+    log_size : (B, S) float32, log of the patches that stand at a place; None if the LLM is told of none.
     """
 
     index: Tensor
     real: Tensor
     width: int
-    original: bool = False
+    position: Tensor | None = None
+    follows: Tensor | None = None
+    log_size: Tensor | None = None
+
+    @property
+    def places(self) -> int:
+        return self.index.shape[1]
 
     def take(self, x: Tensor, fill: int) -> Tensor:
         """``x`` (B, T) or (B, T, C) in this layout, with ``fill`` at padding places."""
@@ -56,37 +64,104 @@ class Layout:
         return torch.cat([own[:, 1:], labels[:, -1:].masked_fill(~self.real[:, -1:].to(labels.device), IGNORED)], 1)
 
     def then(self, later: Layout) -> Layout:
-        """This layout, and ``later`` behind it for the columns that follow."""
+        """This layout, and ``later`` behind it for the columns that follow; positions of ``later`` start at 0."""
+        position, follows, log_size = self.position, self.follows, self.log_size
+        if position is not None:
+            later = later if later.position is not None else later.positioned(caller_positions(later.real))
+            position = torch.cat([position, follows + later.position], 1)
+            follows = follows + later.follows
+        if log_size is not None or later.log_size is not None:
+            log_size = torch.cat([_or_zeros(layout.log_size, layout.index) for layout in (self, later)], 1)
         return Layout(
             torch.cat([self.index, later.index + self.width], 1),
             torch.cat([self.real, later.real], 1),
             self.width + later.width,
-            self.original,
+            position,
+            follows,
+            log_size,
         )
 
+    def positioned(self, positions: Tensor) -> Layout:
+        """This layout with ``positions`` (B, T + 1) of the caller's columns, and of the one behind them."""
+        return replace(self, position=self.take(positions, 0), follows=positions[:, -1:])
+
+    def rows(self, which: Any) -> Layout:
+        """The layout of the rows ``which``, anything that a tensor's first dimension takes."""
+        which = which.to(self.index.device) if isinstance(which, Tensor) else which
+        return self._each(lambda x: x[which])
+
     def repeated(self, rows: int) -> Layout:
-        """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt.
+        """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt, or did.
 
         Raises
         ------
-        ValueError : ``rows`` is no multiple of the layout's rows.
+        ValueError : neither ``rows`` nor the layout's rows repeat the other.
         """
-        times, rest = divmod(rows, len(self.index))
-        if rest or not times:
-            raise ValueError(
-                f"a KV cache of {len(self.index)} rows does not go with {rows} rows; "
-                "continue it with as many rows, or with a multiple of them"
-            )
-        return replace(self, index=self.index.repeat_interleave(times, 0), real=self.real.repeat_interleave(times, 0))
+        have = len(self.index)
+        times, rest = divmod(rows, have)
+        if times and not rest:
+            return self if times == 1 else self._each(lambda x: x.repeat_interleave(times, 0))
+        if rows and not have % rows:
+            one = self.rows(slice(None, None, have // rows))
+            again, tensors = vars(one.repeated(have)), vars(self)
+            if all(torch.equal(x, again[name]) for name, x in tensors.items() if isinstance(x, Tensor)):
+                return one
+        raise ValueError(
+            f"a KV cache of {have} rows does not go with {rows} rows; "
+            "continue it with as many rows, or with a multiple of them"
+        )
 
-    def fitted_to(self, places: int) -> Layout:
-        """This layout for a cache of ``places`` places: what follows or was cropped off the prompt is one to one."""
+    def fitted_to(self, places: int, mask: Tensor | None = None) -> Layout:
+        """This layout for a cache of ``places`` places: what follows the prompt is one to one.
+
+        ``mask`` : (B, T or more), 0 at the caller's padding; None = there is none.
+        """
         rows, have = self.index.shape
         if places < have:
-            return replace(
-                self, index=self.index[:, :places], real=self.real[:, :places], width=self.width - (have - places)
-            )
-        return self.then(unchanged(rows, places - have, self.index.device))
+            return self._cropped(places)
+        if places == have:
+            return self
+        more = unchanged(rows, places - have, self.index.device)
+        if mask is not None and mask.shape[1] >= self.width + more.width:
+            mask = mask[:, self.width : self.width + more.width].to(more.index.device)
+            more = more.positioned(caller_positions(mask))
+        return self.then(more)
+
+    def told(self, image: Tensor, shift: Tensor | None, log_size: Tensor | None) -> Layout:
+        """This layout with other positions or with sizes at the placeholders ``image`` (B, S') of its last S' places.
+
+        Parameters
+        ----------
+        shift : (B, S') what positions there grow by.
+        log_size : (B, S') float32.
+        """
+        position, size = self.position, self.log_size
+        old = self.places - image.shape[1]
+        if shift is not None and position is not None:
+            position = position + F.pad(shift, (old, 0))
+        if log_size is not None:
+            size = _or_zeros(size, self.index)[:, :old]
+            size = torch.cat([size, log_size], 1)
+        return replace(self, position=position, log_size=size)
+
+    def _cropped(self, places: int) -> Layout:
+        """The first ``places`` places; what follows is the first that is gone."""
+        gone, there = self.index[:, places : places + 1], self.real[:, places : places + 1]
+        column = int(gone.masked_fill(~there, -1).max())
+        width = column if column >= 0 else self.width - (self.places - places)
+        left = replace(self._each(lambda x: x[:, :places]), width=width, follows=self.follows)
+        if self.position is None:
+            return left
+        return replace(left, follows=self.position[:, places : places + 1].where(there, self.follows))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The layout with every tensor changed alike."""
+        changed = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
+
+
+def _or_zeros(log_size: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, device=like.device) if log_size is None else log_size
 
 
 def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -184,8 +259,10 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
 
 
 def caller_positions(mask: Tensor) -> Tensor:
-    """Position ids (B, T) of the columns of a prompt; padding (0 in ``mask``) does not count."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+    """Position ids (B, T + 1) of the columns of a prompt, and of the one behind it; padding (0 in ``mask``) does not
+    count.
+    """
+    return (F.pad(mask.long(), (0, 1), value=1).cumsum(1) - 1).clamp(min=0)
 
 
 def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> Tensor:
@@ -196,22 +273,43 @@ def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> T
     return gap.cumsum(1) - gap
 
 
-def place_pictures(positions: Tensor, image: Tensor, first: Sequence[Tensor]) -> Tensor:
-    """Give each visual token the position of the first patch of its group.
+def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
+    """(B, S) what positions grow by, so that each visual token has that of the first patch of its group.
 
     Parameters
     ----------
-    positions : (B, S) position ids, where the placeholders of a picture count up from the position of its first one.
-    image : (B, S) bool, True at placeholders; row by row they are the pictures in order. B may be a multiple of the
-        rows that the pictures were given for (beams): then every row is repeated in place.
+    image : (B, S) bool, True at placeholders; row by row they are the pictures in order. Positions of a picture's
+        placeholders count up. B may be a multiple of the rows that the pictures were given for (beams): then every row
+        is repeated in place.
     first : per picture (K,) the first patch of every visual token, counted within its picture.
     """
     shift = [place - torch.arange(len(place), device=place.device) for place in first]
-    return positions + at_placeholders(image, [s.to(positions.device) for s in shift])
+    return at_placeholders(image, [s.to(image.device) for s in shift])
+
+
+def borders(positions: Tensor, real: Tensor) -> Tensor:
+    """(B, T) how many samples begin up to each column of ``positions`` (B, T), where each is one more than the last.
+
+    A jump between two neighbours begins another sample, packed into the same row; there are 0 before the second one.
+    Padding (False in ``real``) is not looked at.
+    """
+    column = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    last = torch.where(real, column, -1).cummax(1).values  # the last real column up to here
+    before = F.pad(last[:, :-1], (1, 0), value=-1)
+    jump = positions - positions.gather(1, before.clamp(min=0)) != 1
+    return (jump & real & (before >= 0)).long().cumsum(1)
+
+
+def compact_positions(positions: Tensor, sample: Tensor) -> Tensor:
+    """Positions (B, S) that count up in every ``sample`` (B, S) from what its first place has in ``positions``."""
+    place = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+    begins = sample != F.pad(sample[:, :-1], (1, 0), value=-1)
+    start = torch.where(begins, place, 0).cummax(1).values
+    return positions.gather(1, start) + place - start
 
 
 def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """(B, S) with ``values`` (K,) of each picture at its placeholders, 0 elsewhere; see `place_pictures`."""
+    """(B, S) with ``values`` (K,) of each picture at its placeholders, 0 elsewhere; see `shift_to_first`."""
     flat = torch.cat(tuple(values))
     counts = image.sum(1)
     repeats = max(1, int(counts.sum()) // len(flat))

@@ -7,7 +7,6 @@ then draws as much attention as the ten did. The sizes stay on the KV cache, for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,61 +14,100 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families import PLAIN_BACKENDS, llm_obstacle
-from .layout import at_placeholders, place_pictures
+from ..stats import Stats
+from . import caches
+from .layout import Layout, at_placeholders, shift_to_first
 from .state import CALL, Call
-
-SIZE_MARK = "_pitome_log_size"  # on a KV cache: (B, P) float32, log(size) of what stands at each of its places
 
 
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the LLM: the tower has run, so visual tokens can take their positions and their sizes."""
-    call, past = kwargs.get(CALL), kwargs.get("past_key_values")
-    if call is None:
-        return None if marked(past) is None else (args, _biased(language, None, (), kwargs))
-    call.reached = True
+    handle, call, past = language._pitome, kwargs.get(CALL), caches.cache_in(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name != CALL}
-    stats, plan = language._pitome.state.stats, language._pitome.plan
-    pictures = stats is not None and bool(call.image.any())
-    weighed = pictures and plan is not None and plan.llm_size_bias and plan.keep < plan.available
-    if pictures and call.move and kwargs.get("position_ids") is not None:
-        kwargs = _moved(language, call, stats.first, kwargs)
-    if weighed or marked(past) is not None:
-        kwargs = _biased(language, call, stats.sizes if weighed else (), kwargs)
-    return args, kwargs
+    embeds = kwargs.get("inputs_embeds")
+    tokens = kwargs.get("input_ids") if embeds is None else embeds
+    layout = caches.mark_of(past)
+    if call is not None:
+        call.reached = True
+        layout = layout if call.layout is None else _told(call, handle.state.stats, len(tokens))
+    if layout is None:
+        return args, kwargs
+    changed: dict[str, Any] = {}
+    if layout.position is not None and (kwargs.get("position_ids") is None or (call is not None and call.move)):
+        _check_gaps(language.config)
+        changed["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
+    sample = call.sample if call is not None and not _fills_cache(language, kwargs) else None
+    if layout.log_size is not None:
+        check(language.config)
+        changed["attention_mask"] = _biased(language, layout, tokens, kwargs, sample)
+    elif layout.position is not None and past is None and kwargs.get("attention_mask") is None:
+        changed["attention_mask"] = _explicit(language, tokens, sample)
+    return args, {**kwargs, **changed}
 
 
-def _moved(language: nn.Module, call: Call, first: Sequence[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Visual tokens at the positions of the first patches of their groups, (K,) for each picture."""
-    if language.config._attn_implementation not in PLAIN_BACKENDS:
+def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
+    """The layout of a call, for ``rows`` rows, with what the LLM is told of its pictures."""
+    if call.told is None:
+        layout, image = call.layout.repeated(rows), call.image
+        if call.move or call.weigh:
+            image = image.repeat_interleave(rows // len(image), 0)
+            shift = shift_to_first(image, stats.first) if call.move else None
+            log_sizes = [size.to(image.device).log() for size in stats.sizes]
+            layout = layout.told(image, shift, at_placeholders(image, log_sizes) if call.weigh else None)
+        call.told = layout
+    return call.told
+
+
+def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
+    """Position ids (B, S) of the ``tokens`` (B, S) or (B, S, C) behind what a KV cache holds."""
+    width = tokens.shape[1]
+    return layout.fitted_to(caches.length_of(past) + width).position[:, -width:].to(tokens.device)
+
+
+def _fills_cache(language: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the LLM has a KV cache in this call, as it then takes no position ids for borders of packed samples."""
+    if caches.cache_in(kwargs) is not None:
+        return True
+    asked = kwargs.get("use_cache")
+    checkpointing = language.training and getattr(language, "gradient_checkpointing", False)
+    return bool(getattr(language.config, "use_cache", False) if asked is None else asked) and not checkpointing
+
+
+def _explicit(language: nn.Module, tokens: Tensor, sample: Tensor | None) -> Tensor:
+    """A mask that says what sdpa would read out of gaps between position ids where there is none."""
+    nothing = torch.zeros(tokens.shape[:2], device=tokens.device)
+    if sample is None:
+        return torch.ones_like(nothing, dtype=torch.long)
+    return biased_mask(nothing, tokens.shape[1], None, None, _dtype(language, tokens), sample)
+
+
+def _biased(
+    language: nn.Module, layout: Layout, tokens: Tensor, kwargs: dict[str, Any], sample: Tensor | None
+) -> Tensor | dict[str, Tensor]:
+    """The attention mask of a call with log(size) of the keys; a dict where there is one for every kind of layer."""
+    past, mask, queries = caches.cache_in(kwargs), kwargs.get("attention_mask"), tokens.shape[1]
+    log_size, dtype = layout.log_size.to(tokens.device), _dtype(language, tokens)
+
+    def biased(one: Tensor | None) -> Tensor:
+        if one is not None and one.dim() == 4:  # how long the cache is does not matter
+            return biased_mask(log_size, queries, past, one, dtype)
+        keys = caches.length_of(past) + queries
+        return biased_mask(F.pad(log_size, (0, keys - log_size.shape[1])), queries, past, one, dtype, sample)
+
+    return {kind: biased(one) for kind, one in mask.items()} if isinstance(mask, dict) else biased(mask)
+
+
+def _dtype(language: nn.Module, tokens: Tensor) -> torch.dtype:
+    return tokens.dtype if tokens.is_floating_point() else language.dtype
+
+
+def _check_gaps(config: Any) -> None:
+    """ValueError if the LLM of ``config`` reads more out of positions than where tokens are."""
+    if config._attn_implementation not in PLAIN_BACKENDS:
         raise ValueError(
-            f"positions='original' does not go with {language.config._attn_implementation!r} in the LLM, which takes "
+            f"positions='original' does not go with {config._attn_implementation!r} in the LLM, which takes "
             "gaps between positions for borders of packed sequences; load with attn_implementation='sdpa'"
         )
-    positions = kwargs["position_ids"]
-    image = call.image.to(positions.device)
-    kwargs = {**kwargs, "position_ids": place_pictures(positions, image, first)}
-    if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-        kwargs["attention_mask"] = torch.ones_like(image, dtype=torch.long)  # else sdpa sees packed sequences too
-    return kwargs
-
-
-def _biased(language: nn.Module, call: Call | None, sizes: Sequence[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keys of visual tokens with log(size) in the attention mask; ``call`` brings new ones of ``sizes`` (K,)."""
-    check(language.config)
-    past = kwargs.get("past_key_values")
-    embeds = kwargs.get("inputs_embeds")
-    tokens = kwargs["input_ids"] if embeds is None else embeds
-    fresh = torch.zeros(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
-    if len(sizes):
-        log_sizes = [size.to(tokens.device).log() for size in sizes]
-        fresh = at_placeholders(call.image.to(tokens.device), log_sizes)
-    log_size = continued(past, fresh)
-    mark(past, log_size)
-    if call is not None:
-        call.log_size = log_size  # for the cache that the model makes itself
-    dtype = language.dtype if embeds is None else embeds.dtype
-    mask = biased_mask(log_size, tokens.shape[1], past, kwargs.get("attention_mask"), dtype)
-    return {**kwargs, "attention_mask": mask}
 
 
 def check(config: Any) -> None:
@@ -82,32 +120,9 @@ def check(config: Any) -> None:
         )
 
 
-def marked(past: Any) -> Tensor | None:
-    """The log sizes that a KV cache carries."""
-    return getattr(past, SIZE_MARK, None)
-
-
-def mark(past: Any, log_size: Tensor) -> None:
-    """Remember ``log_size`` (B, P) on a KV cache."""
-    if past is not None:
-        setattr(past, SIZE_MARK, log_size)
-
-
-def continued(past: Any, fresh: Tensor) -> Tensor:
-    """Log sizes (B, P + S) of a cache of P places and of the S columns of ``fresh`` (B, S) behind it."""
-    length = 0 if past is None else int(past.get_seq_length())
-    before = marked(past)
-    if before is None:
-        before = fresh.new_zeros(len(fresh), 0)
-    if len(before) != len(fresh):  # beams or several answers repeat each row of the prompt
-        if len(fresh) % len(before):
-            raise ValueError(f"the KV cache was filled with {len(before)} rows; got {len(fresh)}, no multiple of them")
-        before = before.repeat_interleave(len(fresh) // len(before), 0)
-    before = F.pad(before[:, :length], (0, max(length - before.shape[1], 0)))  # cropped, or text since then
-    return torch.cat([before, fresh], 1)
-
-
-def biased_mask(log_size: Tensor, queries: int, past: Any, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def biased_mask(
+    log_size: Tensor, queries: int, past: Any, mask: Tensor | None, dtype: torch.dtype, sample: Tensor | None = None
+) -> Tensor:
     """The additive attention mask: causal, without padding, with log(size) of the keys.
 
     Parameters
@@ -117,6 +132,7 @@ def biased_mask(log_size: Tensor, queries: int, past: Any, mask: Tensor | None, 
     past : the KV cache or None; a static one has room for more keys than there are.
     mask : (B, T or more), 0 at padding; or (B, 1, queries, keys), True or 0 where a query sees a key, as generate()
         prepares it for static caches; None = no padding.
+    sample : (B, T), the same number for tokens that see each other; None = all do.
 
     Returns
     -------
@@ -126,12 +142,12 @@ def biased_mask(log_size: Tensor, queries: int, past: Any, mask: Tensor | None, 
     keys = log_size.shape[1]
     room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)  # of a static cache
     if mask is None or mask.dim() == 2:
-        mask = F.pad(_causal(log_size, queries, mask), (0, room - keys))
+        mask = F.pad(_causal(log_size, queries, mask, sample), (0, room - keys))
     bias = F.pad(log_size, (0, mask.shape[-1] - keys)).to(dtype)[:, None, None]
     return bias.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
 
 
-def _causal(log_size: Tensor, queries: int, real: Tensor | None) -> Tensor:
+def _causal(log_size: Tensor, queries: int, real: Tensor | None, sample: Tensor | None) -> Tensor:
     """(B, 1, queries, T) bool, True where a query sees a key; a query in the padding sees itself."""
     rows, keys = log_size.shape
     columns = torch.arange(keys, device=log_size.device)
@@ -139,4 +155,6 @@ def _causal(log_size: Tensor, queries: int, real: Tensor | None) -> Tensor:
     seen = (columns <= asking).expand(rows, -1, -1)
     if real is not None:
         seen = (seen & (real[:, None, :keys] != 0)) | (columns == asking)
+    if sample is not None:
+        seen = seen & (sample[:, None, :] == sample[:, keys - queries :, None])
     return seen[:, None]

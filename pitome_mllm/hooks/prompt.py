@@ -11,21 +11,42 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.features import pixels_in
 from ..plan import Plan
 from ..stats import Stats
-from . import columns, llm, tiles
-from .layout import Layout, caller_positions, missing_before, restore_prompt, shorten, take_all, unchanged
+from . import caches, columns, tiles
+from .layout import (
+    Layout,
+    borders,
+    caller_positions,
+    compact_positions,
+    missing_before,
+    restore_prompt,
+    shorten,
+    take_all,
+    unchanged,
+)
 from .state import CALL, Attached, Call
-from .validate import check_call, check_count, check_features_alone, check_no_pictures, check_pictures
+from .validate import (
+    check_call,
+    check_chunks,
+    check_count,
+    check_features_alone,
+    check_mask,
+    check_no_pictures,
+    check_pictures,
+    check_positions,
+    check_restart,
+    check_whole,
+)
 
 logger = logging.getLogger(__name__)
 
 # Whose generate() runs, innermost last: a draft model gets the pictures as the model that asks it has encoded them.
 _generating: ContextVar[tuple[Attached, ...]] = ContextVar("pitome_generating", default=())
-CACHE_MARK = "_pitome_layout"  # on a KV cache: the `Layout` of the prompt that filled it
 
 
 def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | None:
@@ -34,7 +55,7 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not behind it (forward).
     """
     _tell_videos(handle, kwargs)
-    marked = getattr(kwargs.get("past_key_values"), CACHE_MARK, None)
+    length, marked = _cached(kwargs)
     if marked is not None or pixels_in(kwargs) is not None:
         check_call(handle, kwargs)
     full, kept = _pictures(handle, kwargs)
@@ -42,18 +63,17 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
         check_no_pictures(handle, kwargs)
         return None
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
-    seen = _seen(kwargs.get("past_key_values"), marked, image)
-    if mask is not None and (mask.dim() != 2 or mask.shape[1] < image.shape[1]):
-        raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit; pass the processor's (B, T) mask")
+    check_mask(mask, image.shape[1])
+    original = _original(handle.plan) if marked is None else marked.position is not None
+    seen = _seen(length, marked, image, mask, original)
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
     fresh = image[:, seen.width if with_past else 0 :]
     real = _inferred_mask(model, kwargs, image) if mask is None else mask
     real = real[:, real.shape[1] - fresh.shape[1] :]
     count, merged = int(fresh.sum()), full != kept
     short = count > 0 and count == sum(kept)
-    first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
-    original = _original(handle.plan) if marked is None else marked.original
-    move = original and count > 0 and merged
+    weighs = handle.plan is not None and handle.plan.llm_size_bias
+    move, weigh = (told and count > 0 and merged for told in (original, weighs))
     if merged and pixels_in(kwargs) is not None:
         if count or seen is None:  # assistants get the pictures of a prompt that is in the cache already
             check_count(handle, count, full, kept)
@@ -63,19 +83,28 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
         if merged and lent is None and not drafting:
             check_features_alone(handle.plan, kwargs, move, short)
-        move = move and lent is not None
+        move, weigh = move and lent is not None, weigh and lent is not None
 
+    first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
+    restart = _restarting(kwargs, real, seen)
+    positions, given = caller_positions(real), kwargs.get("position_ids")
     if merged and count == sum(full):
         new = shorten(fresh, real, full, kept)
-    elif marked is not None:
+    elif marked is None and not (short and merged and (move or weigh or (original and given is not None))):
+        return Call(kwargs, image)  # nothing is told; or features alone, of which the model refuses a wrong number
+    else:
         new = unchanged(*fresh.shape, fresh.device)
-    else:  # already short; or features alone, of which the model refuses a wrong number
-        if move and short and (pixels_in(kwargs) is not None or kwargs.get("position_ids") is None):
-            positions = caller_positions(real) + missing_before(fresh, full, kept)
-            kwargs = {**kwargs, "position_ids": positions + first}
-        return Call(kwargs, image, move=move)
-    layout = replace(new if seen is None else seen.then(new), original=original)
-    return _shortened(model, Call(kwargs, image, layout, move), new, first)
+        if original and short and merged:
+            check_whole(restart)
+            if move and (pixels_in(kwargs) is not None or given is None):
+                positions = positions + missing_before(F.pad(fresh, (0, 1)), full, kept)
+            elif given is not None:  # features alone: of their places only the caller knows
+                given = given[:, -fresh.shape[1] :].expand(len(fresh), -1)
+                positions, restart = _and_next(given - first - (0 if seen is None else seen.follows)), None
+    new, sample, ids = _placed(new, real, positions, None if restart is None else restart - first, original)
+    layout = new if seen is None else seen.then(new)
+    call = Call(kwargs, image, layout, move, weigh, sample if mask is None else None)
+    return _shortened(model, call, new, ids, first)
 
 
 def _lent(tokens: int) -> Stats | None:
@@ -92,6 +121,51 @@ def _original(plan: Plan | None) -> bool:
     return plan is not None and plan.positions == "original"
 
 
+def _cached(kwargs: dict[str, Any]) -> tuple[int, Layout | None]:
+    """The places that a call's KV cache holds, and the layout of what it was filled with."""
+    past = caches.cache_in(kwargs)
+    length = caches.length_of(past)
+    if past is not None and not length:
+        caches.forget(past)  # it was emptied layer by layer
+    return length, caches.mark_of(past)
+
+
+def _restarting(kwargs: dict[str, Any], real: Tensor, seen: Layout | None) -> Tensor | None:
+    """The caller's position ids (B, T) where they restart within a row, which packs several samples; else None."""
+    given = kwargs.get("position_ids")
+    if given is None:
+        return None
+    check_positions(given, real, behind=seen is not None)
+    given = given[:, -real.shape[1] :].expand(len(real), -1).to(real.device)
+    if given.shape != real.shape or not bool(borders(given, real != 0).any()):
+        return None
+    check_restart(behind=seen is not None)
+    return given
+
+
+def _placed(
+    new: Layout, real: Tensor, positions: Tensor, restart: Tensor | None, original: bool
+) -> tuple[Layout, Tensor | None, Tensor | None]:
+    """The layout with positions, if it is to have any; of packed samples also which one (B, S) every place belongs to,
+    and position ids where the layout has none.
+    """
+    if restart is None:
+        return (new.positioned(positions) if original else new), None, None
+    begin = restart.gather(1, (real != 0).to(torch.int8).argmax(1, keepdim=True))
+    positions = restart.where(real != 0, begin)  # of padding such that no neighbour follows on it
+    new = new.positioned(_and_next(positions))
+    new = replace(new, position=new.position.where(new.real, begin))
+    sample = new.take(borders(restart, real != 0), -1)
+    if original:
+        return new, sample, None
+    return replace(new, position=None, follows=None), sample, compact_positions(new.position, sample)
+
+
+def _and_next(positions: Tensor) -> Tensor:
+    """``positions`` (B, T) with the one behind them, (B, T + 1)."""
+    return torch.cat([positions, positions.amax(1, keepdim=True) + 1], 1)
+
+
 def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
     """Warn, once, that videos pass through as in the plain model."""
     if handle.family.videos and kwargs.get("pixel_values_videos") is not None and not handle.told_of_videos:
@@ -99,20 +173,22 @@ def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
         logger.warning("videos are not merged in %s: %s", type(handle.model).__name__, handle.family.videos)
 
 
-def _shortened(model: nn.Module, call: Call, new: Layout, first: int) -> Call:
-    """The call with its per-token tensors in its layout, or in ``new`` where they hold the tokens of this call only."""
+def _shortened(model: nn.Module, call: Call, new: Layout, ids: Tensor | None, first: int) -> Call:
+    """The call with its per-token tensors in its layout, or in ``new`` where they hold the tokens of this call only.
+
+    ``ids`` : position ids (B, S) where the layout has none and they are not the usual ones.
+    """
     layout, mask = call.layout, call.kwargs.get("attention_mask")
     short = take_all(call.kwargs, _pad_id(model), layout, new)
     for name in ("position_ids", "cache_position"):  # they count the caller's columns
         short.pop(name, None)
-    if mask is None and not bool(layout.real.all()):
+    if mask is None and call.sample is None and not bool(layout.real.all()):
         short["attention_mask"] = layout.real.long()
     image = (layout if call.image.shape[1] == layout.width else new).take(call.image, False)
-    if layout.original:
-        real = torch.ones_like(layout.index[:, :1]).expand(-1, layout.width) if mask is None else mask
-        positions = layout.take(caller_positions(real), 0) + first
-        short["position_ids"] = positions[:, positions.shape[1] - image.shape[1] :]
-    made = Call(short, image, layout, call.move)
+    ids = layout.position if layout.position is not None else ids
+    if ids is not None:
+        short["position_ids"] = ids[:, ids.shape[1] - image.shape[1] :] + first
+    made = Call(short, image[:, image.shape[1] - new.places :], layout, call.move, call.weigh, call.sample)
     made.fresh = new
     return made
 
@@ -162,26 +238,20 @@ def _inferred_mask(model: nn.Module, kwargs: dict[str, Any], image: Tensor) -> T
     return ids != pad
 
 
-def _seen(past: Any, marked: Layout | None, image: Tensor) -> Layout | None:
-    """The layout of what a KV cache with the mark ``marked`` holds; None if it holds nothing."""
-    length = 0 if past is None else int(past.get_seq_length())
+def _seen(length: int, marked: Layout | None, image: Tensor, mask: Tensor | None, original: bool) -> Layout | None:
+    """The layout of a KV cache of ``length`` places with the mark ``marked``; None if it holds nothing."""
     if not length:
         return None
     if marked is None:
-        return unchanged(len(image), length, image.device)
-    return marked.fitted_to(length).repeated(len(image))
+        start = unchanged(len(image), 0, image.device)
+        marked = start.positioned(caller_positions(start.real)) if original else start
+    return marked.repeated(len(image)).fitted_to(length, mask)
 
 
 def _pad_id(model: nn.Module) -> int:
     pad = model.generation_config.pad_token_id
     pad = model.config.get_text_config().pad_token_id if pad is None else pad
     return 0 if pad is None else pad
-
-
-def _mark(past: Any, layout: Layout | None) -> None:
-    """Remember on a KV cache how the caller's columns map to its places."""
-    if past is not None and layout is not None:
-        setattr(past, CACHE_MARK, layout)
 
 
 def _tell(handle: Attached, layout: Layout | None) -> None:
@@ -213,9 +283,10 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
             call = rewrite(model, handle, kwargs, whole=True)
         if call is None:
             return plain(**kwargs)
-        short = call.kwargs
+        short = {**call.kwargs, **_callbacks(handle, kwargs, _width(call.kwargs))}
         if call.layout is not None:
-            short = {**short, **_lengths(model, kwargs, _width(short)), **_callbacks(kwargs, _width(short))}
+            check_chunks(model, _option(model, kwargs, "prefill_chunk_size"), _width(short))
+            short.update(_lengths(model, kwargs, _width(short)))
         _generating.set((*outer, handle))
         with handle.choosing(handle.plan, call):  # prompts are short already, and the plan stays what it is
             out = plain(**short)
@@ -226,9 +297,6 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
         return out
     _tell(handle, call.layout)
     sequences = out if isinstance(out, Tensor) else out.sequences
-    layout = call.layout.repeated(len(sequences))
-    _mark(kwargs.get("past_key_values"), layout)
-    _mark(getattr(out, "past_key_values", None), layout)
     if kwargs.get("input_ids") is None:  # from embeddings: sequences hold the new ids only
         return out
     sequences = restore_prompt(sequences, kwargs["input_ids"], _width(short))
@@ -243,15 +311,20 @@ def _width(kwargs: dict[str, Any]) -> int:
     return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
 
 
+def _option(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+    """What a generate() is asked for by this name, in its arguments or in a configuration; None if nothing is."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    asked = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in asked if value is not None), None)
+
+
 def _lengths(model: nn.Module, kwargs: dict[str, Any], short: int) -> dict[str, int]:
     """max_length and min_length, which count the caller's prompt, for a prompt of ``short`` columns."""
-    configs = [c for c in (kwargs.get("generation_config"), model.generation_config) if c is not None]
     width, fitted = _width(kwargs), {}
     for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if any(v is not None for v in (kwargs.get(new_tokens), *(getattr(c, new_tokens, None) for c in configs))):
+        if _option(model, kwargs, new_tokens) is not None:
             continue  # counts new tokens only, and takes precedence
-        asked = [kwargs.get(name), *(getattr(c, name, None) for c in configs)]
-        length = next((v for v in asked if v is not None), None)
+        length = _option(model, kwargs, name)
         if name == "max_length" and length is not None and length <= width:
             raise ValueError(
                 f"max_length={length} leaves no room behind a prompt of {width} tokens; give max_new_tokens"
@@ -261,16 +334,21 @@ def _lengths(model: nn.Module, kwargs: dict[str, Any], short: int) -> dict[str, 
     return fitted
 
 
-def _callbacks(kwargs: dict[str, Any], short: int) -> dict[str, Any]:
-    """The caller's stopping criteria and logits processors, made to see the caller's prompt and not the short one."""
+def _callbacks(handle: Attached, kwargs: dict[str, Any], short: int) -> dict[str, Any]:
+    """The caller's stopping criteria and logits processors, made to see the caller's prompt and not the short one.
+
+    They may run the model, too, with prompts and KV caches of their own: those are no part of this generate().
+    """
     prompt, wrapped = kwargs.get("input_ids"), {}
-    if prompt is None:  # from embeddings: they see the new ids only, as always
-        return wrapped
+
+    def restored(ids: Tensor, rows: slice = slice(None)) -> Tensor:
+        return ids if prompt is None else restore_prompt(ids, prompt[rows], short)  # from embeddings: new ids only
 
     def seeing(callback: Callable) -> Callable:
         @wraps(callback, assigned=())  # attributes such as eos_token_id, which transformers looks for
         def call(ids: Tensor, scores: Any, **more: Any) -> Any:
-            return callback(restore_prompt(ids, prompt, short), scores, **more)
+            with handle.choosing(handle.plan, outside=True):
+                return callback(restored(ids), scores, **more)
 
         return call
 
@@ -279,61 +357,73 @@ def _callbacks(kwargs: dict[str, Any], short: int) -> dict[str, Any]:
             wrapped[name] = type(kwargs[name])(map(seeing, kwargs[name]))
     allowed = kwargs.get("prefix_allowed_tokens_fn")
     if allowed is not None:
-        wrapped["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-            row, restore_prompt(ids[None], prompt[row : row + 1], short)[0]
-        )
+
+        def allowed_of(row: int, ids: Tensor) -> list[int]:
+            with handle.choosing(handle.plan, outside=True):
+                return allowed(row, restored(ids[None], slice(row, row + 1))[0])
+
+        wrapped["prefix_allowed_tokens_fn"] = allowed_of
     return wrapped
 
 
 # forward(): hooks
 
 
-def before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the model: shorten the prompt. The decoding loop passes through at once."""
-    handle = model._pitome
-    handle.check_calls(model)
+def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the model and of its core: shorten the prompt. The decoding loop passes through at once."""
+    if CALL in kwargs:  # the model calls its core
+        return None
+    handle = module._pitome
+    handle.check_calls(module)
     if args:
-        kwargs = {**dict(zip(_names(type(model).forward)[1:], args)), **kwargs}
+        kwargs = {**dict(zip(_names(type(module).forward)[1:], args)), **kwargs}
     generating = handle.generating
     if generating is not None:
-        full, kept = _pictures(handle, kwargs)
-        if not kept:
+        if pixels_in(kwargs) is None and kwargs.get("mm_encoder_outputs") is None:
             return None
-        image = _placeholders(model, kwargs)
-        if kept == full or int(image.sum()) != sum(full):  # the prompt that generate() shortened
-            return (), {**kwargs, CALL: Call(kwargs, image, move=generating.move)}
+        if _is_part(handle.model, generating, kwargs):
+            part = generating if pixels_in(kwargs) is None else generating.again()
+            part.owner = module
+            return (), {**kwargs, CALL: part}
     _forget_encoded(handle)
-    call = rewrite(model, handle, kwargs, whole=False)
+    call = rewrite(handle.model, handle, kwargs, whole=False)
     if call is None:
         return None
+    call.owner = module
     needed: dict[str, Any] = {}
     if call.fresh is not None:
         at_caller = handle.plan is not None and handle.plan.logits == "caller"
-        call.answer, needed = columns.columns_of(call.fresh, kwargs, at_caller)
+        asked = kwargs if module is handle.model else {**kwargs, "logits_to_keep": 0}  # the core makes no logits
+        call.answer, needed = columns.columns_of(call.fresh, asked, at_caller)
         needed |= columns.labels_left(kwargs, call.kwargs)
     return (), {**call.kwargs, **needed, CALL: call}
 
 
-def after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the model, also called after an error: remember layout and sizes on the KV cache that is full.
+def _is_part(model: nn.Module, generating: Call, kwargs: dict[str, Any]) -> bool:
+    """Whether the placeholders of a call are those that the prompt of a running generate() has at these places."""
+    image, length = _placeholders(model, kwargs), caches.length_of(caches.cache_in(kwargs))
+    return generating.layout is None or torch.equal(image, generating.part(*image.shape, length))
 
-    What the model returned comes to the caller's columns where they are asked for.
+
+def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the model and of its core, also called after an error: the KV cache that is full, perhaps one
+    that the LLM made itself, gets its layout, and what was returned comes to the caller's columns if it is to.
     """
-    handle, call = model._pitome, kwargs.get(CALL)
+    handle, call = module._pitome, kwargs.get(CALL)
     if handle.generating is None:
         _forget_encoded(handle)
-    if call is None or output is None:
+    if call is None or output is None or call.owner is not module:
         return None
-    if not call.reached and (call.move or (handle.plan is not None and handle.plan.llm_size_bias)):
+    if not call.reached and (call.move or call.weigh):
         raise RuntimeError(
-            f"the LLM of {type(model).__name__} did not get what merging hands down to it: something replaced it, or a "
-            "forward on the way to it, after attach; call handle.remove() and attach again"
+            f"the LLM of {type(handle.model).__name__} did not get what merging hands down to it: something replaced "
+            "it, or a forward on the way to it, after attach; call handle.remove() and attach again"
         )
-    past = getattr(output, "past_key_values", None)
-    _mark(past, call.layout)
+    past = caches.cache_in(kwargs)
+    past = caches.cache_of(output) if past is None else past
+    if past is not None and call.told is not None:
+        caches.remember(past, call.told)
     _tell(handle, call.layout)
-    if call.log_size is not None and llm.marked(past) is None:
-        llm.mark(past, call.log_size)
     return None if call.answer is None else call.answer.restore(output)
 
 

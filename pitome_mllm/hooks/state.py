@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families import FamilySpec, Geometry
@@ -39,20 +40,46 @@ class Call:
     ----------
     kwargs : the arguments, with every per-token tensor shortened.
     image : (B, S) bool, the placeholders among the tokens of this call.
-    layout : the caller's column at every place of the KV cache after this call; None if they are the same.
+    layout : what every place of the KV cache is after this call; None if the caller's columns are.
     move : visual tokens take their original positions as soon as the tower has run.
+    weigh : the LLM is told how many patches they stand for.
+    sample : (B, S) int64, the sample that a token belongs to where several are packed into one row; else None.
     fresh : the layout of the tokens of this call only; None if they are the caller's.
     answer : how the output of this call comes to the caller's columns; None if it stays as it is.
+    owner : the module whose call it is, the model or its core.
+    told : the layout with those positions and sizes, for the rows that the LLM had, once it was called.
     reached : the LLM was called.
-    log_size : (B, P) of the places of the KV cache after this call, once the LLM was called; None if all are 0.
     """
 
-    def __init__(self, kwargs: dict[str, Any], image: Tensor, layout: Layout | None = None, move: bool = False) -> None:
-        self.kwargs, self.image, self.layout, self.move = kwargs, image, layout, move
+    def __init__(
+        self,
+        kwargs: dict[str, Any],
+        image: Tensor,
+        layout: Layout | None = None,
+        move: bool = False,
+        weigh: bool = False,
+        sample: Tensor | None = None,
+    ) -> None:
+        self.kwargs, self.image, self.layout = kwargs, image, layout
+        self.move, self.weigh, self.sample = move, weigh, sample
         self.fresh: Layout | None = None
         self.answer: Columns | None = None
+        self.owner: nn.Module | None = None
+        self.told: Layout | None = None
         self.reached = False
-        self.log_size: Tensor | None = None
+
+    def again(self) -> Call:
+        """The same call with pictures that are encoded anew."""
+        return Call(self.kwargs, self.image, self.layout, self.move, self.weigh, self.sample)
+
+    def part(self, rows: int, width: int, length: int) -> Tensor:
+        """(``rows``, ``width``) of ``image``, behind ``length`` places of a KV cache.
+
+        generate() may repeat rows, split the prompt into chunks, and bring it again with the tokens that followed.
+        """
+        start = max(length - self.layout.places + self.image.shape[1], 0)
+        image = self.image.repeat_interleave(max(rows // len(self.image), 1), 0)
+        return F.pad(image, (0, max(start + width - image.shape[1], 0)))[:, start : start + width]
 
 
 class Encoded:
@@ -90,11 +117,12 @@ class Choice:
     ----------
     plan : what to do; None = the plain model.
     call : the prompt of the generate() that runs with it; None if it is of `using`.
+    outside : a generate() calls a function of its caller's, which is no part of it.
     closed : it counts no more, wherever it is still listed.
     """
 
-    def __init__(self, plan: Plan | None, call: Call | None = None) -> None:
-        self.plan, self.call, self.closed = plan, call, False
+    def __init__(self, plan: Plan | None, call: Call | None = None, outside: bool = False) -> None:
+        self.plan, self.call, self.outside, self.closed = plan, call, outside, False
 
     def close(self) -> None:
         self.plan, self.call, self.closed = None, None, True
@@ -136,7 +164,7 @@ class Attached:
         self.language: nn.Module = model.get_submodule(family.language)
         self.core: nn.Module = model.get_submodule(family.core)
         self.features = selected_features(vars(model.config))
-        self.places: dict[tuple, Places] = {}  # how the model packs a picture of each size that it saw
+        self.places: dict[tuple, Places] = {}  # how the model packs a picture of the last few sizes
         self.told_of_videos = False
         self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
         self._plan = plan
@@ -164,12 +192,13 @@ class Attached:
     @property
     def generating(self) -> Call | None:
         """The prompt of the generate() that the calling task or thread is in."""
-        return next((choice.call for choice in reversed(self.state.choices) if choice.call is not None), None)
+        innermost = (choice for choice in reversed(self.state.open) if choice.call is not None or choice.outside)
+        return next((choice.call for choice in innermost), None)
 
     @contextmanager
-    def choosing(self, plan: Plan | None, call: Call | None = None) -> Iterator[None]:
-        """``plan`` within a ``with`` block, and while generate() runs with ``call``."""
-        choice = Choice(plan, call)
+    def choosing(self, plan: Plan | None, call: Call | None = None, outside: bool = False) -> Iterator[None]:
+        """``plan`` within a ``with`` block, while generate() runs with ``call``, or calls what is ``outside`` of it."""
+        choice = Choice(plan, call, outside)
         self.note(choices=(*self.state.open, choice))
         try:
             yield

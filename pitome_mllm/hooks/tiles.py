@@ -26,6 +26,8 @@ from ..stats import Stats
 from .merging import merge_rounds
 from .state import Attached, Encoded
 
+SIZES = 64  # of pictures whose packing is remembered
+
 
 def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Visual tokens of every picture of a call: of the plain model, and as many as it will have."""
@@ -66,11 +68,15 @@ def _places_of(handle: Attached, kwargs: dict[str, Any]) -> list[Places]:
 
 
 def _places(handle: Attached, size: Any, cut: bool) -> Places:
-    """The model's own packing of a picture of ``size`` (height, width), cut into tiles or not; found once per size."""
+    """The model's own packing of a picture of ``size`` (height, width), cut into tiles or not; found once for
+    the last sizes.
+    """
     key = (*(int(side) for side in size), cut)
-    if key not in handle.places:
-        handle.places[key] = _learned(handle.core, key[:2], cut)
-    return handle.places[key]
+    place = handle.places.get(key)
+    if place is None:
+        place = _learned(handle.core, key[:2], cut)
+        handle.places = {**dict(list(handle.places.items())[1 - SIZES :]), key: place}  # threads may read the old one
+    return place
 
 
 def _learned(core: nn.Module, size: tuple[int, int], cut: bool) -> Places:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..families.features import PIXELS, selected_features
 from ..plan import Plan
+from .caches import cache_in, length_of
 from .state import Attached
 
 ADVICE = "use the model's own processor, and pass its whole output"
@@ -53,9 +54,9 @@ def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
 
 def check_no_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     """ValueError if a prompt that starts here has image placeholders; for calls without pictures."""
-    ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    ids = kwargs.get("input_ids")
     elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
-    if handle.plan is None or ids is None or elsewhere or (past is not None and past.get_seq_length()):
+    if handle.plan is None or ids is None or elsewhere or length_of(cache_in(kwargs)):
         return
     count = int((ids == handle.model.config.image_token_id).sum())
     if count:
@@ -110,4 +111,46 @@ def check_features_alone(plan: Plan, kwargs: Mapping[str, Any], move: bool, shor
         raise ValueError(
             "llm_size_bias=True does not go with mm_encoder_outputs, whose sizes are not known; pass the pictures "
             "themselves as pixel_values, or attach with llm_size_bias=False"
+        )
+
+
+def check_mask(mask: Any, width: int) -> None:
+    """ValueError unless an attention mask is (B, T) with at least ``width`` columns, or None."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < width):
+        got = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"as {type(mask).__name__}"
+        raise ValueError(f"got attention_mask {got}, which does not fit; pass the processor's (B, T) mask")
+
+
+def check_positions(given: Any, real: Tensor, behind: bool) -> None:
+    """ValueError unless position ids are (B or 1, T); ``behind`` a KV cache other widths are the caller's count."""
+    fits = isinstance(given, Tensor) and given.dim() == 2 and len(given) in (1, len(real))
+    if not fits or (given.shape[1] != real.shape[1] and not behind):
+        got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"as {type(given).__name__}"
+        raise ValueError(f"got position_ids {got}, expected {tuple(real.shape)}, one per column of the prompt; or none")
+
+
+def check_restart(behind: bool) -> None:
+    """ValueError for samples packed into a row ``behind`` a KV cache."""
+    if behind:
+        raise ValueError(
+            "got position_ids that restart, with a KV cache in front of them; give packed samples in one call, or "
+            "position_ids that count on"
+        )
+
+
+def check_whole(restart: Tensor | None) -> None:
+    """ValueError for samples packed into a row whose prompt is short already."""
+    if restart is not None and bool((restart.diff(dim=1) < 1).any()):
+        raise ValueError(
+            "positions='original' does not go with a short prompt whose position_ids restart; pass the processor's "
+            "whole prompt"
+        )
+
+
+def check_chunks(model: nn.Module, size: int | None, width: int) -> None:
+    """ValueError for a prompt of ``width`` tokens in chunks of ``size`` where its tokens see what follows them."""
+    if size is not None and size < width and hasattr(type(model), "create_masks_for_generate"):
+        raise ValueError(
+            f"prefill_chunk_size={size} does not go with {type(model).__name__}, whose prompt tokens also see those "
+            "behind them, which later chunks bring; leave it out"
         )

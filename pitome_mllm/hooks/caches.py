@@ -1,0 +1,87 @@
+"""KV caches: which one a call fills, and the `Layout` of what it holds, which follows whatever callers do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .layout import Layout
+
+NAMES = ("past_key_values", "cache")  # of the argument; the latter since transformers 5.24
+MARK = "_pitome_layout"  # the attribute on a cache
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a call, by either name; None if there is none."""
+    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in a model's output, a dict or a tuple; None if there is none."""
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
+
+
+def length_of(past: Any) -> int:
+    """The places that a KV cache holds."""
+    return 0 if past is None else int(past.get_seq_length())
+
+
+def mark_of(past: Any) -> Layout | None:
+    """The layout that was remembered on a KV cache; what it holds may be longer by now, one to one."""
+    return getattr(past, MARK, None)
+
+
+def remember(past: Any, layout: Layout) -> None:
+    """Keep ``layout`` on a KV cache: it follows the rows and places of the cache from now on."""
+    setattr(past, MARK, layout)
+    for name in _CHANGES:
+        if hasattr(type(past), name):
+            setattr(past, name, _Followed(past, name))
+
+
+def forget(past: Any) -> None:
+    """Leave nothing of ours on a KV cache."""
+    for name in (MARK, *_CHANGES):
+        vars(past).pop(name, None)
+
+
+class _Followed:
+    """A method of a KV cache that changes the cache's layout alike."""
+
+    def __init__(self, past: Any, name: str) -> None:
+        self.past, self.name = past, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = getattr(type(self.past), self.name)(self.past, *args, **kwargs)
+        layout = mark_of(self.past)
+        if layout is not None:
+            layout = _CHANGES[self.name](layout, self.past, *args, *kwargs.values())
+        if layout is None or not layout.places:
+            forget(self.past)
+        else:
+            setattr(self.past, MARK, layout)
+        return out
+
+
+def _cropped(layout: Layout, past: Any, removed: int) -> Layout:
+    return layout.fitted_to(min(length_of(past), layout.places))
+
+
+def _selected(layout: Layout, past: Any, rows: Any) -> Layout:
+    return layout.rows(rows)
+
+
+def _repeated(layout: Layout, past: Any, times: int) -> Layout:
+    return layout.rows(torch.arange(len(layout.index)).repeat_interleave(times))
+
+
+_CHANGES: dict[str, Callable[..., Layout | None]] = {
+    "reset": lambda layout, past: None,
+    "crop": _cropped,
+    "reorder_cache": _selected,
+    "batch_select_indices": _selected,
+    "batch_repeat_interleave": _repeated,
+}
