@@ -11,7 +11,7 @@
 # make test-kernels the fused kernels for GPUs, in Triton's interpreter (numpy below 2.4)
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
-# make bench-gpu    the speed that is promised on a GPU, measured there: rows, tables and targets
+# make bench-gpu    the speed that is promised on a GPU, measured there in 8 minutes: rows, and a table of what is kept
 # make lint         style checks
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
@@ -37,14 +37,10 @@ export TOKENIZERS_PARALLELISM = false
 ask: $(VENV)/.ready
 	$(VENV)/bin/pitome-mllm ask --compare --keep 144
 
-# On a machine whose python has torch for its GPU, and matplotlib; nothing is installed. Commit first.
-GPU_BENCH := eval/bench.py --device cuda --shape llava-1.5-7b --dtype bfloat16 --methods pitome tome visionzip oracle \
-	--keep 64 144 288 --batch 1 16 --out eval/results/bench.csv
+# On a machine whose python has torch for its GPU; nothing is installed.
+BENCH_OUT ?= bench-gpu.csv
 bench-gpu:
-	$(PYTHON) $(GPU_BENCH) --mode compile
-	$(PYTHON) $(GPU_BENCH) --mode eager --stages tower merge projector llm prefill decode
-	$(PYTHON) $(GPU_BENCH) --mode cudagraph --stages tower prefill
-	$(PYTHON) -m eval.speed_report
+	timeout 480 $(PYTHON) -m eval.speed.gpu --out $(BENCH_OUT)
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"

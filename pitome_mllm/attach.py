@@ -19,7 +19,8 @@ from torch import nn
 
 from .families import FAMILIES, FamilySpec, Geometry, geometry
 from .families.probe import probe
-from .hooks import graphs, install, llava_package
+from .hooks import install, llava_package
+from .hooks.graphs import Graphs
 from .hooks.state import Attached, refuse_pickling
 from .methods import Reducer
 from .plan import Plan, make_plan
@@ -47,7 +48,7 @@ class Attachment(Attached):
         family, geometry = _known(model) or probe(model)
         super().__init__(model, family, geometry, make_plan(settings, geometry))
         self.settings = settings
-        self.graphs = graphs.Graphs()
+        self.graphs = Graphs()
         self._updating = threading.Lock()
         install.install(self)
 
@@ -66,6 +67,8 @@ class Attachment(Attached):
         with self._updating:
             changed = self.settings.changed(**settings)
             self._plan, self.settings = self._planned(changed), changed
+        if not self._plan.graph:
+            self.graphs.clear()
 
     @contextmanager
     def using(self, *plain: None, **settings: Any) -> Iterator[Attachment]:
@@ -82,10 +85,9 @@ class Attachment(Attached):
             yield self
 
     def _planned(self, settings: Settings) -> Plan:
-        """What ``settings`` mean for this model, whose tower is made ready for it."""
+        """What ``settings`` mean for this model."""
         plan = make_plan(settings, self.geometry)
         install.check(self, plan)
-        graphs.prepare(self.tower, plan)
         return plan
 
     def _check_attached(self) -> None:
@@ -113,9 +115,8 @@ class Attachment(Attached):
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""
         twin = memo[id(self)] = object.__new__(type(self))
-        own = {"graphs": graphs.Graphs(), "_updating": threading.Lock()}
+        own = {"graphs": Graphs(), "_updating": threading.Lock()}
         vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
-        graphs.prepare(twin.tower, twin._plan)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -156,9 +157,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     logits : "merged": a call returns the logits of the tokens that there are; or "caller": of all columns of the
         caller's prompt, as training loops want them, where a column that was dropped repeats the one in front of it.
     energies : keep the energy of every token in ``handle.stats``.
-    compiled : True: the vision tower with its merging runs as one graph for every setting and shape of pictures, made
-        by inductor on the first call, on a CUDA device as a CUDA graph; or a backend of torch.compile: "cudagraphs"
-        (CUDA graphs of the same kernels, exact), "aot_eager", "eager" (exact too, to find errors).
+    graph : "auto": on a CUDA device, without gradients, the vision tower with its merging runs as one CUDA graph of its
+        own kernels for each setting and shape of pictures, made on the second equal call; True: on the first; False:
+        never. What no graph can hold runs as it is, and the log says why. A few graphs are kept, until `remove`.
     Anything else is an option of the method, such as ``margin=0.45``.
 
     Raises

@@ -24,7 +24,7 @@ class Plan:
     entering : patches of the picture that the tower gets.
     gentle : no merge removes over 40 % of the tokens, if there is another way.
     logits : "merged" or "caller", whose columns a call's logits have.
-    compiled : the backend of torch.compile that the tower's graphs are made by; "" = it runs eagerly.
+    graph : whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
     """
 
     method: str
@@ -43,7 +43,7 @@ class Plan:
     llm_size_bias: bool
     energies: bool
     logits: str
-    compiled: str
+    graph: bool | str
     packed: tuple[int, ...] = ()
     gentle: bool = False
 
@@ -122,7 +122,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         gentle=settings.merges != EVERY,
         energies=settings.energies,
         logits=settings.logits,
-        compiled=settings.compiled,
+        graph=settings.graph,
         **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
     )
 

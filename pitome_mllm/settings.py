@@ -28,7 +28,7 @@ HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attenti
 WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "positions": "compact", "llm_size_bias": False}
 DEFAULTS = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
-BACKENDS = ("inductor", "cudagraphs", "aot_eager", "eager")  # of torch.compile; True is the first one
+GRAPHS = (True, False, "auto")
 SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
 
 
@@ -53,7 +53,7 @@ class Settings:
     llm_size_bias: bool | None = None
     energies: bool = False
     logits: str = "merged"
-    compiled: bool | str = False
+    graph: bool | str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,6 +76,11 @@ class Settings:
         A new method starts from its own preset, a new keep, ratio or counts replaces the old one, a new place forgets
         tower_keep, and what leaves no choice of blocks forgets merges.
         """
+        if "compiled" in given:
+            raise ValueError(
+                f"compiled={given['compiled']!r} is gone: graph=True runs the vision tower as CUDA graphs without a "
+                "compiler; to use one, leave it out and call torch.compile on the tower yourself"
+            )
         if given.get("method", "") is None:
             given["method"] = DEFAULT_METHOD
         known = {f.name for f in fields(Settings)} - {"options"}
@@ -111,19 +116,13 @@ def settled(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, 
         value = getattr(settings, name)
         if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
             raise ValueError(f"{name}={value!r} is not possible; choose True or False")
+    if not any(settings.graph is choice or settings.graph == choice == "auto" for choice in GRAPHS):  # 1 is not True
+        raise ValueError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
     reducer, name = _resolve(settings)
     merges, settings = settings.merges, _complete(settings, name, geometry)
     _check_needs(settings, reducer, name, geometry)
     _check_merges(merges, settings, reducer, name)
-    return replace(settings, compiled=_backend(settings.compiled)), reducer, name
-
-
-def _backend(compiled: bool | str) -> str:
-    """The backend that ``compiled`` asks for; ValueError if there is no such one."""
-    if compiled not in (True, False, *BACKENDS) or isinstance(compiled, int) and not isinstance(compiled, bool):
-        choices = ", ".join(map(repr, (True, False, *BACKENDS)))
-        raise ValueError(f"compiled={compiled!r} is not possible; choose one of {choices}")
-    return compiled if isinstance(compiled, str) else BACKENDS[0] if compiled else ""
+    return settings, reducer, name
 
 
 def _resolve(settings: Settings) -> tuple[Reducer, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import subprocess
 import sys
 import weakref
@@ -14,15 +13,12 @@ import pytest
 import torch
 import transformers
 from models import build
-from torch._dynamo.utils import counters
-from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import is_flash_attn_2_available
 
 from pitome_mllm import METHODS, attach, cli, estimate
 from pitome_mllm.families.features import tower_features
-from pitome_mllm.hooks.graphs import graph
-from pitome_mllm_eval.speed import clocks, contenders, measure, rows, stages
+from pitome_mllm_eval.speed import clocks, contenders, gpu, measure, phases, promises, rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -233,49 +229,21 @@ def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monk
 
 
 @torch.inference_mode()
-def test_a_compiled_run_times_graphs_only_and_the_same_work(monkeypatch):
-    """Everything in the comparison goes through graphs, merging ones by the switch of their handle."""
-    monkeypatch.setitem(contenders.MODES, "compile", "eager")
-    torch.compiler.reset()
-    field = list(contenders.contenders(build(layers=2), ["pitome", "oracle"], [{"keep": 400}], "compile"))
-    assert all(made.plan is None or made.plan.compiled == "eager" for made in field)
+def test_what_is_captured_is_the_stage_itself(monkeypatch):
+    """All stages but those of transformers' own loops, those of the plain model and of oracles too."""
+    capturing = []
+    monkeypatch.setattr(stages, "captured", lambda run, device: capturing.append(run) or run)
+    field = list(contenders.contenders(build(layers=2), ["pitome", "oracle"], [{"keep": 400}]))
+    assert all(made.plan is None or made.plan.graph is False for made in field)
     wanted = [stage for stage in stages.STAGES if stage not in stages.EAGER]
     for made in field:
-        compiled, eager = (stages.Stages(made, load(1), mode) for mode in ("compile", "eager"))
+        captured, eager = (stages.Stages(made, load(1), mode) for mode in ("graph", "eager"))
         for stage in wanted:
-            calls = [each.call(stage) for each in (compiled, eager)]
-            if calls[0] is None:
-                continue
-            with made.eager():
-                expected = calls[1].run()
-            counters.clear()
-            found = calls[0].run()
-            assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
-            counters.clear()
-            calls[0].run()
-            assert not counters["stats"]  # nothing is compiled twice
-    rows = list(measure.measure(field[:2], load(1), ["tower", "projector"], "compile", 1, 1))
-    assert all(row.gflops > 0 for row in rows) and len(rows) == 4
-    torch.compiler.reset()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("mode", ["compile", "frozen"])
-def test_weights_are_constants_of_frozen_graphs_only(mode, monkeypatch):
-    linear, seen = torch.nn.Linear(4, 4), []
-
-    def watched(*_):
-        doubled = graph(linear, contenders.MODES[mode], CPU)
-        before = doubled(torch.ones(1, 4))
-        linear.bias.data += 1
-        seen.append(bool((doubled(torch.ones(1, 4)) == before).all()))
-        return []
-
-    monkeypatch.setattr(measure, "measure", watched)
-    torch.compiler.reset()
-    assert cli.main(["bench", "--mode", mode, "--stages", "projector"]) == 0
-    assert seen == [mode == "frozen"] and not inductor.freezing
+            calls = [each.call(stage) for each in (captured, eager)]
+            assert (calls[0] is None) == (calls[1] is None)
+            if calls[0] is not None:
+                torch.testing.assert_close(calls[0].run(), calls[1].run(), rtol=0, atol=0)
+    assert len(capturing) == 4 + 6 + 4
 
 
 @pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])
@@ -291,7 +259,7 @@ def test_families_whose_pictures_bench_cannot_make_are_refused(config):
         (["--shape", "llava"], "unknown shape 'llava'"),
         (["--methods", "tom"], "did you mean 'tome'"),
         (["--methods", "tome:fast"], "tome:weights"),
-        (["--mode", "cudagraph"], "needs a CUDA device"),
+        (["--mode", "graph"], "needs a CUDA device"),
         (["--mode", "fast"], "unknown mode"),
         (["--stages", "towr"], "did you mean 'tower'"),
         (["--shape", "clip-l", "--stages", "llm"], "possible here are 'preprocess'"),
@@ -347,3 +315,46 @@ def test_shapes_go_by_the_beginning_of_their_names():
     assert config.vision_feature_layer == -1 and config.text_config.num_hidden_layers == 0
     config = contenders.configuration(contenders.find_shape("llava-1.5-7b"), 2, False)
     assert config.text_config.num_hidden_layers == 2 and config.image_seq_length == 576
+
+
+# ---- what is promised on a GPU ---------------------------------------------------------------------------------------
+
+
+def test_points_remove_equal_shares_and_end_where_they_should():
+    made = phases.counts((1, 4, 7, 10, 13, 16), 576, 192, 23)
+    assert made[0] == 576 and made[1] == made[3] == 480 and made[16:] == [192] * 7 and len(made) == 23
+    assert sorted(made, reverse=True) == made
+
+
+def test_a_phase_that_fails_costs_only_its_own_cells(tmp_path, monkeypatch, capsys):
+    def fails(bench):
+        raise RuntimeError("no such kernel")
+
+    def in_this_process(command, timeout):
+        assert 0 < timeout < 480
+        try:
+            return subprocess.CompletedProcess(command, gpu.main(command[3:]))
+        except RuntimeError:
+            return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setitem(gpu.PHASES, "merge", gpu.Phase(fails, False, 5))
+    monkeypatch.setattr(phases, "METHODS", {name: METHODS[name] for name in ("tome", "uniform")})
+    for module in (gpu, phases):
+        monkeypatch.setattr(module, "commit", lambda: "abc")
+    monkeypatch.setattr(gpu.subprocess, "run", in_this_process)
+    monkeypatch.setattr(phases, "run_tower", lambda model, pixels: torch.zeros(1))
+    out = tmp_path / "rows.csv"
+    arguments = f"--device cpu --shape tiny --repeats 1 --phases merge bits --out {out}".split()
+    assert gpu.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "failed: merge" in said and "| bits, graph and eager: tome | 2 | 1 | 1 | yes |" in said
+    assert "| merge, captured: keys | 1 | 0.025 | not measured | - |" in said
+    assert sum(phase.seconds for phase in gpu.PHASES.values()) < 480
+
+
+def test_promises_are_judged_by_what_was_measured_last():
+    usual = {"phase": "tower", "mode": "captured", "batch": "1"}
+    rows_ = [usual | {"what": "5 points", "share": "0.9"}, usual | {"what": "5 points", "share": "0.8"}]
+    lines = promises.table([*rows_, usual | {"what": "oracle of 5 points", "share": "0.7"}]).splitlines()
+    assert "| tower, captured: 5 points | 1 | 0.86 | 0.8 | yes |" in lines
+    assert "| tower, captured: 5 points / oracle of 5 points | 1 | 1.13 | 1.14 | no |" in lines

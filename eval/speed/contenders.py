@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
@@ -12,16 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pitome_mllm import Attachment, attach
+from pitome_mllm import attach
 from pitome_mllm.costs.published import SHAPES, Shape, get_shape
 from pitome_mllm.families import FAMILY_OF_CONFIG
 from pitome_mllm.methods import METHODS, Merge, Reducer, unknown
 from pitome_mllm.plan import Plan
 
-# What --mode means for everything that is compared: the ``compiled`` of `attach`. Frozen graphs hold the weights as
-# constants, packed for their products, as TORCHINDUCTOR_FREEZING=1 makes them.
-FROZEN = "frozen"
-MODES = {"eager": "", "compile": "inductor", FROZEN: "inductor", "cudagraph": "cudagraphs"}
+MODES = ("eager", "graph")  # of --mode, for everything that is compared
 PLAIN, ORACLE, WEIGHTS = "plain", "oracle", "weights"
 
 
@@ -87,11 +83,6 @@ class Contender:
     def is_oracle(self) -> bool:
         return self.method == ORACLE
 
-    def eager(self) -> AbstractContextManager[Any]:
-        """Without graphs, whatever the contender was attached with."""
-        handle = Attachment.of(self.model)
-        return handle.using(compiled=False) if handle else nullcontext()
-
 
 def find_shape(name: str) -> Shape:
     """The shape of this name, or the only one whose name begins so.
@@ -143,9 +134,7 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def contenders(
-    model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]], mode: str = "eager"
-) -> Iterator[Contender]:
+def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]]) -> Iterator[Contender]:
     """The plain model and every method at every amount; for "oracle", one for every way down that these take.
 
     Parameters
@@ -153,7 +142,6 @@ def contenders(
     model : plain; it is left alone.
     methods : names in `METHODS`, or such a name with ":weights" behind it, or "oracle".
     amounts : keywords of `attach`, such as {"keep": 144} or {"ratio": 0.9}.
-    mode : one of `MODES`.
 
     Raises
     ------
@@ -164,7 +152,7 @@ def contenders(
     for asked in amounts:
         ways: dict[Any, list[Contender]] = {}
         for name in (name for name in methods if name != ORACLE):
-            made = _merging(model, name, asked, MODES[mode])
+            made = _merging(model, name, asked)
             ways.setdefault(_way(made.plan), []).append(made)
             yield made
         for alike in ways.values() if ORACLE in methods else ():
@@ -186,11 +174,11 @@ def parted(name: str) -> tuple[str, str]:
     return method, variant
 
 
-def _merging(model: Any, name: str, asked: dict[str, Any], backend: str) -> Contender:
+def _merging(model: Any, name: str, asked: dict[str, Any]) -> Contender:
     (method, variant), own = parted(name), twin(model)
     if variant:
         own.set_attn_implementation({"vision_config": "eager"})
-    return Contender(method, variant, "", asked, own, own, attach(own, method, compiled=backend or False, **asked).plan)
+    return Contender(method, variant, "", asked, own, own, attach(own, method, graph=False, **asked).plan)
 
 
 def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
@@ -200,9 +188,8 @@ def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
     preset = METHODS[made.method].settings if plan.where == "both" else {}
     told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
-    told |= {"compiled": plan.compiled or False}
     told |= {name: preset.get(name) for name in ("schedule", "merges")}
-    handle = attach(own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, **told)
+    handle = attach(own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, graph=False, **told)
     if _way(handle.plan) != _way(plan):
         raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")
     return replace(made, method=ORACLE, variant="", like=like, model=own, llm=plain, plan=handle.plan)

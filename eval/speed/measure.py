@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pitome_mllm.families import geometry
@@ -21,14 +20,13 @@ from pitome_mllm.methods import unknown
 
 from ..accuracy.runs import processor_name
 from .clocks import Call, clock_name, in_turns, quantiles
-from .contenders import FROZEN, MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
+from .contenders import MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
 from .peak import peak_bytes
 from .rows import Row, append, check_commit, commit, show
 from .stages import EAGER, IN_FRONT, MERGES, STAGES, Load, Stages
 
 Figure = TypeVar("Figure")
 Key = tuple[str, int]  # stage, number of the contender
-GRAPH_WARMUP = 3  # a CUDA graph warms up itself in its first call, and is recorded in its second
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -47,8 +45,8 @@ def bench(options: argparse.Namespace) -> None:
     model, processor, images = _model(options, device)
     amounts = [{"ratio": r} for r in options.ratio] if options.ratio else [{"keep": k} for k in options.keep or [144]]
     rows = []
-    with torch.inference_mode(), inductor.patch(freezing=options.mode == FROZEN):
-        field = list(contenders(model, options.methods, amounts, options.mode))
+    with torch.inference_mode():
+        field = list(contenders(model, options.methods, amounts))
         for batch in options.batch:
             load = Load(batch, options.images or images, options.text_tokens, options.new_tokens, processor)
             measured = list(measure(field, load, wanted, options.mode, options.repeats, about["warmup"]))
@@ -83,8 +81,8 @@ def _check(options: argparse.Namespace) -> torch.device:
         raise ValueError(f"--device {options.device} is not possible; choose cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} is not there; choose cpu")
-    if options.mode == "cudagraph" and device.type != "cuda":
-        raise ValueError(f"--mode cudagraph needs a CUDA device, got {device}; choose eager, compile or frozen")
+    if options.mode == "graph" and device.type != "cuda":
+        raise ValueError(f"--mode graph needs a CUDA device, got {device}; choose eager")
     return device
 
 
@@ -174,11 +172,10 @@ def once(field: list[Contender], load: Load, wanted: list[str], look: Callable[[
     found = {}
     for number, contender in enumerate(field):
         for stage in wanted:
-            with contender.eager():
-                call = Stages(contender, load).call(stage)
-                if call is not None:
-                    found[stage, number] = look(call)
-                del call
+            call = Stages(contender, load).call(stage)
+            if call is not None:
+                found[stage, number] = look(call)
+            del call
     return found
 
 
@@ -240,7 +237,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "mode": options.mode,
         "clock": clock_name(device),
         "repeats": options.repeats,
-        "warmup": options.warmup if options.mode == "eager" else max(options.warmup, GRAPH_WARMUP),
+        "warmup": options.warmup,
         "new_tokens": options.new_tokens,
         "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "threads": torch.get_num_threads(),

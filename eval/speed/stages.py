@@ -16,13 +16,13 @@ from torch import Tensor
 from pitome_mllm import Attachment
 from pitome_mllm.families import family_of, geometry
 from pitome_mllm.families.features import read
-from pitome_mllm.hooks.graphs import graph
+from pitome_mllm.hooks.capture import Capture, new_pool
 from pitome_mllm.hooks.prompt import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
 
 from ..accuracy.costs import Picture
 from .clocks import Call
-from .contenders import MODES, Contender
+from .contenders import Contender
 
 # Stage -> what it is. Those of `EAGER` run through transformers' own loops, which no graph holds.
 STAGES = {
@@ -60,11 +60,30 @@ class Load:
         return [Image.fromarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(self.batch * self.images)]
 
 
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """``run`` as a CUDA graph, which writes over what it made; itself on a device that has none."""
+    if device.type != "cuda":
+        return run
+    run()
+    return partial(Capture(run, [], new_pool(), device).replay, [], lambda made: made)
+
+
+def prompt(model: Any, load: Load, pixels: Tensor) -> dict[str, Tensor]:
+    """Pictures and random text, as a processor makes them."""
+    config = model.config
+    image, vocabulary = config.image_token_id, config.text_config.vocab_size
+    text = torch.randint(0, vocabulary - 1, (load.text_tokens,), generator=torch.Generator().manual_seed(0))
+    text = text + (text >= image)
+    ids = torch.cat([torch.full((load.images * geometry(config).available,), image), text])
+    ids = ids.repeat(load.batch, 1).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
 class Stages:
-    """The stages of one contender under one load; those that are not `EAGER` as graphs where ``mode`` says so."""
+    """The stages of one contender under one load; those that are not `EAGER` as CUDA graphs where ``mode`` says so."""
 
     def __init__(self, contender: Contender, load: Load, mode: str = "eager") -> None:
-        self.backend = MODES[mode]
+        self.mode = mode
         self.contender, self.load, self.model = contender, load, contender.model
         config, family = self.model.config, family_of(self.model.config)
         self.config, self.geometry = config, geometry(config)
@@ -85,6 +104,8 @@ class Stages:
     def call(self, stage: str) -> Call | None:
         """What to time; None where the contender has no such stage of its own."""
         makes = getattr(self, "_" + stage.replace(" ", "_"))()
+        if self.mode == "graph" and stage not in EAGER and makes is not None:
+            makes = captured(makes, self.model.device)
         return Call(makes) if callable(makes) else makes
 
     def _preprocess(self) -> Any:
@@ -94,32 +115,24 @@ class Stages:
         """(B * I, 3, H, W)."""
         return self.load.processor(images=self.pictures, return_tensors="pt")["pixel_values"]
 
-    def _graph(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return graph(run, self.backend, self.model.device) if self.backend else run
-
     def _tower(self) -> Any:
         return self.features
 
-    @cached_property
-    def _encode(self) -> Callable[..., Any]:
-        """The tower's call; one that merges makes its graphs itself."""
-        return self.tower if self.contender.plan else self._graph(self.tower)
-
     def features(self) -> Tensor:
         """(B * I, K, C), what the projector gets."""
-        states = read(self._encode(self.pixels, output_hidden_states=True), self.geometry)
+        states = read(self.tower(self.pixels, output_hidden_states=True), self.geometry)
         return states[:, self.geometry.class_tokens - self.geometry.visible_class_tokens :]
 
     def _merge(self) -> Any:
         if self.contender.plan is None or self.contender.is_oracle:
             return None
-        return self._graph(self.picture.merge)
+        return self.picture.merge
 
     def _yardstick(self) -> Any:
         plan = self.contender.plan
         if plan is None or not isinstance(plan.reducer, PiToMe) or not plan.merging or "keys" not in plan.clues:
             return None
-        return self._graph(self.picture.yardstick)
+        return self.picture.yardstick
 
     @cached_property
     def picture(self) -> Picture:
@@ -127,10 +140,10 @@ class Stages:
         return Picture(self.contender.plan, self.config, count, self.model.dtype, self.model.device)
 
     def _projector(self) -> Any:
-        return partial(self._graph(self.projector), self.tokens)
+        return partial(self.projector, self.tokens)
 
     def _llm(self) -> Any:
-        return partial(self._graph(self.logits), self.projected, self.text)
+        return partial(self.logits, self.projected, self.text)
 
     @cached_property
     def projected(self) -> Tensor:
@@ -146,21 +159,12 @@ class Stages:
         return self.llm.lm_head(states[:, -1])
 
     def _prefill(self) -> Any:
-        def behind(features: Tensor, text: Tensor) -> Tensor:
-            return self.logits(self.projector(features).view(self.load.batch, -1, text.shape[-1]), text)
-
-        behind = self._graph(behind)
-        return lambda: behind(self.features(), self.text)
+        text = self.text
+        return lambda: self.logits(self.projector(self.features()).view(self.load.batch, -1, text.shape[-1]), text)
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        """As a processor makes them."""
-        load, image = self.load, self.config.image_token_id
-        text = torch.randint(0, self.config.text_config.vocab_size - 1, (load.text_tokens,), generator=self.random)
-        text = text + (text >= image)
-        ids = torch.cat([torch.full((load.images * self.geometry.available,), image), text])
-        ids = ids.repeat(load.batch, 1).to(self.model.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels}
+        return prompt(self.model, self.load, self.pixels)
 
     def _first_token(self) -> Any:
         return None if self.contender.is_oracle else lambda: self.generate(self.pixels, 1)
@@ -177,7 +181,9 @@ class Stages:
         mask = torch.ones(self.load.batch, length + steps, dtype=torch.long, device=self.model.device)
 
         def run() -> None:
-            with handle.generating(SHORT) if handle else nullcontext():  # as generate() does, whose prompt is short
+            with (
+                handle.choosing(handle.plan, SHORT) if handle else nullcontext()
+            ):  # as generate() does, whose prompt is short
                 for step in range(steps):
                     seen = mask[:, : length + step + 1]
                     self.llm(input_ids=token, past_key_values=self.cache, attention_mask=seen, use_cache=True)

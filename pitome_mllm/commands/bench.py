@@ -10,8 +10,7 @@ from .._companion import companion
 from ._options import keep
 
 METHODS = "pitome pitome-tuned tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()
-MODES = """for all alike: eager, compile, frozen (compiled, with weights packed for their products) or cudagraph (exact,
-on GPUs); no graph was run on a GPU yet (%(default)s)"""
+MODES = "for all alike: eager, or graph: the same kernels as CUDA graphs (%(default)s)"
 ABOUT = """Stages are timed apart, everything that is compared in turns: medians after a warm-up, one CSV row each.
 METHOD:weights is the method with a vision tower that writes its attention weights down, as its paper's code does.
 An oracle removes as many tokens by slicing, and its LLM gets what is left without any bookkeeping: the floor."""

@@ -1,196 +1,259 @@
-"""A vision tower as one graph for each plan and each kind of call: what ``compiled=`` asks for.
+"""A vision tower as one CUDA graph for each shape and setting: what ``graph=`` asks for.
 
-Token counts are static, so everything between the pixels and the projector, merging included, fits one graph without
-breaks, and on a CUDA device that graph is launched as a whole. The tower's own call is replaced, as `nn.Module.compile`
-does it, by one that looks at the plan of the calling thread first.
+The attached tower's own eager call is captured, merging before the projector included: the same kernels, launched at
+once. The tower's forward is replaced by one that finds the graph of a call, and runs eagerly where there is none.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
+import functools
+import inspect
+import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..plan import Plan
 from . import tower as towers
-from .state import Hook
-from .turns import Turns
+from .capture import Capture, Copies, new_pool
+from .guards import Watch, look, process_state, unsupported_modules, unsupported_now
+from .lock import captures
+from .state import Attached, Hook
 
-CALL = "_compiled_call_impl"  # where `nn.Module.__call__` looks for a compiled call
-_numbers = itertools.count()
+logger = logging.getLogger(__name__)
+
+DEVICES = ("cuda",)
+KEPT = 4  # graphs of one attachment; each holds the memory of a call
+SEEN = 64  # kinds of calls that are remembered without a graph
+FORWARD = "tower.forward"  # among what an attachment replaced
+Key = tuple[Any, ...]
 
 
 class Graphs:
-    """The graphs of one attachment, for all threads; kept until it is removed.
-
-    A graph is made alone, without a call that has none beside it: what transformers records of hidden states goes
-    astray between threads while one of them compiles.
-    """
+    """The graphs of one attachment, for all threads."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple, Callable[..., Any]] = {}
-        self.turns = Turns()
+        self._lock = threading.Lock()
+        self._watch: Watch | None = None
+        self._kept: OrderedDict[Key, tuple[Capture, Copies]] = OrderedDict()  # the latest used last
+        self._seen: OrderedDict[Key, int] = OrderedDict()  # how often such calls ran eagerly; -1 = always will
+        self._dropped = 0
+        self._pool: Any = None
+        self._said: set[str] = set()
 
-    def run(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The tower's output by the graph for such arguments, which the first call makes."""
-        args, kwargs = towers.started(tower, plan, args, kwargs)
-        run = kwargs[towers.RUN]
-        run.in_graph = True
-        key = _key(tower, plan, args, kwargs)
-        made = self._made.get(key)
-        output = self._first(tower, plan, key, args, kwargs) if made is None else made(*args, **kwargs)
-        if next(tower.parameters()).device.type == "cuda":
-            run.stats = copy.deepcopy(run.stats, {id(plan): plan})
-        towers.keep_stats(tower._pitome, run)
-        return output
+    def say_device(self, device: torch.device, plan: Plan) -> None:
+        """Say that there are no graphs on a device, where they were asked for."""
+        if plan.graph is True:
+            self._say(f"it is on {device}, and {' and '.join(DEVICES)} has them", plan)
 
-    def _first(self, tower: nn.Module, plan: Plan, key: tuple, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make a graph by its first call, unless another thread has made it meanwhile."""
+    def __len__(self) -> int:
+        return len(self._kept)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = tower.forward(*args, **kwargs)
-            towers.finish_run(tower, args, kwargs, output)
+    def run(self, tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What ``plain`` forward of the tower gives, by a graph where there is one; then `Run.stats` is there too."""
+        run: towers.Run = kwargs[towers.RUN]
+        reason = unsupported_now()
+        if reason is not None:
+            self._say(reason, run.plan)
+            with captures.shared():
+                return plain(*args, **kwargs)
+        key, inputs = self._find(tower, run.plan, args, kwargs)
+        made = self._replayed(key, inputs)
+        if made is None:
+            with captures.shared():
+                output = plain(*args, **kwargs)
+            self._learn(tower, plain, args, kwargs)
             return output
-
-        with self.turns.alone():
-            if not self._made:  # transformers sets up its recorders in a tower's first call, which no graph can hold
-                with torch.no_grad():
-                    tower.forward(*args, **{**kwargs, towers.RUN: None})
-            made = self._made.get(key) or graph(forward, plan.compiled, next(tower.parameters()).device)
-            output = made(*args, **kwargs)
-            self._made[key] = made
+        output, run.stats = made
+        run.is_finished = True
         return output
 
+    def _find(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Key | None, list]:
+        """What a graph of such a call is found by, and the tensors that it takes; no key where there can be none."""
+        given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name != towers.RUN)]
+        inputs = [value for _, value in given if isinstance(value, Tensor)]
+        reason = _unsupported_call(tower, plan, inputs, kwargs)
+        if reason is None:
+            try:
+                hash(plan)
+                call, modules = tuple((name, look(value)) for name, value in given), self._modules(tower)
+            except TypeError as error:
+                reason = f"what it depends on cannot be compared: {error}"
+        if reason is not None:
+            self._say(reason, plan)
+            return None, inputs
+        config = tower.config
+        defaults = config._attn_implementation, config.output_hidden_states
+        return (plan, call, defaults, process_state(inputs[0].device.type), modules), inputs
 
-def _key(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """What a graph is made for: with anything else here, torch would make it anew without a word."""
+    def _modules(self, tower: nn.Module) -> tuple:
+        with self._lock:
+            if self._watch is None or not self._watch.is_current():
+                self._forget()
+                self._watch = Watch(tower, tower._pitome.projector, last=_last_hook(tower))
+            return self._watch.state()
 
-    def look(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return repr(value)
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference()
+    def _replayed(self, key: Key | None, inputs: list[Tensor]) -> Any:
+        """What the graph of this key makes, None if there is none."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                return None
+            self._kept.move_to_end(key)
+            capture, copies = found
+        return capture.replay(inputs, copies)
 
-    weight = next(tower.parameters())
-    kind = weight.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    state = tower.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
-    given = ((name, look(value)) for name, value in (*enumerate(args), *kwargs.items()) if name != towers.RUN)
-    return plan, weight.device, weight.dtype, weight.requires_grad, tower.config._attn_implementation, state, *given
+    def _learn(self, tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        """Count a call that ran eagerly, and capture it if it came often enough."""
+        plan = kwargs[towers.RUN].plan
+        key, inputs = self._find(tower, plan, args, kwargs)  # the first call of a tower may have changed its hooks
+        if key is None or not self._is_due(key, plan):
+            return
+        reason = unsupported_modules(tower, *_others(tower, plan), last=_last_hook(tower))
+        if reason is None:
+            with captures.exclusive() as alone:
+                if not alone:
+                    return  # another call of this kind will find it so
+                reason = self._capture(key, tower, plan, plain, inputs, args, kwargs)
+        if reason is not None:
+            self._seen[key] = -1
+            self._say(reason, plan)
 
+    def _is_due(self, key: Key, plan: Plan) -> bool:
+        """Whether a call of this kind is to be captured now; each graph that had to go makes that twice as rare."""
+        with self._lock:
+            times = self._seen.pop(key, 0)
+            self._seen[key] = times = times + 1 if times >= 0 else -1
+            while len(self._seen) > SEEN:
+                self._seen.popitem(last=False)
+            least = (1 if plan.graph is True else 2) << self._dropped
+            return times >= least and key not in self._kept
 
-def check(tower: nn.Module, plan: Plan) -> None:
-    """ValueError if this tower cannot run as ``plan.compiled`` says."""
-    if not plan.compiled:
-        return
-    if plan.geometry.original or not plan.geometry.merges_in_tower:
-        raise ValueError(
-            f"compiled={plan.compiled!r} is for vision towers that merge, and in this family none does or it is one of "
-            "the original llava package; leave it out"
-        )
-    try:
-        hash(plan)
-    except TypeError as error:
-        raise ValueError(
-            f"compiled={plan.compiled!r} finds graphs by their settings, and those of {plan.method} cannot be looked "
-            f"up ({error}); give the reducer options that are hashable, such as tuples for lists"
-        ) from error
-    kept = vars(tower).get(CALL)
-    if hasattr(tower, "_orig_mod") or (kept is not None and not hasattr(kept, "of_pitome")):
-        raise ValueError(
-            f"compiled={plan.compiled!r} compiles the vision tower, which is compiled already; leave it out, or load "
-            "the model anew and do not compile its tower yourself"
-        )
-    device = next(tower.parameters()).device
-    if plan.compiled == "cudagraphs" and device.type != "cuda":
-        raise ValueError(f"compiled='cudagraphs' needs the model on a CUDA device, got {device}; choose compiled=True")
+    def _capture(
+        self, key: Key, tower: nn.Module, plan: Plan, plain: Callable[..., Any], inputs: list, args: tuple, kwargs: dict
+    ) -> str | None:
+        """Make the graph of a call; if that fails, why."""
 
+        def call(*tensors: Tensor) -> tuple[Any, Any]:
+            given, run = iter(tensors), towers.Run(plan)
+            fixed = [next(given) if isinstance(value, Tensor) else value for value in args]
+            named = {name: next(given) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+            output = plain(*fixed, **{**named, towers.RUN: run})
+            towers.merge_output(run, output, tower._pitome.projector)
+            towers.check_merged(run)
+            return output, run.stats
 
-def prepare(tower: nn.Module, asked: Plan) -> None:
-    """Where the plan asks for graphs, make calls of the tower go through those of its attachment."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # somebody compiles what is around the tower
-            return tower._call_impl(*args, **kwargs)
-        handle, plan = tower._pitome, tower._pitome.plan
-        if plan is None or not plan.compiled:
-            with handle.graphs.turns.together():
-                return tower._call_impl(*args, **kwargs)
-        return hooked(tower, partial(handle.graphs.run, tower, plan), args, kwargs)
-
-    call.of_pitome = True
-    if asked.compiled:
-        vars(tower)[CALL] = call
-
-
-def hooked(tower: nn.Module, run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``run`` between the tower's own forward hooks, which no graph holds: torch would not see that they change."""
-    for number, hook in [item for item in tower._forward_pre_hooks.items() if not isinstance(item[1], Hook)]:
-        if number in tower._forward_pre_hooks_with_kwargs:
-            args, kwargs = hook(tower, args, kwargs) or (args, kwargs)
-        else:
-            given = hook(tower, args)
-            args = args if given is None else given if isinstance(given, tuple) else (given,)
-    output = run(args, kwargs)
-    for number, hook in [item for item in tower._forward_hooks.items() if not isinstance(item[1], Hook)]:
-        known = (args, kwargs) if number in tower._forward_hooks_with_kwargs else (args,)
-        given = hook(tower, *known, output)
-        output = output if given is None else given
-    return output
-
-
-def uninstall(tower: nn.Module) -> None:
-    """Take off what `prepare` put there."""
-    if hasattr(vars(tower).get(CALL), "of_pitome"):
-        del vars(tower)[CALL]
-
-
-def graph(function: Callable[..., Any], backend: str, device: torch.device) -> Callable[..., Any]:
-    """``function`` as one graph without breaks, made on the first call; a CUDA graph on a CUDA device.
-
-    Raises, when called
-    -------------------
-    RuntimeError : it cannot be compiled on this machine.
-    """
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    # torch counts graphs by code object and gives up at a few, so each of ours has a code object of its own
-    code = run.__code__.replace(co_name=f"graph{next(_numbers)}")
-    own = FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    mode = "reduce-overhead" if backend == "inductor" and device.type == "cuda" else None
-    compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, mode=mode)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            while len(self._kept) >= KEPT:
+                self._kept.popitem(last=False)[1][0].free()
+                self._dropped += 1
         try:
-            output = compiled(*args, **kwargs)
-        except _failures() as error:
-            raise RuntimeError(
-                f"{backend!r} could not compile on {device}: {_reason(error)}; compiled=False runs without"
-            ) from error
-        # what a CUDA graph gives lies in its own memory, where its next launch writes again
-        return tree_map_only(Tensor, Tensor.clone, output) if device.type == "cuda" else output
+            self._pool = self._pool or new_pool()
+            capture = Capture(call, inputs, self._pool, inputs[0].device)
+            found = capture, Copies(capture.made)
+        except Exception as error:  # the call itself went well just now, without a capture
+            self._pool = None
+            while error.__context__ is not None:  # torch says of the end of a capture only that something was before
+                error = error.__context__
+            return f"the capture failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        with self._lock:
+            self._kept[key] = found
+            self._seen.pop(key, None)
+        return None
 
-    return call
+    def clear(self) -> None:
+        """Give all graphs and their memory back."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        for capture, _ in self._kept.values():
+            capture.free()
+        self._kept.clear()
+        self._seen.clear()
+        self._watch = self._pool = None
+        self._dropped = 0
+
+    def _say(self, reason: str, plan: Plan) -> None:
+        """Log, once, why a call runs eagerly; a warning where graphs were asked for."""
+        if reason and reason not in self._said:
+            self._said.add(reason)
+            level = logging.WARNING if plan.graph is True else logging.INFO
+            logger.log(level, "the vision tower runs without a CUDA graph: %s", reason)
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What torch raises where it cannot compile; asked for late, since importing it takes seconds."""
-    known = torch._dynamo.exc
-    return known.TorchDynamoException, getattr(known, "FailOnRecompileLimitHit", known.TorchDynamoException)
+def _unsupported_call(tower: nn.Module, plan: Plan, inputs: list[Tensor], kwargs: dict[str, Any]) -> str | None:
+    """Why such a call cannot be captured."""
+    if hasattr(tower, "_orig_mod") or vars(tower).get("_compiled_call_impl") is not None:
+        return "it is compiled already"
+    if plan.energies:
+        return "energies=True keeps what it makes"
+    if kwargs.get("output_attentions") or tower.config.output_attentions:
+        return "attention weights were asked for"
+    if kwargs.get("return_dict") is False:
+        return "return_dict=False gives a tuple"
+    if not inputs or any(type(x) is not Tensor or not _is_dense(x) for x in inputs):
+        return "a picture is not an ordinary, contiguous tensor"
+    if len({x.device for x in inputs}) > 1 or inputs[0].device != tower.device:
+        return "pictures and weights lie on several devices"
+    return None
 
 
-def _reason(error: BaseException | None) -> str:
-    """The first line of the innermost error that says anything."""
-    said = []
-    while error is not None:
-        said.append(str(error))
-        error = getattr(error, "inner_exception", None) or error.__cause__  # torch wraps what its backends raise
-    return next((text.strip().splitlines()[0] for text in reversed(said) if text.strip()), "no reason given")
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _last_hook(tower: nn.Module) -> Any:
+    """Our hook at the end of a call."""
+    ours = (hook for hook in tower._forward_hooks.values() if isinstance(hook, Hook))
+    return next((hook for hook in ours if inspect.unwrap(hook.func) is towers.finish_run), None)
+
+
+def _others(tower: nn.Module, plan: Plan) -> list[nn.Module]:
+    """The modules beside the tower that its graph runs."""
+    return [tower._pitome.projector] if plan.metric == "projected" else []
+
+
+def forward_like(tower: nn.Module) -> Callable[..., Any]:
+    """A forward of the tower, such as its own, that goes through the graphs of its attachment."""
+
+    own = type(tower).forward
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle, run = self._pitome, kwargs.get(towers.RUN)
+        plain = handle.replaced[FORWARD] or functools.partial(own, self)
+        if run is None or not run.plan.graph or torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+        if device.type not in DEVICES:
+            handle.graphs.say_device(device, run.plan)
+            return plain(*args, **kwargs)
+        return handle.graphs.run(self, plain, args, kwargs)
+
+    forward.is_pitome = True
+    return forward
+
+
+def install(handle: Attached) -> None:
+    """Put a forward on the tower that goes through graphs."""
+    tower = handle.tower
+    if not hasattr(tower, "_orig_mod"):  # what torch.compile gives
+        handle.replaced[FORWARD] = vars(tower).get("forward")
+        tower.forward = MethodType(forward_like(tower), tower)
+
+
+def uninstall(handle: Attached) -> None:
+    """Take it off again, also from below a hook of accelerate that came later, and free all graphs."""
+    kept, before = vars(handle.tower), handle.replaced.get(FORWARD)
+    for name in ("forward", "_old_forward"):
+        if isinstance(kept.get(name), MethodType) and hasattr(kept[name].__func__, "is_pitome"):
+            kept[name] = before or MethodType(type(handle.tower).forward, handle.tower)
+            if name == "forward" and before is None:
+                del kept[name]
+    handle.graphs.clear()

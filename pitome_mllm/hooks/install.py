@@ -12,6 +12,7 @@ from torch import nn
 from ..families import TOWERS, TowerSpec
 from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
+from .lock import drawing
 from .state import Attached, Hook
 
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")  # of a module
@@ -34,7 +35,6 @@ def install(handle: Attached) -> None:
 
 def check(handle: Attached, plan: Plan) -> None:
     """ValueError if the tower of this model cannot merge as ``plan`` says."""
-    graphs.check(handle.tower, plan)
     if not handle.geometry.merges_in_tower:
         return
     layers = _layers(handle.tower)
@@ -63,12 +63,13 @@ def _put_on(handle: Attached) -> None:
         made = MethodType(make(owner), owner)
         handle.replaced[name] = vars(owner).get(name)
         setattr(owner, name, made)
-    graphs.prepare(handle.tower, handle.plan)
+    if handle.geometry.merges_in_tower and not handle.family.original:
+        graphs.install(handle)
 
 
 def uninstall(handle: Attached) -> None:
     """Take everything off again, as far as it is there."""
-    graphs.uninstall(handle.tower)
+    graphs.uninstall(handle)
     for owner, name, _ in _methods(handle):
         if handle.replaced.get(name) is not None:
             setattr(owner, name, handle.replaced[name])
@@ -181,6 +182,7 @@ def generate_like(model: nn.Module) -> Callable[..., Any]:
     @functools.wraps(type(model).generate)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = self._pitome.replaced["generate"] or MethodType(type(self).generate, self)
-        return prompt.generate(self, plain, args, kwargs)
+        with drawing(self, kwargs):
+            return prompt.generate(self, plain, args, kwargs)
 
     return generate

@@ -27,7 +27,7 @@ from ..methods.pooling import cells
 from ..plan import Plan
 from ..stats import Stats
 from .merging import Clues, merge_once, merge_rounds
-from .state import Attached, refuse_pickling
+from .state import refuse_pickling
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
 
@@ -74,9 +74,9 @@ CATCHING = (catch_keys, catch_query)
 class Run:
     """One call of a vision tower: what was merged so far, by block, so that recomputing one changes nothing."""
 
-    def __init__(self, plan: Plan, in_graph: bool = False) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.in_graph = in_graph  # started, and its stats kept, by who called a compiled tower
+        self.is_finished = False  # by a graph, which made its stats too
         self.stats: Stats | None = None
         self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
         self.log_sizes: tuple[Tensor, Tensor] | None = None  # sizes of the last block, and what attention adds
@@ -263,11 +263,8 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     """Forward pre-hook of the tower: hand a new `Run` down to the layers."""
     tower._pitome.check_calls(tower)
     plan = tower._pitome.plan
-    return None if plan is None else started(tower, plan, args, kwargs)
-
-
-def started(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The tower's arguments with a new `Run`."""
+    if plan is None:
+        return None
     backend = tower.config._attn_implementation
     if plan.proportional_attention and plan.merging and backend not in PLAIN_BACKENDS:
         raise ValueError(
@@ -293,16 +290,18 @@ def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the tower: merge in front of the projector, and keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
-    if run is not None:
-        _finish(run, output, handle.projector)
-    if run is None or not run.in_graph:
-        keep_stats(handle, run)
+    handle.note(stats=None)
+    if run is None:
+        return
+    if not run.is_finished:
+        merge_output(run, output, handle.projector)
+        check_merged(run)
+    handle.note(stats=run.stats)
 
 
-def keep_stats(handle: Attached, run: Run | None) -> None:
-    """What a call of the tower did, for its caller; RuntimeError if a block did not merge as planned."""
-    missing = [] if run is None else [block for block in run.plan.merging if block not in run.merges]
-    handle.note(stats=None if run is None or missing else run.stats)
+def check_merged(run: Run) -> None:
+    """RuntimeError if a block did not merge as planned."""
+    missing = [block for block in run.plan.merging if block not in run.merges]
     if missing:
         raise RuntimeError(
             f"blocks {missing} of the vision tower did not merge as planned: something replaced their forward after "
@@ -310,7 +309,7 @@ def keep_stats(handle: Attached, run: Run | None) -> None:
         )
 
 
-def _finish(run: Run, output: Any, projector: nn.Module) -> None:
+def merge_output(run: Run, output: Any, projector: nn.Module) -> None:
     """Merge the tower's output in front of the projector, in place, and say what the run did."""
     plan = run.plan
     if isinstance(output, tuple):

@@ -1,0 +1,64 @@
+"""What is promised of speed on a GPU, and which of it the rows of `gpu` keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pitome_mllm import METHODS
+
+BATCHES, LLM_BATCHES = (1, 4, 16), (1, 16)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """At most ``most`` of ``column`` of one row, over that of another where ``over`` names one."""
+
+    phase: str
+    what: str
+    mode: str
+    batch: int
+    most: float
+    column: str = "share"
+    over: str = ""
+
+
+def promises() -> Iterator[Promise]:
+    for name, most in (("5 points", (0.86, 0.56, 0.40)), ("6 points", (0.97, 0.76, 0.66))):
+        for batch, share in zip(BATCHES, most):
+            yield Promise("tower", name, "captured", batch, share)
+            yield Promise("tower", name, "captured", batch, 1.13, over=f"oracle of {name}")
+        yield Promise("tower", name, "eager", 1, 1.5)
+        yield Promise("tower", name, "eager", 16, 1.0)
+    for what, times in (("keys", (0.025, 0.065)), ("hidden states", (0.035, 0.110))):
+        for batch, ms in zip(LLM_BATCHES, times):
+            yield Promise("merge", what, "captured", batch, ms, "ms")
+    for what, shares in (("default", (1 / 2.1, 1 / 5.0)), ("5 points", (1 / 2.2, 1 / 5.4))):
+        for batch, share in zip(LLM_BATCHES, shares):
+            yield Promise("prefill", what, "captured", batch, share)
+    for mode, share in (("eager", 1.15), ("graph", 0.85)):
+        yield Promise("first token", "default", mode, 1, share)
+        yield Promise("first token", "default", mode, 16, 0.25)
+    for method in METHODS:
+        yield Promise("bits", method, "graph and eager", 2, 1, "value")
+    for batch in LLM_BATCHES:
+        for stage in ("tower", "first token"):
+            yield Promise("memory", f"default, {stage}", "graph", batch, 1.0, "value", over=f"plain, {stage}")
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of every promise: what was measured, and whether it is kept."""
+    last = {(row["phase"], row["what"], row["mode"], int(row["batch"])): row for row in rows}
+    lines = ["| | batch | promised | measured | kept |", "|---|---|---|---|---|"]
+    for each in promises():
+        found = last.get((each.phase, each.what, each.mode, each.batch))
+        modes = (each.mode, "eager")  # memory of the plain model is that of its eager calls
+        other = next((last[key] for m in modes if (key := (each.phase, each.over, m, each.batch)) in last), None)
+        title = f"{each.phase}, {each.mode}: {each.what}" + (f" / {each.over}" if each.over else "")
+        if found is None or (each.over and other is None):
+            lines.append(f"| {title} | {each.batch} | {each.most:.3g} | not measured | - |")
+            continue
+        value = float(found[each.column]) / ((float(other[each.column]) or 1.0) if each.over else 1.0)
+        kept = "yes" if value <= each.most else "no"
+        lines.append(f"| {title} | {each.batch} | {each.most:.3g} | {value:.3g} | {kept} |")
+    return "\n".join(lines)

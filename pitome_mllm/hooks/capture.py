@@ -1,0 +1,205 @@
+"""A call as one CUDA graph, and copies of what it made. All that needs a GPU is in `Capture`."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..methods import Merge, Reducer
+from ..plan import Plan
+from ..stats import Stats
+
+Made = TypeVar("Made")
+_ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device, Plan, Reducer)
+
+
+class _Turn:
+    """Graphs of one device run one after the other: they share the workspace that libraries gave their stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self.stream = torch.cuda.Stream(device)  # where all are captured
+        self.last = torch.cuda.Event()  # behind the last one, and the copies of what it made
+
+
+_turn = lru_cache(_Turn)
+
+
+class Capture:
+    """``call`` as one CUDA graph, with its inputs and what it makes at fixed places.
+
+    Parameters
+    ----------
+    call : takes as many tensors as there are ``inputs``; it ran before, with tensors like these.
+    inputs : on ``device``.
+    pool : of memory, shared by graphs of which only one runs at a time, from `new_pool`.
+    device : a CUDA device.
+
+    Raises
+    ------
+    Exception : whatever ``call`` raises while it is captured. The process is as before.
+    """
+
+    def __init__(self, call: Callable[..., Any], inputs: Sequence[Tensor], pool: Any, device: torch.device) -> None:
+        self._device = device
+        self._turn = turn = _turn(self._device)
+        self.made: Any = None
+        with turn.lock, torch.cuda.device(self._device), _own_stream(turn):
+            self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
+            with _without_autocast_cache(self._device.type):  # which holds casts of weights for a while only
+                call(*self._inputs)  # libraries set themselves up for this stream
+                self._graph, self.made = _captured(call, self._inputs, pool, turn.stream)
+
+    def replay(self, inputs: Sequence[Tensor], read: Callable[[Any], Made]) -> Made | None:
+        """``read`` of what ``call`` makes of ``inputs``, on the current stream; the next replay writes over it.
+
+        None once the memory was given back.
+        """
+        turn = self._turn
+        with turn.lock, torch.cuda.device(self._device):
+            if self.made is None:
+                return None
+            stream = torch.cuda.current_stream()
+            stream.wait_event(turn.last)
+            if self._inputs:
+                torch._foreach_copy_(self._inputs, list(inputs))
+            self._graph.replay()
+            made = read(self.made)
+            turn.last.record(stream)
+        return made
+
+    def free(self) -> None:
+        """Give the memory back, once nothing runs in it any more."""
+        with self._turn.lock:
+            self._turn.last.synchronize()
+            self.made = None
+            self._graph.reset()
+
+
+def new_pool() -> Any:
+    """Memory for the graphs of one attachment."""
+    return torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def _own_stream(turn: _Turn) -> Iterator[None]:
+    """Within it the stream where graphs are captured, behind all that was asked of the current one, and back."""
+    current = torch.cuda.current_stream()
+    turn.stream.wait_stream(current)
+    turn.stream.wait_event(turn.last)
+    try:
+        with torch.cuda.stream(turn.stream):
+            yield
+    finally:
+        current.wait_stream(turn.stream)
+
+
+@contextmanager
+def _without_autocast_cache(kind: str) -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _captured(call: Callable[..., Any], inputs: list[Tensor], pool: Any, stream: Any) -> tuple[Any, Any]:
+    """The graph of ``call`` and what it makes."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # other threads may allocate and wait meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            made = call(*inputs)
+    except BaseException:
+        _end_capture(stream.device.index, pool)
+        raise
+    return graph, made
+
+
+def _end_capture(device: int, pool: Any) -> None:
+    """What torch leaves open where a capture fails: its memory pool, and its generator, which would refuse to draw."""
+    with suppress(RuntimeError):  # where it was closed
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+class Copies:
+    """Makes what a call made again, with copies of its tensors.
+
+    Raises
+    ------
+    TypeError : something in it is of a kind that is not known here, so that its tensors would not be copied.
+    """
+
+    def __init__(self, made: Any) -> None:
+        found: dict[int, Tensor] = {}
+        _collect(made, found)
+        kinds: dict[tuple, list[Tensor]] = {}  # alike, so that one kernel copies many
+        for tensor in found.values():
+            kinds.setdefault((tensor.dtype, tensor.device, tensor.is_contiguous()), []).append(tensor)
+        self._kinds = list(kinds.values())
+
+    def __call__(self, made: Any) -> Any:
+        fresh: dict[int, Tensor] = {}
+        for tensors in self._kinds:
+            copies = [torch.empty_like(tensor) for tensor in tensors]
+            torch._foreach_copy_(copies, tensors)
+            fresh.update(zip(map(id, tensors), copies))
+        return _rebuilt(made, fresh)
+
+
+def _collect(value: Any, found: dict[int, Tensor]) -> None:
+    """Every tensor in ``value``, by its id."""
+    if isinstance(value, Tensor):
+        found[id(value)] = value
+    elif isinstance(value, (Merge, Stats)):
+        _collect({name: each for name, each in vars(value).items() if not _is_recipe(each)}, found)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _collect(each, found)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _collect(each, found)
+    elif not isinstance(value, _ATOMS):
+        raise TypeError(f"it makes a {type(value).__name__}, which cannot be copied")
+
+
+def _rebuilt(value: Any, fresh: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return fresh[id(value)]
+    if isinstance(value, (Merge, Stats)):
+        new = object.__new__(type(value))
+        parts = vars(value).items()
+        vars(new).update({name: _gone if _is_recipe(each) else _rebuilt(each, fresh) for name, each in parts})
+        return new
+    if isinstance(value, dict):  # transformers' outputs too
+        new = copy.copy(value)
+        for name, each in value.items():
+            new[name] = _rebuilt(each, fresh)
+        return new
+    if isinstance(value, (list, tuple)):
+        parts = [_rebuilt(each, fresh) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _is_recipe(value: Any) -> bool:
+    """A function that makes a tensor of others, which only the call itself could ask."""
+    return callable(value) and not isinstance(value, _ATOMS)
+
+
+def _gone() -> Tensor:
+    raise RuntimeError(
+        "the order in which the reference code leaves tokens is not kept by a graph; use graph=False, or attach with "
+        "order='source'"
+    )

@@ -1,0 +1,171 @@
+"""What a captured call depends on beside its inputs: a graph is found by this, and made anew where it differs."""
+
+from __future__ import annotations
+
+import os
+from itertools import chain, takewhile
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+
+_PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)  # the older getters fail where this API was used
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_KNOWN = ("torch.", "transformers.", "pitome_mllm.")  # whose modules and hooks do what their tensors say, in any call
+
+
+def process_state(kind: str) -> tuple:
+    """The settings of torch, for this process, thread or ``with`` block, that decide which kernels run."""
+    own, cuda = torch._C, torch.backends.cuda
+    precision = (
+        (_PRECISION("cuda", "matmul"), _PRECISION("cuda", "conv"))
+        if _PRECISION
+        else (torch.get_float32_matmul_precision(), own._get_cudnn_allow_tf32())
+    )
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        tuple(own._get_sdp_priority_order()),
+        precision,
+        own._get_cublas_allow_fp16_reduced_precision_reduction(),
+        own._get_cublas_allow_bf16_reduced_precision_reduction(),
+        own._get_blas_preferred_backend(),
+        own._get_deterministic_algorithms(),
+        own._get_deterministic_algorithms_warn_only(),
+        own._get_cudnn_deterministic(),
+        own._get_cudnn_benchmark(),
+        own._get_cudnn_enabled(),
+        os.environ.get("PITOME_KERNELS"),  # the switch of methods.kernels
+    )
+
+
+class Watch:
+    """The state of modules, as far as a captured call depends on it: .1 ms for a tower of 24 blocks.
+
+    Weights that change in place are the same weights. Of modules that are neither torch's nor transformers', such as
+    adapters, every simple attribute counts. The tower's own hooks run around its graph, its forward hooks if they come
+    after ``last``.
+    """
+
+    def __init__(self, tower: nn.Module, *others: nn.Module, last: Any) -> None:
+        modules = [module for root in (tower, *others) for module in root.modules()]
+        kept = [vars(module) for module in modules]
+        self._modules, self._kept = modules, kept
+        self._parts = [each[name] for name in ("_modules", "_parameters", "_buffers") for each in kept]
+        self._hooks = [each[name] for name in ("_forward_pre_hooks", "_forward_hooks") for each in kept[1:]]
+        self._around, self._last = tower._forward_hooks, last
+        self._held = _values(self._parts)  # alive, so that no other object can have one of their ids
+        self._ids = tuple(map(id, self._held))
+        self._tensors = [each for each in self._held if isinstance(each, Tensor)]
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # not in the original llava's torch
+
+        if any(map(is_traceable_wrapper_subclass, self._tensors)):
+            raise TypeError("a weight is made of other tensors, as distributed or quantised ones are")
+        self._others = [each for module, each in zip(modules, kept) if not type(module).__module__.startswith(_KNOWN)]
+
+    def is_current(self) -> bool:
+        """Whether these are still the modules, parameters and buffers that there are."""
+        return tuple(map(id, _values(self._parts))) == self._ids
+
+    def state(self) -> tuple:
+        """Equal for two calls that a graph cannot tell apart."""
+        return (
+            *map(Tensor.data_ptr, self._tensors),
+            *map(Tensor.dtype.__get__, self._tensors),
+            *map(type, self._modules),
+            *map(len, self._kept),  # more with a forward, or a hook of accelerate, of an instance's own
+            *map(itemgetter("training"), self._kept),
+            *_values(self._hooks),
+            *takewhile(lambda hook: hook is not self._last, self._around.values()),
+            *map(_simple, self._others),
+        )
+
+
+def _values(tables: list[dict]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, tables)))
+
+
+def _simple(value: Any) -> Any:
+    """What of ``value`` can be compared: numbers and words, and these in lists, sets and dictionaries."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return tuple((str(name), _simple(each)) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_simple, value))
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(str, value)))
+    return id(value)
+
+
+def look(value: Any) -> Any:
+    """What of an argument a graph depends on; TypeError if it is nothing that can be compared."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, _PLAIN):
+        return type(value), value  # 1 and True are equal
+    if isinstance(value, (list, tuple)):
+        return tuple(map(look, value))
+    raise TypeError(f"an argument is a {type(value).__name__}")
+
+
+def unsupported_now() -> str | None:
+    """Why no graph can stand in for a call made here and now; "" where that is to be expected and not worth saying."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_capturing():
+        return ""
+    if torch.is_grad_enabled():
+        return "gradients are recorded (torch.no_grad() or torch.inference_mode() switches that off)"
+    modes = [mode for mode in torch.overrides._get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    if modes or torch._C._len_torch_dispatch_stack():
+        return "a mode watches operations, such as a counter of FLOPs"
+    if nn.modules.module._has_any_global_hook():
+        return "there are hooks for all modules"
+    return None
+
+
+def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str | None:
+    """Why the modules of a tower cannot be captured, as they are.
+
+    Parameters
+    ----------
+    tower : its own hooks run around its graph, those after ``last`` (a hook of ours) with what it made.
+    others : modules that the graph runs too.
+    """
+    for root in (tower, *others):
+        for name, module in root.named_modules():
+            where = f"on {name!r}" if name else "on the vision tower"
+            if module.training:
+                return "it is in training mode; model.eval() ends that"
+            if hasattr(module, "_hf_hook"):
+                return f"accelerate moves weights or inputs ({where})"
+            if "forward" in vars(module) and module is not tower:
+                return f"a forward was replaced ({where})"
+            if any(not _is_known(hook) for hook in _hooks_inside(module, tower, last)):
+                return f"there is a forward hook {where}, which no graph calls"
+    if len({tensor.device for root in (tower, *others) for tensor in (*root.parameters(), *root.buffers())}) > 1:
+        return "its weights lie on several devices"
+    return None
+
+
+def _hooks_inside(module: nn.Module, tower: nn.Module, last: Any) -> list[Any]:
+    """The forward hooks of a module that would be inside a graph."""
+    after = module._forward_hooks.values()
+    if module is tower:
+        return list(takewhile(lambda hook: hook is not last, after))
+    return [*module._forward_pre_hooks.values(), *after]
+
+
+def _is_known(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or type(hook).__module__ or "").startswith(_KNOWN)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
