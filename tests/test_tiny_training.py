@@ -108,9 +108,10 @@ def interrupt(patch, owner, name: str, call: int) -> None:
     patch.setattr(owner, name, stopped)
 
 
-@pytest.mark.parametrize("save_seconds", ["0", "1e9"])
 @pytest.mark.parametrize(
-    "owner, name, call", [(Trainer, "advance", 3), (train_tiny, "save", 2), (Trainer, "evaluate", 3)], ids=lambda v: v
+    "owner, name, call, save_seconds",
+    [(Trainer, "advance", 3, "1e9"), (train_tiny, "save", 2, "0"), (Trainer, "evaluate", 3, "0")],
+    ids=lambda value: value,
 )
 def test_an_interrupted_command_resumes_exactly(owner, name, call, save_seconds, command, straight, tmp_path):
     """Wherever it stops, and whether it saved after every step or only after phases."""
