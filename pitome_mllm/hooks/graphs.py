@@ -88,7 +88,7 @@ class Graphs:
             self._say(reason, plan)
             return None, inputs
         config = tower.config
-        defaults = config._attn_implementation, config.output_hidden_states
+        defaults = config._attn_implementation, look(config.output_hidden_states)
         return (plan, call, defaults, process_state(inputs[0].device.type), modules), inputs
 
     def _modules(self, tower: nn.Module) -> tuple:

@@ -12,38 +12,36 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)  # the older getters fail where this API was used
+_SETTINGS = [  # as far as this version of torch has them
+    getattr(torch._C, f"_get_{name}")
+    for name in (
+        "flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled", "sdp_priority_order",
+        "math_sdp_allow_fp16_bf16_reduction", "cublas_allow_fp16_reduced_precision_reduction",
+        "cublas_allow_bf16_reduced_precision_reduction", "cublas_allow_fp16_accumulation", "blas_preferred_backend",
+        "deterministic_algorithms", "deterministic_algorithms_warn_only", "cudnn_deterministic", "cudnn_benchmark",
+        "cudnn_enabled",
+    )
+    if hasattr(torch._C, f"_get_{name}")
+]  # fmt: skip
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _KNOWN = ("torch.", "transformers.", "pitome_mllm.")  # whose modules and hooks do what their tensors say, in any call
 
 
 def process_state(kind: str) -> tuple:
     """The settings of torch, for this process, thread or ``with`` block, that decide which kernels run."""
-    own, cuda = torch._C, torch.backends.cuda
-    precision = (
-        (_PRECISION("cuda", "matmul"), _PRECISION("cuda", "conv"))
-        if _PRECISION
-        else (torch.get_float32_matmul_precision(), own._get_cudnn_allow_tf32())
-    )
+    if _PRECISION:
+        precision = _PRECISION("cuda", "matmul"), _PRECISION("cuda", "conv")
+    else:
+        precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    settings = (get() for get in _SETTINGS)
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.get_default_dtype(),
         torch.get_default_device(),
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        tuple(own._get_sdp_priority_order()),
-        precision,
-        own._get_cublas_allow_fp16_reduced_precision_reduction(),
-        own._get_cublas_allow_bf16_reduced_precision_reduction(),
-        own._get_blas_preferred_backend(),
-        own._get_deterministic_algorithms(),
-        own._get_deterministic_algorithms_warn_only(),
-        own._get_cudnn_deterministic(),
-        own._get_cudnn_benchmark(),
-        own._get_cudnn_enabled(),
         os.environ.get("PITOME_KERNELS"),  # the switch of methods.kernels
+        precision,
+        *(tuple(value) if isinstance(value, list) else value for value in settings),
     )
 
 
@@ -83,8 +81,8 @@ class Watch:
             *map(type, self._modules),
             *map(len, self._kept),  # more with a forward, or a hook of accelerate, of an instance's own
             *map(itemgetter("training"), self._kept),
-            *_values(self._hooks),
-            *takewhile(lambda hook: hook is not self._last, self._around.values()),
+            *map(id, _values(self._hooks)),
+            *map(id, takewhile(lambda hook: hook is not self._last, self._around.values())),
             *map(_simple, self._others),
         )
 
