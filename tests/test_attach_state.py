@@ -251,7 +251,7 @@ def test_an_llm_that_is_not_called_as_merging_needs_it_is_noticed(shallow, one):
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 STEPS = [(nn.Module, "register_forward_hook"), (nn.Module, "register_forward_pre_hook"), (install, "_swap_class")]
-STEPS += [(install, "generate_like"), (install, "_marked"), (graphs, "prepare")]
+STEPS += [(install, "generate_like"), (install, "_marked"), (graphs, "install")]
 
 
 @pytest.mark.parametrize("owner, name", STEPS)
@@ -371,7 +371,7 @@ class Adapted(CLIPEncoderLayer):
 def test_a_layer_s_own_forward_is_called_or_refused(shallow, one):
     for layer in shallow.model.vision_tower.encoder.layers:
         layer.__class__, width = Adapted, layer.layer_norm1.normalized_shape[0]
-        layer.down, layer.up = nn.Linear(width, 4), nn.Linear(4, width)
+        layer.down, layer.up = nn.Linear(width, 4).double(), nn.Linear(4, width).double()
     with pytest.raises(ValueError, match="Adapted.*place='end'"):
         attach(shallow, "pitome", keep=144)
     assert Attachment.of(shallow) is None

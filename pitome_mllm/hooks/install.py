@@ -12,6 +12,7 @@ from torch import nn
 from ..families import TOWERS, TowerSpec
 from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
+from .classes import author_of_forward, plain_class
 from .lock import drawing
 from .state import Attached, Hook
 
@@ -80,7 +81,7 @@ def uninstall(handle: Attached) -> None:
         if "_pitome" in vars(layer):
             for part in layer.modules():  # adapters may have come around what we hooked
                 _unhook(part)
-            _swap_class(layer, tower.plain_class(type(layer)))
+            _swap_class(layer, plain_class(type(layer)))
     for module in _marked(handle):
         _unhook(module)
 
@@ -131,7 +132,7 @@ def _check_forward(layer: nn.Module, plan: Plan) -> None:
             f"an encoder layer of the vision tower has its forward replaced by {kept!r:.80}, which would go around "
             "merging; restore it, or derive a class of the layer's own with that forward and set it as its __class__"
         )
-    own = tower.author_of_forward(tower.plain_class(type(layer)))
+    own = author_of_forward(plain_class(type(layer)))
     if plan.place == "mid" and plan.merging and own.__name__ not in TOWERS:
         raise ValueError(
             f"encoder layers of the vision tower have a forward of their own ({own.__name__}), which merging between "

@@ -23,9 +23,10 @@ from ..families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
 from ..families.packing import Packed, Places
 from ..stats import Stats
 from . import tower as towers
+from .classes import Merging, plain_class
 from .state import Attached
 from .tiles import merged_parts, merged_tiles
-from .tower import RUN, Merging, MergingLayer, Run
+from .tower import RUN, MergingLayer, Run
 
 MODELS = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
 MPT = "LlavaMptForCausalLM"  # its forward() calls `PREPARE` as older versions had it, and fails on any picture
@@ -118,7 +119,7 @@ class _Outside:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         run = _current.get()
         if run is None:
-            return towers.plain_class(type(self)).forward(self, hidden_states, *args, **kwargs)
+            return plain_class(type(self)).forward(self, hidden_states, *args, **kwargs)
         return (super().forward(hidden_states, *args, **kwargs, **{RUN: run}),)
 
 

@@ -10,10 +10,8 @@ while the layer runs its attention. It is no context variable, since torch.compi
 
 from __future__ import annotations
 
-import copyreg
 import threading
-from collections.abc import Callable
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +24,8 @@ from ..methods import Merge
 from ..methods.pooling import cells
 from ..plan import Plan
 from ..stats import Stats
+from .classes import Merging
 from .merging import Clues, merge_once, merge_rounds
-from .state import refuse_pickling
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
 
@@ -215,48 +213,10 @@ def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
     return logits.softmax(1).mean(-1, keepdim=True)
 
 
-class Merging(type):
-    """The class of the classes that encoder layers get; pickle would not find those again."""
-
-    _plain: type[nn.Module]  # the layer's own
-
-
-copyreg.pickle(Merging, refuse_pickling)
-
-
 @lru_cache
 def merging_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an encoder layer class that merges."""
     return Merging(f"Merging{base.__name__}", (MergingLayer, base), {"__module__": __name__, "_plain": base})
-
-
-@lru_cache
-def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class without what `merging_class` added, in whatever was derived from it since then: FSDP derives one."""
-    if "_plain" in vars(cls):
-        return cls._plain
-    bases = tuple(map(plain_class, cls.__bases__))
-    if bases == cls.__bases__:
-        return cls
-    names = {old.__name__: new.__name__ for old, new in zip(cls.__bases__, bases)}
-    name = reduce(lambda name, old: name.replace(old, names[old]), names, cls.__name__)
-    left_out = ["__dict__", "__weakref__"] + ["forward"] * (author_of_forward(cls) is not cls)
-    return type(name, bases, {k: v for k, v in vars(cls).items() if k not in left_out})
-
-
-def author_of_forward(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that the forward of ``cls`` was written in.
-
-    Newer transformers give every subclass of a layer a forward that wraps the one it inherits; that one does not count.
-    """
-
-    def written(forward: Callable[..., Any]) -> Callable[..., Any]:
-        while hasattr(forward, "__wrapped__") and forward.__globals__["__name__"].startswith("transformers."):
-            forward = forward.__wrapped__
-        return forward
-
-    forward = written(cls.forward)
-    return [base for base in cls.__mro__ if written(vars(base).get("forward")) is forward][-1]
 
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
