@@ -215,6 +215,7 @@ def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
         "positions='original'": settings.positions == "original",
         "llm_size_bias=True": settings.llm_size_bias,
         f"method={name!r}": reducer.shrinks_picture,
+        "logits='caller'": settings.logits == "caller",
     }
     for setting in (setting for setting, wanted in asked.items() if wanted):
         raise ValueError(

@@ -244,6 +244,7 @@ def test_the_default_goes_without_what_the_package_cannot_take(tower, caplog):
     [
         ({"positions": "original"}, "positions='original' is not possible with the original llava package"),
         ({"llm_size_bias": True}, "llm_size_bias=True is not possible with the original llava package"),
+        ({"logits": "caller"}, "logits=.caller. is not possible with the original llava package"),
         ({"method": "downsample"}, "method='downsample' is not possible with the original llava package"),
     ],
 )
