@@ -161,13 +161,13 @@ def scale_weights(model: nn.Module, seed: int) -> None:
             weight.data[: len(SPECIAL)] = 0  # a model that says <image> breaks its own prompt
 
 
-def build(seed: int = 1, **options: Any) -> LlavaForConditionalGeneration:
+def build(seed: int = 1, dtype: torch.dtype = torch.float64, **options: Any) -> LlavaForConditionalGeneration:
     """A model with fixed random weights; the same arguments give an identical twin. ``options`` go to `config`."""
     settings = config(**options)
     model = LlavaForConditionalGeneration(settings)
     scale_weights(model, seed)
     model.generation_config.pad_token_id = PAD
-    return model.double().eval()
+    return model.to(dtype).eval()
 
 
 def build_text_model(seed: int = 5) -> LlamaForCausalLM:

@@ -17,7 +17,7 @@ TEXT = len(QUESTION.split())  # the placeholder left out, <s> added
 
 @lru_cache
 def model(**options):
-    return build(attention="eager", **options)  # torch counts eager attention on every device
+    return build(attention="eager", dtype=torch.float32, **options)  # torch counts eager attention on every device
 
 
 @lru_cache

@@ -72,7 +72,7 @@ class Peak(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def wide():
     """A model in which rows of tokens weigh more than pairs of tokens, as in real ones."""
-    return build(layers=4, width=512)
+    return build(layers=4, width=512, dtype=torch.float32)
 
 
 RUNS = [

@@ -92,7 +92,7 @@ def test_weights_on_two_devices(family, tmp_path):
     parts |= {"image_newline": "cpu"} if family is NEXT else {}
     places = {"lm_head": "cpu", **{f"model.{name}": device for name, device in parts.items()}}
     model = family.cls.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload"), dtype=torch.float32
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload"), dtype=torch.float64
     ).eval()
     assert {str(p.device) for p in model.model.language_model.parameters()} == {"meta"}
     whole = family.build()

@@ -60,7 +60,7 @@ class Direct(transformers.LlavaModel, transformers.GenerationMixin):
 def test_parts_may_lie_on_the_model_itself():
     """The same weights give the same as in a LLaVA."""
     known, inputs = BY_TITLE["LLaVA-1.5"].build(), BY_TITLE["LLaVA-1.5"].process([(QUESTIONS[0], pictures(0))])
-    model = Direct(known.config).eval()
+    model = Direct(known.config).double().eval()
     model.load_state_dict({name.removeprefix("model."): weight for name, weight in known.state_dict().items()})
     for where in ("tower", "both"):
         with attach(model, "pitome", keep=36, where=where) as handle, attach(known, "pitome", keep=36, where=where):
