@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pitome_mllm import METHODS, attach
-from pitome_mllm.hooks import graphs
+from pitome_mllm.hooks import graphs, lock
 from pitome_mllm.hooks.capture import Copies, _collect
 from pitome_mllm.hooks.lock import captures
 
@@ -428,7 +428,28 @@ def test_nothing_is_captured_beside_another_call_and_nobody_waits_for_himself(on
         running.result(60)
         with captures.shared():  # as within a generate() that draws
             seen(model, one)
+            assert made() == 0  # captures are twice as rare now
+            seen(model, one)
         assert made() == 1
+
+
+def test_a_capture_waits_a_moment_for_calls_that_end(monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 60)
+    inside, tried = threading.Event(), threading.Event()
+
+    def elsewhere():
+        with captures.shared():
+            inside.set()
+            assert tried.wait(60)
+            with captures.shared():  # who is inside already is not kept out
+                pass
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(elsewhere)
+        assert inside.wait(60)
+        tried.set()
+        with captures.exclusive() as alone:
+            assert alone and running.result(60) is None
 
 
 def test_others_wait_while_a_graph_is_made(one):

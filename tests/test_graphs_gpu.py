@@ -201,7 +201,7 @@ def test_four_threads_with_streams_of_their_own(pixels):
         for found, right in zip(pool.map(work, keeps), expected):
             for each in found:
                 assert_equal(each, right)
-    assert 1 <= len(handle.graphs) <= 3
+    assert len(handle.graphs) <= 3
 
 
 def test_random_numbers_of_other_threads_are_drawn_meanwhile(one):

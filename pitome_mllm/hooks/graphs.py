@@ -42,7 +42,7 @@ class Graphs:
         self._watch: Watch | None = None
         self._kept: OrderedDict[Key, tuple[Capture, Copies]] = OrderedDict()  # the latest used last
         self._seen: OrderedDict[Key, int] = OrderedDict()  # how often such calls ran eagerly; -1 = always will
-        self._dropped = 0
+        self._rare = 0  # how often calls of a kind have to come again before they are captured: 2 ** this times
         self._pool: Any = None
         self._said: set[str] = set()
 
@@ -117,21 +117,22 @@ class Graphs:
         reason = unsupported_modules(tower, *_others(tower, plan), last=_last_hook(tower))
         if reason is None:
             with captures.exclusive() as alone:
-                if not alone:
-                    return  # another call of this kind will find it so
+                if not alone:  # later, and later each time
+                    self._rare, self._seen[key] = self._rare + 1, 0
+                    return
                 reason = self._capture(key, tower, plan, plain, inputs, args, kwargs)
         if reason is not None:
             self._seen[key] = -1
             self._say(reason, plan)
 
     def _is_due(self, key: Key, plan: Plan) -> bool:
-        """Whether a call of this kind is to be captured now; each graph that had to go makes that twice as rare."""
+        """Whether a call of this kind is to be captured now; each graph that had to go made that twice as rare."""
         with self._lock:
             times = self._seen.pop(key, 0)
             self._seen[key] = times = times + 1 if times >= 0 else -1
             while len(self._seen) > SEEN:
                 self._seen.popitem(last=False)
-            least = (1 if plan.graph is True else 2) << self._dropped
+            least = (1 if plan.graph is True else 2) << self._rare
             return times >= least and key not in self._kept
 
     def _capture(
@@ -151,7 +152,7 @@ class Graphs:
         with self._lock:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)[1][0].free()
-                self._dropped += 1
+                self._rare += 1
         try:
             self._pool = self._pool or new_pool()
             capture = Capture(call, inputs, self._pool, inputs[0].device)
@@ -177,7 +178,7 @@ class Graphs:
         self._kept.clear()
         self._seen.clear()
         self._watch = self._pool = None
-        self._dropped = 0
+        self._rare = 0
 
     def _say(self, reason: str, plan: Plan) -> None:
         """Log, once, why a call runs eagerly; a warning where graphs were asked for."""

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
+PATIENCE = 0.05  # seconds that a capture waits for calls of a tower to end
+
 
 class CaptureLock:
     """What may run beside a capture: nothing that merges, or draws random numbers, in this process.
 
-    A capture never waits for others, so that nothing can wait for itself; others wait for a capture.
+    A capture waits for others for a moment only, so that nothing waits for itself; others wait for a capture.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,7 @@ class CaptureLock:
     def shared(self) -> Iterator[None]:
         me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._alone in (None, me))
+            self._changed.wait_for(lambda: self._alone in (None, me) or me in self._inside)
             self._inside[me] = self._inside.get(me, 0) + 1
         try:
             yield
@@ -34,21 +36,29 @@ class CaptureLock:
                 self._inside[me] -= 1
                 if not self._inside[me]:
                     del self._inside[me]
+                    self._changed.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[bool]:
         """Whether nobody else is inside; if so, nobody comes in within the block."""
         me = threading.get_ident()
         with self._changed:
-            free = self._alone is None and set(self._inside) <= {me}
-            self._alone = me if free else self._alone
+            free = self._alone is None
+            if free:
+                self._alone = me  # nobody comes in any more
+                free = self._changed.wait_for(lambda: set(self._inside) <= {me}, 0 if me in self._inside else PATIENCE)
+                if not free:
+                    self._open()
         try:
             yield free
         finally:
             if free:
                 with self._changed:
-                    self._alone = None
-                    self._changed.notify_all()
+                    self._open()
+
+    def _open(self) -> None:
+        self._alone = None
+        self._changed.notify_all()
 
 
 captures = CaptureLock()  # torch captures one graph at a time, and draws no random numbers on the device meanwhile
