@@ -108,7 +108,7 @@ def assert_row(logits: Tensor, expected: Tensor, side: str = "left") -> None:
     """One row of a possibly padded batch of logits equals the unpadded expectation (n, V)."""
     n = len(expected)
     seen = logits[-n:] if side == "left" else logits[:n]
-    torch.testing.assert_close(seen, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(seen, expected, atol=TOLERANCE, rtol=TOLERANCE, check_dtype=False)
 
 
 def assert_works(

@@ -306,7 +306,7 @@ def bypass_forward(layers):
 
 
 def swap_layer(layers):
-    fresh = CLIPEncoderLayer(layers[2].self_attn.config).eval()
+    fresh = CLIPEncoderLayer(layers[2].self_attn.config).double().eval()
     fresh.load_state_dict(layers[2].state_dict())
     layers[2] = fresh
 
