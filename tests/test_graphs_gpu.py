@@ -128,7 +128,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_make_a_graph_anew(change, pixels):
-    model = build(layers=3).to(DEVICE)
+    model = build(layers=3).to(DEVICE, torch.float32)
     with attach(model, "pitome", keep=144, graph=True) as handle:
         assert_by_a_graph(handle, pixels.float())
         changed = CHANGES[change](model)
