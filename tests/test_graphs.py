@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pitome_mllm import METHODS, attach
 from pitome_mllm.hooks import graphs, lock
 from pitome_mllm.hooks.capture import Copies, _collect
+from pitome_mllm.hooks.guards import look
 from pitome_mllm.hooks.lock import captures
 
 
@@ -134,6 +135,12 @@ def test_nothing_of_an_earlier_call_changes(one, pair):
             assert torch.equal(merge.reduce(torch.ones(1, group.shape[1], 2))[0], reduced)
         with pytest.raises(RuntimeError, match="order='source'"):
             next(m for m in stats.merges if m._source).in_source_order()
+
+
+@pytest.mark.parametrize("value", [{}, [torch.ones(1)], ([torch.ones(1)],), object()], ids=str)
+def test_arguments_that_cannot_be_told_apart_are_no_key(value):
+    with pytest.raises(TypeError, match="an argument is a"):
+        look(value)
 
 
 def test_what_cannot_be_copied_is_no_graph():

@@ -161,7 +161,8 @@ class Graphs:
             self._pool = None
             while error.__context__ is not None:  # torch says of the end of a capture only that something was before
                 error = error.__context__
-            return f"the capture failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            said = str(error).strip().partition("\n")[0]
+            return f"the capture failed: {type(error).__name__}: {said}"
         with self._lock:
             self._kept[key] = found
             self._seen.pop(key, None)

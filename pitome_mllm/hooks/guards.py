@@ -110,7 +110,7 @@ def look(value: Any) -> Any:
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, _PLAIN):
         return type(value), value  # 1 and True are equal
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not any(isinstance(each, Tensor) for each in value):
         return tuple(map(look, value))
     raise TypeError(f"an argument is a {type(value).__name__}")
 
