@@ -2,7 +2,7 @@
 
 Read next: `settings` for what may be asked, `plan` for what it means, `hooks.state` for what is remembered and where,
 `hooks.install` for what is put on a model, `hooks.tower` for merging inside the blocks, `hooks.tiles` for pictures cut
-into tiles, `hooks.prompt` for the placeholders, `hooks.llm` for what the LLM is told.
+into tiles, `hooks.prompt` and `hooks.generate` for the placeholders, `hooks.llm` for what the LLM is told.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checks import logits, new_ids
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, pictures
-from models import IMAGE, PAD, QUESTION, picture, processor
+from models import CACHE, IMAGE, PAD, QUESTION, picture, processor
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
 from pitome_mllm import attach
@@ -65,14 +65,14 @@ def step_logits(model, inputs, steps=2, **options):
 
 
 def filled(model, inputs, **options):
-    return model(**inputs, use_cache=True, **options).past_key_values
+    return getattr(model(**inputs, use_cache=True, **options), CACHE)
 
 
 def go_on(model, past, mask=None, rows=(0, 1, 2), ids=NEXT):
     rows = list(rows)
     if mask is not None:
         mask = torch.cat([mask[rows], torch.ones_like(ids[rows])], 1)
-    return model(input_ids=ids[rows], attention_mask=mask, past_key_values=past).logits
+    return model(input_ids=ids[rows], attention_mask=mask, **{CACHE: past}).logits
 
 
 # ---- a prompt in chunks ----------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_packed_samples_are_kept_apart(model, settings):
 def test_positions_that_restart_behind_a_cache_are_refused(model, handle):
     inputs = make(ROWS[:1])
     with pytest.raises(ValueError, match="position_ids that restart"):
-        model(input_ids=NEXT[:1], past_key_values=filled(model, inputs), position_ids=torch.tensor([[0, 0, 1]]))
+        model(input_ids=NEXT[:1], **{CACHE: filled(model, inputs)}, position_ids=torch.tensor([[0, 0, 1]]))
     with pytest.raises(ValueError, match="position_ids of shape"):
         model(**inputs, position_ids=torch.arange(7)[None])
 
@@ -178,12 +178,12 @@ def test_marks_follow_their_rows(model, handle, change, rows):
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_cache_that_was_reset_is_a_new_one(model, told, by_layer):
     new = StaticCache(config=model.config.get_text_config(), max_cache_len=400)
-    filled(model, make(ROWS[:1]), past_key_values=new)
+    filled(model, make(ROWS[:1]), **{CACHE: new})
     for part in new.layers if by_layer else [new]:
         part.reset()
     told.update(positions="compact", llm_size_bias=False)
     second = make([([1], QUESTION)])
-    assert new_ids(model, second, past_key_values=new) == new_ids(model, second)
+    assert new_ids(model, second, **{CACHE: new}) == new_ids(model, second)
 
 
 @pytest.mark.parametrize("left", ["<s> USER:", "<s> USER: <image>"])
@@ -197,7 +197,7 @@ def test_a_cache_cropped_to_a_picture(model, handle, left):
     again = {**inputs, "input_ids": inputs["input_ids"][:, columns:]}
     if "<image>" in left:
         del again["pixel_values"]
-    close(model(**again, past_key_values=past).logits[:, -4:], logits(model, inputs)[:, -4:])
+    close(model(**again, **{CACHE: past}).logits[:, -4:], logits(model, inputs)[:, -4:])
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
@@ -206,7 +206,7 @@ def test_text_goes_on_behind_a_picture(model, handle, with_mask):
     end = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 1
     past = filled(model, {"input_ids": inputs["input_ids"][:, :end], "pixel_values": inputs["pixel_values"]})
     mask = {"attention_mask": inputs["attention_mask"]} if with_mask else {}
-    seen = model(input_ids=inputs["input_ids"][:, end:], past_key_values=past, **mask).logits
+    seen = model(input_ids=inputs["input_ids"][:, end:], **{CACHE: past}, **mask).logits
     close(seen, logits(model, inputs)[:, -seen.shape[1] :])
 
 
@@ -215,9 +215,9 @@ def test_a_cache_of_several_beams_goes_on_with_one_row(model, told):
     options = {"do_sample": False, "num_beams": 3, "max_new_tokens": 3}
     out = model.generate(**inputs, return_dict_in_generate=True, num_return_sequences=2, **options)
     ids = torch.cat([out.sequences[:1], NEXT[:1]], 1)
-    past = out.past_key_values
+    past = getattr(out, CACHE)
     assert len(caches.mark_of(past).index) == 3
-    assert model.generate(input_ids=ids, past_key_values=past, **options).shape == (1, ids.shape[1] + 3)
+    assert model.generate(input_ids=ids, **{CACHE: past}, **options).shape == (1, ids.shape[1] + 3)
 
 
 def test_a_layout_for_other_rows():
@@ -249,8 +249,8 @@ def test_a_loop_over_tuples(model, told):
         mask, ids, past, said = inputs["attention_mask"], inputs["input_ids"], None, []
         more = {"pixel_values": inputs["pixel_values"]}
         for _ in range(4):
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **more, **options)
-            scores, past = out[:2] if options else (out.logits, out.past_key_values)
+            out = model(input_ids=ids, attention_mask=mask, **{CACHE: past}, use_cache=True, **more, **options)
+            scores, past = out[:2] if options else (out.logits, getattr(out, CACHE))
             ids, more = scores[:, -1:].argmax(-1), {}
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             said.append(scores[:, -1])
@@ -262,15 +262,19 @@ def test_the_core_alone_is_merged_as_well(model, handle):
     inputs = make(ROWS)
     out = model.model(**inputs, use_cache=True)
     close(model.lm_head(out.last_hidden_state), logits(model, inputs))
+    with handle.using(logits="caller"):
+        hidden = model.model(**inputs).last_hidden_state
+        assert hidden.shape[:2] == inputs["input_ids"].shape
+        close(model.lm_head(hidden), logits(model, inputs))
     expected = go_on(model, filled(model, inputs), inputs["attention_mask"])
-    close(go_on(model, out.past_key_values, inputs["attention_mask"]), expected)
+    close(go_on(model, getattr(out, CACHE), inputs["attention_mask"]), expected)
 
 
 def test_the_llm_alone_goes_on_where_the_prompt_ended(model, told):
     past = filled(model, make(ROWS[:1]))
     expected = go_on(model, copy.deepcopy(past), rows=[0])
     embeds = model.get_input_embeddings()(NEXT[:1])
-    out = model.model.language_model(inputs_embeds=embeds, past_key_values=past)
+    out = model.model.language_model(inputs_embeds=embeds, **{CACHE: past})
     close(model.lm_head(out.last_hidden_state), expected)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pitome_mllm.hooks import caches
+
 from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
@@ -79,7 +81,7 @@ def answers(model, processor, picture, texts: list[str]) -> list[str]:
             use_cache=True,
             logits_to_keep=1,
         )
-    cache = out.past_key_values
+    cache = caches.cache_of(out)
     start = cache.get_seq_length() if positions.next is None else positions.next
     cache.batch_repeat_interleave(len(texts))
     lengths = [len(rest) for _, rest in prompts]
@@ -87,7 +89,7 @@ def answers(model, processor, picture, texts: list[str]) -> list[str]:
     rest = torch.tensor([ids + [pad] * (max(lengths) - len(ids)) for _, ids in prompts], device=model.device)
     states = model.model.language_model(
         input_ids=rest,
-        past_key_values=cache,
+        **{caches.name_for(model.model.language_model): cache},
         position_ids=(start + torch.arange(rest.shape[1], device=model.device)).expand(len(texts), -1),
         cache_position=cache.get_seq_length() + torch.arange(rest.shape[1], device=model.device),
     ).last_hidden_state

@@ -16,8 +16,9 @@ from torch import Tensor
 from pitome_mllm import Attachment
 from pitome_mllm.families import family_of, geometry
 from pitome_mllm.families.features import read
+from pitome_mllm.hooks.caches import cache_of, name_for
 from pitome_mllm.hooks.capture import Capture, new_pool
-from pitome_mllm.hooks.prompt import Call as Prompt
+from pitome_mllm.hooks.state import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
 
 from ..accuracy.costs import Picture
@@ -177,7 +178,7 @@ class Stages:
 
     def _decode(self) -> Call:
         steps, token = max(1, self.load.new_tokens - 1), self.inputs["input_ids"][:, -1:]
-        length, handle = self.cache.get_seq_length(), Attachment.of(self.llm)
+        length, handle, past = self.cache.get_seq_length(), Attachment.of(self.llm), {name_for(self.llm): self.cache}
         mask = torch.ones(self.load.batch, length + steps, dtype=torch.long, device=self.model.device)
 
         def run() -> None:
@@ -186,7 +187,7 @@ class Stages:
             ):  # as generate() does, whose prompt is short
                 for step in range(steps):
                     seen = mask[:, : length + step + 1]
-                    self.llm(input_ids=token, past_key_values=self.cache, attention_mask=seen, use_cache=True)
+                    self.llm(input_ids=token, attention_mask=seen, use_cache=True, **past)
 
         def back() -> None:
             if extra := self.cache.get_seq_length() - length:
@@ -199,9 +200,9 @@ class Stages:
     def cache(self) -> Any:
         """The KV cache of the prompt; that of an oracle holds as many tokens without any merging."""
         if not self.contender.is_oracle:
-            return self.llm(**self.inputs, use_cache=True, logits_to_keep=1).past_key_values
+            return cache_of(self.llm(**self.inputs, use_cache=True, logits_to_keep=1))
         embeds = torch.cat([self.projected, self.text], 1)
-        return self.llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
+        return cache_of(self.llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1))
 
     def kv_bytes(self) -> int:
         """Of the prompt's cache."""

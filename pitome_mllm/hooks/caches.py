@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from .layout import Layout
 
@@ -22,6 +24,12 @@ def cache_of(output: Any) -> Any:
     """The KV cache in a model's output, a dict or a tuple; None if there is none."""
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
+
+
+def name_for(module: nn.Module) -> str:
+    """What a model or a part of it calls the KV cache that it takes."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return next((name for name in NAMES if name in parameters), NAMES[0])
 
 
 def length_of(past: Any) -> int:

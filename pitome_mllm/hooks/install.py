@@ -13,6 +13,7 @@ from ..families import TOWERS, TowerSpec
 from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
 from .classes import author_of_forward, plain_class
+from .generate import generate as generate_short
 from .lock import drawing
 from .state import Attached, Hook
 
@@ -184,6 +185,6 @@ def generate_like(model: nn.Module) -> Callable[..., Any]:
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = self._pitome.replaced["generate"] or MethodType(type(self).generate, self)
         with drawing(self, kwargs):
-            return prompt.generate(self, plain, args, kwargs)
+            return generate_short(self, plain, args, kwargs)
 
     return generate

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..families import PLAIN_BACKENDS, llm_obstacle
 from ..stats import Stats
 from . import caches
-from .layout import Layout, at_placeholders, shift_to_first
+from .layout import Layout
+from .positions import at_placeholders, shift_to_first
 from .state import CALL, Call
 
 

@@ -1,4 +1,4 @@
-"""Shorten the caller's prompt on its way into generate() and forward(), and put it back on the way out."""
+"""Shorten the caller's prompt on its way into generate() and forward()."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,21 +18,11 @@ from ..families.features import pixels_in
 from ..plan import Plan
 from ..stats import Stats
 from . import caches, columns, tiles
-from .layout import (
-    Layout,
-    borders,
-    caller_positions,
-    compact_positions,
-    missing_before,
-    restore_prompt,
-    shorten,
-    take_all,
-    unchanged,
-)
+from .layout import Layout, shorten, take_all, unchanged
+from .positions import borders, caller_positions, compact_positions, missing_before
 from .state import CALL, Attached, Call
 from .validate import (
     check_call,
-    check_chunks,
     check_count,
     check_features_alone,
     check_mask,
@@ -46,7 +36,7 @@ from .validate import (
 logger = logging.getLogger(__name__)
 
 # Whose generate() runs, innermost last: a draft model gets the pictures as the model that asks it has encoded them.
-_generating: ContextVar[tuple[Attached, ...]] = ContextVar("pitome_generating", default=())
+GENERATING: ContextVar[tuple[Attached, ...]] = ContextVar("pitomeGENERATING", default=())
 
 
 def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | None:
@@ -78,16 +68,12 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
         if count or seen is None:  # assistants get the pictures of a prompt that is in the cache already
             check_count(handle, count, full, kept)
     elif count:
-        lent = _lent(sum(kept))
-        handle.note(stats=lent)
-        drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
-        if merged and lent is None and not drafting:
-            check_features_alone(handle.plan, kwargs, move, short)
-        move, weigh = move and lent is not None, weigh and lent is not None
+        known = _features_known(handle, kwargs, kept, merged, move, short)
+        move, weigh = move and known, weigh and known
 
     first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
-    restart = _restarting(kwargs, real, seen)
-    positions, given = caller_positions(real), kwargs.get("position_ids")
+    restart, positions = _restarting(kwargs, real, seen), caller_positions(real)
+    given = kwargs.get("position_ids")
     if merged and count == sum(full):
         new = shorten(fresh, real, full, kept)
     elif marked is None and not (short and merged and (move or weigh or (original and given is not None))):
@@ -107,9 +93,24 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
     return _shortened(model, call, new, ids, first)
 
 
+def _features_known(
+    handle: Attached, kwargs: dict[str, Any], kept: list[int], merged: bool, move: bool, short: bool
+) -> bool:
+    """Whether features that come without their pictures are those that a generate() around this one has encoded.
+
+    ValueError if they are not, and the plan asks for what only pictures tell.
+    """
+    lent = _lent(sum(kept))
+    handle.note(stats=lent)
+    drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
+    if merged and lent is None and not drafting:
+        check_features_alone(handle.plan, kwargs, move, short)
+    return lent is not None
+
+
 def _lent(tokens: int) -> Stats | None:
     """What became of pictures of ``tokens`` in all, if a model whose generate() runs has encoded them."""
-    for handle in reversed(_generating.get()):
+    for handle in reversed(GENERATING.get()):
         stats = handle.state.stats
         if stats is not None and sum(stats.lengths) == tokens:
             return stats
@@ -254,7 +255,7 @@ def _pad_id(model: nn.Module) -> int:
     return 0 if pad is None else pad
 
 
-def _tell(handle: Attached, layout: Layout | None) -> None:
+def tell(handle: Attached, layout: Layout | None) -> None:
     """Say in the stats of a run what layout its prompt had."""
     stats = handle.state.stats
     if layout is not None and stats is not None:
@@ -262,111 +263,8 @@ def _tell(handle: Attached, layout: Layout | None) -> None:
 
 
 @lru_cache
-def _names(function: Callable) -> tuple[str, ...]:
+def names_of(function: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
-
-
-# generate()
-
-
-def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``plain`` generate on the shortened prompt; the answer starts with the caller's own prompt."""
-    handle = model._pitome
-    kwargs = {**dict(zip(_names(type(model).generate)[1:], args)), **kwargs}
-    inputs = kwargs.pop("inputs", None)
-    if inputs is not None:
-        kwargs["input_ids"] = inputs
-    outer = _generating.get()
-    try:
-        _forget_encoded(handle)
-        with torch.no_grad():
-            call = rewrite(model, handle, kwargs, whole=True)
-        if call is None:
-            return plain(**kwargs)
-        short = {**call.kwargs, **_callbacks(handle, kwargs, _width(call.kwargs))}
-        if call.layout is not None:
-            check_chunks(model, _option(model, kwargs, "prefill_chunk_size"), _width(short))
-            short.update(_lengths(model, kwargs, _width(short)))
-        _generating.set((*outer, handle))
-        with handle.choosing(handle.plan, call):  # prompts are short already, and the plan stays what it is
-            out = plain(**short)
-    finally:
-        _generating.set(outer)
-        _forget_encoded(handle)
-    if call.layout is None:
-        return out
-    _tell(handle, call.layout)
-    sequences = out if isinstance(out, Tensor) else out.sequences
-    if kwargs.get("input_ids") is None:  # from embeddings: sequences hold the new ids only
-        return out
-    sequences = restore_prompt(sequences, kwargs["input_ids"], _width(short))
-    if isinstance(out, Tensor):
-        return sequences
-    out.sequences = sequences
-    return out
-
-
-def _width(kwargs: dict[str, Any]) -> int:
-    ids = kwargs.get("input_ids")
-    return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-
-
-def _option(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
-    """What a generate() is asked for by this name, in its arguments or in a configuration; None if nothing is."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    asked = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-    return next((value for value in asked if value is not None), None)
-
-
-def _lengths(model: nn.Module, kwargs: dict[str, Any], short: int) -> dict[str, int]:
-    """max_length and min_length, which count the caller's prompt, for a prompt of ``short`` columns."""
-    width, fitted = _width(kwargs), {}
-    for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if _option(model, kwargs, new_tokens) is not None:
-            continue  # counts new tokens only, and takes precedence
-        length = _option(model, kwargs, name)
-        if name == "max_length" and length is not None and length <= width:
-            raise ValueError(
-                f"max_length={length} leaves no room behind a prompt of {width} tokens; give max_new_tokens"
-            )
-        if length:
-            fitted[name] = max(length - width + short, 0)
-    return fitted
-
-
-def _callbacks(handle: Attached, kwargs: dict[str, Any], short: int) -> dict[str, Any]:
-    """The caller's stopping criteria and logits processors, made to see the caller's prompt and not the short one.
-
-    They may run the model, too, with prompts and KV caches of their own: those are no part of this generate().
-    """
-    prompt, wrapped = kwargs.get("input_ids"), {}
-
-    def restored(ids: Tensor, rows: slice = slice(None)) -> Tensor:
-        return ids if prompt is None else restore_prompt(ids, prompt[rows], short)  # from embeddings: new ids only
-
-    def seeing(callback: Callable) -> Callable:
-        @wraps(callback, assigned=())  # attributes such as eos_token_id, which transformers looks for
-        def call(ids: Tensor, scores: Any, **more: Any) -> Any:
-            with handle.choosing(handle.plan, outside=True):
-                return callback(restored(ids), scores, **more)
-
-        return call
-
-    for name in ("stopping_criteria", "logits_processor"):
-        if kwargs.get(name) is not None:
-            wrapped[name] = type(kwargs[name])(map(seeing, kwargs[name]))
-    allowed = kwargs.get("prefix_allowed_tokens_fn")
-    if allowed is not None:
-
-        def allowed_of(row: int, ids: Tensor) -> list[int]:
-            with handle.choosing(handle.plan, outside=True):
-                return allowed(row, restored(ids[None], slice(row, row + 1))[0])
-
-        wrapped["prefix_allowed_tokens_fn"] = allowed_of
-    return wrapped
-
-
-# forward(): hooks
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -376,7 +274,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     handle = module._pitome
     handle.check_calls(module)
     if args:
-        kwargs = {**dict(zip(_names(type(module).forward)[1:], args)), **kwargs}
+        kwargs = {**dict(zip(names_of(type(module).forward)[1:], args)), **kwargs}
     generating = handle.generating
     if generating is not None:
         if pixels_in(kwargs) is None and kwargs.get("mm_encoder_outputs") is None:
@@ -385,7 +283,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
             part = generating if pixels_in(kwargs) is None else generating.again()
             part.owner = module
             return (), {**kwargs, CALL: part}
-    _forget_encoded(handle)
+    forget_encoded(handle)
     call = rewrite(handle.model, handle, kwargs, whole=False)
     if call is None:
         return None
@@ -411,7 +309,7 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     """
     handle, call = module._pitome, kwargs.get(CALL)
     if handle.generating is None:
-        _forget_encoded(handle)
+        forget_encoded(handle)
     if call is None or output is None or call.owner is not module:
         return None
     if not call.reached and (call.move or call.weigh):
@@ -423,10 +321,10 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     past = caches.cache_of(output) if past is None else past
     if past is not None and call.told is not None:
         caches.remember(past, call.told)
-    _tell(handle, call.layout)
+    tell(handle, call.layout)
     return None if call.answer is None else call.answer.restore(output)
 
 
-def _forget_encoded(handle: Attached) -> None:
+def forget_encoded(handle: Attached) -> None:
     if handle.state.encoded is not None:
         handle.note(encoded=None)

@@ -1,0 +1,88 @@
+"""Which placeholder is which, and the positions of columns and places: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which picture every placeholder belongs to, and its rank within that picture.
+
+    Parameters
+    ----------
+    image : (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
+    lengths : placeholders of every picture.
+
+    Returns
+    -------
+    picture, rank : (B, T) int64 each; elsewhere they mean nothing.
+    """
+    ends = torch.tensor(lengths, device=image.device).cumsum(0)
+    flat = (image.flatten().cumsum(0) - 1).view_as(image)
+    picture = torch.bucketize(flat, ends, right=True).clamp(max=len(lengths) - 1)
+    return picture, flat - (ends - torch.tensor(lengths, device=image.device))[picture]
+
+
+def caller_positions(mask: Tensor) -> Tensor:
+    """Position ids (B, T + 1) of the columns of a prompt, and of the one behind it; padding (0 in ``mask``) does not
+    count.
+    """
+    return (F.pad(mask.long(), (0, 1), value=1).cumsum(1) - 1).clamp(min=0)
+
+
+def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """(B, T) how many placeholders are missing in front of each column of a short prompt, of pictures in its row."""
+    picture, rank = ranks(image, kept)
+    kept, full = (torch.tensor(lengths, device=image.device) for lengths in (kept, full))
+    gap = (full - kept)[picture].masked_fill(~image | (rank != kept[picture] - 1), 0)
+    return gap.cumsum(1) - gap
+
+
+def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
+    """(B, S) what positions grow by, so that each visual token has that of the first patch of its group.
+
+    Parameters
+    ----------
+    image : (B, S) bool, True at placeholders; row by row they are the pictures in order. Positions of a picture's
+        placeholders count up. B may be a multiple of the rows that the pictures were given for (beams): then every row
+        is repeated in place.
+    first : per picture (K,) the first patch of every visual token, counted within its picture.
+    """
+    shift = [place - torch.arange(len(place), device=place.device) for place in first]
+    return at_placeholders(image, [s.to(image.device) for s in shift])
+
+
+def borders(positions: Tensor, real: Tensor) -> Tensor:
+    """(B, T) how many samples begin up to each column of ``positions`` (B, T), where each is one more than the last.
+
+    A jump between two neighbours begins another sample, packed into the same row; there are 0 before the second one.
+    Padding (False in ``real``) is not looked at.
+    """
+    column = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    last = torch.where(real, column, -1).cummax(1).values  # the last real column up to here
+    before = F.pad(last[:, :-1], (1, 0), value=-1)
+    jump = positions - positions.gather(1, before.clamp(min=0)) != 1
+    return (jump & real & (before >= 0)).long().cumsum(1)
+
+
+def compact_positions(positions: Tensor, sample: Tensor) -> Tensor:
+    """Positions (B, S) that count up in every ``sample`` (B, S) from what its first place has in ``positions``."""
+    place = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+    begins = sample != F.pad(sample[:, :-1], (1, 0), value=-1)
+    start = torch.where(begins, place, 0).cummax(1).values
+    return positions.gather(1, start) + place - start
+
+
+def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """(B, S) with ``values`` (K,) of each picture at its placeholders, 0 elsewhere; see `shift_to_first`."""
+    flat = torch.cat(tuple(values))
+    counts = image.sum(1)
+    repeats = max(1, int(counts.sum()) // len(flat))
+    row_start = counts[::repeats].cumsum(0) - counts[::repeats]
+    rank = (image.long().cumsum(1) - 1).clamp(min=0)
+    at = row_start.repeat_interleave(repeats)[:, None] + rank
+    return flat[at.clamp(max=len(flat) - 1)].masked_fill(~image, 0)
