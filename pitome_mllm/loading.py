@@ -43,13 +43,13 @@ def load(
     """
     source = _source(name_or_path)
     architecture = _original_architecture(source)
-    if architecture is None:
-        check_bits(bits)
-    elif bits is not None:
+    if architecture is not None and bits is not None:
         raise ValueError(
             f"bits={bits} is not possible with a checkpoint of the original llava package here; load it quantised "
             "with that package's own load_pretrained_model, then attach"
         )
+    if architecture is None:
+        check_bits(bits)
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
     if architecture is not None:
@@ -146,10 +146,15 @@ def read_config(name_or_path: str | Path) -> Any:
     ValueError : no such folder or checkpoint, a configuration that cannot be read, or an unsupported family or vision
         tower.
     """
+    source = _source(name_or_path)
+    if _original_architecture(source) is not None:
+        raise ValueError(
+            f"{source!r} is a checkpoint of the original llava package, whose processor has no placeholders for "
+            "pictures, so command line and chat do not take it; in Python, pitome_mllm.load does, and then attach"
+        )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    source = _source(name_or_path)
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
