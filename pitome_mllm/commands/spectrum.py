@@ -32,6 +32,10 @@ class Comparison:
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     why: list[str] = field(default_factory=list)
 
+    def without(self, reason: str) -> None:
+        """There is no figure, for this reason."""
+        self.why += [reason] * (reason not in self.why)
+
 
 def register(commands: Any) -> None:
     """Add the command to the parser."""
@@ -122,15 +126,18 @@ def _distance(
     from ..families.features import tower_features
 
     try:
-        with attach(model, method, keep=keep, where=where) as handle:
-            if handle.plan.where == "packed":
-                raise ValueError("where='packed' merges behind the projector; spectra are those of the tower's tokens")
-            tower_features(model, pixels)
-            return float(graph.distance(handle.stats.merges).mean())
+        handle = attach(model, method, keep=keep, where=where)
     except ValueError as error:
-        reason = f"{method}: {error}"
-        found.why += [reason] * (reason not in found.why)
-        return None
+        return found.without(f"{method}: {error}")
+    with handle:
+        if handle.plan.where == "packed":
+            return found.without(f"{method}: where='packed' merges behind the projector, spectra are of tower tokens")
+        tower_features(model, pixels)
+        if any(merge.group is None for merge in handle.stats.merges):
+            return found.without(
+                f"{method}: this method forms no groups, so there is no graph of groups; choose one that merges"
+            )
+        return float(graph.distance(handle.stats.merges).mean())
 
 
 def show(found: Comparison, title: str) -> None:
