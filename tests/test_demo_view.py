@@ -1,6 +1,7 @@
 """The chat as HTML, and the command that serves it, as far as they go without Gradio."""
 
 import re
+import socket
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -127,6 +128,32 @@ def test_others_get_in_only_where_that_is_asked_for_and_then_load_no_models(give
     monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Models=lambda *_: None))
     assert cli.main(["demo", *given]) == 0
     assert served == [expected]
+
+
+def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(monkeypatch, capsys):
+    """A full disk, say, is not; and which port is free is known before a model is loaded."""
+
+    def serve(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Models=lambda *_: None))
+    with pytest.raises(OSError, match="no space left"):
+        cli.main(["demo"])
+    with socket.socket() as taken, socket.socket() as other:
+        taken.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        for given in (["--port", str(port)], ["--port", "70000"], ["--host", "192.0.2.1"]):
+            capsys.readouterr()
+            assert cli.main(["demo", *given]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and said.err.startswith("pitome-mllm: cannot listen on ")
+        monkeypatch.setattr(demo, "PORTS", (port, free))
+        assert demo.free_port("127.0.0.1", None) == free
 
 
 def test_without_gradio_the_command_says_how_to_get_it(capsys, monkeypatch):
