@@ -15,7 +15,7 @@ COLUMNS = {
     "curves": {"like", "against", "seconds"},
     "search": {"sweep", "alternative"},
     "spectra": {"distance", "loss"},
-    "costs": {"shape", "ms", "code"},
+    "costs": {"shape", "ms", "commit"},
     "chat": {"name", "value", "load"},
     "finetune": {"what", "steps", "rank"},
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 import pytest
 
+from pitome_mllm import METHODS
 from pitome_mllm.families import Geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
@@ -97,10 +98,24 @@ def test_a_second_run_asks_only_what_is_missing(measured):
     assert len(asked) == 5
 
 
+def test_another_method_makes_nothing_anew(measured, monkeypatch):
+    """Finished runs are known by the files of their own method, not by all of them, nor by how many there are."""
+    run, asked = measured
+    run()
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["tome"], summary="another one"))
+    run()
+    assert len(asked) == 3
+    monkeypatch.setitem(METHODS, "tome", replace(METHODS["tome"], settings={"order": "source"}))
+    run()
+    assert len(asked) == 4  # tome alone
+    names = {path.name for path in runs.sources("pitome-llava")}
+    assert {"pitome.py", "tome.py", "staged.py", "scenes.py"} <= names and not names & {"dart.py", "cli.py", "ask.py"}
+
+
 def test_rows_name_what_they_compare(measured):
     run, _ = measured
     rows = run()
-    assert all(row["code"] == runs.code_hash() for row in rows)
+    assert all(row["commit"] == runs.commit() for row in rows)
     kinds = {(row["method"], row["against"]) for row in rows if row["group"] == "all"}
     assert kinds == {
         ("plain", ""),
@@ -170,10 +185,14 @@ def test_part_of_the_benchmark_does_not_replace_the_results(part, capsys):
     assert "say with --out" in capsys.readouterr().err
 
 
-def test_only_results_of_a_checkout_are_replaced(tmp_path):
+def test_only_results_of_a_checkout_are_replaced(tmp_path, monkeypatch):
     installed = tmp_path / "pitome_mllm_eval" / "results" / "a.csv"
     runs.check_out(tmp_path / "a.csv", installed, whole=False)
+    monkeypatch.setattr(runs, "commit", lambda: "c")
     runs.check_out(curves.RESULTS, curves.RESULTS, whole=True)
+    monkeypatch.setattr(runs, "commit", lambda: "c-dirty")
+    with pytest.raises(ValueError, match="commit first"):
+        runs.check_out(curves.RESULTS, curves.RESULTS, whole=True)
     with pytest.raises(ValueError, match="no file of a checkout"):
         runs.check_out(installed, installed, whole=True)
 
@@ -291,9 +310,12 @@ def test_what_is_lent_to_whom():
 
 def result(method: str, where: str, keep: int, group: str, value: float, against: str = "") -> dict[str, str]:
     figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02), "seconds": "11.5"}
-    about = {"split": "test", "questions": "3360", "weights": "w", "code": "c"}
+    about = {"split": "test", "questions": "3360", "weights": "w", "commit": "c"}
     place = {"method": method, "where": where, "keep": str(keep), "like": ""}
     return {**place, "group": group, "against": against, **figures, **about}
+
+
+MEASURED = {Setting("tome", "tower", 72), Setting("random", "tower", 72), Setting("random", "tower", 288)}
 
 
 def results(random: float) -> list[dict[str, str]]:
@@ -330,12 +352,12 @@ def test_gates_show_the_interval_the_right_way_round():
 
 def test_the_recorded_results_are_whole_and_pass_every_gate():
     found = documents.read(curves.RESULTS)
-    check_whole(found, every_setting())
+    check_whole(found, every_setting(found))
     assert [gate.name for gate in gates(found) if not gate.passed] == []
 
 
 def test_gates_are_about_every_place_and_what_is_lent():
-    wanted = every_setting()
+    wanted = every_setting(documents.read(curves.RESULTS))
     assert {
         Setting("tome", "tower", 72),
         Setting("visionzip", "tower", 288),
@@ -356,12 +378,16 @@ def test_the_table_of_gates_shows_the_closest_of_those_at_chance():
     assert len(lines) == 2 + 1 + 7 + 1 + 3 + 1 + 1
 
 
-@pytest.mark.parametrize("name", ["weights", "code"])
-def test_gates_refuse_results_of_several_models_or_versions(name):
+@pytest.mark.parametrize(
+    "change, words",
+    [({"weights": "x"}, "got weights w, x"), ({"commit": ""}, "'none'"), ({"commit": "c-dirty"}, "c-di")],
+)
+def test_gates_refuse_results_of_several_models_or_of_no_clean_commit(change, words):
     rows = results(0.5)
-    rows[0] = rows[0] | {name: "other"}
-    with pytest.raises(ValueError, match=f"one model and one code; got {name}"):
+    rows[0] = rows[0] | change
+    with pytest.raises(ValueError, match=words):
         check_whole(rows, set())
+    check_whole([row | {"commit": "d"} if row["method"] == "tome" else row for row in results(0.5)], MEASURED)
 
 
 def test_gates_refuse_runs_without_a_category():
@@ -374,7 +400,7 @@ def test_gates_refuse_runs_without_a_category():
     "change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}, {"method": "pitome"}, {"like": "all"}]
 )
 def test_gates_refuse_part_of_the_results(change):
-    wanted = {Setting("tome", "tower", 72), Setting("random", "tower", 72), Setting("random", "tower", 288)}
+    wanted = MEASURED
     check_whole(results(0.5), wanted)
     with pytest.raises(ValueError, match="whole test set"):
         check_whole([row | change for row in results(0.5)], wanted)

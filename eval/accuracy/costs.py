@@ -27,7 +27,7 @@ from pitome_mllm.settings import Settings
 from ..documents import write_csv
 from ..speed.clocks import quantiles
 from .curves import KEEPS, PLACES, Setting, settings
-from .runs import check_out, code_hash, processor_name
+from .runs import check_out, commit, processor_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "costs.csv"
 # What is timed: "tiny", or the widths of a published model's tower and LLM.
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {
         "processor": processor_name(),
         "torch": torch.__version__,
-        "code": code_hash(),
+        "commit": commit(),
         "date": date.today().isoformat(),
     }
     found = []

@@ -85,9 +85,10 @@ def _setting(row: dict[str, str]) -> Setting:
     return Setting(row["method"], row["where"], int(row["keep"]), row["like"])
 
 
-def every_setting() -> set[Setting]:
-    """What `curves` measures."""
-    return set(settings(METHODS, PLACES, KEEPS, geometry(build_config())))
+def every_setting(found: list[dict[str, str]]) -> set[Setting]:
+    """What `curves` measures of the methods that its results name."""
+    named = {row["method"] for row in found}
+    return set(settings([name for name in METHODS if name in named], PLACES, KEEPS, geometry(build_config())))
 
 
 def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
@@ -95,15 +96,16 @@ def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
 
     Raises
     ------
-    ValueError : another split than test, a part of its questions or categories, several models or versions of the
-        code, or not the runs that are ``wanted``.
+    ValueError : another split than test, a part of its questions or categories, several models, no clean commit, or not
+        the runs that are ``wanted``.
     """
     whole = [row for row in found if row["group"] == "all" and not row["against"]]
     splits, counts = {row["split"] for row in whole}, {int(row["questions"]) for row in whole}
     measured = {_setting(row) for row in whole if row["method"] not in (PLAIN, BLIND)}
-    for name in ("weights", "code"):
-        if len(several := {row[name] for row in found}) > 1:
-            raise ValueError(f"the gates need runs of one model and one code; got {name} {', '.join(sorted(several))}")
+    if len(several := {row["weights"] for row in found}) > 1:
+        raise ValueError(f"the gates need runs of one model; got weights {', '.join(sorted(several))}")
+    if unknown := [row["commit"] for row in found if not row["commit"] or row["commit"].endswith("-dirty")]:
+        raise ValueError(f"the gates need runs of clean commits; got {unknown[0] or 'none'!r}")
     for group in CATEGORIES:
         if len(part := [row for row in found if row["group"] == group and not row["against"]]) != len(whole):
             raise ValueError(f"the gates need every category of every run; got {len(part)} of {len(whole)} for {group}")
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         found = read(args.results)
-        check_whole(found, every_setting())
+        check_whole(found, every_setting(found))
         checked = list(gates(found))
     except ValueError as error:
         parser.error(str(error))

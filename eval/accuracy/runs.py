@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +24,7 @@ import torch
 from ..benchmark.score import score
 
 PLAIN = "plain"
+RESULTS = Path(__file__).parents[1] / "results"  # what README and docs are made from
 WORK = Path("runs")  # finished runs, in a folder for each `work_folder`
 Jobs = Mapping[str, Mapping[str, Any] | None]  # name of a run -> keywords of `attach`; None = the plain model
 
@@ -110,39 +114,87 @@ def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, Answers],
             raise
 
 
-def sources() -> list[Path]:
-    """The files that decide what is answered."""
+def sources(method: str | None) -> list[Path]:
+    """The files that decide what is answered under a method (None: by the plain model); none of another method's."""
     import pitome_mllm
 
-    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parents[1]
-    asking = [*sorted((here / "benchmark").glob("*.py")), here / "accuracy" / "runs.py"]
-    return sorted([*package.glob("*.py"), *(package / "methods").glob("*.py"), *asking])
+    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
+    beside = [package / name for name in ("methods", "commands", "serving", "visualize", "cli.py")]
+    shared = [path for path in package.rglob("*.py") if not any(path.is_relative_to(folder) for folder in beside)]
+    return sorted({*shared, *(here.parent / "benchmark").glob("*.py"), here / "runs.py", *_files_of(method)})
+
+
+def _files_of(method: str | None) -> set[Path]:
+    """The file of a method's reducer, and those of what it takes from others."""
+    from pitome_mllm import METHODS
+
+    found: set[str] = set()
+    todo = [] if method is None else [METHODS[method].reducer.__module__]
+    while todo:
+        found.add(name := todo.pop())
+        owners = {getattr(thing, "__module__", None) for thing in vars(sys.modules[name]).values()}
+        todo += [owner for owner in owners - found if owner and owner.startswith("pitome_mllm.methods.")]
+    return {Path(sys.modules[name].__file__) for name in found}
+
+
+def code_of(method: str | None) -> str:
+    """A hash of the `sources` of a method, and of its row in METHODS."""
+    from pitome_mllm import METHODS
+
+    sha = hashlib.sha256(b"".join(path.read_bytes() for path in sources(method)))
+    if method is not None:
+        row = METHODS[method]
+        sha.update(json.dumps([dict(row.options), dict(row.settings)], sort_keys=True, default=str).encode())
+    return sha.hexdigest()[:16]
 
 
 def run_name(label: object, settings: Mapping[str, Any]) -> str:
-    """The name of a finished run: readable, and another one under other settings of `attach`."""
-    said = json.dumps(settings, sort_keys=True)
+    """The name of a finished run: readable, and another one under other settings of `attach` or with other code."""
+    said = json.dumps([dict(settings), code_of(settings.get("method"))], sort_keys=True)
     return f"{label}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
-def code_hash() -> str:
-    """What the code is known by, in CSVs and among finished runs."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
-
-
 def work_folder(work: Path, kind: str, model_name: str, split: str, limit: int | None) -> Path:
-    """Where finished runs are kept: a folder for these weights, split, limit, and this very code and its libraries."""
+    """Where finished runs are kept: a folder for these weights, split, limit and libraries; see `run_name`."""
     about = provenance(model_name, split)
-    parts = [kind, about["weights"], split, limit or "all", about["code"], about["torch"], about["transformers"]]
+    parts = [kind, about["weights"], split, limit or "all", about["torch"], about["transformers"]]
     return work / "-".join(map(str, parts))
 
 
+def commit() -> str:
+    """The checkout's commit, with "-dirty" behind it where files other than results differ; empty outside one."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None or not git("ls-files", __file__):  # not there, or not this project's
+        return ""
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def check_commit(path: Path, found: str) -> None:
+    """ValueError where what is measured at ``found`` is to stand among the results, and that is no clean commit."""
+    if path.resolve().is_relative_to(RESULTS.resolve()) and (not found or found.endswith("-dirty")):
+        raise ValueError(
+            f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
+            f"{found or 'none'!r}; commit first, or say with --out another place"
+        )
+
+
 def check_out(out: Path, default: Path, whole: bool) -> None:
-    """ValueError where part of a benchmark would replace the results of all of it, or ``out`` is inside a package."""
+    """Refuse to replace the results of a whole benchmark by those of a part, or of no clean commit of a checkout.
+
+    Raises
+    ------
+    ValueError : as it says.
+    """
     if out == default and not whole:
         raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
     if out == default and not (default.parents[2] / "pyproject.toml").is_file():
         raise ValueError(f"{default} is no file of a checkout; say with --out where the results go")
+    check_commit(out, commit())
 
 
 def provenance(model_name: str, split: str) -> dict[str, str]:
@@ -163,7 +215,7 @@ def provenance(model_name: str, split: str) -> dict[str, str]:
         "date": date.today().isoformat(),
         "device": processor_name(),
         "pitome_mllm": pitome_mllm.__version__,
-        "code": code_hash(),
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

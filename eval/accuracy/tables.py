@@ -192,8 +192,8 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
     plain = results.plain
     value, low, high = points(plain)
     text = (
-        f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, code "
-        f"{plain['code']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
+        f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, commit "
+        f"{plain['commit']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
         f"{plain['date']}; per cent right, in brackets the paired 95 % bootstrap interval, over pictures, of the "
         f"difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most "
         f"common answer to the same text in training data): {points(results.blind)[0]:.1f}. Spectral: its paper "
@@ -204,7 +204,8 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
         text += (
             f" ms: thread time of choosing and combining tokens for one picture at keep {COST_KEEP}, widths of "
             f"{COST_SHAPE}, float32, median of {row['repeats']} runs on one thread of {row['processor']}, torch "
-            f"{row['torch']}, code {row['code']}, {row['date']}; without what the logarithms of sizes cost attention."
+            f"{row['torch']}, commit {row['commit']}, {row['date']}; without what the logarithms of sizes cost "
+            "attention."
         )
     return text
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..accuracy.runs import processor_name
+from ..accuracy.runs import check_commit, commit, processor_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
@@ -60,28 +58,6 @@ class Row:
     gflops: float | str
     kv_bytes: int | str
     peak_bytes: int
-
-
-def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it where files other than results differ; empty outside one."""
-    here = Path(__file__).parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
-
-    if shutil.which("git") is None or not git("ls-files", __file__):  # not there, or not this project's
-        return ""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.parent}")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-
-
-def check_commit(path: Path, found: str) -> None:
-    """ValueError where what is measured at ``found`` is to stand among the results, and that is no clean commit."""
-    if path.resolve().is_relative_to(RESULTS.parent.resolve()) and (not found or found.endswith("-dirty")):
-        raise ValueError(
-            f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
-            f"{found or 'none'!r}; commit first, or say with --out another place"
-        )
 
 
 def stamp(parser: argparse.ArgumentParser, out: Path) -> dict[str, str]:
