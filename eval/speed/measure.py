@@ -19,9 +19,8 @@ from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
 
 from ..accuracy.runs import check_commit, commit, processor_name
-from .clocks import Call, clock_name, in_turns, quantiles
+from .clocks import Call, clock_name, in_turns, peak_bytes, quantiles
 from .contenders import MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
-from .peak import peak_bytes
 from .rows import Row, append, show
 from .stages import EAGER, IN_FRONT, MERGES, STAGES, Load, Stages
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..accuracy.runs import check_commit, commit, processor_name
+from ..accuracy.runs import check_commit
 
 RESULTS = Path(__file__).parents[1] / "results" / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
@@ -58,16 +54,6 @@ class Row:
     gflops: float | str
     kv_bytes: int | str
     peak_bytes: int
-
-
-def stamp(parser: argparse.ArgumentParser, out: Path) -> dict[str, str]:
-    """What every row of ``out`` says of machine and code; ends the command where it must not stand there."""
-    found = {"processor": processor_name(), "torch": torch.__version__, "commit": commit()}
-    try:
-        check_commit(out, found["commit"])
-    except ValueError as error:
-        parser.error(str(error))
-    return found | {"date": date.today().isoformat()}
 
 
 def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
