@@ -69,9 +69,8 @@ def curve(method: str, where: str) -> Curve | None:
 
 @lru_cache(maxsize=1)
 def _record() -> Any:
-    names = ("accuracy.tables", "documents", "accuracy.curves")
-    tables, documents, curves = (companion("eval", name) for name in names)
-    return tables.Results.of(documents.read(curves.RESULTS))
+    tables, curves = (companion("eval", f"accuracy.{name}") for name in ("tables", "curves"))
+    return tables.Results.of(curves.results(curves.RESULTS.with_name(curves.SUMMARY)))
 
 
 def bars(look: Look) -> str:

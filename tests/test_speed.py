@@ -13,6 +13,7 @@ from pitome_mllm import attach, get_method
 from pitome_mllm.hooks.state import Call
 from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
+from pitome_mllm_eval import documents
 from pitome_mllm_eval.speed import report, rows
 from pitome_mllm_eval.speed.clocks import Alive
 
@@ -180,7 +181,7 @@ def test_a_plot_holds_one_run(tmp_path, monkeypatch):
 
 
 def test_the_published_results_are_of_clean_commits():
-    found = report.read(rows.RESULTS)
+    found = documents.read(rows.RESULTS, "")
     assert all(row["commit"] and "dirty" not in row["commit"] for row in found)
     for run in report.runs(found):
         assert report.table(run)  # nothing is there twice
@@ -195,7 +196,7 @@ def test_a_legend_covers_no_line_and_names_lines_only(tmp_path, monkeypatch):
     )
     rows = [row(method=method, batch=str(b)) for method in ("tome", "pitome") for b in (1, 2)]
     rows += [row(method="pool", batch="1")]
-    report.plot(rows, tmp_path / "batch.png", "batch", lambda found: float(found["ms"]), {})
+    report.plot(rows, tmp_path / "batch.png", "batch", lambda found: float(found["ms"]), "", "", "")
     (figure,), (axis,) = drawn, drawn[0].axes
     (legend,) = figure.legends
     assert legend.get_window_extent().x0 >= axis.get_window_extent().x1
@@ -207,4 +208,4 @@ def test_the_report_draws_both_plots(tmp_path):
     report.plots(rows, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"speed-keep.png", "speed-batch.png"}
     with pytest.raises(ValueError, match="measure first"):
-        report.read(tmp_path / "none.csv")
+        documents.read(tmp_path / "none.csv", "bench")

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,9 +17,9 @@ import numpy as np
 import torch
 
 from ..benchmark.score import score
+from ..provenance import about_model
 
 PLAIN = "plain"
-RESULTS = Path(__file__).parents[1] / "results"  # what README and docs are made from
 WORK = Path("runs")  # finished runs, in a folder for each `work_folder`
 Jobs = Mapping[str, Mapping[str, Any] | None]  # name of a run -> keywords of `attach`; None = the plain model
 
@@ -161,69 +156,6 @@ def work_folder(work: Path, kind: str, model_name: str, split: str, limit: int |
     return work / "-".join(map(str, parts))
 
 
-def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it where files other than results differ; empty outside one."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
-
-    if shutil.which("git") is None or not git("ls-files", __file__):  # not there, or not this project's
-        return ""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-
-
-def check_commit(path: Path, found: str) -> None:
-    """ValueError where what is measured at ``found`` is to stand among the results, and that is no clean commit."""
-    if path.resolve().is_relative_to(RESULTS.resolve()) and (not found or found.endswith("-dirty")):
-        raise ValueError(
-            f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
-            f"{found or 'none'!r}; commit first, or say with --out another place"
-        )
-
-
-def check_out(out: Path, default: Path, whole: bool) -> None:
-    """Refuse to replace the results of a whole benchmark by those of a part, or of no clean commit of a checkout.
-
-    Raises
-    ------
-    ValueError : as it says.
-    """
-    if out == default and not whole:
-        raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
-    if out == default and not (default.parents[2] / "pyproject.toml").is_file():
-        raise ValueError(f"{default} is no file of a checkout; say with --out where the results go")
-    check_commit(out, commit())
-
-
 def provenance(model_name: str, split: str) -> dict[str, str]:
-    """What every row of a CSV says about where it comes from."""
-    import transformers
-
-    import pitome_mllm
-
-    model = load(model_name)[0]
-    sha = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(weight.float().numpy().tobytes())
-    return {
-        "model": model_name,
-        "weights": sha.hexdigest()[:12],
-        "split": split,
-        "date": date.today().isoformat(),
-        "device": processor_name(),
-        "pitome_mllm": pitome_mllm.__version__,
-        "commit": commit(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def processor_name() -> str:
-    """What this machine calls its processor, and how many cores of it there are."""
-    path = Path("/proc/cpuinfo")  # where the operating system has it
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    """What every row of a CSV of answers says about where it comes from."""
+    return about_model(model_name, load(model_name)[0], split)

@@ -24,10 +24,13 @@ from pitome_mllm.settings import Settings
 from ..benchmark.bootstrap import Bootstrap
 from ..benchmark.sets import questions
 from ..documents import write_csv
-from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
+from ..provenance import RESULTS as FOLDER
+from ..provenance import check_out
+from .runs import WORK, load, measure, provenance, run_name, work_folder
 
 KEEPS = (144, 72, 36, 16)
-RESULTS = Path(__file__).parents[1] / "results" / "search.csv"
+COMMAND = "python -m pitome_mllm_eval.accuracy.search"
+RESULTS = FOLDER / "search.csv"
 TIE = 0.002
 START: dict[str, Any] = {"method": "pitome"}
 

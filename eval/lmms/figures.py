@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..benchmark.intervals import FIGURES
+from .intervals import FIGURES
 from .results_files import Results
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pitome_mllm import attach, load
 from pitome_mllm.loading import BITS
 
-from ..accuracy.runs import processor_name
+from ..provenance import processor_name
 from . import arguments, counts
 from . import asked as ask
 from .answers import Coming, likelihood

@@ -24,7 +24,7 @@ from tenacity import RetryError
 
 from pitome_mllm import load
 
-from ..benchmark.intervals import span
+from ..benchmark.bootstrap import span
 from .arguments import place
 from .asked import EvaluationError
 from .circular import note_hits

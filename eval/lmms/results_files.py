@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark.intervals import draws, interval
+from .intervals import draws, interval
 
 SUFFIX = "_results.json"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from ..provenance import check_commit, commit
 from . import phases
 from .promises import table
-from .rows import check_commit, commit
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from datetime import date
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,10 +17,11 @@ from pitome_mllm.families import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import unknown
 
-from ..accuracy.runs import check_commit, commit, processor_name
+from ..documents import append
+from ..provenance import about_machine, check_commit
 from .clocks import Call, clock_name, in_turns, peak_bytes, quantiles
 from .contenders import MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
-from .rows import Row, append, show
+from .rows import Row, show
 from .stages import EAGER, IN_FRONT, MERGES, STAGES, Load, Stages
 
 Figure = TypeVar("Figure")
@@ -223,11 +223,7 @@ def _row(
 
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What every row says about the run."""
-    import transformers
-
-    import pitome_mllm
-
-    cuda = device.type == "cuda"
+    known = about_machine()
     return {
         "model": options.model if options.shape is None else find_shape(options.shape).title,
         "llm_layers": "none" if _only_tower(options) else options.layers or "all",
@@ -238,11 +234,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "repeats": options.repeats,
         "warmup": options.warmup,
         "new_tokens": options.new_tokens,
-        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else known["device"],
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pitome_mllm": pitome_mllm.__version__,
-        "commit": commit(),
-        "date": date.today().isoformat(),
+        **{name: known[name] for name in ("torch", "transformers", "pitome_mllm", "commit", "date")},
     }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ..accuracy.runs import check_commit
+from .. import provenance
 
-RESULTS = Path(__file__).parents[1] / "results" / "bench.csv"
+RESULTS = provenance.RESULTS / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
 SERIES = (
     "model llm_layers device threads dtype mode attention clock images text_tokens new_tokens repeats warmup torch "
@@ -54,28 +52,6 @@ class Row:
     gflops: float | str
     kv_bytes: int | str
     peak_bytes: int
-
-
-def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
-    """Add rows to a CSV, which is made if there is none.
-
-    Raises
-    ------
-    ValueError : it has other columns, or is among the published results and the checkout differs from its commit.
-    """
-    check_commit(path, about.get("commit", ""))
-    made = [asdict(row) | about for row in rows]
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            if next(csv.reader(file), None) != list(made[0]):
-                raise ValueError(f"{str(path)!r} has other columns than this version writes; choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(made[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(made)
 
 
 def show(rows: list[Row], about: dict[str, Any]) -> None:

@@ -21,9 +21,9 @@ from lmms_eval.tasks.mmbench import en_utils
 from PIL import Image
 
 from pitome_mllm.methods.tome import ToMe
-from pitome_mllm_eval.benchmark.intervals import interval
 from pitome_mllm_eval.lmms import local_tasks, reproduce
 from pitome_mllm_eval.lmms.circular import note_hits
+from pitome_mllm_eval.lmms.intervals import interval
 from pitome_mllm_eval.lmms.model import PitomeLlava
 from pitome_mllm_eval.lmms.tables import TABLES, TASKS, narrowed
 
@@ -103,7 +103,7 @@ def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypa
     rows = {(row["method"], row["task"]): row for row in json.loads(out)}
     row = rows["tome", "pitome_scenes"]
     assert row["questions"] == 14 and row["low"] <= row["ours"] <= row["high"]
-    assert row["difference"] == pytest.approx(row["ours"] - row["published"]) and "curves.csv" in row["source"]
+    assert row["difference"] == pytest.approx(row["ours"] - row["published"]) and "accuracy.csv" in row["source"]
     share = 100 * row["ours"] / rows["none", "pitome_scenes"]["ours"]
     shared = rows["tome", "relative"]
     assert shared["ours"] == pytest.approx(share) and shared["low"] <= shared["ours"] <= shared["high"]
