@@ -15,12 +15,10 @@ import gradio as gr
 from . import charts, view
 from .belongings import Belongings
 from .controls import AMOUNTS, Controls, describe
+from .engine import Engine
 from .look import Look
-from .models import Models
 from .session import Conversation
 from .visitors import Visitors
-
-BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
 LEGEND = (
     "What shares an outline became one token; a dot is a patch that stayed alone, a diamond one that the method "
@@ -32,9 +30,9 @@ QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there 
 class Handlers:
     """For one page; ``belongings`` are the files of its visitors."""
 
-    def __init__(self, models: Models, belongings: Belongings) -> None:
+    def __init__(self, engine: Engine, belongings: Belongings) -> None:
         self.belongings = belongings
-        self.visitors = Visitors(models, farewell=belongings.drop)
+        self.visitors = Visitors(engine, farewell=belongings.drop)
 
     def of(self, request: gr.Request) -> Conversation:
         try:
@@ -98,28 +96,11 @@ class Handlers:
             plan = engine.plan(_controls(*values))
         except ValueError as error:
             return view.notice(str(error)), gr.skip(), *sliders
-        return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.key[0], plan, by_tokens), *sliders
+        return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.name, plan, by_tokens), *sliders
 
     def show_model(self, request: gr.Request) -> str:
         engine = self.of(request).engine
         return f'<div class="pm-plan">{view.text(engine.name)}: {engine.available} visual tokens per picture</div>'
-
-    def load_model(
-        self,
-        request: gr.Request,
-        name: str,
-        bits: str,
-        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
-    ) -> tuple[Any, ...]:
-        chat = self.of(request)
-        try:
-            chat.use(name, BITS[bits], lambda share, text: progress(share, desc=text))
-        except ValueError as error:
-            known = gr.update(maximum=chat.engine.available)
-            return gr.skip(), _loud(str(error)), self.show_model(request), known
-        most = chat.engine.available
-        keep = gr.update(maximum=most, value=most // 4)
-        return [], _loud(f"{chat.engine.name} is ready", "info"), self.show_model(request), keep
 
     # looking inside
 

@@ -16,8 +16,8 @@ from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.plan import Plan
 
 from .controls import Controls
+from .engine import Engine
 from .look import Look, looks
-from .models import Engine
 
 
 @dataclass(frozen=True)

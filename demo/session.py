@@ -1,27 +1,24 @@
 """The chat's state and logic: a conversation and its turns. It knows nothing of the page.
 
-Read `Conversation.ask` first. `turns` is what was said, `runs` one answer, `models` what is in memory, `look` what
+Read `Conversation.ask` first. `turns` is what was said, `runs` one answer, `engine` the model, `look` what
 merging did, `visitors` who holds a conversation.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .controls import Controls, label
-from .models import Engine, Key, Models
+from .engine import Engine
 from .pictures import Picture, open_upload
 from .prompts import encode
 from .runs import Event, Figures, Outcome, Stopped, answer, look_only
 from .turns import Reply, Turn, history
-
-logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 8  # in one conversation
 MAX_TURNS = 100
@@ -32,15 +29,13 @@ PATIENCE = 0.5  # seconds
 class Conversation:
     """One visitor's chat. Its methods may be called from any thread; one answer is written at a time."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
-        self.engine: Engine = models.open(models.first)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.turns: list[Turn] = []
         self.seen = time.monotonic()
         self._busy = threading.Lock()
         self._stop = threading.Event()
         self._gone = False
-        self._held = threading.Semaphore()  # taken when the model is given back, which happens once
 
     # asking
 
@@ -61,7 +56,7 @@ class Conversation:
             conversation is then as before.
         """
         with self._one_at_a_time():
-            pictures = [self._models.prepare(open_upload, path) for path in files]
+            pictures = [self.engine.prepare(open_upload, path) for path in files]
             yield from self._ask(question.strip(), pictures, controls, compare)
 
     def retry(self, controls: Controls, compare: bool = False) -> Iterator[Turn]:
@@ -89,37 +84,10 @@ class Conversation:
         """The conversation for a JSON file."""
         return {"model": self.engine.name, "turns": [turn.to_dict() for turn in self.turns]}
 
-    # the model
-
-    def use(self, name: str, bits: int | None = None, say: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Go on with another model; the conversation starts anew.
-
-        A name, bits or configuration that cannot be changes nothing. Then the old model goes, so that there is room for
-        the new one; where that fails, the old one is loaded again and the conversation stays.
-
-        Raises
-        ------
-        ValueError : as `load`, or an answer still being written.
-        """
-        wanted = self._models.key(name, bits)
-        with self._one_at_a_time():
-            self._models.check(wanted)
-            old = self.engine.key
-            if wanted != old:
-                self._hold(self._models.first)  # is in memory anyway
-            try:
-                self._hold(wanted, say)
-            except Exception:
-                self._return_to(old)
-                raise
-            self.turns = []
-
     def leave(self) -> None:
-        """Give everything back; what is being written ends first."""
+        """Forget everything for good; what is being written ends."""
         self._gone = True
         self.clear()
-        if not self.busy:
-            self._let_go()
 
     @property
     def busy(self) -> bool:
@@ -140,23 +108,6 @@ class Conversation:
         finally:
             self.seen = time.monotonic()
             self._busy.release()
-            if self._gone:
-                self._let_go()
-
-    def _hold(self, key: Key, say: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Change over to a model; the one before is given back."""
-        old, self.engine = self.engine, self._models.open(key, say)
-        self._models.release(old)
-
-    def _return_to(self, key: Key) -> None:
-        try:
-            self._hold(key)
-        except Exception:  # the first error is the one to tell
-            logger.exception("%s could not be loaded again; the conversation goes on with %s", key[0], self.engine.name)
-
-    def _let_go(self) -> None:
-        if self._held.acquire(blocking=False):
-            self._models.release(self.engine)
 
     def _ask(self, question: str, pictures: list[Picture], controls: Controls, compare: bool) -> Iterator[Turn]:
         engine = self.engine
@@ -209,7 +160,7 @@ class Conversation:
             )
         lines, pictures = history(turns, lane)
         images = [picture.image for picture in pictures]
-        inputs, room = self._models.prepare(encode, engine, lines, images, plan)
+        inputs, room = self.engine.prepare(encode, engine, lines, images, plan)
 
         def costs(outcome: Outcome) -> tuple[Figures, Figures]:
             plain = Outcome(outcome.plain_tokens, outcome.plain_tokens, outcome.text_tokens)

@@ -109,36 +109,37 @@ def test_figures_that_are_not_known_are_left_out():
     assert parsed(strip).words == "visual tokens144tower, ms12"
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """Have the command start this in place of the page."""
+
+    def start(serve):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets: put back at the end
+        monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Engine=lambda *_: None))
+        monkeypatch.setattr(demo, "open_model", lambda options: (None, None))
+
+    return start
+
+
 @pytest.mark.parametrize(
     "given, expected",
-    [
-        ([], ("127.0.0.1", False, True)),
-        (["--host", "0.0.0.0"], ("0.0.0.0", False, False)),
-        (["--share"], ("127.0.0.1", True, False)),
-    ],
+    [([], ("127.0.0.1", False)), (["--host", "0.0.0.0"], ("0.0.0.0", False)), (["--share"], ("127.0.0.1", True))],
 )
-def test_others_get_in_only_where_that_is_asked_for_and_then_load_no_models(given, expected, monkeypatch):
+def test_others_get_in_only_where_that_is_asked_for(given, expected, started):
     served = []
-
-    def serve(models, folder, host, port, share, picker, **_):
-        served.append((host, share, picker))
-
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets: put back at the end
-    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Models=lambda *_: None))
+    started(lambda engine, folder, host, port, share, **_: served.append((host, share)))
     assert cli.main(["demo", *given]) == 0
     assert served == [expected]
 
 
-def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(monkeypatch, capsys):
+def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(started, monkeypatch, capsys):
     """A full disk, say, is not; and which port is free is known before a model is loaded."""
 
     def serve(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Models=lambda *_: None))
+    started(serve)
     with pytest.raises(OSError, match="no space left"):
         cli.main(["demo"])
     with socket.socket() as taken, socket.socket() as other:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pitome_mllm import METHODS, Attachment, attach
 
-from ..accuracy.runs import processor_name
-from ..provenance import commit
+from ..provenance import commit, processor_name
 from .clocks import Call, in_turns, quantiles
 from .contenders import Slice, configuration, find_shape, random_model, twin
 from .promises import BATCHES, LLM_BATCHES

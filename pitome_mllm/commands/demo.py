@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .._companion import companion
-from ._options import add_model
+from ._options import add_model, open_model
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 PORTS = range(7860, 7960)  # the first free one of them, where none is given
 
 
@@ -27,7 +26,7 @@ def register(commands: Any) -> None:
     )
     add_model(parser)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default=LOCAL[0], help="address to listen on (%(default)s: this machine only)")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     group.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]}")
     group.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     group.add_argument("--open", action="store_true", help="open the browser")
@@ -42,15 +41,15 @@ def run(options: argparse.Namespace) -> None:
     ValueError : a mistake the user can mend, in one sentence.
     """
     port = free_port(options.host, options.port)
-    picker = options.host in LOCAL and not options.share  # else strangers could load any folder of this machine
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported
-        app, models = companion("demo", "app"), companion("demo", "models")
-        first = models.Models(options.model, options.bits, options.dtype, options.device)
+        app, engines = companion("demo", "app"), companion("demo", "engine")
         sys.stdout.write(f"Loading {options.model}; the chat opens at the address below, Ctrl+C ends it\n")
         sys.stdout.flush()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind when a service manager ends it
-        app.serve(first, Path(folder), options.host, port, options.share, picker, inbrowser=options.open)
+        name = f"{options.model} ({options.bits} bit)" if options.bits else options.model
+        engine = engines.Engine(name, *open_model(options))
+        app.serve(engine, Path(folder), options.host, port, options.share, inbrowser=options.open)
 
 
 def free_port(host: str, port: int | None) -> int:
