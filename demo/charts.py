@@ -19,7 +19,12 @@ from .look import Look
 INK = "#010203"  # stands for the colour of the page's text
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **{"svg.fonttype": "none", "svg.hashsalt": "pitome", "font.family": "sans-serif"},  # letters stay letters
+    **{
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pitome",
+        "font.family": "sans-serif",
+        "font.size": 14,
+    },  # letters stay letters
 }
 ALL = 576  # visual tokens of the plain embedded model
 
@@ -82,7 +87,7 @@ def _record() -> Any:
 def bars(look: Look) -> str:
     """Tokens before the first merge and after each one, as bars from top to bottom."""
     names = ["picture", *(short(step) for step in look.steps)]
-    figure, axis = _axis(0.35 * len(names) + 0.4)
+    figure, axis = _axis(0.42 * len(names) + 0.4)
     drawn = axis.barh(range(len(names)), look.counts, color="#0072B2")
     axis.bar_label(drawn, padding=4)
     axis.set_yticks(range(len(names)), names)
@@ -101,7 +106,7 @@ def short(step: str) -> str:
 def accuracy(found: Curve, keep: int) -> str:
     """The curve over visual tokens, between plain and blind, with a mark at ``keep``."""
     known = dict(sorted({**found.points, ALL: found.plain}.items()))
-    figure, axis = _axis(3.2)
+    figure, axis = _axis(3.6)
     axis.axhline(found.plain, color=INK, linestyle="--", linewidth=1)
     axis.axhline(found.blind, color="grey", linestyle=":")
     axis.text(min(known), found.blind + 0.02, f"without looking {found.blind:.1%}")

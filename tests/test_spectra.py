@@ -92,7 +92,7 @@ def measured(tmp_path, monkeypatch, capsys):
     weights = spectra.provenance("tiny", "test")["weights"]
     made = {s: 0.2 + 0.01 * len(s.method) - s.keep / 5760 for s in losses(made_up())}
     with monkeypatch.context() as patch:
-        patch.setattr(spectra, "read", lambda path: made_up(weights=weights))
+        patch.setattr(spectra, "results", lambda path: made_up(weights=weights))
         patch.setattr(spectra, "distances", lambda *given: made)
         (tmp_path / "README.md").write_text(f"before {spectra.MARKS[0]} old {spectra.MARKS[1]} after")
         names = {"out": "spectra.csv", "plot": "docs/spectra.png", "readme": "README.md"}
