@@ -34,7 +34,6 @@ class Shape:
     images : times that the tower runs for one picture.
     paper_ratio : the share kept per block in the PiToMe paper's table of this model, where it names one.
     about : what its figures take for granted.
-    is_mae_h : the model whose FLOPs the paper gives.
     """
 
     title: str
@@ -43,7 +42,6 @@ class Shape:
     images: int = 1
     paper_ratio: float | None = None
     about: str = ""
-    is_mae_h: bool = False
 
     def config(self) -> Any:
         """A LLaVA configuration, or that of the vision tower alone."""
@@ -71,7 +69,6 @@ SHAPES = {
         "ViT-MAE-H/14 at 224 pixels",
         _MAE_H,
         about="A class token and 256 patches; the classifier is left out.",
-        is_mae_h=True,
     ),
 }
 
