@@ -213,7 +213,7 @@ def test_one_answer_at_a_time(wordy_engine, photo):
     chat = Conversation(wordy_engine)
     events = chat.ask(QUESTION, [photo], PITOME)
     next(events)
-    for call in (lambda: ask(chat, QUESTION), lambda: said(chat.retry(PITOME)), lambda: chat.use("tiny")):
+    for call in (lambda: ask(chat, QUESTION), lambda: said(chat.retry(PITOME))):
         with pytest.raises(ValueError, match="still being written"):
             call()
     assert said(events).replies["merged"].state == "done"

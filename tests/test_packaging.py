@@ -170,7 +170,7 @@ def test_the_embedded_model_answers_from_a_wheel(built, tmp_path):
     )
     package, evaluation, right = python(code, "-E").split(" ")
     assert Path(package) == tmp_path / "pitome_mllm" / "__init__.py"
-    assert Path(evaluation) == tmp_path / "pitome_mllm_eval" / "score.py" and int(right) >= 12
+    assert Path(evaluation) == tmp_path / "pitome_mllm_eval" / "benchmark" / "score.py" and int(right) >= 12
 
 
 def test_the_files_of_the_embedded_model_are_those_recorded():

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from pitome_mllm.hooks import caches
+from pitome_mllm.serving.prompts import message, write
 
 from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
 from .sets import PER_SCENE, SCENES, blind_answer, scene
-
-PROMPT = "USER: <image>\n{} ASSISTANT:"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class _Positions:
 
 def _split_prompt(model, processor, text: str) -> tuple[list[int], list[int]]:
     """Token ids up to and including the picture, and after it."""
-    ids = processor.tokenizer(PROMPT.format(text)).input_ids
+    ids = processor.tokenizer(write(processor, [message(text, pictures=1)])).input_ids
     at = ids.index(model.config.image_token_id)
     return ids[:at] + [ids[at]] * model.config.image_seq_length, ids[at + 1 :]
 

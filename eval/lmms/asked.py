@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from pitome_mllm.serving.prompts import write
+
 NEW_TOKENS = 1024  # where a task sets no limit, as lmms-eval's own LLaVA has it
 PADDING = "__padding_only__"  # lmms-eval's mark of requests that only fill up a process's share
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -125,19 +127,9 @@ def prompt(processor: Any, asked: Asked, system: str = "") -> str:
 
     Raises
     ------
-    ValueError : a text holds placeholders of its own, but not as many as there are pictures; several turns without a
-        chat template.
+    ValueError : a text holds placeholders of its own, but not as many as there are pictures.
     """
-    token = processor.image_token
-    messages = [_inlined(message, token) for message in asked.messages]
-    if getattr(processor, "chat_template", None):
-        if system:
-            messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
-    if [message["role"] for message in messages] != ["user"]:
-        raise ValueError("the model has no chat template, so that only one turn of the user can be asked")
-    parts = (part["text"] if part["type"] == "text" else f"{token}\n" for part in messages[0]["content"])
-    return f"{system} USER: {''.join(parts)} ASSISTANT:".lstrip()
+    return write(processor, [_inlined(message, processor.image_token) for message in asked.messages], system)
 
 
 def _inlined(message: Mapping[str, Any], token: str) -> Mapping[str, Any]:

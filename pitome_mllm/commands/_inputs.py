@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .._companion import companion
-
-PLAIN_PROMPT = "USER: {image}\n{question} ASSISTANT:"  # LLaVA-1.5, for processors without a chat template
-
-PUNCTUATION = ".,;:!?\"'()"
+from ..serving.prompts import check_question, message, write
+from ..serving.uploads import decode
 
 
 @dataclass(frozen=True)
@@ -68,37 +66,6 @@ def read_picture(path: str | Path) -> Image.Image:
     return decode(path, str(path))
 
 
-def decode(source: str | Path | BinaryIO, name: str) -> Image.Image:
-    """The picture in a file, open or not; as `read_picture`, and ``name`` is what messages call it."""
-    try:
-        with Image.open(source) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {name!r}: {error}") from error
-    return _rgb(picture)
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would cut off instead of scaling
-        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def prompt(processor: Any, question: str) -> str:
-    """The text around picture and question that the model was trained on."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return PLAIN_PROMPT.format(image=processor.image_token, question=question)
-
-
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
     """Model inputs for one picture and one question, on the model's device.
 
@@ -108,7 +75,9 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
         long together with the picture and ``new_tokens`` of answer.
     """
     check_question(processor, question)
-    inputs = processor(images=subject.picture, text=prompt(processor, question), return_tensors="pt")
+    inputs = processor(
+        images=subject.picture, text=write(processor, [message(question, pictures=1)]), return_tensors="pt"
+    )
     length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     if length + new_tokens > most:
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
@@ -124,25 +93,3 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
             f"fit: the model holds {most}; {advice}"
         )
     return inputs.to(model.device, dtype=model.dtype)
-
-
-def check_question(processor: Any, question: str) -> None:
-    """Refuse an empty question, one with the picture's placeholder, and words the tokenizer does not know."""
-    if not question.strip():
-        raise ValueError("the question is empty; ask something about the picture")
-    if processor.image_token in question:
-        raise ValueError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
-    unknown = unknown_words(processor.tokenizer, question)
-    if unknown:
-        words = sorted(filter(str.isalnum, processor.tokenizer.get_vocab()))
-        known = f"; it knows {len(words)} words: {' '.join(words)}" if len(words) < 200 else ""
-        raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}{known}")
-
-
-def unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """The words of ``text`` that become the unknown token, each once, in order."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return []
-    words = dict.fromkeys(word.strip(PUNCTUATION) or word for word in text.split())
-    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]

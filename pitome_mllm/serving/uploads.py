@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
-
-from ..commands._inputs import decode
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 40_000_000  # a phone's camera; more would take over 160 MB once decoded
@@ -56,3 +55,29 @@ def _check_header(data: bytes, name: str) -> None:
             f"{name!r} has {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million are possible; "
             "scale it down"
         )
+
+
+def decode(source: str | Path | BinaryIO, name: str) -> Image.Image:
+    """The picture in a file, open or not; RGB, turned as its camera says, transparency on white.
+
+    ``name`` is what messages call it. ValueError where it is not a whole picture in a format that Pillow knows.
+    """
+    try:
+        with Image.open(source) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the picture {name!r}: {error}") from error
+    return _rgb(picture)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would cut off instead of scaling
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
