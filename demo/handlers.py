@@ -12,6 +12,8 @@ from typing import Any
 
 import gradio as gr
 
+from pitome_mllm.methods import UserError
+
 from . import charts, view
 from .belongings import Belongings
 from .controls import AMOUNTS, Controls, describe
@@ -37,7 +39,7 @@ class Handlers:
     def of(self, request: gr.Request) -> Conversation:
         try:
             return self.visitors.of(request.session_hash)
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def leave(self, request: gr.Request) -> None:
@@ -53,7 +55,7 @@ class Handlers:
             for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
                 yield view.messages(chat.turns), QUIET, emptied
                 emptied = gr.skip()
-        except ValueError as error:
+        except UserError as error:
             yield view.messages(chat.turns), _loud(str(error)), box
 
     def ask_again(self, request: gr.Request, *values: Any) -> Iterator[Any]:
@@ -62,7 +64,7 @@ class Handlers:
         try:
             for _ in chat.retry(_controls(*values), compare):
                 yield view.messages(chat.turns), QUIET, gr.skip()
-        except ValueError as error:
+        except UserError as error:
             yield view.messages(chat.turns), _loud(str(error)), gr.skip()
 
     def end(self, request: gr.Request) -> None:
@@ -94,7 +96,7 @@ class Handlers:
         sliders = gr.update(visible=by_tokens), gr.update(visible=not by_tokens)
         try:
             plan = engine.plan(_controls(*values))
-        except ValueError as error:
+        except UserError as error:
             return view.notice(str(error)), gr.skip(), *sliders
         return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.name, plan, by_tokens), *sliders
 
@@ -127,7 +129,7 @@ class Handlers:
         try:
             groups = self._drawn(request, look.draw())
             picked = _note(LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else ""))
-        except ValueError as error:
+        except UserError as error:
             groups, picked = None, view.notice(str(error), "info")
         steps = look.energy_steps
         first = steps[0] if steps else 0
@@ -141,7 +143,7 @@ class Handlers:
             return None, ""
         try:
             drawing, text = look.draw_energy(int(step))
-        except ValueError as error:
+        except UserError as error:
             return None, view.notice(str(error), "info")
         return self._drawn(request, drawing), _note(f"{text}. High energy (yellow): many alike, merged first.")
 
@@ -173,7 +175,7 @@ class Handlers:
         try:
             for turn in chat.ask(question, files, _controls(*values), compare):
                 yield turn.to_dict()
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def api_conversation(self, request: gr.Request) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pitome_mllm.methods import UserError
 from pitome_mllm.serving.prompts import Message, check_question, message, write
 
 NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
@@ -50,7 +51,7 @@ def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any)
     most = model.config.get_text_config().max_position_embeddings
     room = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"the conversation is too long: {length} tokens with {len(images)} pictures, and the model holds {most}; "
             "clear it, or keep fewer tokens"
         )

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.costs.latency import now, timed_tower
 from pitome_mllm.families.features import pixel_values, tower_features
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 
 from .controls import Controls
@@ -151,7 +152,7 @@ def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: t
     try:
         result = future.result()
     except torch.cuda.OutOfMemoryError as error:
-        raise ValueError("not enough memory for this; clear the conversation, or keep fewer tokens") from error
+        raise UserError("not enough memory for this; clear the conversation, or keep fewer tokens") from error
     yield Event(result=result)
 
 
@@ -192,7 +193,7 @@ def look_only(
     ValueError : nothing merges in front of the projector.
     """
     if plan.where == "packed":
-        raise ValueError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
+        raise UserError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
 
     def work(say: Callable[[str], None]) -> Outcome:
         pixels = torch.cat([pixel_values(engine.processor, picture.image) for picture in pictures])

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pitome_mllm.methods import UserError
+
 from .controls import Controls, label
 from .engine import Engine
 from .pictures import Picture, open_upload
@@ -63,7 +65,7 @@ class Conversation:
         """Ask the last question again, with other settings if you like; as `ask`."""
         with self._one_at_a_time():
             if not self.turns:
-                raise ValueError("there is nothing to ask again yet; ask something first")
+                raise UserError("there is nothing to ask again yet; ask something first")
             last = self.turns.pop()
             try:
                 yield from self._ask(last.question, last.pictures, controls, compare)
@@ -98,12 +100,12 @@ class Conversation:
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
         if not self._busy.acquire(timeout=PATIENCE):  # the last words may be out a moment before the end is
-            raise ValueError("an answer is still being written; wait for it, or stop it")
+            raise UserError("an answer is still being written; wait for it, or stop it")
         try:
             self.seen = time.monotonic()
             self._stop = threading.Event()
             if self._gone:
-                raise ValueError("this conversation has ended; start a new one")
+                raise UserError("this conversation has ended; start a new one")
             yield
         finally:
             self.seen = time.monotonic()
@@ -140,14 +142,14 @@ class Conversation:
     def _check_room(self, turns: list[Turn]) -> None:
         count = sum(len(turn.pictures) for turn in turns)
         if not count:
-            raise ValueError("add a picture first")
+            raise UserError("add a picture first")
         if count > MAX_PICTURES or len(turns) > MAX_TURNS:
-            raise ValueError(
+            raise UserError(
                 f"a conversation holds {MAX_PICTURES} pictures and {MAX_TURNS} turns, this would be {count} and "
                 f"{len(turns)}; clear it"
             )
         if not turns[-1].question and not turns[-1].pictures:
-            raise ValueError("the question is empty; ask something, or add a picture to look inside")
+            raise UserError("the question is empty; ask something, or add a picture to look inside")
 
     def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> tuple[Iterator[Event], Any]:
         """The events of one run, and a function for its figures and the plain model's from an `Outcome`."""

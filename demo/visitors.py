@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 
+from pitome_mllm.methods import UserError
+
 from .engine import Engine
 from .session import Conversation
 
@@ -45,7 +47,7 @@ class Visitors:
             self.expire()
         with self._lock:
             if key not in self.conversations and len(self.conversations) >= self.most:
-                raise ValueError(f"{self.most} visitors are here, and there is no room for more; come back later")
+                raise UserError(f"{self.most} visitors are here, and there is no room for more; come back later")
             found = self.conversations.setdefault(key, Conversation(self.engine))
         found.seen = time.monotonic()
         return found

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pitome_mllm.methods import UserError
+
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 LINES = ("-", "--", ":", "-.")
@@ -26,11 +28,11 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
     ValueError : no such file, no rows, or one of something else or of an older version.
     """
     if not path.is_file():
-        raise ValueError(f"no results {str(path)!r}; measure first: {command}")
+        raise UserError(f"no results {str(path)!r}; measure first: {command}")
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     if not found or not set(columns) <= set(found[0]):
-        raise ValueError(f"{str(path)!r} does not hold results of today's {command}; measure them again with it")
+        raise UserError(f"{str(path)!r} does not hold results of today's {command}; measure them again with it")
     return found
 
 
@@ -58,7 +60,7 @@ def append(path: Path, made: Iterable[Any], about: Mapping[str, Any]) -> None:
         return write_csv(path, made, about)
     with path.open("r+", newline="") as file:
         if next(csv.reader(file), None) != list(rows[0]):
-            raise ValueError(f"{str(path)!r} has other columns than this version writes; choose another --out")
+            raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
         file.seek(0, 2)
         csv.DictWriter(file, list(rows[0])).writerows(rows)
 
@@ -79,7 +81,7 @@ def put_in(document: Path, text: str, marks: tuple[str, str]) -> None:
     """
     content = document.read_text()
     if any(content.count(mark) != 1 for mark in marks):
-        raise ValueError(f"{str(document)!r} must hold each of {' and '.join(marks)} once")
+        raise UserError(f"{str(document)!r} must hold each of {' and '.join(marks)} once")
     before, rest = content.split(marks[0])
     after = rest.split(marks[1])[1]
     document.write_text(f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from pitome_mllm.methods import UserError
+
 RESULTS = Path(__file__).parent / "results"  # what README and docs are made from
 
 
@@ -37,7 +39,7 @@ def check_commit(path: Path, found: str) -> None:
     ValueError : as it says.
     """
     if path.resolve().is_relative_to(RESULTS.resolve()) and (not found or found.endswith("-dirty")):
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
             f"{found or 'none'!r}; commit first, or say with --out another place"
         )
@@ -51,9 +53,9 @@ def check_out(out: Path, default: Path, whole: bool) -> None:
     ValueError : as it says.
     """
     if out == default and not whole:
-        raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
+        raise UserError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
     if out == default and not (default.parents[2] / "pyproject.toml").is_file():
-        raise ValueError(f"{default} is no file of a checkout; say with --out where the results go")
+        raise UserError(f"{default} is no file of a checkout; say with --out where the results go")
     check_commit(out, commit())
 
 

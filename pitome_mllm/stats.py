@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .families.packing import Packed
-from .methods import Merge
+from .methods import Merge, UserError
 from .plan import Plan
 
 
@@ -97,7 +97,7 @@ class Stats:
         if self.packed:
             return tuple(picture.first for picture in self.packed)
         if self.groups is None:
-            raise ValueError(f"{self.method} has no groups, so its tokens have no original position")
+            raise UserError(f"{self.method} has no groups, so its tokens have no original position")
         patch = torch.arange(self.tokens_before, device=self.device).expand_as(self.groups)
         slot = self.groups.where(self.groups >= 0, self.tokens_after)
         full = torch.full((self.images, self.tokens_after + 1), self.tokens_before, device=self.device)

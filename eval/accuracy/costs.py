@@ -21,6 +21,7 @@ from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families import geometry
 from pitome_mllm.hooks.tower import Run, smaller_picture
 from pitome_mllm.loading import read_config
+from pitome_mllm.methods import UserError
 from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     usual = parser.parse_args([])
     try:
         check_out(args.out, RESULTS, vars(args) == {**vars(usual), "out": args.out, "repeats": args.repeats})
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
     found = []

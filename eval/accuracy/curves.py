@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pitome_mllm import METHODS
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
 
@@ -87,7 +88,7 @@ def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int]
     for setting in (Setting(*parts) for parts in product(methods, places, keeps)):
         try:
             make_plan(Settings().changed(**asdict(setting)), geometry)
-        except ValueError:
+        except UserError:
             continue
         yield setting
 
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("model", "split", "methods", "where", "keep", "limit")
     try:
         check_out(args.out, RESULTS, all(getattr(args, name) == getattr(usual, name) for name in names))
-    except ValueError as error:
+    except UserError as error:
         parser().error(str(error))
     torch.set_num_threads(1)
     about = provenance(args.model, args.split)

@@ -14,6 +14,7 @@ from pathlib import Path
 from pitome_mllm import METHODS
 from pitome_mllm.families import geometry
 from pitome_mllm.loading import read_config
+from pitome_mllm.methods import UserError
 
 from ..benchmark.questions import CATEGORIES
 from ..benchmark.sets import PER_SCENE, SCENES
@@ -97,15 +98,15 @@ def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
     splits, counts = {row["split"] for row in whole}, {int(row["questions"]) for row in whole}
     measured = {Setting.of(row) for row in whole if row["method"] not in (PLAIN, BLIND)}
     if len(several := {row["weights"] for row in found}) > 1:
-        raise ValueError(f"the gates need runs of one model; got weights {', '.join(sorted(several))}")
+        raise UserError(f"the gates need runs of one model; got weights {', '.join(sorted(several))}")
     if unknown := [row["commit"] for row in found if not row["commit"] or row["commit"].endswith("-dirty")]:
-        raise ValueError(f"the gates need runs of clean commits; got {unknown[0] or 'none'!r}")
+        raise UserError(f"the gates need runs of clean commits; got {unknown[0] or 'none'!r}")
     for group in CATEGORIES:
         if len(part := [row for row in found if row["group"] == group and not row["against"]]) != len(whole):
-            raise ValueError(f"the gates need every category of every run; got {len(part)} of {len(whole)} for {group}")
+            raise UserError(f"the gates need every category of every run; got {len(part)} of {len(whole)} for {group}")
     if splits != {"test"} or counts != {SCENES * PER_SCENE} or measured != wanted:
         missing, unknown = (", ".join(sorted(map(str, some))[:5]) for some in (wanted - measured, measured - wanted))
-        raise ValueError(
+        raise UserError(
             f"the gates need all {len(wanted)} runs over the whole test set; got split {', '.join(sorted(splits))}, "
             f"questions {sorted(counts)}, {len(measured)} runs, missing {missing or 'none'}, unknown "
             f"{unknown or 'none'}; run {COMMAND}"
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         found = results(args.results)
         check_whole(found, every_setting(found))
         checked = list(gates(found))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     view = Table("gate", "measured", "95 % interval", "bound", "")
     for gate in checked:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pitome_mllm.methods import UserError
+
 from ..documents import markdown, marks, put_in, read
 from ..provenance import RESULTS as FOLDER
 from . import gates
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         everything = [table(found, spent, everywhere=True), LEAD, lead(found), GATES, gates.table(found)]
         put_in(args.docs / "accuracy.md", "\n\n".join(everything), MARKS)
         put_in(args.docs / "search.md", ablation(read(args.search, SEARCH, ("sweep", "alternative"))), MARKS)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     plot(found, args.docs / "accuracy.png")
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pitome_mllm.families import geometry
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES
 from pitome_mllm.settings import Settings
@@ -101,7 +102,7 @@ class Search:
         try:
             for keep in self.args.keep:
                 make_plan(Settings().changed(**candidate, keep=keep), self.geometry)
-        except ValueError:
+        except UserError:
             return False
         return True
 
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check_out(args.out, RESULTS, (args.model, args.limit, args.keep) == ("tiny", None, list(KEEPS)))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     search, about = Search(args), provenance(args.model, "validation")
     current, found = dict(START), []

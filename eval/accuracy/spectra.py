@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pitome_mllm.methods import UserError
+
 from ..benchmark.sets import SCENES, scene
 from ..documents import marks, panels, put_in, read, save, style, write_csv
 from .correlation import Correlation, correlation
@@ -91,12 +93,12 @@ def points(distance: dict[Setting, float], lost: dict[Setting, Loss]) -> list[Po
     """
     both = [setting for setting in distance if setting in lost]
     if len(both) < LEAST_POINTS:
-        raise ValueError(
+        raise UserError(
             f"a rank correlation of {len(both)} settings says little; at least {LEAST_POINTS} are needed: measure more "
             f"methods or keeps with {CURVES}"
         )
     if len({setting.method for setting in both}) < 2:
-        raise ValueError(
+        raise UserError(
             "all settings are of one method; measure others too with python -m pitome_mllm_eval.accuracy.curves"
         )
     return [Point(s.method, s.where, s.keep, distance[s], **asdict(lost[s])) for s in both]
@@ -136,7 +138,7 @@ def check_same_model(rows: list[dict[str, str]], about: dict[str, str]) -> None:
     """ValueError where the accuracies are those of other weights."""
     measured = {row["weights"] for row in rows}
     if measured != {about["weights"]}:
-        raise ValueError(
+        raise UserError(
             f"the accuracies are of weights {', '.join(sorted(measured))}, this model has {about['weights']}; "
             "measure them again with python -m pitome_mllm_eval.accuracy.curves"
         )
@@ -148,7 +150,7 @@ def measured(args: argparse.Namespace) -> tuple[list[Point], dict[str, Any]]:
     from pitome_mllm.families.features import pixel_values
 
     if not 1 <= args.pictures <= SCENES:
-        raise ValueError(f"--pictures {args.pictures} is not possible; choose 1 to {SCENES}")
+        raise UserError(f"--pictures {args.pictures} is not possible; choose 1 to {SCENES}")
     rows = results(args.results)
     lost, split = losses(rows), rows[0]["split"]
     points(dict.fromkeys(lost, 0.0), lost)  # too few: better said before hours than after
@@ -215,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
 
 

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pitome_mllm.methods import UserError
+
 from ..documents import markdown, marks, panels, put_in, save, style, write_csv
+from .asked import EvaluationError
 from .figures import CONDITIONS, Row, differing, main_figures, rows
 from .results_files import read
 
@@ -128,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         text = table(found, args.times)
         if args.readme:
             put_in(args.readme, text, MARKS)
-    except (ValueError, RuntimeError) as error:
+    except (UserError, EvaluationError) as error:
         parser.error(str(error))
     write_csv(args.csv, found)
     for over in PLOTS:

@@ -23,6 +23,7 @@ from loguru import logger
 from tenacity import RetryError
 
 from pitome_mllm import load
+from pitome_mllm.methods import UserError
 
 from ..benchmark.bootstrap import span
 from .arguments import place
@@ -205,7 +206,7 @@ def task_of(name: str, data: Path | None) -> Any:
     if not file.is_file():
         some = f"write some: python -m pitome_mllm_eval.lmms.local_tasks --out {data}"
         mend = some if task.task in MAKERS else f"choose other tasks than {name} with --task"
-        raise ValueError(f"no data {str(file)!r}; {mend}")
+        raise UserError(f"no data {str(file)!r}; {mend}")
     local = {"dataset_path": "parquet", "dataset_name": None, "process_docs": None}
     files = {"data_files": {task.split: str(file.resolve())}}
     return {"task": task.task, **task.changes, **local, "dataset_kwargs": files}

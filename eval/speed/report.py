@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pitome_mllm.methods import UserError
+
 from ..accuracy.tables import NOT_MEASURED
 from ..documents import markdown, marks, panels, put_in, read, save, style, ticks
 from .contenders import PLAIN
@@ -35,7 +37,7 @@ def table(rows: list[Found]) -> str:
     for row in rows:
         key = (called(row), row["rho"], int(row["keep"]), row["stage"])
         if key in cells:
-            raise ValueError(
+            raise UserError(
                 f"measured twice: {', '.join(map(str, key))} in the run of {row['model']}, batch {row['batch']}, "
                 f"commit {row['commit']}, {row['date']}; take one of them out of the results"
             )
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         brief = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
         for path, chosen in ((args.readme, brief), (args.docs / "speed.md", rows)):
             put_in(path, "\n\n".join([*map(table, runs(chosen)), devices(rows)]), MARKS)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     plots(rows, args.docs)
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pitome_mllm.methods import UserError
+
 from ..accuracy.runs import load, provenance
 from ..benchmark.bootstrap import Bootstrap
 from ..benchmark.glyphs import SPLITS
@@ -163,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.readme:
         try:
             put_in(args.readme, told(read(args.out, COMMAND, ("what", "steps", "rank"))), MARKS)
-        except ValueError as error:
+        except UserError as error:
             parser.error(str(error))
         return
     torch.set_num_threads(args.threads)
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_out(args.out, RESULTS, args.limit is None and args.split == "test")
         rows = list(measure(args))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     write_csv(args.out, rows, about)
     for row in rows:

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from .._companion import companion
+from ..methods import UserError
 from ..serving.prompts import check_question, message, write
 from ..serving.uploads import decode
 
@@ -35,7 +36,7 @@ def read_subject(options: argparse.Namespace) -> Subject:
     question = options.question if takes_question else None
     if options.scene is not None:
         if picture is not None and (question is not None or not takes_question):  # else it is the question
-            raise ValueError(f"got the picture {picture!r} and --scene {options.scene}; give one of them")
+            raise UserError(f"got the picture {picture!r} and --scene {options.scene}; give one of them")
         return _scene(options.scene, question=picture)
     if picture is None:
         return _scene(0)
@@ -62,7 +63,7 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     if not Path(path).is_file():
         hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
-        raise ValueError(f"no picture file {str(path)!r}{hint}")
+        raise UserError(f"no picture file {str(path)!r}{hint}")
     return decode(path, str(path))
 
 
@@ -88,7 +89,7 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
             advice = f"ask for at most {most - length} new tokens"
         else:
             advice = "shorten the question and ask for fewer new tokens"
-        raise ValueError(
+        raise UserError(
             f"the prompt of {length} tokens ({visual} visual, {length - visual} text) and {new_tokens} new ones do not "
             f"fit: the model holds {most}; {advice}"
         )

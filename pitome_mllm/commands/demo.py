@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._companion import companion
+from ..methods import UserError
 from ._options import add_model, open_model
 
 PORTS = range(7860, 7960)  # the first free one of them, where none is given
@@ -69,4 +70,4 @@ def free_port(host: str, port: int | None) -> int:
         except (OSError, OverflowError) as error:
             failed = error
     said = f"port {port}" if port is not None else f"any port from {PORTS[0]} to {PORTS[-1]}"
-    raise ValueError(f"cannot listen on {host}, {said}: {failed}; choose another --host or --port") from failed
+    raise UserError(f"cannot listen on {host}, {said}: {failed}; choose another --host or --port") from failed

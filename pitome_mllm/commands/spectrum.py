@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..methods import UserError
 from ._inputs import read_subject
 from ._options import add_model, add_subject, check_method, keep, open_model, progress
 from .groups import check_picture_file
@@ -114,7 +115,7 @@ def compare(
             advance()
             found.distances[method] = [_distance(found, model, pixels, graph, method, n, where) for n in found.keeps]
     if all(value is None for values in found.distances.values() for value in values):
-        raise ValueError(found.why[0])
+        raise UserError(found.why[0])
     return found
 
 
@@ -127,7 +128,7 @@ def _distance(
 
     try:
         handle = attach(model, method, keep=keep, where=where)
-    except ValueError as error:
+    except UserError as error:
         return found.without(f"{method}: {error}")
     with handle:
         if handle.plan.where == "packed":
@@ -159,7 +160,7 @@ def show(found: Comparison, title: str) -> None:
 def check_matplotlib() -> None:
     """ValueError without matplotlib, which draws the plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
+        raise UserError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
 
 
 def plot(found: Comparison, path: str, title: str) -> None:
@@ -179,4 +180,4 @@ def plot(found: Comparison, path: str, title: str) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot write {path!r}: {error}") from error
+        raise UserError(f"cannot write {path!r}: {error}") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..methods import unknown
+from ..methods import UserError, unknown
 
 _CLIP_L_336 = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
@@ -76,5 +76,5 @@ SHAPES = {
 def get_shape(name: str) -> Shape:
     """The shape called ``name``; ValueError names what there is."""
     if name not in SHAPES:
-        raise ValueError(unknown("shape", name, SHAPES))
+        raise UserError(unknown("shape", name, SHAPES))
     return SHAPES[name]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods import UserError
+
 IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing behind the projector needs a whole grid
 
 
@@ -184,12 +186,12 @@ def geometry(config: Any) -> Geometry:
     side = vision.image_size // vision.patch_size
     full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not class_tokens:
-        raise ValueError(
+        raise UserError(
             f"vision_feature_select_strategy='default' drops the first token, which is a patch in "
             f"{vision.model_type!r}, a tower without class token; set it to 'full'"
         )
     if full and class_tokens and family.tiles:
-        raise ValueError(
+        raise UserError(
             "vision_feature_select_strategy='full' leaves class tokens among the patches of tiles, which then form no "
             "grid; set it to 'default'"
         )
@@ -222,14 +224,14 @@ def _class_tokens(vision: Any, family: FamilySpec) -> int:
         return TOWERS[TOWER_OF_CONFIG[kind]].class_tokens
     sides = (getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers"))
     if "tower" in family.places or not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
+        raise UserError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
     return 0
 
 
 def family_of(config: Any) -> FamilySpec:
     """The row of a configuration's family; ValueError if there is none."""
     if config.model_type not in FAMILY_OF_CONFIG:
-        raise ValueError(f"unsupported family {config.model_type!r}; supported: {', '.join(FAMILY_OF_CONFIG)}")
+        raise UserError(f"unsupported family {config.model_type!r}; supported: {', '.join(FAMILY_OF_CONFIG)}")
     return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods import UserError
 from . import FAMILIES, IN_TOWER, TOWER_OF_CONFIG, TOWERS, FamilySpec, Geometry, llm_obstacle
 
 logger = logging.getLogger(__name__)
@@ -27,19 +28,19 @@ def probe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
     ValueError : something is not there, or not as merging needs it; says what was looked for.
     """
     if not hasattr(model, "generate"):
-        raise ValueError(f"{_looked(model)} a generate(): there is none; give the whole model, not a part of it")
+        raise UserError(f"{_looked(model)} a generate(): there is none; give the whole model, not a part of it")
     tower_name, tower = _tower(model)
     core_name, core = _core(model)
     language_name, language = _language(model)
     if getattr(model.config, "image_token_id", None) is None:
-        raise ValueError(f"{_looked(model)} an image_token_id in its configuration: there is none")
+        raise UserError(f"{_looked(model)} an image_token_id in its configuration: there is none")
     pixels = _picture(tower)
     with torch.no_grad():
         read, outputs = _run(core, (tower, language), pixels)
         states = tower(pixels, output_hidden_states=True)
     found = [(name, *_source(x, states, tower)) for name, x in read.items() if _source(x, states, tower)]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{_looked(model)} a projector that reads the hidden states of {tower_name}: none of "
             f"{', '.join(read) or 'its parts'} does"
         )
@@ -93,7 +94,7 @@ def _tower(model: nn.Module) -> tuple[str, nn.Module]:
     outermost = [name for name in towers if not any(name.startswith(f"{other}.") for other in towers)]
     if len(outermost) != 1:
         got = "there is none" if not outermost else f"there are several: {', '.join(outermost)}"
-        raise ValueError(f"{_looked(model)} one vision tower of the kinds {', '.join(TOWER_OF_CONFIG)}: {got}")
+        raise UserError(f"{_looked(model)} one vision tower of the kinds {', '.join(TOWER_OF_CONFIG)}: {got}")
     return outermost[0], model.get_submodule(outermost[0])
 
 
@@ -110,9 +111,9 @@ def _core(model: nn.Module) -> tuple[str, nn.Module]:
             if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != "pixel_values"
         ]
         if needed:
-            raise ValueError(f"{_looked(model)} a get_image_features() of pixels alone: it needs {', '.join(needed)}")
+            raise UserError(f"{_looked(model)} a get_image_features() of pixels alone: it needs {', '.join(needed)}")
         return name, core
-    raise ValueError(f"{_looked(model)} a get_image_features() on it or on its .model: there is none")
+    raise UserError(f"{_looked(model)} a get_image_features() on it or on its .model: there is none")
 
 
 def _language(model: nn.Module) -> tuple[str, nn.Module]:
@@ -121,7 +122,7 @@ def _language(model: nn.Module) -> tuple[str, nn.Module]:
             return name, model.get_submodule(name)
         except AttributeError:
             continue
-    raise ValueError(f"{_looked(model)} an LLM at .model.language_model, .model.text_model or .language_model")
+    raise UserError(f"{_looked(model)} an LLM at .model.language_model, .model.text_model or .language_model")
 
 
 def _picture(tower: nn.Module) -> Tensor:
@@ -178,9 +179,9 @@ def _check_per_token(model: nn.Module, projector: nn.Module, x: Tensor, output: 
     said = f"{_looked(model)} a projector that treats every token by itself"
     if not isinstance(whole, Tensor) or whole.shape[:2] != x.shape[:2]:
         shape = tuple(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
-        raise ValueError(f"{said}: {type(projector).__name__} makes {shape} of {tuple(x.shape)}, it joins patches")
+        raise UserError(f"{said}: {type(projector).__name__} makes {shape} of {tuple(x.shape)}, it joins patches")
     if not torch.allclose(whole.flip(1), reversed_, atol=1e-3, rtol=1e-3):
-        raise ValueError(f"{said}: {type(projector).__name__} mixes them")
+        raise UserError(f"{said}: {type(projector).__name__} mixes them")
     features = torch.cat(tuple(output)).reshape(-1, whole.shape[-1])
     if features.shape[0] != x.shape[1] or not torch.allclose(features, whole[0], atol=1e-3, rtol=1e-3):
-        raise ValueError(f"{said}, and nothing behind it: the LLM gets something else than what it makes")
+        raise UserError(f"{said}, and nothing behind it: the LLM gets something else than what it makes")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
 from ..families.packing import Packed, Places
+from ..methods import UserError
 from ..stats import Stats
 from . import tower as towers
 from .classes import Merging, plain_class
@@ -65,19 +66,19 @@ def describe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
     ValueError : an MPT model, a vision tower that is not loaded, or one that gives class tokens where tiles are packed.
     """
     if any(cls.__name__ == MPT for cls in type(model).__mro__):
-        raise ValueError(
+        raise UserError(
             f"unsupported model {MPT}: its own forward() fails on pictures in llava-torch 1.2.2; supported there: "
             f"{', '.join(MODELS)}"
         )
     config, loaded = model.config, model.get_vision_tower()
     if not getattr(loaded, "is_loaded", False):
-        raise ValueError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
+        raise UserError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
     vision = loaded.config
     side, states = vision.image_size // vision.patch_size, vision.num_hidden_layers + 1
     full = loaded.select_feature == "cls_patch"
     tiled = getattr(config, "mm_patch_merge_type", "flat") != "flat"
     if full and tiled:
-        raise ValueError(
+        raise UserError(
             "mm_vision_select_feature='cls_patch' leaves class tokens among the patches of tiles, which then form no "
             "grid; set it to 'patch'"
         )
@@ -312,7 +313,7 @@ def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[n
     ValueError : the package is missing, or weights are.
     """
     if importlib.util.find_spec("llava") is None:
-        raise ValueError(
+        raise UserError(
             f"{source!r} is a checkpoint of the original llava package, which is not installed; install "
             "llava-torch==1.2.2.post1 in an environment of its own (Python 3.11 or older), or load a checkpoint in "
             "transformers' layout, such as 'llava-hf/llava-1.5-7b-hf'"
@@ -325,7 +326,7 @@ def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[n
     )
     if report["missing_keys"]:  # they would be random numbers
         missing = sorted(report["missing_keys"])
-        raise ValueError(f"{source!r} lacks {len(missing)} weights of {architecture}, such as {missing[0]}")
+        raise UserError(f"{source!r} lacks {len(missing)} weights of {architecture}, such as {missing[0]}")
     tower = model.get_vision_tower()
     if not tower.is_loaded:  # checkpoints with a tower of their own bring it along
         tower.load_model()

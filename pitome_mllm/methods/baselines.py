@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Merge, Reducer
+from .errors import UserError
 
 _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of SplitMix64
 
@@ -32,7 +33,7 @@ class RandomDrop(Reducer):
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed={self.seed!r} is not possible; choose a whole number")
+            raise UserError(f"seed={self.seed!r} is not possible; choose a whole number")
 
     @torch.no_grad()
     def match(

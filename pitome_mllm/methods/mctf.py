@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Merge, Reducer, check_number, cosine, ranked, rows, unit_metric
+from .errors import UserError
 from .tome import alternate
 
 
@@ -43,7 +44,7 @@ class MCTF(Reducer):
         for name in ("tau_sim", "tau_info", "tau_size"):
             check_number(name, getattr(self, name), 1e-3)
         if not isinstance(self.bidirectional, bool):
-            raise ValueError(f"bidirectional={self.bidirectional!r} is not possible; choose True or False")
+            raise UserError(f"bidirectional={self.bidirectional!r} is not possible; choose True or False")
 
     @torch.no_grad()
     def match(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import kernels
 from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
+from .errors import UserError
 
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their
@@ -53,7 +54,7 @@ class PiToMe(Reducer):
 
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
-            raise ValueError(f"unknown energy {self.energy!r}; choose one of {', '.join(ENERGIES)}")
+            raise UserError(f"unknown energy {self.energy!r}; choose one of {', '.join(ENERGIES)}")
         if self.margin is not None:
             check_number("margin", self.margin)
         check_number("alpha", self.alpha)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Merge, Reducer, most_similar_first, rows, unit_metric
+from .errors import UserError
 from .tome import alternate
 
 REFERENCES = ("mean", "target")
@@ -60,7 +61,7 @@ class ToFu(Reducer):
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:
-            raise ValueError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
+            raise UserError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
 
     @torch.no_grad()
     def match(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_metric
+from .errors import UserError
 
 COMBINATIONS = ("add", "mean")
 
@@ -43,7 +44,7 @@ class VisionZip(Reducer):
     def __post_init__(self) -> None:
         check_number("dominant", self.dominant, 0, 1)
         if self.combine not in COMBINATIONS:
-            raise ValueError(f"unknown combine {self.combine!r}; choose one of {', '.join(COMBINATIONS)}")
+            raise UserError(f"unknown combine {self.combine!r}; choose one of {', '.join(COMBINATIONS)}")
 
     @torch.no_grad()
     def match(

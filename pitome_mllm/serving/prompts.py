@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..methods import UserError
+
 PUNCTUATION = ".,;:!?\"'()"
 Message = Mapping[str, Any]  # "role", and as "content" parts {"type": "image"} or {"type": "text", "text": ...}
 
@@ -39,14 +41,14 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
 def check_question(processor: Any, question: str) -> None:
     """Refuse an empty question, one with the picture's placeholder, and words the tokenizer does not know."""
     if not question.strip():
-        raise ValueError("the question is empty; ask something about the picture")
+        raise UserError("the question is empty; ask something about the picture")
     if processor.image_token in question:
-        raise ValueError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
+        raise UserError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
     unknown = unknown_words(processor.tokenizer, question)
     if unknown:
         words = sorted(filter(str.isalnum, processor.tokenizer.get_vocab()))
         known = f"; it knows {len(words)} words: {' '.join(words)}" if len(words) < 200 else ""
-        raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}{known}")
+        raise UserError(f"the model does not know {', '.join(map(repr, unknown))}{known}")
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
