@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pitome_mllm._companion import companion
+from pitome_mllm_eval.accuracy import curves, tables
 
 from .look import Look
 
@@ -79,7 +79,6 @@ def curve(method: str, where: str) -> Curve | None:
 
 @lru_cache(maxsize=1)
 def _record() -> Any:
-    tables, curves = (companion("eval", f"accuracy.{name}") for name in ("tables", "curves"))
     return tables.Results.of(curves.results(curves.RESULTS.with_name(curves.SUMMARY)))
 
 

@@ -149,7 +149,6 @@ def test_the_readme_says_what_the_results_give():
 def test_what_cannot_be_compared_is_refused(rows, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(spectra, "results", lambda path: rows)
     monkeypatch.setattr(spectra, "distances", lambda *given: pytest.fail("measured before checking"))
-    monkeypatch.setattr("pitome_mllm.commands.spectrum.check_matplotlib", lambda: None)
     with pytest.raises(SystemExit):
         spectra.main(arguments)
     assert words in " ".join(capsys.readouterr().err.split())

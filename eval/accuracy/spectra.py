@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 
 from pitome_mllm.methods import UserError
 
@@ -146,7 +147,6 @@ def check_same_model(rows: list[dict[str, str]], about: dict[str, str]) -> None:
 
 def measured(args: argparse.Namespace) -> tuple[list[Point], dict[str, Any]]:
     """The points as measured now, and where they come from."""
-    from pitome_mllm.commands._options import progress
     from pitome_mllm.families.features import pixel_values
 
     if not 1 <= args.pictures <= SCENES:
@@ -159,8 +159,9 @@ def measured(args: argparse.Namespace) -> tuple[list[Point], dict[str, Any]]:
     about = provenance(args.model, split) | {"pictures": args.pictures}
     check_same_model(rows, about)
     pixels = pixel_values(processor, [scene(number, split)[0] for number in range(args.pictures)])
-    with progress("Computing spectra", total=len(lost) * -(-args.pictures // BATCH)) as advance:
-        return points(distances(model, pixels, lost, advance), lost), about
+    with Progress(transient=True) as bar:
+        task = bar.add_task("Computing spectra", total=len(lost) * -(-args.pictures // BATCH))
+        return points(distances(model, pixels, lost, lambda: bar.advance(task)), lost), about
 
 
 def stored(path: Path) -> tuple[list[Point], dict[str, Any]]:
@@ -184,9 +185,6 @@ def sentence(found: Sequence[Point], whole: Correlation, within: Correlation, ab
 
 def run(args: argparse.Namespace) -> None:
     """Measure and write the CSV, or read it; then write the plot and the README's sentence, and print that."""
-    from pitome_mllm.commands.spectrum import check_matplotlib
-
-    check_matplotlib()
     if args.from_csv:
         found, about = stored(args.out)
     else:
