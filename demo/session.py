@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm.methods import UserError
 
 from .controls import Controls, label
 from .engine import Engine
 from .pictures import Picture, open_upload
 from .prompts import encode
-from .runs import Event, Figures, Outcome, Stopped, answer, look_only
+from .runs import Event, Outcome, Stopped, answer, look_only
 from .turns import Reply, Turn, history
 
 MAX_PICTURES = 8  # in one conversation
@@ -157,14 +158,14 @@ class Conversation:
         if not turns[-1].question:
             shown = turns[-1].pictures
             return look_only(engine, shown, plan, controls, reply.label, stop), lambda outcome: (
-                Figures(outcome.visual_tokens, tower_ms=outcome.tower_ms),
-                Figures(outcome.plain_tokens),
+                AnswerCost(outcome.visual_tokens, tower_ms=outcome.tower_ms),
+                AnswerCost(outcome.plain_tokens),
             )
         lines, pictures = history(turns, lane)
         images = [picture.image for picture in pictures]
         inputs, room = self.engine.prepare(encode, engine, lines, images, plan)
 
-        def costs(outcome: Outcome) -> tuple[Figures, Figures]:
+        def costs(outcome: Outcome) -> tuple[AnswerCost, AnswerCost]:
             plain = Outcome(outcome.plain_tokens, outcome.plain_tokens, outcome.text_tokens)
             return (
                 _figures(engine, controls, len(pictures), outcome),
@@ -188,8 +189,8 @@ class Conversation:
             yield turn
 
 
-def _figures(engine: Engine, controls: Controls | None, pictures: int, outcome: Outcome) -> Figures:
+def _figures(engine: Engine, controls: Controls | None, pictures: int, outcome: Outcome) -> AnswerCost:
     prompt = outcome.visual_tokens + outcome.text_tokens
     kv, gflops = engine.cost(controls, pictures, prompt)
-    times = (outcome.tower_ms, outcome.prefill_ms, outcome.tokens_per_s)
-    return Figures(outcome.visual_tokens, prompt, *times, kv_mb=kv, gflops=gflops)
+    times = (outcome.tower_ms, outcome.prefill_ms, outcome.per_token_ms)
+    return AnswerCost(outcome.visual_tokens, prompt, *times, kv_cache_mb=kv, gflops=gflops)

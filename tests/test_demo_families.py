@@ -69,7 +69,7 @@ def test_figures_are_what_the_language_model_read(chat_of, paths, title, control
     assert [plain.prompt_tokens, merged.prompt_tokens] == read
     assert plain.prompt_tokens - plain.visual_tokens == merged.prompt_tokens - merged.visual_tokens
     assert 0 < merged.visual_tokens < plain.visual_tokens
-    assert merged.kv_mb / plain.kv_mb == pytest.approx(read[1] / read[0])
+    assert merged.kv_cache_mb / plain.kv_cache_mb == pytest.approx(read[1] / read[0])
 
 
 def test_figures_of_tiles_are_counted_not_multiplied(chat_of, paths):

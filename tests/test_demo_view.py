@@ -11,9 +11,9 @@ from PIL import Image
 
 from pitome_mllm import cli
 from pitome_mllm.commands import demo
+from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm_demo import view
 from pitome_mllm_demo.pictures import Picture
-from pitome_mllm_demo.runs import Figures
 from pitome_mllm_demo.turns import Reply, Turn
 
 NASTY = (
@@ -40,8 +40,8 @@ def parsed(html):
 
 
 def turn(question=NASTY, text=NASTY, **reply):
-    plain = Figures(576, 590, 100.0, 200.0, 50.0, 2.4, 4.3)
-    merged = Figures(144, 158, 50.0, 80.0, 55.5, 0.65, 1234.5)
+    plain = AnswerCost(576, 590, 100.0, 200.0, 50.0, 2.4, 4.3)
+    merged = AnswerCost(144, 158, 50.0, 80.0, 55.5, 0.65, 1234.5)
     replies = {
         "plain": Reply("plain · all 576 tokens", None, "tiny", text, "done", figures=plain, plain=plain),
         "merged": Reply(
@@ -72,7 +72,7 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
         "prompt tokens",
         "tower, ms",
         "1st token, ms",
-        "tokens / s",
+        "each token, ms",
         "KV cache, MB",
         "GFLOPs",
     ):
@@ -83,8 +83,8 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
 
 
 def test_where_nothing_is_saved_nothing_is_promised():
-    assert "Nothing saved." in view.figures(Figures(576), {"visual_tokens": 1.0, "gflops": 1.1}, "merged")
-    assert "aved" not in view.figures(Figures(576), {}, "plain")
+    assert "Nothing saved." in view.figures(AnswerCost(576), {"visual_tokens": 1.0, "gflops": 1.1}, "merged")
+    assert "aved" not in view.figures(AnswerCost(576), {}, "plain")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_picture_without_a_question():
 
 
 def test_figures_that_are_not_known_are_left_out():
-    strip = view.figures(Figures(144, tower_ms=12.0), {}, "merged")
+    strip = view.figures(AnswerCost(144, tower_ms=12.0), {}, "merged")
     assert parsed(strip).words == "visual tokens144tower, ms12"
 
 

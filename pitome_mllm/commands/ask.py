@@ -85,7 +85,7 @@ def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, h
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
     visual = visual if known else sum(handle.stats.lengths)
-    return Run(mode, answer, visual, inputs["input_ids"].shape[1] - full + visual)
+    return Run(visual, inputs["input_ids"].shape[1] - full + visual, mode=mode, answer=answer)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:
