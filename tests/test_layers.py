@@ -27,8 +27,8 @@ LAYERS = (
     "pitome_mllm.cli",
     "pitome_mllm_eval",  # the folder's own __init__
     "pitome_mllm_eval.provenance",
-    "pitome_mllm_eval.benchmark",
     "pitome_mllm_eval.documents",
+    "pitome_mllm_eval.benchmark",
     "pitome_mllm_eval.clocks",
     "pitome_mllm_eval.accuracy",
     "pitome_mllm_eval.training",

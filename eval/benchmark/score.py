@@ -5,10 +5,9 @@ forward, so whatever is attached to the model takes part.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from pitome_mllm.hooks import caches
 from pitome_mllm.serving.prompts import message, write
 
+from ..documents import write_csv
 from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
@@ -167,10 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     records = list(track(score(model, processor, args.split, args.limit), "questions", total=total))
     _show(table(records), title)
     if args.save:
-        with args.save.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(records[0])))
-            writer.writeheader()
-            writer.writerows(asdict(r) for r in records)
+        write_csv(args.save, records)
 
 
 if __name__ == "__main__":
