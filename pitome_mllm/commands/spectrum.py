@@ -132,7 +132,8 @@ def _distance(
         return found.without(f"{method}: {error}")
     with handle:
         if handle.plan.where == "packed":
-            return found.without(f"{method}: where='packed' merges behind the projector, spectra are of tower tokens")
+            why = "where='packed' merges behind the projector; spectra are those of the tower's tokens"
+            return found.without(f"{method}: {why}")
         tower_features(model, pixels)
         if any(merge.group is None for merge in handle.stats.merges):
             return found.without(
