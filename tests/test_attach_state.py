@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import queue
 import threading
 import weakref
 
@@ -148,14 +149,30 @@ def test_the_plan_within_the_plain_model_is_none(tokens):
 
 
 def test_concurrent_updates_lose_none(tokens, monkeypatch):
-    handle, _ = tokens
-    planned, barrier = Attachment._planned, threading.Barrier(2)
+    (handle, _), planned, told, first = tokens, Attachment._planned, queue.Queue(), threading.Semaphore(1)
+
+    class Telling:
+        """A lock that tells who has to wait for it."""
+
+        lock = threading.Lock()
+
+        def __enter__(self):
+            if not self.lock.acquire(blocking=False):
+                told.put("waits")
+                self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
 
     def slowly(self, settings):
-        with contextlib.suppress(threading.BrokenBarrierError):  # where one waits for the other to be done
-            barrier.wait(0.2)
+        """The first one goes on once the other waits for it, or is in here too."""
+        if not first.acquire(blocking=False):
+            told.put("in")
+        else:
+            told.get(timeout=60)
         return planned(self, settings)
 
+    monkeypatch.setattr(handle, "_updating", Telling())
     monkeypatch.setattr(Attachment, "_planned", slowly)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         changes = {"keep": 200}, {"method": "tome"}

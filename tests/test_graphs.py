@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -459,20 +460,27 @@ def test_a_capture_waits_a_moment_for_calls_that_end(monkeypatch):
             assert alone and running.result(60) is None
 
 
-def test_others_wait_while_a_graph_is_made(one):
-    came = threading.Event()
+def test_others_wait_while_a_graph_is_made(monkeypatch):
+    told = queue.Queue()
+
+    class Telling(threading.Condition):
+        def wait(self, timeout=None):
+            told.put("waits")
+            return super().wait(timeout)
+
+    monkeypatch.setattr(captures, "_changed", Telling())
     with ThreadPoolExecutor(1) as pool:
         with captures.exclusive() as alone, captures.shared():
             assert alone
 
             def other():
                 with captures.shared():
-                    came.set()
+                    told.put("came")
 
             waiting = pool.submit(other)
-            assert not came.wait(0.2)
+            assert told.get(timeout=60) == "waits"
         waiting.result(60)
-    assert came.is_set()
+    assert "came" in told.queue
 
 
 def test_drawing_keeps_captures_away(one, monkeypatch):

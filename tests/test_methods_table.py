@@ -30,6 +30,7 @@ def test_every_method_is_described(name):
     assert method.reducer.needs <= {"attention", "query", "grid"}
     settings_of_attach = {
         "where",
+        "merges",
         "schedule",
         "metric",
         "place",
