@@ -49,8 +49,8 @@ class Direct(transformers.LlavaModel, transformers.GenerationMixin):
         self.lm_head = torch.nn.Linear(WIDTH, settings.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, past_key_values=None, **options):
-        given = dict(attention_mask=attention_mask, past_key_values=past_key_values, **options)
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **options):
+        given = dict(attention_mask=attention_mask, **options)
         output = super().forward(input_ids, pixel_values, **given)
         return transformers.modeling_outputs.CausalLMOutputWithPast(
             logits=self.lm_head(output.last_hidden_state), past_key_values=output.past_key_values
