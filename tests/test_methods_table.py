@@ -10,7 +10,7 @@ import torch
 from drawn import NAMES, each, members
 
 from pitome_mllm.methods import METHODS, Reducer, get_method
-from pitome_mllm.methods.base import check_number
+from pitome_mllm.methods.reducer import check_number
 
 # The table of methods.
 

@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 
 from pitome_mllm.methods import get_method
-from pitome_mllm.methods.base import Merge, most_similar_first, ranked, unit_metric
+from pitome_mllm.methods.matching import most_similar_first, ranked, unit_metric
+from pitome_mllm.methods.merge import Merge
 from pitome_mllm.methods.pitome import BLOCK
 
 from ..accuracy.costs import yardstick

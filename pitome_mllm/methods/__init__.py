@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .base import Merge, Reducer
 from .baselines import RandomDrop, Uniform
 from .cdpruner import CDPruner
 from .crossget import CrossGET
@@ -16,9 +15,11 @@ from .dct import DCT
 from .diffrate import DiffRate
 from .divprune import DivPrune
 from .mctf import MCTF
+from .merge import Merge
 from .pitome import PiToMe
 from .pooling import Downsample, GridPool
 from .prumerge import PruMerge
+from .reducer import Reducer
 from .staged import Staged
 from .tofu import ToFu
 from .tome import ToMe

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Merge
+from .merge import Merge
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
+from .matching import cosine, most_similar_first, ranked, unit_metric
+from .merge import Merge
+from .reducer import Reducer, check_count, check_number
 
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer
+from .merge import Merge
+from .reducer import Reducer
 
 
 def cells(height: int, width: int, count: int) -> tuple[int, int] | None:

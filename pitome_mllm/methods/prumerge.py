@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_metric
+from .matching import nearest, ranked, spread, unit_metric
+from .merge import Merge
+from .reducer import Reducer, check_number
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number
+from .merge import Merge
 from .pitome import PiToMe
+from .reducer import Reducer, check_number
 from .tome import ToMe
 
 
