@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.plan import Plan
 from pitome_mllm.schedule import EVERY
 from pitome_mllm.settings import DEFAULT_METHOD
@@ -75,7 +75,7 @@ class Controls:
 
 def label(plan: Plan | None, geometry: Geometry) -> str:
     """One line that says what a turn was asked with; None = the plain model."""
-    tokens = "tokens per tile" if geometry.tiled else "tokens"
+    tokens = "tokens per tile" if geometry.family.tiles else "tokens"
     if plan is None:
         return f"plain · all {geometry.available} {tokens}"
     return f"{plan.method} · {plan.keep} of {plan.available} {tokens} ({plan.keep / plan.available:.0%}) · {plan.where}"
@@ -87,5 +87,5 @@ def describe(plan: Plan) -> str:
     way = " → ".join(map(str, steps)) if len(steps) > 1 else "nothing merges"
     start = "" if plan.entering == plan.geometry.patches else f"the picture is scaled to {plan.entering} patches; "
     share = f"{plan.keep} of {plan.available} visual tokens ({plan.keep / plan.available:.0%})"
-    share += " per tile" if plan.geometry.tiled else ""
+    share += " per tile" if plan.geometry.family.tiles else ""
     return f"{share}, {plan.where}: {start}{way}"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .families import Geometry
+from .families.geometry import Geometry
 from .methods import Reducer
 from .schedule import EVERY, Schedule, gentle, rounds, target_count
 from .settings import HOW, Settings, settled

@@ -10,7 +10,7 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import rounds
 from pitome_mllm.settings import Settings

@@ -9,7 +9,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
 from pitome_mllm_eval import documents

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks.tower import Run, smaller_picture
 from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan

@@ -202,7 +202,7 @@ def whole(args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write the CSV."""
-    from pitome_mllm.families import geometry
+    from pitome_mllm.families.geometry import geometry
 
     args = parser().parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pitome_mllm import METHODS
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 
 from ..benchmark.questions import CATEGORIES
 from ..benchmark.sets import PER_SCENE, SCENES

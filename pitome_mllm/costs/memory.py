@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families import FAMILY_OF_CONFIG, family_of
+from ..families import FAMILY_OF_CONFIG
+from ..families.geometry import family_of
 from ..methods import Reducer
 from ..plan import Plan
 from .flops import itemsize, kv_bytes_per_token, resolve, row_lengths

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Geometry, family_of, geometry
+from .geometry import Geometry, family_of, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call pictures; the latter Video-LLaVA's
 

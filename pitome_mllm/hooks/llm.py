@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import PLAIN_BACKENDS, llm_obstacle
+from ..families.geometry import PLAIN_BACKENDS, llm_obstacle
 from ..stats import Stats
 from . import caches
 from .layout import Layout

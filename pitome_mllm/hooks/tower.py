@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import PLAIN_BACKENDS, TowerSpec
+from ..families import TowerSpec
 from ..families.features import read, write
+from ..families.geometry import PLAIN_BACKENDS
 from ..methods import Merge
 from ..methods.pooling import cells
 from ..plan import Plan
