@@ -8,7 +8,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from .families.packing import Packed
+from .families.anyres import Packed
 from .methods import Merge
 from .plan import Plan
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import picture
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.families.packing import Places, of_parts, part_keeps, survivors
+from pitome_mllm.families.anyres import Places, of_parts, part_keeps, survivors
 from pitome_mllm.hooks.tiles import _places
 from pitome_mllm.schedule import rounds
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.packing import Packed, Places
+from ..families.anyres import Packed, Places
 from ..stats import Stats
 from . import tower as towers
 from .classes import Merging, plain_class

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..families.anyres import Places
 from ..families.features import selected_features
 from ..families.geometry import Geometry
-from ..families.packing import Places
 from ..plan import Plan
 from ..stats import Stats
 from .columns import Columns

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.packing import Packed, Places, of_parts, part_keeps, survivors
+from ..families.anyres import Packed, Places, of_parts, part_keeps, survivors
 from ..methods import Merge
 from ..plan import Plan
 from ..schedule import rounds
