@@ -9,7 +9,7 @@ from typing import Any
 from .families.geometry import Geometry
 from .methods import Reducer
 from .schedule import EVERY, Schedule, gentle, rounds, target_count
-from .settings import HOW, Settings, settled
+from .settings import HOW, Settings, resolve_settings
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
     ------
     ValueError : an unknown method, option or choice; a keep, ratio or counts that cannot be reached.
     """
-    settings, reducer, name = settled(settings, geometry)
+    settings, reducer, name = resolve_settings(settings, geometry)
     entering, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
         method=name,

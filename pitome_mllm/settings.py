@@ -1,4 +1,4 @@
-"""What the caller asks for (`Settings`), and what that comes to for one model (`settled`)."""
+"""What the caller asks for (`Settings`), and what that comes to for one model (`resolve_settings`)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Settings:
         return replace(changed, **dict.fromkeys(forgotten - given.keys()))
 
 
-def settled(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, str]:
+def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, str]:
     """The settings with nothing left open, for models of ``geometry``, and the method: its reducer and its name.
 
     Raises
