@@ -83,9 +83,13 @@ def label(plan: Plan | None, geometry: Geometry) -> str:
 
 def describe(plan: Plan) -> str:
     """The way of a picture's tokens, or a tile's, through the model, in words."""
-    steps = [plan.entering, *(left for _, left, _ in plan.steps)]
+    steps = [plan.input_patches, *(left for _, left, _ in plan.steps)]
     way = " → ".join(map(str, steps)) if len(steps) > 1 else "nothing merges"
-    start = "" if plan.entering == plan.geometry.patches else f"the picture is scaled to {plan.entering} patches; "
+    start = (
+        ""
+        if plan.input_patches == plan.geometry.patches
+        else f"the picture is scaled to {plan.input_patches} patches; "
+    )
     share = f"{plan.keep} of {plan.available} visual tokens ({plan.keep / plan.available:.0%})"
     share += " per tile" if plan.geometry.family.tiles else ""
     return f"{share}, {plan.where}: {start}{way}"

@@ -57,14 +57,14 @@ class Plan:
         """Visual tokens per picture that reach the LLM."""
         if self.where == "packed":
             return self.packed[-1] if self.packed else self.available
-        patches = [self.entering, *self.counts, *self.rounds][-1]
+        patches = [self.input_patches, *self.counts, *self.rounds][-1]
         return patches + self.geometry.visible_class_tokens
 
     def removed(self, block: int) -> int:
         """Tokens that block ``block`` removes; 0 for blocks behind the feature layer."""
         if block >= len(self.counts):
             return 0
-        before = self.counts[block - 1] if block else self.entering
+        before = self.counts[block - 1] if block else self.input_patches
         return before - self.counts[block]
 
     @property
@@ -88,7 +88,7 @@ class Plan:
             return tuple((n, left, 1.0) for n, left in zip((self.available, *self.packed), self.packed))
         after = [(left, block / len(self.counts)) for block, left in enumerate(self.counts)]
         after += [(left, 1.0) for left in self.rounds]
-        before = [self.entering, *(left for left, _ in after)]
+        before = [self.input_patches, *(left for left, _ in after)]
         return tuple((n, left, depth) for n, (left, depth) in zip(before, after) if left < n)
 
     def max_removable(self, tokens: int) -> int:

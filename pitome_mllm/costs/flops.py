@@ -159,8 +159,8 @@ def _projector(vision: Any, text: Any, plan: Plan) -> int:
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one picture."""
     shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
-    flops = 2 * plan.entering * width * vision.num_channels * vision.patch_size**2
-    tokens = plan.entering + shape.class_tokens
+    flops = 2 * plan.input_patches * width * vision.num_channels * vision.patch_size**2
+    tokens = plan.input_patches + shape.class_tokens
     for block in range(shape.blocks):
         left = tokens - plan.removed(block)
         flops += 8 * tokens * width**2 + 4 * tokens**2 * width
@@ -175,7 +175,7 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one picture, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.clues:  # the class token's row of the attention matrix
-        entering = [plan.entering, *plan.counts]
+        entering = [plan.input_patches, *plan.counts]
         blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.rounds else [])}
         tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
         flops += 2 * tokens * vision.hidden_size

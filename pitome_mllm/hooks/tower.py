@@ -233,15 +233,15 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own), "
             "or attach with proportional_attention=False"
         )
-    if plan.entering < plan.geometry.patches:
+    if plan.input_patches < plan.geometry.patches:
         args, kwargs = smaller_picture(plan, args, kwargs)
     return args, {**kwargs, RUN: Run(plan)}
 
 
 def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The tower's arguments with pictures scaled to ``plan.entering`` patches, antialiased as a processor scales."""
+    """The tower's arguments with pictures scaled to ``plan.input_patches`` patches, antialiased as a processor scales."""
     pixels, args = (args[0], args[1:]) if args else (kwargs["pixel_values"], args)
-    rows, columns = cells(*plan.geometry.grid, plan.entering)
+    rows, columns = cells(*plan.geometry.grid, plan.input_patches)
     patch = pixels.shape[-2] // plan.geometry.grid[0]
     size = (rows * patch, columns * patch)
     scaled = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
@@ -289,8 +289,8 @@ def merge_output(run: Run, output: Any, projector: nn.Module) -> None:
         features, late, size = run.before_projector(features, projector)
         write(output, plan.geometry, features)
         merges += late
-    if plan.entering < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
+    if plan.input_patches < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
         blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)
-        merges = [plan.reducer.match(blank, plan.geometry.patches - plan.entering, **plan.context)]
+        merges = [plan.reducer.match(blank, plan.geometry.patches - plan.input_patches, **plan.context)]
         size = merges[0].reduce(blank)[1]
     run.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)
