@@ -21,7 +21,7 @@ class Plan:
     counts : patch tokens left after each merging block, class tokens not counted.
     rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
     packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
-    entering : patches of the picture that the tower gets.
+    input_patches : patches of the picture that the tower gets.
     gentle : no merge removes over 40 % of the tokens, if there is another way.
     logits : "merged" or "caller", whose columns a call's logits have.
     graph : whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
@@ -31,7 +31,7 @@ class Plan:
     reducer: Reducer
     geometry: Geometry
     where: str
-    entering: int
+    input_patches: int
     counts: tuple[int, ...]
     rounds: tuple[int, ...]
     metric: str
@@ -110,12 +110,12 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
     ValueError : an unknown method, option or choice; a keep, ratio or counts that cannot be reached.
     """
     settings, reducer, name = resolve_settings(settings, geometry)
-    entering, counts, steps = _token_counts(settings, reducer, name, geometry)
+    input_patches, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
         method=name,
         reducer=reducer,
         geometry=geometry,
-        entering=entering,
+        input_patches=input_patches,
         counts=tuple(counts),
         rounds=() if settings.where == "packed" else tuple(steps),
         packed=tuple(steps) if settings.where == "packed" else (),
