@@ -161,7 +161,7 @@ def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, A
 
 
 def _way(plan: Plan) -> tuple[Any, ...]:
-    return plan.input_patches, plan.counts, plan.rounds, plan.place
+    return plan.input_patches, plan.counts, plan.projector_counts, plan.place
 
 
 def parted(name: str) -> tuple[str, str]:

@@ -176,7 +176,7 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.clues:  # the class token's row of the attention matrix
         entering = [plan.input_patches, *plan.counts]
-        blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.rounds else [])}
+        blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.projector_counts else [])}
         tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
         flops += 2 * tokens * vision.hidden_size
     return flops

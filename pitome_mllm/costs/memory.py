@@ -146,7 +146,7 @@ def _tower_bytes(vision: Any, plan: Plan, size: int) -> tuple[int, int]:
     width, hidden = vision.hidden_size, vision.intermediate_size
     before = plan.geometry.patches + plan.geometry.class_tokens
     working = before * max(8 * width, 3 * width + 3 * hidden) * size
-    if plan.merging or plan.rounds:
+    if plan.merging or plan.projector_counts:
         working = max(working, before * 3 * width * size + before**2 * (4 * 4 + size))
     counts = [before]
     for block in range(plan.geometry.blocks):

@@ -88,7 +88,7 @@ class Run:
 
     def _told_later(self, block: int) -> bool:
         """Whether what a block tells is asked for after it, in front of the projector."""
-        return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.rounds) > 0
+        return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
 
     def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
         """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
@@ -140,7 +140,7 @@ class Run:
         feature = self.plan.geometry.merging_blocks
         size, clues = self.sizes.get(feature), self.clues.get(feature - 1, {})
         measure = projector if self.plan.metric == "projected" else None
-        return merge_rounds(self.plan, x, self.plan.rounds, size, clues, measure)
+        return merge_rounds(self.plan, x, self.plan.projector_counts, size, clues, measure)
 
 
 def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -282,7 +282,7 @@ def merge_output(run: Run, output: Any, projector: nn.Module) -> None:
     size = run.sizes.get(plan.geometry.merging_blocks)
     if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
         output.hidden_states = run.pushed(output.hidden_states)
-    if plan.rounds:
+    if plan.projector_counts:
         features = read(output, plan.geometry)
         if features is None:  # none for a projector were asked for
             return

@@ -26,10 +26,10 @@ def check_drawable(plan: Any) -> None:
 def step_names(stats: Any) -> list[str]:
     """What the merges of a run are called, in their order."""
     plan = stats.plan
-    if len(stats.merges) != len(plan.merging) + len(plan.rounds):
+    if len(stats.merges) != len(plan.merging) + len(plan.projector_counts):
         return ["a smaller picture"]
     blocks = [f"block {block}" for block in plan.merging]
-    return [*blocks, *(f"before the projector, step {step + 1}" for step in range(len(plan.rounds)))]
+    return [*blocks, *(f"before the projector, step {step + 1}" for step in range(len(plan.projector_counts)))]
 
 
 def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor:
