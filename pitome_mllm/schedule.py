@@ -123,7 +123,7 @@ def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> i
     return count
 
 
-def rounds(tokens: int, keep: int, max_removable: MaxRemovable = half) -> list[int]:
+def projector_counts(tokens: int, keep: int, max_removable: MaxRemovable = half) -> list[int]:
     """Counts after each of the fewest steps from ``tokens`` down to ``keep``, in equal shares; [] if there are none."""
     steps, reached = 0, tokens
     while reached > keep:
