@@ -152,9 +152,11 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
     chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
     left = {k: v for k, v in settings.preset.items() if k not in chosen}
     for setting in ("positions", "llm_size_bias"):
-        if geometry.llm_obstacle and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
+        if geometry.llm_unsupported_reason and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
             value = left.pop(setting)
-            logger.warning("%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_obstacle)
+            logger.warning(
+                "%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_unsupported_reason
+            )
     complete = {**DEFAULTS, **left, **chosen}
     if "where" not in chosen and complete["where"] not in geometry.family.places:
         complete["where"] = geometry.family.places[0]
@@ -169,7 +171,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
     """ValueError where the model, or the place, lacks something that the method needs."""
     if settings.where not in geometry.family.places:
         raise ValueError(
-            f"where={settings.where!r} is not possible in this family: {geometry.family.obstacle}; choose "
+            f"where={settings.where!r} is not possible in this family: {geometry.family.unsupported_reason}; choose "
             f"{' or '.join(f'where={place!r}' for place in geometry.family.places)}"
         )
     if geometry.family.original:

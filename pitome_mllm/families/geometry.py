@@ -34,7 +34,7 @@ class Geometry:
         All blocks of the tower; those after ``merging_blocks`` run without effect on the LLM.
     family : FamilySpec
         The row of the model; that of a vision tower alone names no model.
-    llm_obstacle : str
+    llm_unsupported_reason : str
         Why the LLM takes neither gaps between positions nor a bias of sizes; empty if it takes both.
     layers : tuple of int
         The hidden states that the projector reads, side by side: the number of blocks before each; empty if it reads
@@ -49,7 +49,7 @@ class Geometry:
     merging_blocks: int
     blocks: int
     family: FamilySpec = FamilySpec("")
-    llm_obstacle: str = ""
+    llm_unsupported_reason: str = ""
     layers: tuple[int, ...] = ()
     joined: int = 1
 
@@ -110,7 +110,7 @@ def geometry(model_or_config: Any) -> Geometry:
         **tower,
         visible_class_tokens=tower["class_tokens"] if full else 0,
         merging_blocks=max(layers, default=vision.num_hidden_layers),
-        llm_obstacle=llm_obstacle(config.text_config),
+        llm_unsupported_reason=llm_unsupported_reason(config.text_config),
         layers=layers,
         joined=config.scale_factor if family.tiles == "connector" else 1,
     )
@@ -148,7 +148,7 @@ def _of_llava_package(model: nn.Module) -> Geometry:
         **_tower(loaded.config, family),
         visible_class_tokens=int(full),
         merging_blocks=layer,
-        llm_obstacle="the original llava package writes pictures into the prompt itself",
+        llm_unsupported_reason="the original llava package writes pictures into the prompt itself",
         layers=(layer,),
     )
 
@@ -192,7 +192,7 @@ def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
     )
 
 
-def llm_obstacle(text: Any) -> str:
+def llm_unsupported_reason(text: Any) -> str:
     """What of an LLM's configuration stands in the way of an attention mask of our own; empty if nothing does."""
     backend, kinds = text._attn_implementation, getattr(text, "layer_types", None)
     if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
