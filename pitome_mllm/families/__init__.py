@@ -38,7 +38,7 @@ class FamilySpec:
     tiles : how pictures of several tiles are packed: "" = they have one; "anyres" = by the core's
         ``pack_image_features``; "connector" = tile by tile, by a projector that joins neighbouring patches.
     places : where tokens can merge; the first one unless a method says something else.
-    obstacle : why not elsewhere.
+    unsupported_reason : why not elsewhere.
     plain : methods of the core that never merge.
     videos : why videos do not merge; empty if the family takes none.
     pixels : what the model calls pictures.
@@ -56,7 +56,7 @@ class FamilySpec:
     core: str = "model"
     tiles: str = ""
     places: tuple[str, ...] = IN_TOWER
-    obstacle: str = "pictures are not cut into tiles"
+    unsupported_reason: str = "pictures are not cut into tiles"
     plain: tuple[str, ...] = ()
     videos: str = ""
     pixels: str = "pixel_values"
@@ -84,7 +84,7 @@ def _shuffled(config: str) -> FamilySpec:
         linear=1,
         tiles="connector",
         places=("packed",),
-        obstacle="the projector joins neighbouring patches of the whole grid",
+        unsupported_reason="the projector joins neighbouring patches of the whole grid",
     )
 
 
@@ -106,7 +106,7 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
         "llava_onevision",
         tiles="anyres",
         places=("packed",),
-        obstacle="large pictures are scaled down on the whole grid",
+        unsupported_reason="large pictures are scaled down on the whole grid",
         videos=POOLED,
     ),
     "VideoLlavaForConditionalGeneration": FamilySpec(

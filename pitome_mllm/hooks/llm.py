@@ -113,10 +113,10 @@ def _check_gaps(config: Any) -> None:
 
 def check(config: Any) -> None:
     """ValueError if the LLM of ``config`` takes no bias: another attention than sdpa or eager, or sliding windows."""
-    obstacle = llm_unsupported_reason(config)
-    if obstacle:
+    unsupported_reason = llm_unsupported_reason(config)
+    if unsupported_reason:
         raise ValueError(
-            f"llm_size_bias=True is not possible with this LLM: {obstacle}; leave it at False, or load with "
+            f"llm_size_bias=True is not possible with this LLM: {unsupported_reason}; leave it at False, or load with "
             "attn_implementation='sdpa'"
         )
 
