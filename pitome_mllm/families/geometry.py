@@ -39,7 +39,7 @@ class Geometry:
     layers : tuple of int
         The hidden states that the projector reads, side by side: the number of blocks before each; empty if it reads
         the tower's normed output.
-    joined : int
+    shuffle_factor : int
         Rows and columns of patches that the projector joins into one token.
     """
 
@@ -51,7 +51,7 @@ class Geometry:
     family: FamilySpec = FamilySpec("")
     llm_unsupported_reason: str = ""
     layers: tuple[int, ...] = ()
-    joined: int = 1
+    shuffle_factor: int = 1
 
     @property
     def patches(self) -> int:
@@ -61,7 +61,7 @@ class Geometry:
     @property
     def available(self) -> int:
         """Visual tokens that reach the LLM when nothing merges."""
-        return self.patches // self.joined**2 + self.visible_class_tokens
+        return self.patches // self.shuffle_factor**2 + self.visible_class_tokens
 
 
 def geometry(model_or_config: Any) -> Geometry:
@@ -112,7 +112,7 @@ def geometry(model_or_config: Any) -> Geometry:
         merging_blocks=max(layers, default=vision.num_hidden_layers),
         llm_unsupported_reason=llm_unsupported_reason(config.text_config),
         layers=layers,
-        joined=config.scale_factor if family.tiles == "connector" else 1,
+        shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
     )
 
 
