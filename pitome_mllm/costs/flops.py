@@ -152,7 +152,7 @@ def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> t
 
 def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
-    read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.joined**2
+    read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.shuffle_factor**2
     return 2 * text.hidden_size * (read + (plan.geometry.family.linear - 1) * text.hidden_size)
 
 
