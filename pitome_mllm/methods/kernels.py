@@ -246,7 +246,7 @@ class FusedMerge(Merge):
         self.count = count
         self.energy = self._weight = self._source = None
         self.group = group
-        self._drops = False
+        self._may_drop = False
         self._first = leads_then_rest[:, :count]
         self._rest = leads_then_rest[:, count:]
         self._member, self._slot = member, slot

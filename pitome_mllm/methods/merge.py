@@ -60,8 +60,8 @@ class Merge:
         weight: Tensor | None = None,
         source: Callable[[], Tensor] | None = None,
         energy: Tensor | None = None,
-        led: bool = False,
-        drops: bool = True,
+        root_is_first: bool = False,
+        may_drop: bool = True,
     ) -> None:
         """Group tokens by a common root.
 
@@ -71,25 +71,25 @@ class Merge:
         count : how many different roots every row has.
         weight : (B, N) float32 factor of each token in its group's value; None = its share of the group's size.
         source : makes (B, K) int64, one token of each group, in the order in which the reference code leaves them.
-        led : every root is the first token of its group; saves looking for it.
-        drops : whether a root may be -1; False saves looking.
+        root_is_first : every root is the first token of its group; saves looking for it.
+        may_drop : whether a root may be -1; False saves looking.
         """
         batch, tokens = root.shape
         index = torch.arange(tokens, device=root.device).expand(batch, tokens)
-        if not led:
+        if not root_is_first:
             slot = root.where(root >= 0, tokens)  # one extra place takes what is dropped
             least = index.new_full((batch, tokens + 1), tokens).scatter_reduce(1, slot, index, "amin").gather(1, slot)
             root = least.where(root >= 0, -1)
         follows = root != index
         order = follows.argsort(dim=1, stable=True)  # first tokens in front, each part in reading order
-        group = (index - follows.cumsum(1)).gather(1, root.clamp(min=0) if drops else root)
+        group = (index - follows.cumsum(1)).gather(1, root.clamp(min=0) if may_drop else root)
 
         self.count = count
         self.energy = energy
-        self.group: Tensor | None = group.where(root >= 0, -1) if drops else group
+        self.group: Tensor | None = group.where(root >= 0, -1) if may_drop else group
         self._source = source
         self._weight = weight
-        self._drops = drops
+        self._may_drop = may_drop
         self._first = order[:, :count]  # the first token of each group ...
         self._rest = order[:, count:]  # ... and all the others
 
@@ -102,14 +102,16 @@ class Merge:
         batch, r = sources.shape
         index = torch.arange(tokens, device=sources.device).expand(batch, tokens)
         least = index.scatter_reduce(1, targets, sources, "amin")
-        return cls(least.scatter(1, sources, least.gather(1, targets)), tokens - r, led=True, drops=False, **extra)
+        return cls(
+            least.scatter(1, sources, least.gather(1, targets)), tokens - r, root_is_first=True, may_drop=False, **extra
+        )
 
     @classmethod
     def select(cls, tokens: int, kept: Tensor, protected: int = 0) -> Merge:
         """Only the tokens ``kept`` (B, K) and the first ``protected`` ones stay; all others are dropped."""
         index = torch.arange(tokens, device=kept.device).repeat(len(kept), 1)
         root = torch.full_like(index, -1).scatter(1, kept, kept)
-        return cls(index.where(index < protected, root), kept.shape[1] + protected, led=True)
+        return cls(index.where(index < protected, root), kept.shape[1] + protected, root_is_first=True)
 
     def weighted_by(self, value: Tensor) -> Merge:
         """This merge with means weighted by ``value`` (B, N), above zero, in place of sizes. In place; no dropping."""
@@ -135,7 +137,7 @@ class Merge:
         first, rest = flat(self._first, tokens), flat(self._rest, tokens)
         first_size, rest_size = size.index_select(0, first), size.index_select(0, rest)
         slot = self.group.gather(1, self._rest)  # the group that each of the rest joins
-        if self._drops:
+        if self._may_drop:
             dropped = slot.flatten() < 0
             slot, rest_size = slot.clamp(min=0), rest_size.masked_fill(dropped, 0.0)
         slot = flat(slot, self.count)
@@ -150,7 +152,7 @@ class Merge:
             first_share, share = (self._weight.flatten().index_select(0, index) for index in (first, rest))
             merged.mul_(first_share[:, None])
         joining = joining.mul_(share[:, None])
-        if self._drops:
+        if self._may_drop:
             joining = joining.masked_fill(dropped[:, None], 0.0)  # a NaN that is dropped must not return as 0 * NaN
         merged = add_rows(merged, slot, joining)
         return merged.view(batch, self.count, channels).to(x.dtype), total.view(batch, self.count, 1)

@@ -62,7 +62,7 @@ class GridPool(Reducer):
         left = _corners(width, chosen[1], metric.device)
         front = torch.arange(protected, device=metric.device)
         root = torch.cat([front, (top + left).flatten() + protected])
-        return Merge(root.repeat(metric.shape[0], 1), n + protected - r, led=True, drops=False)
+        return Merge(root.repeat(metric.shape[0], 1), n + protected - r, root_is_first=True, may_drop=False)
 
     def allowed(self, n: int) -> Collection[int]:
         height, width = square(n)
