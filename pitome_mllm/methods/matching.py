@@ -55,7 +55,7 @@ def ranked(score: Tensor) -> Tensor:
     return score.argsort(dim=1, descending=True, stable=True)
 
 
-def spread(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def split_evenly(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """``count`` of the ``tokens`` (B, M) at equal distances, and the others, both in their order."""
     total = tokens.shape[1]
     place = torch.arange(count, device=tokens.device) * total // max(count, 1)
