@@ -44,7 +44,7 @@ class Method:
 _PITOME = "arXiv 2405.16148"
 _BEFORE_PROJECTOR = {"where": "projector"}  # where methods that reduce once belong
 _PROJECTED = {"where": "projector", "metric": "projected"}
-_UNREAD = {"metric": "hidden"}  # it is not looked at, so no keys are read
+_METRIC_FREE = {"metric": "hidden"}  # it is not looked at, so no keys are read
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
@@ -115,9 +115,9 @@ METHODS: dict[str, Method] = {
         "arXiv 2506.10967",
         settings=_PROJECTED,
     ),
-    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_UNREAD),
-    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_UNREAD),
-    "pool": Method(GridPool, "mean of neighbouring patches (control)", "control", settings=_UNREAD),
+    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_METRIC_FREE),
+    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_METRIC_FREE),
+    "pool": Method(GridPool, "mean of neighbouring patches (control)", "control", settings=_METRIC_FREE),
     "downsample": Method(Downsample, "a smaller picture, fewer patches from the start (control)", "control"),
 }
 
