@@ -139,7 +139,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     If you want to tinker
     ---------------------
     These are the method's own choice unless given; `METHODS` says which.
-    merges : how many blocks of the tower merge on the way down to keep, each an equal share, at equal distances over
+    merges : how many blocks of the tower merge until keep are left, each an equal share, at equal distances over
         the first three quarters of them, or where schedule puts them; in a tower of fewer than 12 over all. More do
         where one would remove over 40 %, and so it is before the projector; "every" = all of them.
     schedule : the part of the blocks that merges: "equal" (all, or see merges), "early" or "delayed" (the first or last

@@ -45,7 +45,7 @@ class Schedule:
     ratio : share of its tokens that every block keeps, in (0, 1]; the paper's rho. A block of N tokens loses
         floor(N - rho * N), at most half.
     counts : tokens after each block, explicitly.
-    shape : how the way down to ``keep`` is spread over the blocks, a name in `SHAPES`.
+    shape : the token schedule: which blocks merge, as a, a name in `SHAPES`.
     merges : how many of the blocks merge, each an equal share, at places that ``shape`` decides; "every" (None) = all.
         More do where one would remove over 40 %. It goes with ``keep``.
 

@@ -123,7 +123,7 @@ def test_with_few_merges_no_round_removes_over_two_fifths(where, keep):
     few = make_plan(Settings().changed(keep=keep, where=where), geometry)
     every = make_plan(Settings().changed(method="pitome", keep=keep, where=where), geometry)
     assert all(before - after <= max(0.4 * before, 1) for before, after, _ in few.steps)
-    assert list(every.rounds) == projector_counts(every.counts[-1], keep)  # at most half, as ever
+    assert list(every.projector_counts) == projector_counts(every.counts[-1], keep)  # at most half, as ever
     assert few.keep == every.keep == keep and few.counts[-1] == every.counts[-1]
 
 

@@ -135,7 +135,7 @@ def twin(model: Any) -> Any:
 
 
 def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]]) -> Iterator[Contender]:
-    """The plain model and every method at every amount; for "oracle", one for every way down that these take.
+    """The plain model and every method at every amount; for "oracle", one for every token schedule that these take.
 
     Parameters
     ----------

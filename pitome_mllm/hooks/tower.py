@@ -239,7 +239,7 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The tower's arguments with pictures scaled to ``plan.input_patches`` patches, antialiased as a processor scales."""
+    """The tower's arguments with images scaled to ``plan.input_patches``, antialiased as a processor scales."""
     pixels, args = (args[0], args[1:]) if args else (kwargs["pixel_values"], args)
     rows, columns = cells(*plan.geometry.grid, plan.input_patches)
     patch = pixels.shape[-2] // plan.geometry.grid[0]

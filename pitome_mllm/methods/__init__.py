@@ -44,7 +44,7 @@ class Method:
 _PITOME = "arXiv 2405.16148"
 _BEFORE_PROJECTOR = {"where": "projector"}  # where methods that reduce once belong
 _PROJECTED = {"where": "projector", "metric": "projected"}
-_METRIC_FREE = {"metric": "hidden"}  # it is not looked at, so no keys are read
+_METRIC_FREE = {"metric": "hidden"}  # so that no keys are read
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
