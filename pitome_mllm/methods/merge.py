@@ -40,6 +40,14 @@ def add_rows(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return total.index_put_((index,), values, accumulate=True)
 
 
+def first_of_groups(group: Tensor, count: int) -> Tensor:
+    """The smallest index of each of ``count`` groups (B, N), as (B, count); N for an empty one. -1 = no group."""
+    batch, tokens = group.shape
+    index = torch.arange(tokens, device=group.device).expand(batch, tokens)
+    slot = group.where(group >= 0, count)  # one extra place takes what is dropped
+    return index.new_full((batch, count + 1), tokens).scatter_reduce(1, slot, index, "amin")[:, :count]
+
+
 class Merge:
     """Which tokens join, and how their values combine.
 
@@ -51,6 +59,8 @@ class Merge:
 
     Groups are numbered in reading order: by the smallest index among their tokens.
     """
+
+    candidates: int | None = None
 
     def __init__(
         self,
@@ -77,8 +87,7 @@ class Merge:
         batch, tokens = root.shape
         index = torch.arange(tokens, device=root.device).expand(batch, tokens)
         if not root_is_first:
-            slot = root.where(root >= 0, tokens)  # one extra place takes what is dropped
-            least = index.new_full((batch, tokens + 1), tokens).scatter_reduce(1, slot, index, "amin").gather(1, slot)
+            least = first_of_groups(root, tokens).gather(1, root.clamp(min=0))
             root = least.where(root >= 0, -1)
         follows = root != index
         order = follows.argsort(dim=1, stable=True)  # first tokens in front, each part in reading order

@@ -84,8 +84,13 @@ class PiToMe(Reducer):
         """Merge ``r`` tokens by the energies of all of ``metric``."""
         n = metric.shape[1] - protected
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
-        if r and type(self) is PiToMe and kernels.fuses(metric):
-            return self._fused(metric, r, protected, candidates, depth)
+        fused = r and type(self) is PiToMe and kernels.fuses(metric)
+        merge = (self._fused if fused else self._plain)(metric, r, protected, candidates, depth)
+        merge.candidates = candidates
+        return merge
+
+    def _plain(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
+        """The same in torch's operations."""
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected
