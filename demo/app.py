@@ -23,8 +23,8 @@ from pitome_mllm.settings import DEFAULT_METHOD
 from . import examples
 from .belongings import Belongings
 from .controls import AMOUNTS, MERGES, OWN_MERGES, OWN_PLACE, PLACES
-from .handlers import BITS, Handlers
-from .models import Models
+from .engine import Engine
+from .handlers import Handlers
 from .visitors import MAX_VISITORS
 
 HEAD = """<div id="pm-head"><h1>See the visual tokens merge</h1>
@@ -56,13 +56,12 @@ class Page:
 
     Parameters
     ----------
-    models : what visitors talk to.
-    picker : visitors may load other models and folders of this machine.
+    engine : what visitors talk to.
     folder : temporary, for examples and downloads.
     """
 
-    def __init__(self, models: Models, picker: bool, folder: Path) -> None:
-        self.first = models.open(models.first)  # held for as long as the page lives
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.engine = engine
         with gr.Blocks(title="pitome-mllm", analytics_enabled=False, delete_cache=(60, LIVE_SECONDS)) as self.blocks:
             gr.HTML(HEAD)
             with gr.Row(equal_height=False):
@@ -71,10 +70,10 @@ class Page:
                 with gr.Column(scale=2, min_width=320):
                     self._lay_out_settings()
                     self._lay_out_look()
-                    self._lay_out_models(picker)
+                    self.about = gr.HTML(elem_id="pm-about")
             of_the_page = list((folder / CACHE).rglob("*"))  # that Gradio has copied into its folder by now
-            self.handlers = Handlers(models, Belongings(folder / CACHE, keep=of_the_page))
-            self._wire(picker)
+            self.handlers = Handlers(engine, Belongings(folder / CACHE, keep=of_the_page))
+            self._wire()
             self._offer_api()
 
     # layout
@@ -115,7 +114,7 @@ class Page:
                 [("tokens left", AMOUNTS[0]), ("ratio per block", AMOUNTS[1])], value=AMOUNTS[0], label="How much",
                 elem_id="pm-amount",
             )  # fmt: skip
-            most = self.first.available
+            most = self.engine.available
             self.keep = gr.Slider(1, most, most // 4, step=1, label="Visual tokens per picture", elem_id="pm-keep")
             self.ratio = gr.Slider(
                 0.5, 1, 0.9, step=0.005, label="Share that every block keeps", elem_id="pm-ratio", visible=False
@@ -147,19 +146,9 @@ class Page:
                 self.accuracy = gr.HTML(elem_id="pm-accuracy")
         self.inside = [self.groups, self.picked, self.step, self.energy, self.energy_note, self.tokens]
 
-    def _lay_out_models(self, picker: bool) -> None:
-        with gr.Accordion("Model", open=False, elem_id="pm-models"):
-            self.about = gr.HTML(elem_id="pm-about")
-            self.name = gr.Textbox(
-                value=self.first.key[0], label="'tiny', a folder, or a name on the Hugging Face hub",
-                elem_id="pm-model", visible=picker,
-            )  # fmt: skip
-            self.bits = gr.Radio(list(BITS), value="as they are", label="Weights", visible=picker)
-            self.load = gr.Button("Load", size="sm", elem_id="pm-load", visible=picker)
-
     # wiring
 
-    def _wire(self, picker: bool) -> None:
+    def _wire(self) -> None:
         do = self.handlers
         asked = [self.box, *self.controls, self.compare]
         shown = [self.chat, self.notice, self.box]
@@ -188,11 +177,6 @@ class Page:
             do.show_energy, [self.which, self.step], [self.energy, self.energy_note],
             trigger_mode="always_last", **QUIET,
         )  # fmt: skip
-        if picker:
-            loaded = [self.chat, self.notice, self.about, self.keep]
-            self.load.click(
-                do.load_model, [self.name, self.bits], loaded, api_visibility="private", show_progress_on=self.about
-            ).then(do.show_plan, self.controls, planned, **QUIET)
         self.blocks.unload(self._leave)
         uploads_only(self.box, self.camera)
 
@@ -232,13 +216,14 @@ def uploads_only(*parts: gr.components.Component) -> None:
         part.async_move_resource_to_block_cache = guarded(part.async_move_resource_to_block_cache)
 
 
-def serve(models: Models, folder: Path, host: str, port: int | None, share: bool, picker: bool, **launch: Any) -> Page:
+def serve(engine: Engine, folder: Path, host: str, port: int | None, share: bool, **launch: Any) -> Page:
     """Build the page and serve it until interrupted; with ``prevent_thread_lock=True`` return at once.
 
     All that is written goes into ``folder``, which the caller removes.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder / CACHE)
-    page = Page(models, picker, folder)
+    engine.warm_up()
+    page = Page(engine, folder)
     page.handlers.visitors.watch()
     page.blocks.queue(default_concurrency_limit=32, max_size=256)
     page.blocks.launch(

@@ -1,21 +1,31 @@
-"""Charts as SVG that takes its colours from the page: tokens per block, and the embedded benchmark's accuracy."""
+"""Charts as SVG: tokens per block, and the embedded benchmark's accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from itertools import pairwise
-from math import log2
 from typing import Any
 
-from pitome_mllm._companion import companion
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from pitome_mllm_eval.accuracy import curves, tables
 
 from .look import Look
 
-WIDTH = 420  # of every chart, in units of its own; text of 15 units stays readable on a phone
-LINE = 25
+INK = "#010203"  # stands for the colour of the page's text
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **{
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pitome",
+        "font.family": "sans-serif",
+        "font.size": 14,
+    },  # letters stay letters
+}
 ALL = 576  # visual tokens of the plain embedded model
 
 
@@ -69,25 +79,21 @@ def curve(method: str, where: str) -> Curve | None:
 
 @lru_cache(maxsize=1)
 def _record() -> Any:
-    names = ("accuracy.tables", "documents", "accuracy.curves")
-    tables, documents, curves = (companion("eval", name) for name in names)
-    return tables.Results.of(documents.read(curves.RESULTS))
+    return tables.Results.of(curves.results(curves.RESULTS.with_name(curves.SUMMARY)))
 
 
+@rc_context(STYLE)
 def bars(look: Look) -> str:
     """Tokens before the first merge and after each one, as bars from top to bottom."""
     names = ["picture", *(short(step) for step in look.steps)]
-    left, right = 8 + 8.3 * max(map(len, names)), 44
-    parts = []
-    for row, (name, count) in enumerate(zip(names, look.counts, strict=True)):
-        middle = LINE * row + LINE / 2
-        length = (WIDTH - left - right) * count / look.counts[0]
-        parts.append(_text(left - 6, middle + 5, name, "end"))
-        parts.append(
-            f'<rect class="pm-bar" x="{left:.1f}" y="{middle - 9:.1f}" width="{length:.1f}" height="18" rx="2"/>'
-        )
-        parts.append(_text(left + length + 6, middle + 5, str(count)))
-    return _svg(LINE * len(names) + 4, parts, f"Tokens of {look.name}: {', '.join(map(str, look.counts))}")
+    figure, axis = _axis(0.42 * len(names) + 0.4)
+    drawn = axis.barh(range(len(names)), look.counts, color="#0072B2")
+    axis.bar_label(drawn, padding=4)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.xaxis.set_visible(False)
+    axis.margins(x=0.12)
+    return _svg(figure, f"Tokens of {look.name}: {', '.join(map(str, look.counts))}")
 
 
 def short(step: str) -> str:
@@ -95,59 +101,43 @@ def short(step: str) -> str:
     return step.replace("before the projector, step", "projector")
 
 
+@rc_context(STYLE)
 def accuracy(found: Curve, keep: int) -> str:
     """The curve over visual tokens, between plain and blind, with a mark at ``keep``."""
-    top, bottom, left, right = 14, 220, 52, WIDTH - 18
-    keeps = sorted({*found.points, ALL})
-
-    def x(tokens: float) -> float:
-        share = (log2(tokens) - log2(keeps[0])) / (log2(ALL) - log2(keeps[0]))
-        return left + min(max(share, 0), 1) * (right - left)
-
-    def y(value: float) -> float:
-        return bottom - value * (bottom - top)
-
-    parts = []
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(_line([(left, y(value)), (right, y(value))], "pm-grid"))
-        parts.append(_text(left - 6, y(value) + 5, f"{value:.0%}", "end"))
-    for tokens in keeps:
-        parts.append(_text(x(tokens), bottom + 20, str(tokens), "middle"))
-    parts.append(_text((left + right) / 2, bottom + 41, "visual tokens kept", "middle"))
-    parts.append(_line([(left, y(found.plain)), (right, y(found.plain))], "pm-plain"))
-    parts.append(_line([(left, y(found.blind)), (right, y(found.blind))], "pm-blind"))
-    parts.append(_text(left + 4, y(found.blind) - 5, f"without looking {found.blind:.1%}"))
-    line = [(x(tokens), y(value)) for tokens, value in sorted(found.points.items())]
-    parts.append(_line([*line, (x(ALL), y(found.plain))], "pm-curve"))
-    for tokens in found.points:
-        ends = [(x(tokens), y(found.lows[tokens])), (x(tokens), y(found.highs[tokens]))]
-        parts.append(_line(ends, "pm-interval"))
-    parts += [f'<circle class="pm-dot" cx="{a:.1f}" cy="{b:.1f}" r="4"/>' for a, b in line]
-    parts.append(_line([(x(keep), top), (x(keep), bottom)], "pm-now"))
-    parts.append(f'<circle class="pm-mark" cx="{x(keep):.1f}" cy="{y(_between(found, keep)):.1f}" r="7"/>')
+    known = dict(sorted({**found.points, ALL: found.plain}.items()))
+    figure, axis = _axis(3.6)
+    axis.axhline(found.plain, color=INK, linestyle="--", linewidth=1)
+    axis.axhline(found.blind, color="grey", linestyle=":")
+    axis.text(min(known), found.blind + 0.02, f"without looking {found.blind:.1%}")
+    away = [[abs(value - bound[k]) for k, value in found.points.items()] for bound in (found.lows, found.highs)]
+    axis.plot(list(known), list(known.values()), color="#0072B2")
+    axis.errorbar(list(found.points), list(found.points.values()), away, fmt="o", color="#0072B2", capsize=2)
+    at = min(max(keep, min(known)), ALL)
+    height = np.interp(np.log(at), np.log(list(known)), list(known.values()))
+    axis.axvline(at, color="#D55E00", linewidth=1)
+    axis.plot([at], [height], "o", color="#D55E00", markersize=9)
+    axis.set(xscale="log", xlabel="visual tokens kept", ylim=(0, 1.02))
+    axis.set_xticks(list(known), [str(tokens) for tokens in known])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     title = f"{found.method}, {found.where}, {found.at(keep)}"
-    return _svg(bottom + 50, parts, f"Accuracy of {title}; the plain model {found.plain:.1%}")
+    return _svg(figure, f"Accuracy of {title}; the plain model {found.plain:.1%}")
 
 
-def _between(found: Curve, keep: int) -> float:
-    """Where the drawn line is at ``keep``."""
-    known = sorted({**found.points, ALL: found.plain}.items())
-    keep = min(max(keep, known[0][0]), ALL)
-    (a, low), (b, high) = next(ends for ends in pairwise(known) if keep <= ends[1][0])
-    return low + (high - low) * (log2(keep) - log2(a)) / (log2(b) - log2(a))
+def _axis(height: float) -> tuple[Any, Any]:
+    """A figure without frame or background, with one pair of axes."""
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axis = figure.subplots()
+    axis.patch.set_alpha(0)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
 
 
-def _svg(height: float, parts: Sequence[str], title: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="pm-chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(points: Sequence[tuple[float, float]], kind: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="{kind}" points="{path}"/>'
+def _svg(figure: Any, title: str) -> str:
+    """The figure as a part of a page, which tells its title to those who cannot see it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = buffer.getvalue().replace(INK, "currentColor")
+    head, rest = drawn[drawn.index("<svg") :].split(">", 1)
+    return f'{head} class="pm-chart" role="img"><title>{escape(title)}</title>{rest}'

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pitome_mllm.families.geometry import Geometry
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 from pitome_mllm.schedule import EVERY
 from pitome_mllm.settings import DEFAULT_METHOD
@@ -46,7 +47,7 @@ class Controls:
         ValueError : an amount that is none of `AMOUNTS`.
         """
         if self.amount not in AMOUNTS:
-            raise ValueError(f"unknown amount {self.amount!r}; choose one of {', '.join(AMOUNTS)}")
+            raise UserError(f"unknown amount {self.amount!r}; choose one of {', '.join(AMOUNTS)}")
         keep = 0.25 if self.keep is None else self.keep
         merges = None if self.merges == OWN_MERGES else self.merges
         merges = int(merges) if isinstance(merges, str) and merges.isdigit() else merges
@@ -68,7 +69,7 @@ class Controls:
         keep = values.get("keep")
         if keep is not None:
             if isinstance(keep, bool) or not isinstance(keep, (int, float)) or keep != int(keep):
-                raise ValueError(f"keep={keep!r} is not possible; give a whole number of tokens")
+                raise UserError(f"keep={keep!r} is not possible; give a whole number of tokens")
             values["keep"] = int(keep)
         return cls(**values)
 

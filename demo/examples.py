@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pitome_mllm._companion import companion
+from pitome_mllm_eval.benchmark.glyphs import archive
+from pitome_mllm_eval.benchmark.sets import scene
 
 SCENES = (16, 6, 7, 20)  # of the held-out test split, of every difficulty
 PHOTOGRAPHS = ("astronaut", "rocket")  # public domain
@@ -20,14 +21,13 @@ NOTE = (
 
 def write(folder: Path) -> list[tuple[str, Path]]:
     """Write the pictures into a folder; returns a question ("" = only look) with each."""
-    benchmark, data = companion("eval", "benchmark.sets"), companion("eval", "benchmark.glyphs")
     made = []
     for number in SCENES:
-        picture, questions = benchmark.scene(number, split="test")
+        picture, questions = scene(number, split="test")
         path = folder / f"scene {number}.png"
         picture.save(path)
         made.append((questions[0].text, path))
-    parts = data.archive("photos.npz")
+    parts = archive("photos.npz")
     for name in PHOTOGRAPHS:
         whole = np.concatenate([parts[f"train_{name}"], parts[f"eval_{name}"]], axis=1)
         path = folder / f"{name}.png"

@@ -12,15 +12,15 @@ from typing import Any
 
 import gradio as gr
 
+from pitome_mllm.methods import UserError
+
 from . import charts, view
 from .belongings import Belongings
 from .controls import AMOUNTS, Controls, describe
+from .engine import Engine
 from .look import Look
-from .models import Models
 from .session import Conversation
 from .visitors import Visitors
-
-BITS = {"as they are": None, "8 bit": 8, "4 bit": 4}
 
 LEGEND = (
     "What shares an outline became one token; a dot is a patch that stayed alone, a diamond one that the method "
@@ -32,14 +32,14 @@ QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there 
 class Handlers:
     """For one page; ``belongings`` are the files of its visitors."""
 
-    def __init__(self, models: Models, belongings: Belongings) -> None:
+    def __init__(self, engine: Engine, belongings: Belongings) -> None:
         self.belongings = belongings
-        self.visitors = Visitors(models, farewell=belongings.drop)
+        self.visitors = Visitors(engine, farewell=belongings.drop)
 
     def of(self, request: gr.Request) -> Conversation:
         try:
             return self.visitors.of(request.session_hash)
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def leave(self, request: gr.Request) -> None:
@@ -55,7 +55,7 @@ class Handlers:
             for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
                 yield view.messages(chat.turns), QUIET, emptied
                 emptied = gr.skip()
-        except ValueError as error:
+        except UserError as error:
             yield view.messages(chat.turns), _loud(str(error)), box
 
     def ask_again(self, request: gr.Request, *values: Any) -> Iterator[Any]:
@@ -64,7 +64,7 @@ class Handlers:
         try:
             for _ in chat.retry(_controls(*values), compare):
                 yield view.messages(chat.turns), QUIET, gr.skip()
-        except ValueError as error:
+        except UserError as error:
             yield view.messages(chat.turns), _loud(str(error)), gr.skip()
 
     def end(self, request: gr.Request) -> None:
@@ -96,30 +96,13 @@ class Handlers:
         sliders = gr.update(visible=by_tokens), gr.update(visible=not by_tokens)
         try:
             plan = engine.plan(_controls(*values))
-        except ValueError as error:
+        except UserError as error:
             return view.notice(str(error)), gr.skip(), *sliders
-        return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.key[0], plan, by_tokens), *sliders
+        return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.name, plan, by_tokens), *sliders
 
     def show_model(self, request: gr.Request) -> str:
         engine = self.of(request).engine
         return f'<div class="pm-plan">{view.text(engine.name)}: {engine.available} visual tokens per picture</div>'
-
-    def load_model(
-        self,
-        request: gr.Request,
-        name: str,
-        bits: str,
-        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
-    ) -> tuple[Any, ...]:
-        chat = self.of(request)
-        try:
-            chat.use(name, BITS[bits], lambda share, text: progress(share, desc=text))
-        except ValueError as error:
-            known = gr.update(maximum=chat.engine.available)
-            return gr.skip(), _loud(str(error)), self.show_model(request), known
-        most = chat.engine.available
-        keep = gr.update(maximum=most, value=most // 4)
-        return [], _loud(f"{chat.engine.name} is ready", "info"), self.show_model(request), keep
 
     # looking inside
 
@@ -146,7 +129,7 @@ class Handlers:
         try:
             groups = self._drawn(request, look.draw())
             picked = _note(LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else ""))
-        except ValueError as error:
+        except UserError as error:
             groups, picked = None, view.notice(str(error), "info")
         steps = look.energy_steps
         first = steps[0] if steps else 0
@@ -160,7 +143,7 @@ class Handlers:
             return None, ""
         try:
             drawing, text = look.draw_energy(int(step))
-        except ValueError as error:
+        except UserError as error:
             return None, view.notice(str(error), "info")
         return self._drawn(request, drawing), _note(f"{text}. High energy (yellow): many alike, merged first.")
 
@@ -192,7 +175,7 @@ class Handlers:
         try:
             for turn in chat.ask(question, files, _controls(*values), compare):
                 yield turn.to_dict()
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def api_conversation(self, request: gr.Request) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pitome_mllm.methods import UserError
 from pitome_mllm.visualize import (
     draw_energies,
     draw_groups,
@@ -116,19 +117,19 @@ class Look:
         ValueError : there are none.
         """
         if step not in self.energy_steps:
-            raise ValueError("this run has no energies to show; choose a method that has some, such as pitome")
+            raise UserError("this run has no energies to show; choose a method that has some, such as pitome")
         drawing = draw_energies(self.seen, self.energies[step], grid=self.grid, side=SIDE)
         return drawing, f"{self.steps[step]}: {self.counts[step]} → {self.counts[step + 1]} tokens"
 
     def _labels(self) -> np.ndarray:
         if self.groups is None:
-            raise ValueError("this method forms no groups; choose one that merges or drops tokens, such as pitome")
+            raise UserError("this method forms no groups; choose one that merges or drops tokens, such as pitome")
         return self.groups
 
     def _check(self, group: int) -> None:
         most = int(self._labels().max())
         if not 0 <= group <= most:
-            raise ValueError(f"there is no token {group}; choose 0 to {most}")
+            raise UserError(f"there is no token {group}; choose 0 to {most}")
 
 
 def looks(processor: Any, pictures: Sequence[Any], stats: Any, title: str) -> list[Look]:

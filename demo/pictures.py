@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pitome_mllm.methods import UserError
 from pitome_mllm.serving.uploads import read_upload
 
 THUMBNAIL = 220
@@ -31,7 +32,7 @@ def open_upload(path: str | Path) -> Picture:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"the picture {path.name!r} is gone; add it again")
+        raise UserError(f"the picture {path.name!r} is gone; add it again")
     return Picture(read_upload(path, path.name), path.name)
 
 

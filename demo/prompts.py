@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pitome_mllm.commands._inputs import check_question
+from pitome_mllm.methods import UserError
+from pitome_mllm.serving.prompts import Message, check_question, message, write
 
 NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
 
@@ -20,23 +21,12 @@ class Line:
     answer: str | None = None
 
 
-def write(processor: Any, lines: Sequence[Line]) -> str:
-    """The prompt in the words the model was trained on; LLaVA-1.5's where the processor has no chat template."""
-    if not getattr(processor, "chat_template", None):
-        return " ".join(_plain(processor.image_token, line) for line in lines)
-    messages: list[dict[str, Any]] = []
+def messages(lines: Sequence[Line]) -> Iterator[Message]:
+    """Every line as one or two turns."""
     for line in lines:
-        content = [{"type": "image"}] * line.pictures + [{"type": "text", "text": line.question}]
-        messages.append({"role": "user", "content": content})
+        yield message(line.question, line.pictures)
         if line.answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": line.answer}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
-
-
-def _plain(image: str, line: Line) -> str:
-    pictures = f"{image}\n" * line.pictures
-    asked = f"USER: {pictures}{line.question} ASSISTANT:"
-    return asked if line.answer is None else f"{asked} {line.answer}</s>"
+            yield message(line.answer, role="assistant")
 
 
 def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any) -> tuple[Any, int]:
@@ -53,7 +43,7 @@ def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any)
     """
     model, processor = engine.model, engine.processor
     check_question(processor, lines[-1].question)
-    inputs = processor(images=list(images), text=write(processor, lines), return_tensors="pt")
+    inputs = processor(images=list(images), text=write(processor, list(messages(lines))), return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     # Compact positions count what the LLM reads, which with tiles is known behind the tower only.
     if plan is not None and plan.positions == "compact" and not plan.geometry.family.tiles:
@@ -61,7 +51,7 @@ def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any)
     most = model.config.get_text_config().max_position_embeddings
     room = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"the conversation is too long: {length} tokens with {len(images)} pictures, and the model holds {most}; "
             "clear it, or keep fewer tokens"
         )

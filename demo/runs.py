@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,44 +13,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.costs.latency import now, timed_tower
 from pitome_mllm.families.features import pixel_values, tower_features
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 
 from .controls import Controls
+from .engine import Engine
 from .look import Look, looks
-from .models import Engine
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What an answer cost; None = not measured, or not known.
-
-    Attributes
-    ----------
-    visual_tokens, prompt_tokens : of all pictures and of the whole prompt, as the LLM reads them; counted.
-    tower_ms : the vision tower with its merging, by the clock.
-    prefill_ms : from the pictures to the first new token, tower included, by the clock.
-    tokens_per_s : new tokens after the first one, by the clock.
-    kv_mb : key-value cache of the prompt in 10^6 bytes, calculated.
-    gflops : from the pictures to the first new token, in 10^9 floating-point operations, calculated.
-    """
-
-    visual_tokens: int | None = None
-    prompt_tokens: int | None = None
-    tower_ms: float | None = None
-    prefill_ms: float | None = None
-    tokens_per_s: float | None = None
-    kv_mb: float | None = None
-    gflops: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def over(self, plain: Figures | None) -> dict[str, float]:
-        """Each figure as a share of the plain model's, where both are known."""
-        if plain is None:
-            return {}
-        pairs = {name: (value, getattr(plain, name)) for name, value in self.to_dict().items()}
-        return {name: a / b for name, (a, b) in pairs.items() if a is not None and b}
 
 
 @dataclass
@@ -71,7 +39,7 @@ class Outcome:
     text_tokens: int = 0
     tower_ms: float | None = None
     prefill_ms: float | None = None
-    tokens_per_s: float | None = None
+    per_token_ms: float | None = None
     looks: tuple[Look, ...] = ()
 
 
@@ -151,7 +119,7 @@ def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: t
     try:
         result = future.result()
     except torch.cuda.OutOfMemoryError as error:
-        raise ValueError("not enough memory for this; clear the conversation, or keep fewer tokens") from error
+        raise UserError("not enough memory for this; clear the conversation, or keep fewer tokens") from error
     yield Event(result=result)
 
 
@@ -192,7 +160,7 @@ def look_only(
     ValueError : nothing merges in front of the projector.
     """
     if plan.where == "packed":
-        raise ValueError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
+        raise UserError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
 
     def work(say: Callable[[str], None]) -> Outcome:
         pixels = torch.cat([pixel_values(engine.processor, picture.image) for picture in pictures])
@@ -220,8 +188,8 @@ def _tower_ms(ticks: list[float]) -> float | None:
 
 
 def _speed(start: float, ticks: list[float]) -> tuple[float | None, float | None]:
-    """Milliseconds to the first new token, and tokens per second after it."""
+    """Milliseconds to the first new token, and for each one after it."""
     if not ticks:
         return None, None
-    rest = ticks[-1] - ticks[0]
-    return 1000 * (ticks[0] - start), (len(ticks) - 1) / rest if rest > 0 else None
+    rest = 1000 * (ticks[-1] - ticks[0])
+    return 1000 * (ticks[0] - start), rest / (len(ticks) - 1) if len(ticks) > 1 else None

@@ -1,27 +1,27 @@
 """The chat's state and logic: a conversation and its turns. It knows nothing of the page.
 
-Read `Conversation.ask` first. `turns` is what was said, `runs` one answer, `models` what is in memory, `look` what
+Read `Conversation.ask` first. `turns` is what was said, `runs` one answer, `engine` the model, `look` what
 merging did, `visitors` who holds a conversation.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pitome_mllm.costs.answer import AnswerCost
+from pitome_mllm.methods import UserError
+
 from .controls import Controls, label
-from .models import Engine, Key, Models
+from .engine import Engine
 from .pictures import Picture, open_upload
 from .prompts import encode
-from .runs import Event, Figures, Outcome, Stopped, answer, look_only
+from .runs import Event, Outcome, Stopped, answer, look_only
 from .turns import Reply, Turn, history
-
-logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 8  # in one conversation
 MAX_TURNS = 100
@@ -32,15 +32,13 @@ PATIENCE = 0.5  # seconds
 class Conversation:
     """One visitor's chat. Its methods may be called from any thread; one answer is written at a time."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
-        self.engine: Engine = models.open(models.first)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.turns: list[Turn] = []
         self.seen = time.monotonic()
         self._busy = threading.Lock()
         self._stop = threading.Event()
         self._gone = False
-        self._held = threading.Semaphore()  # taken when the model is given back, which happens once
 
     # asking
 
@@ -61,14 +59,14 @@ class Conversation:
             conversation is then as before.
         """
         with self._one_at_a_time():
-            pictures = [self._models.prepare(open_upload, path) for path in files]
+            pictures = [self.engine.prepare(open_upload, path) for path in files]
             yield from self._ask(question.strip(), pictures, controls, compare)
 
     def retry(self, controls: Controls, compare: bool = False) -> Iterator[Turn]:
         """Ask the last question again, with other settings if you like; as `ask`."""
         with self._one_at_a_time():
             if not self.turns:
-                raise ValueError("there is nothing to ask again yet; ask something first")
+                raise UserError("there is nothing to ask again yet; ask something first")
             last = self.turns.pop()
             try:
                 yield from self._ask(last.question, last.pictures, controls, compare)
@@ -89,37 +87,10 @@ class Conversation:
         """The conversation for a JSON file."""
         return {"model": self.engine.name, "turns": [turn.to_dict() for turn in self.turns]}
 
-    # the model
-
-    def use(self, name: str, bits: int | None = None, say: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Go on with another model; the conversation starts anew.
-
-        A name, bits or configuration that cannot be changes nothing. Then the old model goes, so that there is room for
-        the new one; where that fails, the old one is loaded again and the conversation stays.
-
-        Raises
-        ------
-        ValueError : as `load`, or an answer still being written.
-        """
-        wanted = self._models.key(name, bits)
-        with self._one_at_a_time():
-            self._models.check(wanted)
-            old = self.engine.key
-            if wanted != old:
-                self._hold(self._models.first)  # is in memory anyway
-            try:
-                self._hold(wanted, say)
-            except Exception:
-                self._return_to(old)
-                raise
-            self.turns = []
-
     def leave(self) -> None:
-        """Give everything back; what is being written ends first."""
+        """Forget everything for good; what is being written ends."""
         self._gone = True
         self.clear()
-        if not self.busy:
-            self._let_go()
 
     @property
     def busy(self) -> bool:
@@ -130,33 +101,16 @@ class Conversation:
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
         if not self._busy.acquire(timeout=PATIENCE):  # the last words may be out a moment before the end is
-            raise ValueError("an answer is still being written; wait for it, or stop it")
+            raise UserError("an answer is still being written; wait for it, or stop it")
         try:
             self.seen = time.monotonic()
             self._stop = threading.Event()
             if self._gone:
-                raise ValueError("this conversation has ended; start a new one")
+                raise UserError("this conversation has ended; start a new one")
             yield
         finally:
             self.seen = time.monotonic()
             self._busy.release()
-            if self._gone:
-                self._let_go()
-
-    def _hold(self, key: Key, say: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Change over to a model; the one before is given back."""
-        old, self.engine = self.engine, self._models.open(key, say)
-        self._models.release(old)
-
-    def _return_to(self, key: Key) -> None:
-        try:
-            self._hold(key)
-        except Exception:  # the first error is the one to tell
-            logger.exception("%s could not be loaded again; the conversation goes on with %s", key[0], self.engine.name)
-
-    def _let_go(self) -> None:
-        if self._held.acquire(blocking=False):
-            self._models.release(self.engine)
 
     def _ask(self, question: str, pictures: list[Picture], controls: Controls, compare: bool) -> Iterator[Turn]:
         engine = self.engine
@@ -189,14 +143,14 @@ class Conversation:
     def _check_room(self, turns: list[Turn]) -> None:
         count = sum(len(turn.pictures) for turn in turns)
         if not count:
-            raise ValueError("add a picture first")
+            raise UserError("add a picture first")
         if count > MAX_PICTURES or len(turns) > MAX_TURNS:
-            raise ValueError(
+            raise UserError(
                 f"a conversation holds {MAX_PICTURES} pictures and {MAX_TURNS} turns, this would be {count} and "
                 f"{len(turns)}; clear it"
             )
         if not turns[-1].question and not turns[-1].pictures:
-            raise ValueError("the question is empty; ask something, or add a picture to look inside")
+            raise UserError("the question is empty; ask something, or add a picture to look inside")
 
     def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> tuple[Iterator[Event], Any]:
         """The events of one run, and a function for its figures and the plain model's from an `Outcome`."""
@@ -204,14 +158,14 @@ class Conversation:
         if not turns[-1].question:
             shown = turns[-1].pictures
             return look_only(engine, shown, plan, controls, reply.label, stop), lambda outcome: (
-                Figures(outcome.visual_tokens, tower_ms=outcome.tower_ms),
-                Figures(outcome.plain_tokens),
+                AnswerCost(outcome.visual_tokens, tower_ms=outcome.tower_ms),
+                AnswerCost(outcome.plain_tokens),
             )
         lines, pictures = history(turns, lane)
         images = [picture.image for picture in pictures]
-        inputs, room = self._models.prepare(encode, engine, lines, images, plan)
+        inputs, room = self.engine.prepare(encode, engine, lines, images, plan)
 
-        def costs(outcome: Outcome) -> tuple[Figures, Figures]:
+        def costs(outcome: Outcome) -> tuple[AnswerCost, AnswerCost]:
             plain = Outcome(outcome.plain_tokens, outcome.plain_tokens, outcome.text_tokens)
             return (
                 _figures(engine, controls, len(pictures), outcome),
@@ -235,8 +189,8 @@ class Conversation:
             yield turn
 
 
-def _figures(engine: Engine, controls: Controls | None, pictures: int, outcome: Outcome) -> Figures:
+def _figures(engine: Engine, controls: Controls | None, pictures: int, outcome: Outcome) -> AnswerCost:
     prompt = outcome.visual_tokens + outcome.text_tokens
     kv, gflops = engine.cost(controls, pictures, prompt)
-    times = (outcome.tower_ms, outcome.prefill_ms, outcome.tokens_per_s)
-    return Figures(outcome.visual_tokens, prompt, *times, kv_mb=kv, gflops=gflops)
+    times = (outcome.tower_ms, outcome.prefill_ms, outcome.per_token_ms)
+    return AnswerCost(outcome.visual_tokens, prompt, *times, kv_cache_mb=kv, gflops=gflops)

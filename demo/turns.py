@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pitome_mllm.costs.answer import AnswerCost
+
 from .controls import Controls
 from .look import Look
 from .pictures import Picture
 from .prompts import Line
-from .runs import Figures
 
 
 @dataclass
@@ -32,8 +33,8 @@ class Reply:
     text: str = ""
     state: str = "waiting"
     ahead: int = 0
-    figures: Figures | None = None
-    plain: Figures | None = None
+    figures: AnswerCost | None = None
+    plain: AnswerCost | None = None
     looks: tuple[Look, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

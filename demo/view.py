@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
+from pitome_mllm.costs.answer import AnswerCost
+
 from .pictures import data_uri
-from .runs import Figures
 from .turns import Reply, Turn
 
 
@@ -19,7 +20,7 @@ def short(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-# Field of Figures: its name with its unit, how it is written, and where it comes from.
+# Field of AnswerCost: its name with its unit, how it is written, and where it comes from.
 FIGURES: dict[str, tuple[str, Callable[[float], str], str]] = {
     "visual_tokens": ("visual tokens", str, "of all pictures, as the language model reads them"),
     "prompt_tokens": ("prompt tokens", str, "visual and text tokens that the language model reads"),
@@ -29,13 +30,13 @@ FIGURES: dict[str, tuple[str, Callable[[float], str], str]] = {
         "{:.0f}".format,
         "measured here: from the pictures to the first new token",
     ),
-    "tokens_per_s": ("tokens / s", "{:.0f}".format, "measured here: new tokens after the first one"),
-    "kv_mb": ("KV cache, MB", short, "calculated: keys and values of the prompt"),
+    "per_token_ms": ("each token, ms", short, "measured here: new tokens after the first one"),
+    "kv_cache_mb": ("KV cache, MB", short, "calculated: keys and values of the prompt"),
     "gflops": ("GFLOPs", short, "calculated: from the pictures to the first new token"),
 }
 
 
-SAVED = {"visual_tokens": "visual tokens", "gflops": "FLOPs", "kv_mb": "KV cache"}  # counted, not by the clock
+SAVED = {"visual_tokens": "visual tokens", "gflops": "FLOPs", "kv_cache_mb": "KV cache"}  # counted, not by the clock
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
@@ -79,7 +80,7 @@ def card(lane: str, reply: Reply, asked: bool) -> str:
     )
 
 
-def figures(found: Figures, shares: dict[str, float], lane: str) -> str:
+def figures(found: AnswerCost, shares: dict[str, float], lane: str) -> str:
     """The strip: every figure that is known and, for merged tokens, its ratio to the plain model's."""
     cells = []
     for name, (title, form, how) in FIGURES.items():

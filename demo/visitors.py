@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 
-from .models import Models
+from pitome_mllm.methods import UserError
+
+from .engine import Engine
 from .session import Conversation
 
 MAX_VISITORS = 128  # with room for those who just closed the page: Gradio notices a quarter of a minute later
@@ -25,12 +27,12 @@ class Visitors:
 
     def __init__(
         self,
-        models: Models,
+        engine: Engine,
         most: int = MAX_VISITORS,
         idle: float = IDLE_SECONDS,
         farewell: Callable[[Hashable], None] = lambda key: None,
     ) -> None:
-        self.models, self.most, self.idle, self.farewell = models, most, idle, farewell
+        self.engine, self.most, self.idle, self.farewell = engine, most, idle, farewell
         self._lock = threading.Lock()
         self.conversations: dict[Hashable, Conversation] = {}
 
@@ -41,11 +43,12 @@ class Visitors:
         ------
         ValueError : too many visitors.
         """
-        with self._lock:
-            found = self.conversations.get(key)
-        if found is None:
+        if key not in self.conversations:
             self.expire()
-            found = self._welcome(key, Conversation(self.models))  # may load a model: nobody else waits for that
+        with self._lock:
+            if key not in self.conversations and len(self.conversations) >= self.most:
+                raise UserError(f"{self.most} visitors are here, and there is no room for more; come back later")
+            found = self.conversations.setdefault(key, Conversation(self.engine))
         found.seen = time.monotonic()
         return found
 
@@ -74,14 +77,3 @@ class Visitors:
             late = [key for key, found in self.conversations.items() if now - found.seen > self.idle and not found.busy]
         for key in late:
             self.leave(key)
-
-    def _welcome(self, key: Hashable, made: Conversation) -> Conversation:
-        """Enter a new conversation, unless the visitor has got one meanwhile or there is no room."""
-        with self._lock:
-            full = key not in self.conversations and len(self.conversations) >= self.most
-            found = made if full else self.conversations.setdefault(key, made)
-        if full or found is not made:
-            made.leave()
-        if full:
-            raise ValueError(f"{self.most} visitors are here, and there is no room for more; come back later")
-        return found

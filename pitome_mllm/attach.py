@@ -22,7 +22,7 @@ from .families.geometry import geometry
 from .hooks import install
 from .hooks.graphs import Graphs
 from .hooks.state import Attached, refuse_pickling
-from .methods import Reducer
+from .methods import Reducer, UserError
 from .plan import Plan, make_plan
 from .settings import Settings
 from .stats import Stats
@@ -79,7 +79,7 @@ class Attachment(Attached):
         """
         self._check_attached()
         if plain not in ((), (None,)) or bool(plain) == bool(settings):
-            raise ValueError(f"got using{plain}; call using(None) for the plain model, or using(keep=72, ...)")
+            raise UserError(f"got using{plain}; call using(None) for the plain model, or using(keep=72, ...)")
         plan = None if plain else self._planned(self.settings.changed(**settings))
         with self.choosing(plan):
             yield self
@@ -92,7 +92,7 @@ class Attachment(Attached):
 
     def _check_attached(self) -> None:
         if Attachment.of(self.model) is not self:
-            raise ValueError(f"this attachment was removed from {type(self.model).__name__}; attach again")
+            raise UserError(f"this attachment was removed from {type(self.model).__name__}; attach again")
 
     def remove(self) -> None:
         """Restore the model exactly. A second call does nothing.
@@ -167,20 +167,20 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     ValueError : an unsupported model, one that carries an attachment already, or settings that cannot be reached.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise UserError(
             f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
             f"supported: {', '.join(FAMILIES)}"
         )
     model = _unwrapped(model)
     carried = _carried(model)
     if carried is not None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} already carries {_describe(carried._plan)}; "
             "call its handle.update(...) to change it, or handle.remove() first"
         )
     asked = Settings().changed(method=method, **settings)
     if asked.keep is None and asked.ratio is None and asked.counts is None:
-        raise ValueError("nothing to merge was asked for; give keep=144, keep=0.25 or ratio=0.9")
+        raise UserError("nothing to merge was asked for; give keep=144, keep=0.25 or ratio=0.9")
     handle = Attachment(model, asked)
     logger.info("attached %s", handle)
     return handle

@@ -12,6 +12,7 @@ import torch
 
 from . import __version__
 from .commands import ask, bench, cost, demo, groups, methods, reproduce, serve, spectrum
+from .methods import UserError
 
 DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual tokens.
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_up_logging(options.debug)
     try:
         options.run(options)
-    except ValueError as error:
+    except UserError as error:
         if options.debug:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
 from .families.geometry import family_of, geometry
 from .hooks import llava_package
+from .methods import UserError
 
 TINY = Path(__file__).with_name("tiny")
 BITS = (4, 8)
@@ -44,13 +45,13 @@ def load(
     """
     source = _source(name_or_path)
     architecture = _original_architecture(source)
-    if architecture is None:
-        check_bits(bits)
-    elif bits is not None:
-        raise ValueError(
+    if architecture is not None and bits is not None:
+        raise UserError(
             f"bits={bits} is not possible with a checkpoint of the original llava package here; load it quantised "
             "with that package's own load_pretrained_model, then attach"
         )
+    if architecture is None:
+        check_bits(bits)
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
     if architecture is not None:
@@ -68,9 +69,9 @@ def check_bits(bits: int | None) -> None:
     if bits is None:
         return
     if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
+        raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"bits={bits} needs bitsandbytes; install it with: pip install 'pitome-mllm[bnb]'")
+        raise UserError(f"bits={bits} needs bitsandbytes; install it with: pip install 'pitome-mllm[bnb]'")
 
 
 def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
@@ -79,7 +80,7 @@ def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
         return torch.float32 if tiny else "auto"
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
-        raise ValueError(f"dtype={dtype!r} is not possible; choose one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={dtype!r} is not possible; choose one of {', '.join(DTYPES)}")
     return found
 
 
@@ -95,32 +96,32 @@ def _device_map(device: torch.device | str | None, bits: int | None) -> str | di
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is not a device; possible here: {', '.join(possible)}, auto") from error
+        raise UserError(f"device={device!r} is not a device; possible here: {', '.join(possible)}, auto") from error
     index = f"{found.type}:{found.index or 0}"
     if found.type not in possible and index not in possible:
-        raise ValueError(f"device={str(device)!r} is not available; possible here: {', '.join(possible)}, auto")
+        raise UserError(f"device={str(device)!r} is not available; possible here: {', '.join(possible)}, auto")
     return {"": found}
 
 
 def _source(name_or_path: str | Path) -> str:
     """The folder to read, or a name for the hub."""
     if not isinstance(name_or_path, (str, Path)):
-        raise ValueError(f"expected a model's name or folder, got {type(name_or_path).__name__}")
+        raise UserError(f"expected a model's name or folder, got {type(name_or_path).__name__}")
     if name_or_path == "tiny":
         if not (TINY / "config.json").is_file():
-            raise ValueError(f"the embedded model is missing from {TINY}; install pitome-mllm again")
+            raise UserError(f"the embedded model is missing from {TINY}; install pitome-mllm again")
         return str(TINY)
     if name_or_path == "":
-        raise ValueError("the model's name is empty; give 'tiny', a folder, or a hub name like 'owner/model'")
+        raise UserError("the model's name is empty; give 'tiny', a folder, or a hub name like 'owner/model'")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"folder {str(path)!r} has no config.json; expected what save_pretrained() writes")
+            raise UserError(f"folder {str(path)!r} has no config.json; expected what save_pretrained() writes")
         return str(path)
     if path.exists():
-        raise ValueError(f"{str(path)!r} is a file; expected the folder that holds config.json and the weights")
+        raise UserError(f"{str(path)!r} is a file; expected the folder that holds config.json and the weights")
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
-        raise ValueError(f"no folder {str(path)!r}; give 'tiny', an existing folder, or a hub name like 'owner/model'")
+        raise UserError(f"no folder {str(path)!r}; give 'tiny', an existing folder, or a hub name like 'owner/model'")
     return name_or_path
 
 
@@ -147,31 +148,36 @@ def read_config(name_or_path: str | Path) -> Any:
     ValueError : no such folder or checkpoint, a configuration that cannot be read, or an unsupported family or vision
         tower.
     """
+    source = _source(name_or_path)
+    if _original_architecture(source) is not None:
+        raise UserError(
+            f"{source!r} is a checkpoint of the original llava package, whose processor has no placeholders for "
+            "pictures, so command line and chat do not take it; in Python, pitome_mllm.load does, and then attach"
+        )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    source = _source(name_or_path)
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"cannot read config.json in folder {source!r} ({_first_line(error)}); "
                 f"copy it again, or write the folder anew with save_pretrained()"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"cannot load {source!r}: it is neither a folder here nor a checkpoint that the Hugging Face hub gave "
             f"({_first_line(error)}); give 'tiny', an existing folder, or a hub name like 'owner/model'"
         ) from error
     except StrictDataclassError as error:
-        raise ValueError(
+        raise UserError(
             f"config.json of {source!r} holds a value that is not possible ({' '.join(str(error).split())}); correct it"
         ) from error
     except ValueError as error:
         supported = ", ".join(sorted(FAMILY_OF_CONFIG))
-        raise ValueError(f"unsupported family in {source!r} ({_first_line(error)}); supported: {supported}") from error
+        raise UserError(f"unsupported family in {source!r} ({_first_line(error)}); supported: {supported}") from error
     if any(name not in FAMILY_OF_CONFIG.values() for name in config.architectures or ()):
-        raise ValueError(
+        raise UserError(
             f"unsupported family {', '.join(config.architectures)} in {source!r}; supported: "
             f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints; a "
             "new family is a row in pitome_mllm.families"
@@ -204,21 +210,21 @@ def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
     try:
         model, report = family.from_pretrained(source, config=config, **options)
     except OSError as error:
-        raise ValueError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot read the weights {_broken_file(source)!r}: the file is damaged or was cut short "
             f"({_first_line(error)}); copy or download it again"
         ) from error
     if report["mismatched_keys"]:  # they would be random numbers
         name, found, expected = sorted(report["mismatched_keys"])[0]
-        raise ValueError(
+        raise UserError(
             f"the weights in {source!r} do not fit its config.json: {name} has the shape {tuple(found)}, the "
             f"configuration says {tuple(expected)}; take config.json and weights from the same checkpoint"
         )
     if report["missing_keys"]:  # they would be random numbers
         missing = sorted(report["missing_keys"])
-        raise ValueError(
+        raise UserError(
             f"{source!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
             f"expected the layout that save_pretrained() writes"
         )
@@ -243,7 +249,7 @@ def _processor(source: str, config: Any) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load the processor of {source!r} ({_first_line(error)}); "
             f"expected tokenizer and image processor files beside config.json"
         ) from error

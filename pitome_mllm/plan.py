@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .families.geometry import Geometry
-from .methods import Reducer
+from .methods import Reducer, UserError
 from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
 from .settings import HOW, Settings, resolve_settings
 
@@ -133,16 +133,16 @@ def _token_counts(
     """Patches that enter the tower, and those left after each merging block and each step before the projector."""
     patches, blocks, limit = geometry.patches, geometry.merging_blocks, reducer.max_removable
     if settings.where != "tower" and (settings.ratio is not None or settings.counts is not None):
-        raise ValueError(f"ratio and counts say what tower blocks keep; with where={settings.where!r} give keep")
+        raise UserError(f"ratio and counts say what tower blocks keep; with where={settings.where!r} give keep")
     if settings.where != "both" and settings.tower_keep is not None:
-        raise ValueError(f"tower_keep={settings.tower_keep} goes with where='both', got where={settings.where!r}")
+        raise UserError(f"tower_keep={settings.tower_keep} goes with where='both', got where={settings.where!r}")
     if reducer.once and (settings.where == "both" or settings.keep is None):
-        raise ValueError(
+        raise UserError(
             f"{name} reduces in one step, got where={settings.where!r}, ratio={settings.ratio}, "
             f"counts={settings.counts}; choose where='tower' or 'projector', and give keep"
         )
     if reducer.shrinks_picture and settings.where != "tower":
-        raise ValueError(
+        raise UserError(
             f"{name} scales the picture, which the tower gets; choose where='tower', got {settings.where!r}"
         )
     if settings.where == "tower":
@@ -169,7 +169,7 @@ def _token_counts(
         else target_count(settings.tower_keep, patches, "tower_keep")
     )
     if tower < keep:
-        raise ValueError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
+        raise UserError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
     counts = Schedule(tower, shape=settings.schedule, merges=settings.merges).counts(patches, blocks, limit)
     return patches, counts, projector_counts(tower, keep, of_round)
 
@@ -181,7 +181,7 @@ def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geome
     allowed = reducer.allowed(geometry.patches)
     if keep not in allowed:
         close = sorted(allowed, key=lambda count: abs(count - keep))[:3]
-        raise ValueError(
+        raise UserError(
             f"keep={settings.keep} cannot be reached with {name}; "
             f"the nearest possible are {', '.join(str(c + visible) for c in sorted(close))}"
         )

@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
+from .methods.errors import UserError
+
 MaxRemovable = Callable[[int], int]
 
 # The part of the blocks, as shares of their number, over which tokens go; every block of it removes the same share.
@@ -64,15 +66,15 @@ class Schedule:
     ) -> None:
         given = {k: v for k, v in {"keep": keep, "ratio": ratio, "counts": counts}.items() if v is not None}
         if len(given) > 1:
-            raise ValueError(f"got {' and '.join(f'{k}={v}' for k, v in given.items())}: give one of them only")
+            raise UserError(f"got {' and '.join(f'{k}={v}' for k, v in given.items())}: give one of them only")
         if keep is not None:
             _check_keep(keep)
         if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
-            raise ValueError(f"ratio={ratio!r} is not possible; choose a number above 0 and up to 1, such as 0.9")
+            raise UserError(f"ratio={ratio!r} is not possible; choose a number above 0 and up to 1, such as 0.9")
         if shape not in SHAPES:
-            raise ValueError(f"unknown schedule {shape!r}; choose one of {', '.join(SHAPES)}")
+            raise UserError(f"unknown schedule {shape!r}; choose one of {', '.join(SHAPES)}")
         if ratio is not None and shape != "equal":
-            raise ValueError(f"ratio={ratio} already says what every block keeps; schedule={shape!r} goes with keep")
+            raise UserError(f"ratio={ratio} already says what every block keeps; schedule={shape!r} goes with keep")
         check_merges(merges, ratio, counts)
         self.keep = keep
         self.ratio = ratio
@@ -119,7 +121,7 @@ def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> i
     _check_keep(keep, name)
     count = int(keep) if isinstance(keep, numbers.Integral) else max(1, round(keep * tokens))
     if count > tokens:
-        raise ValueError(f"{name}={keep} is more than the {tokens} tokens there are; choose 1 to {tokens}")
+        raise UserError(f"{name}={keep} is more than the {tokens} tokens there are; choose 1 to {tokens}")
     return count
 
 
@@ -128,7 +130,7 @@ def projector_counts(tokens: int, keep: int, max_removable: MaxRemovable = half)
     steps, reached = 0, tokens
     while reached > keep:
         if max_removable(reached) < 1:
-            raise ValueError(f"cannot go from {tokens} to {keep} tokens: {reached} is the fewest possible")
+            raise UserError(f"cannot go from {tokens} to {keep} tokens: {reached} is the fewest possible")
         steps, reached = steps + 1, reached - max_removable(reached)
     return _towards(tokens, steps, keep, "equal", max_removable)
 
@@ -145,7 +147,7 @@ def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: Max
     """Follow the shape as closely as the limit per block allows, and land exactly on ``keep``."""
     fewest = _fewest(tokens, blocks, max_removable)
     if keep < fewest:
-        raise ValueError(
+        raise UserError(
             f"cannot reach {keep} of {tokens} tokens in {blocks} blocks: {fewest} to {tokens} are possible; "
             "keep more, or merge in more places"
         )
@@ -196,11 +198,11 @@ def _fewest(tokens: int, merges: int, max_removable: MaxRemovable) -> int:
 
 def _check_explicit(counts: list[int], tokens: int, blocks: int, max_removable: MaxRemovable) -> list[int]:
     if len(counts) != blocks:
-        raise ValueError(f"got {len(counts)} counts for {blocks} merging blocks; give one count per block")
+        raise UserError(f"got {len(counts)} counts for {blocks} merging blocks; give one count per block")
     for block, (before, after) in enumerate(zip([tokens, *counts], counts)):
         fewest = before - max_removable(before)
         if not max(fewest, 1) <= after <= before:
-            raise ValueError(
+            raise UserError(
                 f"counts[{block}]={after} cannot follow {before} tokens; {max(fewest, 1)} to {before} are possible"
             )
     return list(counts)
@@ -212,10 +214,10 @@ def check_merges(merges: object, ratio: object = None, counts: object = None) ->
         return
     for name, value in (("ratio", ratio), ("counts", counts)):
         if value is not None:
-            raise ValueError(f"{name} says what every block removes, got merges={merges!r} too; give merges with keep")
+            raise UserError(f"{name} says what every block removes, got merges={merges!r} too; give merges with keep")
     is_count = isinstance(merges, numbers.Integral) and not isinstance(merges, bool) and merges >= 1
     if not is_count and not (isinstance(merges, str) and merges == EVERY):
-        raise ValueError(f"merges={merges!r} is not possible; choose a number of merge points from 1, or {EVERY!r}")
+        raise UserError(f"merges={merges!r} is not possible; choose a number of merge points from 1, or {EVERY!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -226,7 +228,7 @@ def _check_keep(keep: object, name: str = "keep") -> None:
     """ValueError unless ``keep`` is a count of at least one or a fraction above 0 and up to 1."""
     fits = _is_number(keep) and (keep >= 1 if isinstance(keep, numbers.Integral) else 0 < keep <= 1)
     if not fits:
-        raise ValueError(
+        raise UserError(
             f"{name}={keep!r} is not possible; choose an int from 1 (a count) or a float in (0, 1] (a share)"
         )
 
@@ -238,6 +240,6 @@ def _integers(counts: Iterable[int]) -> list[int]:
             raise TypeError
         return [operator.index(count) for count in counts]
     except TypeError:
-        raise ValueError(
+        raise UserError(
             f"counts={counts!r} is not a sequence of whole numbers; give the tokens left after each block"
         ) from None

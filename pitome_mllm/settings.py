@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .families.geometry import Geometry
-from .methods import METHODS, Reducer, get_method, unknown
+from .methods import METHODS, Reducer, UserError, get_method, unknown
 from .schedule import EVERY, SHAPES, check_merges
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Settings:
         tower_keep, and what leaves no choice of blocks forgets merges.
         """
         if "compiled" in given:
-            raise ValueError(
+            raise UserError(
                 f"compiled={given['compiled']!r} is gone: graph=True runs the vision tower as CUDA graphs without a "
                 "compiler; to use one, leave it out and call torch.compile on the tower yourself"
             )
@@ -111,13 +111,13 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         if value not in choices and not (value is None and name in DEFAULTS):
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+            raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
     for name in SWITCHES:
         value = getattr(settings, name)
         if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
-            raise ValueError(f"{name}={value!r} is not possible; choose True or False")
+            raise UserError(f"{name}={value!r} is not possible; choose True or False")
     if not any(settings.graph is choice or settings.graph == choice == "auto" for choice in GRAPHS):  # 1 is not True
-        raise ValueError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
+        raise UserError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
     reducer, name = _resolve(settings)
     merges, settings = settings.merges, _complete(settings, name, geometry)
     _check_needs(settings, reducer, name, geometry)
@@ -130,16 +130,16 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
         for option in settings.options:
-            raise ValueError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
+            raise UserError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
         return settings.method, type(settings.method).__name__
     name = settings.method
     if not isinstance(name, str):
-        raise ValueError(f"method={name!r} is neither a name nor a Reducer; names: {', '.join(METHODS)}")
+        raise UserError(f"method={name!r} is neither a name nor a Reducer; names: {', '.join(METHODS)}")
     if name in METHODS:
         known = [*names, *(f.name for f in fields(METHODS[name].reducer))]
         for option in settings.options:
             if option not in known:
-                raise ValueError(unknown(f"setting or option of {name}", option, known))
+                raise UserError(unknown(f"setting or option of {name}", option, known))
     return get_method(name, **settings.options), name
 
 
@@ -170,7 +170,7 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
     """ValueError where the model, or the place, lacks something that the method needs."""
     if settings.where not in geometry.family.places:
-        raise ValueError(
+        raise UserError(
             f"where={settings.where!r} is not possible in this family: {geometry.family.unsupported_reason}; choose "
             f"{' or '.join(f'where={place!r}' for place in geometry.family.places)}"
         )
@@ -178,26 +178,26 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         _check_original(settings, reducer, name)
     if settings.where == "packed" and (settings.metric != "hidden" or reducer.needs):
         got = f"{name} needs {' and '.join(reducer.needs)}" if reducer.needs else f"got metric={settings.metric!r}"
-        raise ValueError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")
+        raise UserError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")
     if geometry.family.tiles and not reducer.forms_groups:
-        raise ValueError(f"{name} has no groups, so its tokens have no place among tiles; choose another method")
+        raise UserError(f"{name} has no groups, so its tokens have no place among tiles; choose another method")
     if settings.metric == "projected" and settings.where != "projector":
-        raise ValueError(
+        raise UserError(
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
     if settings.positions == "original" and not reducer.forms_groups:
-        raise ValueError(
+        raise UserError(
             f"{name} has no groups, so its tokens have no original position; choose positions='compact', "
             "or a method that merges or drops tokens"
         )
     if settings.order == "source" and not reducer.source_order:
-        raise ValueError(
+        raise UserError(
             f"order='source' is known for ToMe and for PiToMe with protect=1 and steps=1, got {name}; "
             "choose order='reading'"
         )
     if "attention" in reducer.needs and not geometry.class_tokens:
-        raise ValueError(
+        raise UserError(
             f"{name} needs the attention of a class token, and this vision tower has none; "
             f"choose another method, such as {DEFAULT_METHOD}"
         )
@@ -208,7 +208,7 @@ def _check_merges(merges: int | str | None, settings: Settings, reducer: Reducer
     check_merges(merges, settings.ratio, settings.counts)
     if merges is not None and (reducer.once or settings.where not in ("tower", "both")):
         why = f"{name} reduces in one step" if reducer.once else f"no block merges with where={settings.where!r}"
-        raise ValueError(f"merges={merges!r} says how many blocks of the tower merge, but {why}; leave it out")
+        raise UserError(f"merges={merges!r} says how many blocks of the tower merge, but {why}; leave it out")
 
 
 def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
@@ -220,7 +220,7 @@ def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
         "logits='caller'": settings.logits == "caller",
     }
     for setting in (setting for setting, wanted in asked.items() if wanted):
-        raise ValueError(
+        raise UserError(
             f"{setting} is not possible with the original llava package, which writes pictures of one size into the "
             "prompt itself; leave it out, or load the checkpoint in transformers' layout (llava-hf)"
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .methods import Merge
+from .methods import Merge, UserError
 
 # Distances 1 - cos below this count as none: float32 cannot tell apart directions less than about 1e-6 rad apart.
 SAME = 1e-12
@@ -59,9 +59,9 @@ class TokenGraph:
         """``metric`` (B, N, C); a zero row is at distance 1 of every other. ValueError as in `spectral_distance`."""
         if not isinstance(metric, Tensor) or metric.dim() != 3 or not metric.shape[1]:
             got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
-            raise ValueError(f"metric is {got}; pass a tensor (batch, tokens, channels) with at least one token")
+            raise UserError(f"metric is {got}; pass a tensor (batch, tokens, channels) with at least one token")
         if not metric.isfinite().all():
-            raise ValueError("metric holds NaN or infinity, so that its graph has no spectrum; pass finite features")
+            raise UserError("metric holds NaN or infinity, so that its graph has no spectrum; pass finite features")
         unit = F.normalize(metric.detach().double(), dim=-1)
         distance = 1 - unit @ unit.mT
         distance.diagonal(dim1=1, dim2=2).zero_()
@@ -98,9 +98,9 @@ class TokenGraph:
             return torch.eye(self.weights.shape[1]).to(self.weights).expand_as(self.weights)
         whole = reduce(Merge.then, merges)
         if whole.group is None:
-            raise ValueError("this method forms no groups, so there is no graph of groups; choose one that merges")
+            raise UserError("this method forms no groups, so there is no graph of groups; choose one that merges")
         if whole.group.shape != self.weights.shape[:2]:
-            raise ValueError(
+            raise UserError(
                 f"the merge is of {tuple(whole.group.shape)} (rows, tokens), the metric of "
                 f"{tuple(self.weights.shape[:2])}; pass the metric of the tokens that were merged, class token included"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .families.anyres import Packed
-from .methods import Merge
+from .methods import Merge, UserError
 from .methods.merge import first_of_groups
 from .plan import Plan
 
@@ -98,7 +98,7 @@ class Stats:
         if self.packed:
             return tuple(picture.first for picture in self.packed)
         if self.groups is None:
-            raise ValueError(f"{self.method} has no groups, so its tokens have no original position")
+            raise UserError(f"{self.method} has no groups, so its tokens have no original position")
         return first_of_groups(self.groups, self.tokens_after)
 
     @cached_property

@@ -104,19 +104,20 @@ def wordy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def models():
-    """Models of the chat, the embedded one first."""
-    from pitome_mllm_demo.models import Models
+def engine():
+    """The chat's engine with the embedded model."""
+    from pitome_mllm import load
+    from pitome_mllm_demo.engine import Engine
 
-    return Models()
+    return Engine("tiny", *load("tiny"))
 
 
 @pytest.fixture
-def chat(models):
+def chat(engine):
     """A new conversation with the embedded model."""
     from pitome_mllm_demo.session import Conversation
 
-    return Conversation(models)
+    return Conversation(engine)
 
 
 @pytest.fixture

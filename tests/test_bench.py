@@ -18,7 +18,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from pitome_mllm import METHODS, attach, cli, estimate
 from pitome_mllm.families.features import tower_features
-from pitome_mllm_eval.speed import clocks, contenders, gpu, measure, phases, promises, rows, stages
+from pitome_mllm_eval import clocks, documents, provenance
+from pitome_mllm_eval.speed import contenders, gpu, measure, phases, promises, rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -167,18 +168,16 @@ def test_rows_of_other_columns_are_not_mixed(tmp_path):
     out = tmp_path / "bench.csv"
     out.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
-        rows.append(out, [rows.Row(*[0] * 20)], {})
+        documents.append(out, [rows.Row(*[0] * 20)], {})
 
 
 @pytest.mark.parametrize("commit", ["abc-dirty", ""])
 def test_published_results_take_clean_commits_only(commit, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="commit first"):
-        rows.check_commit(rows.RESULTS, commit)
-    with pytest.raises(ValueError, match="commit first"):
-        rows.append(rows.RESULTS, [rows.Row(*[0] * 20)], {"commit": commit})
-    rows.check_commit(rows.RESULTS, "abc")
-    rows.check_commit(tmp_path / "bench.csv", commit)
-    monkeypatch.setattr(measure, "commit", lambda: commit)
+        provenance.check_commit(rows.RESULTS, commit)
+    provenance.check_commit(rows.RESULTS, "abc")
+    provenance.check_commit(tmp_path / "bench.csv", commit)
+    monkeypatch.setattr(provenance, "commit", lambda: commit)
     monkeypatch.setattr(measure, "_model", lambda *_: pytest.fail("measured before it was refused"))
     assert cli.main(["bench", "--out", str(rows.RESULTS)]) == 2
 
@@ -187,24 +186,23 @@ def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkey
     def git(*words):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@e", *words], cwd=tmp_path, check=True)
 
-    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "eval" / "speed" / "rows.py"
+    results, code = tmp_path / "eval" / "results" / "bench.csv", tmp_path / "eval" / "provenance.py"
     results.parent.mkdir(parents=True)
-    code.parent.mkdir()
     for path in (results, code):
         path.write_text("1")
-    monkeypatch.setattr(rows, "RESULTS", results)
-    monkeypatch.setattr(rows, "__file__", str(code))
+    monkeypatch.setattr(provenance, "RESULTS", results.parent)
+    monkeypatch.setattr(provenance, "__file__", str(code))
     git("init", "-q")
     git("add", results)
     git("commit", "-qm", "somebody else's")
-    assert rows.commit() == ""  # this commit says nothing about the code
+    assert provenance.commit() == ""  # this commit says nothing about the code
     git("add", code)
     git("commit", "-qm", "first")
-    clean = rows.commit()
+    clean = provenance.commit()
     results.write_text("2")
-    assert clean and rows.commit() == clean
+    assert clean and provenance.commit() == clean
     code.write_text("2")
-    assert rows.commit() == f"{clean}-dirty"
+    assert provenance.commit() == f"{clean}-dirty"
 
 
 @torch.inference_mode()

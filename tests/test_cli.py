@@ -340,6 +340,24 @@ def test_too_little_memory_is_one_line_with_advice(run, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("error", [ValueError("shapes do not fit"), OSError("disk full")])
+def test_what_is_no_mistake_of_the_user_shows_where_it_happened(run, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pitome_mllm.commands.ask.generate", fail)
+    with pytest.raises(type(error), match=str(error)):
+        run("ask")
+
+
+def test_commands_send_checkpoints_of_the_original_package_to_python(run, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]})
+    )
+    code, out, err = run("ask", "--model", tmp_path)
+    assert (code, out) == (2, "") and "original llava package" in err and "in Python, pitome_mllm.load does" in err
+
+
 def test_debug_shows_where_an_error_came_from():
     with pytest.raises(ValueError, match="no picture file"):
         cli.main(["--debug", "ask", "nowhere.png", "what is there"])

@@ -7,7 +7,8 @@ from models import picture as textured
 from PIL import Image
 
 from pitome_mllm import load
-from pitome_mllm.commands._inputs import Subject, encode, read_picture, unknown_words
+from pitome_mllm.commands._inputs import Subject, encode, read_picture
+from pitome_mllm.serving.prompts import unknown_words
 
 
 def saved(tmp_path, picture, name="p.png", **options):

@@ -11,7 +11,7 @@ from checks import command_line
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from pitome_mllm import estimate
-from pitome_mllm.commands._cost_tables import Costs, mae_h_settings, section
+from pitome_mllm.commands._cost_tables import Costs, section
 from pitome_mllm.costs.memory import largest_batch
 from pitome_mllm.costs.published import SHAPES, get_shape
 
@@ -104,33 +104,16 @@ def test_the_shares_of_the_abstract_are_where_the_notes_say():
         assert costs(ratio=float(ratio)).visual_tokens == int(tokens)
 
 
-def test_the_paper_s_figures_for_mae_h():
-    """In multiply-adds without the merging, a ratio and a constant number both give what the paper states."""
-    config = SHAPES["vit-mae-h"].config()
-    assert estimate(config).tower_flops / 2e9 == pytest.approx(167.4, rel=1e-3)
-    ratio = estimate(config, "pitome", ratio=0.9575)
-    seven = estimate(config, "pitome", counts=[256 - 7 * (block + 1) for block in range(32)])
-    assert [f"{cost.tower_flops / 2e9:.1f}" for cost in (ratio, seven)] == ["92.8", "92.8"]
-    assert [f"{cost.flops / 2e9:.1f}" for cost in (ratio, seven)] == ["92.9", "92.9"]
-    assert (ratio.visual_tokens, seven.visual_tokens) == (73, 32)
-    assert list(mae_h_settings(config).values()) == [ratio, seven]
-    below, above = (estimate(config, "pitome", ratio=ratio).tower_flops / 2e9 for ratio in (0.95, 0.96))
-    assert below < 92.75 and above > 92.85
-
-
-def test_the_notes_on_mae_h_say_so():
-    notes = " ".join(section(Costs(SHAPES["vit-mae-h"], "pitome"), [], []).notes)
-    assert "the plain model has 167.3. 5 operations" in notes and "would add 0.1" in notes
-    settings = "ratio 0.9575: 92.8, 73 patches left; 7 tokens fewer in each of the 32 blocks: 92.8, 32 patches left"
-    assert f"no ratio of two decimals gives 92.8, but at least two settings do ({settings})" in notes
-    assert "With the merging they have 92.9 and 92.9. FLOPs alone cannot tell" in notes
+def test_the_encoder_alone_is_counted_as_the_paper_counts_it():
+    """A multiply-add once: the paper gives ViT-MAE-H 167.4 GFLOPs, some of which are no matrix products."""
+    assert estimate(SHAPES["vit-mae-h"].config()).tower_flops / 2e9 == pytest.approx(167.3, abs=0.05)
 
 
 def test_the_terminal_shows_table_notes_and_conventions(run):
     code, out, err = run("vit-mae-h", "--ratio", 0.95, "--keep", 64)
     said = " ".join(out.split())
     assert (code, err) == (0, "") and "ViT-MAE-H/14" in said and re.search(r"ratio 0.95 +│ +57 │ +167.7 │ 49.9%", out)
-    assert "A multiply-add counts as two FLOPs" in said and "44.6% saved" in said and "LLM, GFLOPs" not in said
+    assert "A multiply-add counts as two FLOPs" in said and "LLM, GFLOPs" not in said
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 import pytest
 
+from pitome_mllm import METHODS
 from pitome_mllm.families.geometry import Geometry
-from pitome_mllm.plan import make_plan
-from pitome_mllm.settings import Settings
-from pitome_mllm_eval import documents
+from pitome_mllm_eval import documents, provenance
 from pitome_mllm_eval.accuracy import curves, report, runs, tables
 from pitome_mllm_eval.accuracy.curves import Rows, Setting
 from pitome_mllm_eval.accuracy.gates import check_whole, every_setting, gates, table
-from pitome_mllm_eval.accuracy.plot import panels
 from pitome_mllm_eval.benchmark.bootstrap import Bootstrap
 from pitome_mllm_eval.benchmark.questions import CATEGORIES, Question
 
@@ -97,10 +95,24 @@ def test_a_second_run_asks_only_what_is_missing(measured):
     assert len(asked) == 5
 
 
+def test_another_method_makes_nothing_anew(measured, monkeypatch):
+    """Finished runs are known by the files of their own method, not by all of them, nor by how many there are."""
+    run, asked = measured
+    run()
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["tome"], summary="another one"))
+    run()
+    assert len(asked) == 3
+    monkeypatch.setitem(METHODS, "tome", replace(METHODS["tome"], settings={"order": "source"}))
+    run()
+    assert len(asked) == 4  # tome alone
+    names = {path.name for path in runs.sources("pitome-llava")}
+    assert {"pitome.py", "tome.py", "staged.py", "scenes.py"} <= names and not names & {"dart.py", "cli.py", "ask.py"}
+
+
 def test_rows_name_what_they_compare(measured):
     run, _ = measured
     rows = run()
-    assert all(row["code"] == runs.code_hash() for row in rows)
+    assert all(row["commit"] == provenance.commit() for row in rows)
     kinds = {(row["method"], row["against"]) for row in rows if row["group"] == "all"}
     assert kinds == {
         ("plain", ""),
@@ -109,10 +121,8 @@ def test_rows_name_what_they_compare(measured):
         ("pitome", "plain"),
         ("tome", ""),
         ("tome", "plain"),
-        ("pitome", "tome"),
     }
     figure = {(row["method"], row["against"]): float(row["value"]) for row in rows if row["group"] == "all"}
-    assert figure["pitome", "tome"] == pytest.approx(figure["pitome", ""] - figure["tome", ""], abs=2e-4)
     assert figure["tome", "plain"] == pytest.approx(figure["tome", ""] - figure["plain", ""], abs=2e-4)
     assert all(row["weights"] and row["torch"] and row["date"] for row in rows)
 
@@ -142,8 +152,11 @@ def test_a_readme_without_marks_is_refused(tmp_path):
 
 
 def test_missing_results_say_how_to_measure(tmp_path):
-    with pytest.raises(ValueError, match=r"pitome_mllm_eval\.curves"):
-        documents.read(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"measure first: python -m pitome_mllm_eval\.accuracy\.curves"):
+        curves.results(tmp_path / "none.csv")
+    (tmp_path / "old.csv").write_text("method,value\ntome,1\n")
+    with pytest.raises(ValueError, match="does not hold results of today's"):
+        curves.results(tmp_path / "old.csv")
 
 
 def test_the_spread_is_that_of_the_categories_that_lose_most_and_least():
@@ -170,130 +183,66 @@ def test_part_of_the_benchmark_does_not_replace_the_results(part, capsys):
     assert "say with --out" in capsys.readouterr().err
 
 
-def test_only_results_of_a_checkout_are_replaced(tmp_path):
+def test_only_results_of_a_checkout_are_replaced(tmp_path, monkeypatch):
     installed = tmp_path / "pitome_mllm_eval" / "results" / "a.csv"
-    runs.check_out(tmp_path / "a.csv", installed, whole=False)
-    runs.check_out(curves.RESULTS, curves.RESULTS, whole=True)
+    provenance.check_out(tmp_path / "a.csv", installed, whole=False)
+    monkeypatch.setattr(provenance, "commit", lambda: "c")
+    provenance.check_out(curves.RESULTS, curves.RESULTS, whole=True)
+    monkeypatch.setattr(provenance, "commit", lambda: "c-dirty")
+    with pytest.raises(ValueError, match="commit first"):
+        provenance.check_out(curves.RESULTS, curves.RESULTS, whole=True)
     with pytest.raises(ValueError, match="no file of a checkout"):
-        runs.check_out(installed, installed, whole=True)
+        provenance.check_out(installed, installed, whole=True)
 
 
-def lead_row(keep: int, against: str, value: float) -> dict[str, str]:
-    return result(report.DEFAULT_METHOD, "both", keep, "all", value, against) | {"like": ""}
-
-
-def test_the_report_says_whom_the_default_does_not_lead():
-    plain = [result("plain", "none", 576, "all", 0.9), result("blind", "none", 0, "all", 0.3)]
-    plain += [lead_row(keep, "plain", -0.05) for keep in (144, 72, 36)] + [lead_row(144, "", 0.8)]
-    rows = plain + [
-        lead_row(144, "tome both", 0.01),
-        lead_row(144, "dart projector", 0.3),
-        lead_row(72, "tome both", 0.1),
-    ]
-    text = tables.lead(rows + [lead_row(36, "tome both", -0.1), lead_row(36, "dct tower", 0.0)])
-    assert "- keep 144: `pitome-tuned`: no interval above zero against tome both; to the plain model -5.0" in text
-    assert "- keep 72: `pitome-tuned` leads every other one; to the plain model -5.0 (-7.0 to -3.0)." in text
-    assert "- keep 36: `pitome-tuned`: behind tome both; no interval above zero against dct tower;" in text
-
-
-def test_the_summary_tells_own_settings_from_lent_ones():
+def test_the_table_of_leads_has_the_closest_three():
+    mine = {"method": tables.DEFAULT_METHOD, "where": "both", "keep": "72", "group": "all"}
+    values = {"tome both": 0.02, "dct tower": 0.3, "pitome both": -0.01, "dart tower": 0.1, "plain": -0.5}
     rows = [
-        lead_row(144, "tome both", 0.05),
-        lead_row(144, "tome both (lent all)", 0.01),
-        lead_row(72, "tome both", 0.04),
-        lead_row(72, "tome both (lent all)", -0.03),
-        lead_row(36, "tome both", 0.0),
-        lead_row(36, "tome both (lent all)", 0.06),
+        mine | {"against": name, "value": str(value), "low": str(value - 0.01), "high": str(value + 0.01)}
+        for name, value in values.items()
     ]
-    text = tables.summary(rows)
-    assert "own settings `pitome-tuned` leads all of them at keep 144, 72, by 4.0 points or more, is level" in text
-    assert "to which its settings are lent `pitome-tuned` leads all of them at keep 36, by 6.0 points or" in text
-    assert "is level with the best of them at keep 144, is behind the best of them at keep 72." in text
-
-
-def lent_rows() -> list[dict[str, str]]:
-    rows = [result("plain", "none", 576, "all", 0.9), result("blind", "none", 0, "all", 0.3)]
-    for method, where, like in (
-        (report.DEFAULT_METHOD, "both", ""),
-        (report.DEFAULT_METHOD, "tower", ""),
-        ("tome", "tower", ""),
-        ("tome", "both", "where"),
-        ("tome", "both", "all"),
-        ("divprune", "projector", "where"),
-        ("divprune", "tower", "where"),
-    ):
-        rows += [result(method, where, 72, "all", 0.8) | {"like": like}]
-        rows += [result(method, where, 72, "all", -0.1, "plain") | {"like": like}]
-    return rows
-
-
-def test_the_tables_of_lent_settings():
-    full, short = (tables.lent(lent_rows(), everywhere).splitlines() for everywhere in (True, False))
-    assert "| tome | both | where | 80.0 (-12.0 to -8.0) |" in full
-    assert "| divprune | tower | where | 80.0 (-12.0 to -8.0) |" in full and len(full) == 2 + 5
-    assert [line.split(" | ")[:3] for line in short[2:]] == [
-        ["| " + report.DEFAULT_METHOD, "both", "its own"],
-        ["| tome", "both", "all"],
-        ["| divprune", "projector", "where"],
-    ]
-
-
-def test_the_plot_shows_own_settings_by_place_and_the_lent_ones_beside_the_lender():
-    shown = {title: {key[0] for key in cells} for title, cells in panels(lent_rows()).items()}
-    assert shown == {
-        "both, own settings": {report.DEFAULT_METHOD},
-        "tower, own settings": {report.DEFAULT_METHOD, "tome"},
-        f"settings of {report.DEFAULT_METHOD}": {report.DEFAULT_METHOD, "tome", "divprune"},
-    }
+    lines = tables.lead(rows).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["pitome both", "tome both", "dart tower"]
+    assert lines[2] == "| 72 | pitome both | -1.0 | -2.0 to +0.0 |"
 
 
 def test_who_is_compared_with_whom():
-    default, both, tower = report.DEFAULT_METHOD, Setting("tome", "both", 72), Setting("tome", "tower", 72)
+    default = tables.DEFAULT_METHOD
     mine, elsewhere = Setting(default, "both", 72), Setting(default, "tower", 72)
-    lent = Setting("tome", "both", 72, "all")
+    both, tower, control = Setting("tome", "both", 72), Setting("tome", "tower", 72), Setting("random", "tower", 72)
     compared = {
         (one, other): against
-        for one, other in permutations((mine, elsewhere, both, tower, lent, Setting("dct", "tower", 72)), 2)
-        if (against := curves._opponent(one, other))
+        for one, other in permutations((mine, elsewhere, both, tower, control), 2)
+        if (against := curves.opponent(one, other))
     }
     assert compared == {
         (mine, both): "tome both",
         (mine, tower): "tome tower",
-        (mine, lent): "tome both (lent all)",
-        (mine, Setting("dct", "tower", 72)): "dct tower",
-        (elsewhere, tower): "tome",
-        (Setting("dct", "tower", 72), elsewhere): default,
-        (Setting("dct", "tower", 72), tower): "tome",
+        (mine, control): "random tower",
+        (control, tower): "tome",
     }
 
 
-def test_what_is_lent_to_whom():
-    made = list(curves.settings(["tome", "divprune", "dct", report.DEFAULT_METHOD], curves.PLACES, [144], GEOMETRY))
-    lent = {(s.method, s.where, s.like) for s in made if s.like}
-    assert lent == {
-        ("tome", "both", "where"),
-        ("tome", "both", "all"),
-        ("divprune", "projector", "where"),
-        ("divprune", "tower", "where"),
-        ("dct", "both", "where"),
-        ("dct", "both", "all"),
-    }
-    mine = make_plan(Settings().changed(keep=144), GEOMETRY)
-    names = ("metric", "place", "weighted", "order", "proportional_attention", "positions", "llm_size_bias", "counts")
-    for setting in (s for s in made if s.like):
-        plan = make_plan(Settings().changed(**setting.keywords()), GEOMETRY)
-        same = {name for name in names if getattr(plan, name) == getattr(mine, name)}
-        if setting.like == "all":
-            assert same == set(names) - ({"positions"} if setting.method == "dct" else set())
-        assert plan.llm_size_bias and (plan.positions == "original" or setting.method == "dct")
-        assert plan.metric == mine.metric or setting.like == "where" and plan.metric in ("keys", "projected")
+def test_the_plot_has_a_panel_for_each_place_and_a_line_for_each_method(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(documents, "save", lambda figure, path, lines: drawn.append((figure, lines)))
+    rows = [row | {"group": "all"} for row in results(0.5) if row["group"] == "all"]
+    rows += [result("tome", "both", keep, "all", 0.7) for keep in (72, 288)]
+    tables.plot(rows, tmp_path / "plot.png")
+    ((figure, lines),) = drawn
+    assert [axis.get_title() for axis in figure.axes] == ["tower", "both"]
+    assert list(lines) == ["plain, 576 tokens", "tome", "random"]
 
 
 def result(method: str, where: str, keep: int, group: str, value: float, against: str = "") -> dict[str, str]:
     figures = {"value": str(value), "low": str(value - 0.02), "high": str(value + 0.02), "seconds": "11.5"}
-    about = {"split": "test", "questions": "3360", "weights": "w", "code": "c"}
-    place = {"method": method, "where": where, "keep": str(keep), "like": ""}
+    about = {"split": "test", "questions": "3360", "weights": "w", "commit": "c"}
+    place = {"method": method, "where": where, "keep": str(keep)}
     return {**place, "group": group, "against": against, **figures, **about}
+
+
+MEASURED = {Setting("tome", "tower", 72), Setting("random", "tower", 72), Setting("random", "tower", 288)}
 
 
 def results(random: float) -> list[dict[str, str]]:
@@ -329,22 +278,22 @@ def test_gates_show_the_interval_the_right_way_round():
 
 
 def test_the_recorded_results_are_whole_and_pass_every_gate():
-    found = documents.read(curves.RESULTS)
-    check_whole(found, every_setting())
+    found = curves.results()
+    check_whole(found, every_setting(found))
     assert [gate.name for gate in gates(found) if not gate.passed] == []
 
 
-def test_gates_are_about_every_place_and_what_is_lent():
-    wanted = every_setting()
-    assert {
-        Setting("tome", "tower", 72),
-        Setting("visionzip", "tower", 288),
-        Setting("tome", "both", 36, "all"),
-    } < wanted
-    lent = [row | {"like": "where", "low": "0.3"} if row["keep"] == "288" else row for row in results(0.5)]
-    assert {gate.name for gate in gates(lent) if not gate.passed} == {
-        f"low end of random-tower-288-like-where - blind, {category}" for category in CATEGORIES
-    }
+def test_gates_are_about_every_place_of_the_methods_that_were_measured(monkeypatch):
+    found = curves.results()
+    wanted = every_setting(found)
+    assert {Setting("tome", "tower", 72), Setting("visionzip", "tower", 288)} < wanted
+    monkeypatch.setitem(METHODS, "mine", METHODS["tome"])
+    assert every_setting(found) == wanted
+
+
+def test_the_summary_is_the_part_over_all_questions():
+    whole = [row for row in curves.results() if row["group"] == "all"]
+    assert curves.results(curves.RESULTS.with_name(curves.SUMMARY)) == whole
 
 
 def test_the_table_of_gates_shows_the_closest_of_those_at_chance():
@@ -356,12 +305,16 @@ def test_the_table_of_gates_shows_the_closest_of_those_at_chance():
     assert len(lines) == 2 + 1 + 7 + 1 + 3 + 1 + 1
 
 
-@pytest.mark.parametrize("name", ["weights", "code"])
-def test_gates_refuse_results_of_several_models_or_versions(name):
+@pytest.mark.parametrize(
+    "change, words",
+    [({"weights": "x"}, "got weights w, x"), ({"commit": ""}, "'none'"), ({"commit": "c-dirty"}, "c-di")],
+)
+def test_gates_refuse_results_of_several_models_or_of_no_clean_commit(change, words):
     rows = results(0.5)
-    rows[0] = rows[0] | {name: "other"}
-    with pytest.raises(ValueError, match=f"one model and one code; got {name}"):
+    rows[0] = rows[0] | change
+    with pytest.raises(ValueError, match=words):
         check_whole(rows, set())
+    check_whole([row | {"commit": "d"} if row["method"] == "tome" else row for row in results(0.5)], MEASURED)
 
 
 def test_gates_refuse_runs_without_a_category():
@@ -371,10 +324,10 @@ def test_gates_refuse_runs_without_a_category():
 
 
 @pytest.mark.parametrize(
-    "change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}, {"method": "pitome"}, {"like": "all"}]
+    "change", [{"split": "validation"}, {"questions": "200"}, {"keep": "144"}, {"method": "pitome"}]
 )
 def test_gates_refuse_part_of_the_results(change):
-    wanted = {Setting("tome", "tower", 72), Setting("random", "tower", 72), Setting("random", "tower", 288)}
+    wanted = MEASURED
     check_whole(results(0.5), wanted)
     with pytest.raises(ValueError, match="whole test set"):
         check_whole([row | change for row in results(0.5)], wanted)

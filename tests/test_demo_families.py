@@ -7,7 +7,7 @@ from families import BY_TITLE, pictures
 from models import IMAGE, tokenizer
 
 from pitome_mllm_demo.controls import Controls
-from pitome_mllm_demo.models import Engine, Models
+from pitome_mllm_demo.engine import Engine
 from pitome_mllm_demo.session import Conversation
 
 QUESTION = "what colour is the star"
@@ -29,10 +29,9 @@ def chat_of():
     """A conversation with the shrunken model of a family."""
 
     def open_(title):
-        family, models = BY_TITLE[title], Models(title)
+        family = BY_TITLE[title]
         made = family.processor(tokenizer())
-        models.loaded[models.first] = Engine(models.first, family.build(), getattr(made, "processor", made))
-        return Conversation(models)
+        return Conversation(Engine(title, family.build(), getattr(made, "processor", made)))
 
     return open_
 
@@ -70,7 +69,7 @@ def test_figures_are_what_the_language_model_read(chat_of, paths, title, control
     assert [plain.prompt_tokens, merged.prompt_tokens] == read
     assert plain.prompt_tokens - plain.visual_tokens == merged.prompt_tokens - merged.visual_tokens
     assert 0 < merged.visual_tokens < plain.visual_tokens
-    assert merged.kv_mb / plain.kv_mb == pytest.approx(read[1] / read[0])
+    assert merged.kv_cache_mb / plain.kv_cache_mb == pytest.approx(read[1] / read[0])
 
 
 def test_figures_of_tiles_are_counted_not_multiplied(chat_of, paths):

@@ -1,6 +1,7 @@
 """The chat as HTML, and the command that serves it, as far as they go without Gradio."""
 
 import re
+import socket
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from PIL import Image
 
 from pitome_mllm import cli
 from pitome_mllm.commands import demo
+from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm_demo import view
 from pitome_mllm_demo.pictures import Picture
-from pitome_mllm_demo.runs import Figures
 from pitome_mllm_demo.turns import Reply, Turn
 
 NASTY = (
@@ -39,8 +40,8 @@ def parsed(html):
 
 
 def turn(question=NASTY, text=NASTY, **reply):
-    plain = Figures(576, 590, 100.0, 200.0, 50.0, 2.4, 4.3)
-    merged = Figures(144, 158, 50.0, 80.0, 55.5, 0.65, 1234.5)
+    plain = AnswerCost(576, 590, 100.0, 200.0, 50.0, 2.4, 4.3)
+    merged = AnswerCost(144, 158, 50.0, 80.0, 55.5, 0.65, 1234.5)
     replies = {
         "plain": Reply("plain · all 576 tokens", None, "tiny", text, "done", figures=plain, plain=plain),
         "merged": Reply(
@@ -71,7 +72,7 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
         "prompt tokens",
         "tower, ms",
         "1st token, ms",
-        "tokens / s",
+        "each token, ms",
         "KV cache, MB",
         "GFLOPs",
     ):
@@ -82,8 +83,8 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
 
 
 def test_where_nothing_is_saved_nothing_is_promised():
-    assert "Nothing saved." in view.figures(Figures(576), {"visual_tokens": 1.0, "gflops": 1.1}, "merged")
-    assert "aved" not in view.figures(Figures(576), {}, "plain")
+    assert "Nothing saved." in view.figures(AnswerCost(576), {"visual_tokens": 1.0, "gflops": 1.1}, "merged")
+    assert "aved" not in view.figures(AnswerCost(576), {}, "plain")
 
 
 @pytest.mark.parametrize(
@@ -104,29 +105,56 @@ def test_a_picture_without_a_question():
 
 
 def test_figures_that_are_not_known_are_left_out():
-    strip = view.figures(Figures(144, tower_ms=12.0), {}, "merged")
+    strip = view.figures(AnswerCost(144, tower_ms=12.0), {}, "merged")
     assert parsed(strip).words == "visual tokens144tower, ms12"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Have the command start this in place of the page."""
+
+    def start(serve):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets: put back at the end
+        monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Engine=lambda *_: None))
+        monkeypatch.setattr(demo, "open_model", lambda options: (None, None))
+
+    return start
 
 
 @pytest.mark.parametrize(
     "given, expected",
-    [
-        ([], ("127.0.0.1", False, True)),
-        (["--host", "0.0.0.0"], ("0.0.0.0", False, False)),
-        (["--share"], ("127.0.0.1", True, False)),
-    ],
+    [([], ("127.0.0.1", False)), (["--host", "0.0.0.0"], ("0.0.0.0", False)), (["--share"], ("127.0.0.1", True))],
 )
-def test_others_get_in_only_where_that_is_asked_for_and_then_load_no_models(given, expected, monkeypatch):
+def test_others_get_in_only_where_that_is_asked_for(given, expected, started):
     served = []
-
-    def serve(models, folder, host, port, share, picker, **_):
-        served.append((host, share, picker))
-
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets: put back at the end
-    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(demo, "companion", lambda *_: SimpleNamespace(serve=serve, Models=lambda *_: None))
+    started(lambda engine, folder, host, port, share, **_: served.append((host, share)))
     assert cli.main(["demo", *given]) == 0
     assert served == [expected]
+
+
+def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(started, monkeypatch, capsys):
+    """A full disk, say, is not; and which port is free is known before a model is loaded."""
+
+    def serve(*_, **__):
+        raise OSError("no space left on device")
+
+    started(serve)
+    with pytest.raises(OSError, match="no space left"):
+        cli.main(["demo"])
+    with socket.socket() as taken, socket.socket() as other:
+        taken.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        for given in (["--port", str(port)], ["--port", "70000"], ["--host", "192.0.2.1"]):
+            capsys.readouterr()
+            assert cli.main(["demo", *given]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and said.err.startswith("pitome-mllm: cannot listen on ")
+        monkeypatch.setattr(demo, "PORTS", (port, free))
+        assert demo.free_port("127.0.0.1", None) == free
 
 
 def test_without_gradio_the_command_says_how_to_get_it(capsys, monkeypatch):

@@ -63,6 +63,6 @@ def test_the_readme_says_what_the_csv_holds(tmp_path):
 
 
 def test_the_recorded_gain_is_beyond_chance():
-    rows = {row["what"]: row for row in read(finetune.RESULTS, "finetune")}
+    rows = {row["what"]: row for row in read(finetune.RESULTS, finetune.COMMAND)}
     assert rows["difference"]["split"] == "test" and rows["difference"]["questions"] == "3360"
     assert int(rows["difference"]["keep"]) == 72 and float(rows["difference"]["low"]) > 0

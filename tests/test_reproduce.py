@@ -15,9 +15,9 @@ from checks import command_line
 from pitome_mllm import METHODS, estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.costs.published import get_shape
-from pitome_mllm_eval.benchmark.intervals import draws, interval
 from pitome_mllm_eval.lmms import identity, report
 from pitome_mllm_eval.lmms.cost import Meter
+from pitome_mllm_eval.lmms.intervals import draws, interval
 from pitome_mllm_eval.lmms.published import FIGURES, published
 from pitome_mllm_eval.lmms.results_files import read
 from pitome_mllm_eval.lmms.tables import BESIDE, RELATIVE, SUSTAINED, TABLES, TASKS, Run, narrowed, plan

@@ -88,6 +88,16 @@ def test_a_method_without_groups_says_so(monkeypatch):
     assert found.why == ["cut: this method forms no groups, so there is no graph of groups; choose one that merges"]
 
 
+def test_a_fault_inside_a_method_is_no_missing_figure(monkeypatch):
+    class Broken(Reducer):
+        def match(self, metric, r, **_):
+            raise ValueError("broken inside")
+
+    monkeypatch.setitem(METHODS, "broken", Method(Broken, "broken", "here"))
+    with pytest.raises(ValueError, match="broken inside"):
+        spectrum.compare(build(layers=4), pixels(0), ["broken", "tome"], [144], "tower")
+
+
 def test_the_table_names_every_method_and_keep(run):
     code, out, err = run("--keep", 288, 144)
     said = " ".join(out.split())

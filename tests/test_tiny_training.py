@@ -11,7 +11,7 @@ import torch
 
 import pitome_mllm
 from pitome_mllm_eval.benchmark.scenes import GRID, PATCH
-from pitome_mllm_eval.benchmark.score import PROMPT, answers, score
+from pitome_mllm_eval.benchmark.score import answers, score
 from pitome_mllm_eval.benchmark.sets import scene, scene_questions
 from pitome_mllm_eval.training import muon, tiny_batch, tiny_forward, train_tiny
 from pitome_mllm_eval.training.tiny_batch import (
@@ -32,6 +32,8 @@ PHASES = (
     Phase("ask-small", 2, 2, 4, side=96, chat_share=0.5),
     Phase("ask-full", 1, 1, 2),
 )
+
+PROMPT = "USER: <image>\n{} ASSISTANT:"
 
 
 INPUTS = ("pixels", "patches", "tokens")  # the only parts of a batch that the model itself is given

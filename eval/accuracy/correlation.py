@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..benchmark.bootstrap import DRAWS
+from pitome_mllm.methods import UserError
+
+from ..benchmark.bootstrap import DRAWS, drawn, span
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,6 @@ def correlation(
     names, strata = np.asarray(cluster), np.zeros(len(x)) if strata is None else strata
     members = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
     if len(members) < 2:
-        raise ValueError(f"an interval over clusters needs at least 2 of them, got {len(members)}; measure more")
-    rng = np.random.default_rng(seed)
-    drawn = (np.concatenate([members[c] for c in row]) for row in rng.integers(0, len(members), (draws, len(members))))
-    low, high = np.nanquantile([spearman(x[i], y[i], strata[i]) for i in drawn], (0.025, 0.975))
-    return Correlation(spearman(x, y, strata), float(low), float(high))
+        raise UserError(f"an interval over clusters needs at least 2 of them, got {len(members)}; measure more")
+    points = (np.concatenate([members[c] for c in row]) for row in drawn(len(members), seed, draws))
+    return Correlation(spearman(x, y, strata), *span([spearman(x[i], y[i], strata[i]) for i in points]))

@@ -9,27 +9,31 @@ logarithms of sizes that attention adds.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pitome_mllm import METHODS
+from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks.tower import Run, smaller_picture
+from pitome_mllm.loading import read_config
+from pitome_mllm.methods import UserError
 from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
-from ..documents import write_csv
-from ..speed.clocks import quantiles
+from ..clocks import Call, in_turns, quantiles
+from ..documents import read, write_csv
+from ..provenance import RESULTS as FOLDER
+from ..provenance import about_machine, check_out
 from .curves import KEEPS, PLACES, Setting, settings
-from .runs import check_out, code_hash, processor_name
 
-RESULTS = Path(__file__).parents[1] / "results" / "costs.csv"
+COMMAND = "python -m pitome_mllm_eval.accuracy.costs"
+RESULTS = FOLDER / "costs.csv"
 # What is timed: "tiny", or the widths of a published model's tower and LLM.
 SHAPES = ("tiny", "llava-1.5-7b")
 
@@ -51,11 +55,7 @@ class Cost:
 
 def config_of(shape: str) -> Any:
     """The configuration behind a name in `SHAPES`."""
-    from pitome_mllm.costs.published import get_shape
-
-    from ..training.tiny_model import build_config
-
-    return build_config() if shape == "tiny" else get_shape(shape).config()
+    return read_config(shape) if shape == "tiny" else get_shape(shape).config()
 
 
 class Picture:
@@ -118,22 +118,17 @@ def yardstick(x: torch.Tensor, keys: int, left: int) -> tuple[torch.Tensor, torc
     return pair_means(x.unflatten(-1, (-1, keys)).mean(2).float(), torch.exp_), x[:, :left].clone()
 
 
-def milliseconds(picture: Picture, repeats: int) -> list[float]:
-    """Thread CPU time of all merges of one picture, ``repeats`` times after a warm-up."""
-    taken = []
-    for _ in range(repeats + 1):
-        start = time.thread_time()
-        picture.merge()
-        taken.append(1000 * (time.thread_time() - start))
-    return taken[1:]
+def stored(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV of this command; ValueError as `read`."""
+    return read(path, COMMAND, ("shape", "ms", "commit"))
 
 
 def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
     """One `Cost` per setting."""
     config = config_of(shape)
     for setting in wanted:
-        plan = make_plan(Settings().changed(**setting.keywords()), geometry(config))
-        taken = milliseconds(Picture(plan, config), repeats)
+        plan = make_plan(Settings().changed(**asdict(setting)), geometry(config))
+        taken = in_turns({0: Call(Picture(plan, config).merge)}, torch.device("cpu"), repeats, warmup=1)[0]
         low, middle, high = (round(q, 3) for q in quantiles(taken))
         yield Cost(shape, setting.method, setting.where, setting.keep, len(plan.steps), middle, low, high, repeats)
 
@@ -142,11 +137,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, and write the CSV."""
     from rich.progress import track
 
-    import pitome_mllm
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--methods", nargs="+", default=list(pitome_mllm.METHODS), choices=list(pitome_mllm.METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--where", nargs="+", default=list(PLACES), choices=PLACES)
     parser.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
     parser.add_argument("--repeats", type=int, default=7)
@@ -155,21 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     usual = parser.parse_args([])
     try:
         check_out(args.out, RESULTS, vars(args) == {**vars(usual), "out": args.out, "repeats": args.repeats})
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    about = {
-        "processor": processor_name(),
-        "torch": torch.__version__,
-        "code": code_hash(),
-        "date": date.today().isoformat(),
-    }
     found = []
     for shape in args.shapes:
-        every = settings(args.methods, args.where, args.keep, geometry(config_of(shape)))
-        wanted = [setting for setting in every if not setting.like]
+        wanted = list(settings(args.methods, args.where, args.keep, geometry(config_of(shape))))
         found += track(costs(shape, wanted, args.repeats), shape, total=len(wanted))
-    write_csv(args.out, found, about)
+    write_csv(args.out, found, about_machine())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Accuracy over the number of visual tokens: ``python -m pitome_mllm_eval.accuracy.curves``.
 
 Every method at every place and every keep answers the benchmark. What is measured is kept in ``--work``, so a killed
-run goes on where it stopped. The results go to one CSV; `report` draws the plot and the README's table from it.
+run goes on where it stopped. The results go to two files: ``--out`` holds every category and tier, `SUMMARY` beside it
+all questions together; `report` makes plot and tables from them.
 """
 
 from __future__ import annotations
@@ -16,48 +17,44 @@ from typing import Any
 import numpy as np
 import torch
 
+from pitome_mllm import METHODS
+from pitome_mllm.methods import UserError
+from pitome_mllm.plan import make_plan
+from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
+
 from ..benchmark.bootstrap import Bootstrap, groups
 from ..benchmark.glyphs import SPLITS
 from ..benchmark.questions import CATEGORIES, Question
 from ..benchmark.scenes import GRID
 from ..benchmark.sets import blind_answer, questions
-from ..documents import write_csv
-from .runs import PLAIN, WORK, Answers, check_out, load, measure, provenance, run_name, work_folder
+from ..documents import read, write_csv
+from ..provenance import RESULTS as FOLDER
+from ..provenance import check_out
+from .runs import PLAIN, WORK, Answers, load, measure, provenance, run_name, work_folder
 
 KEEPS = (288, 144, 72, 36, 16)
 PLACES = ("tower", "projector", "both")
 BLIND = "blind"
-RESULTS = Path(__file__).parents[1] / "results" / "curves.csv"
+SUMMARY = "accuracy.csv"  # all questions together; of the two files the one that is installed
+RESULTS = FOLDER / "curves.csv"
+COMMAND = "python -m pitome_mllm_eval.accuracy.curves"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a method at a place, keeping so many tokens; ``like`` says which settings the default method lends it.
-
-    "" none, "where" its schedule and what the LLM is told (no part of any method), "all" also its metric, mean, order,
-    place within the block and proportional attention.
-    """
+    """One run: a method at a place, keeping so many tokens."""
 
     method: str
     where: str
     keep: int
-    like: str = ""
 
     def __str__(self) -> str:
-        return f"{self.method}-{self.where}-{self.keep}{self.like and '-like-' + self.like}"
+        return f"{self.method}-{self.where}-{self.keep}"
 
-    def keywords(self) -> dict[str, Any]:
-        """What `attach` is called with."""
-        from pitome_mllm import METHODS
-        from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, WHERE
-
-        lent = DEFAULTS | METHODS[DEFAULT_METHOD].settings
-        names = {"": set(), "where": set(WHERE), "all": set(DEFAULTS)}[self.like]
-        names -= {"merges"}  # others merge in every block
-        if not METHODS[self.method].reducer.forms_groups:
-            names -= {"positions"}  # without groups there is no original position
-        borrowed = {name: value for name, value in lent.items() if name in names}
-        return {**borrowed, "method": self.method, "where": self.where, "keep": self.keep}
+    @classmethod
+    def of(cls, row: dict[str, str]) -> Setting:
+        """That of a row of a CSV."""
+        return cls(row["method"], row["where"], int(row["keep"]))
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,6 @@ class Row:
     method: str
     where: str
     keep: int
-    like: str
     group: str
     against: str
     questions: int
@@ -77,39 +73,24 @@ class Row:
     seconds: float | str = ""  # of CPU time, for all questions of the run
 
 
-def loans(method: str, where: str) -> tuple[str, ...]:
-    """What the default method can lend to ``method`` at this place (see `Setting`); one-step methods keep their own."""
-    from pitome_mllm import METHODS
-    from pitome_mllm.settings import DEFAULT_METHOD
-
-    if method == DEFAULT_METHOD:
-        return ("",)
-    if METHODS[method].reducer.once:
-        return "", "where"
-    return ("", "where", "all") if where == own_place(DEFAULT_METHOD) else ("",)
+def results(path: Path = RESULTS) -> list[dict[str, str]]:
+    """The rows of a CSV of this command; ValueError as `read`."""
+    return read(path, COMMAND, ("against", "seconds"))
 
 
 def own_place(method: str) -> str:
     """Where a method merges if nobody says."""
-    from pitome_mllm import METHODS
-    from pitome_mllm.settings import DEFAULTS
-
     return METHODS[method].settings.get("where", DEFAULTS["where"])
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
     """Every combination that exists."""
-    from pitome_mllm.plan import make_plan
-    from pitome_mllm.settings import Settings
-
-    for method, where, keep in product(methods, places, keeps):
-        for like in loans(method, where):
-            setting = Setting(method, where, keep, like)
-            try:
-                make_plan(Settings().changed(**setting.keywords()), geometry)
-            except ValueError:
-                continue
-            yield setting
+    for setting in (Setting(*parts) for parts in product(methods, places, keeps)):
+        try:
+            make_plan(Settings().changed(**asdict(setting)), geometry)
+        except UserError:
+            continue
+        yield setting
 
 
 class Rows:
@@ -145,8 +126,8 @@ class Rows:
 def rows(
     runs: dict[Setting, Answers], plain: Answers, blind: np.ndarray, asked: list[tuple[int, Question]]
 ) -> Iterator[Row]:
-    """Accuracies, and differences: to the plain model, between methods at the same place and keep, and between the
-    default method at its own place and every other, wherever that merges, at the same keep."""
+    """Accuracies, and differences: to the plain model; over all questions, of the default method to every other at the
+    same keep, and of the control "random" to ToMe."""
     made = Rows(asked)
     yield from made.accuracy(Setting(PLAIN, "none", GRID * GRID), plain.right, round(plain.seconds, 1))
     yield from made.accuracy(Setting(BLIND, "none", 0), blind)
@@ -155,19 +136,17 @@ def rows(
         yield from made.difference(setting, PLAIN, run.right, plain.right)
         yield from made.spread(setting, run.right, plain.right)
     for one, other in permutations(runs, 2):
-        if against := _opponent(one, other):
-            yield from made.difference(one, against, runs[one].right, runs[other].right)
+        if against := opponent(one, other):
+            yield next(made.difference(one, against, runs[one].right, runs[other].right))  # of all questions
 
 
-def _opponent(one: Setting, other: Setting) -> str:
+def opponent(one: Setting, other: Setting) -> str:
     """What to call ``other`` where ``one`` is compared with it; empty where it is not."""
-    from pitome_mllm.settings import DEFAULT_METHOD
-
     if one.keep != other.keep or one.method == other.method:
         return ""
-    if one.method == DEFAULT_METHOD and one.where == own_place(DEFAULT_METHOD):
-        return f"{other.method} {other.where}{other.like and f' (lent {other.like})'}"
-    return other.method if (one.where, one.like) == (other.where, other.like) and one.method < other.method else ""
+    if (one.method, one.where) == (DEFAULT_METHOD, own_place(DEFAULT_METHOD)):
+        return f"{other.method} {other.where}"
+    return "tome" if (one.method, other.method) == ("random", "tome") and one.where == other.where else ""
 
 
 def _row(setting: Setting, group: str, against: str, mask: np.ndarray, figures: tuple[float, ...]) -> Row:
@@ -179,8 +158,6 @@ def _row(setting: Setting, group: str, against: str, mask: np.ndarray, figures: 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from pitome_mllm import METHODS
-
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     made.add_argument("--split", default="test", choices=SPLITS[1:])
@@ -194,32 +171,28 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def whole(args: argparse.Namespace) -> bool:
-    """Whether nothing of the benchmark is left out."""
-    usual = parser().parse_args([])
-    return all(getattr(args, n) == getattr(usual, n) for n in ("model", "split", "methods", "where", "keep", "limit"))
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and write the CSV."""
+    """Measure, and write the CSVs."""
     from pitome_mllm.families.geometry import geometry
 
-    args = parser().parse_args(argv)
+    args, usual = parser().parse_args(argv), parser().parse_args([])
+    names = ("model", "split", "methods", "where", "keep", "limit")
     try:
-        check_out(args.out, RESULTS, whole(args))
-    except ValueError as error:
+        check_out(args.out, RESULTS, all(getattr(args, name) == getattr(usual, name) for name in names))
+    except UserError as error:
         parser().error(str(error))
     torch.set_num_threads(1)
     about = provenance(args.model, args.split)
     work = work_folder(args.work, "curves", args.model, args.split, args.limit)
     wanted = list(settings(args.methods, args.where, args.keep, geometry(load(args.model)[0].config)))
-    names = {setting: run_name(setting, setting.keywords()) for setting in wanted}
-    jobs = {PLAIN: None, **{names[setting]: setting.keywords() for setting in wanted}}
+    runs = {setting: run_name(setting, asdict(setting)) for setting in wanted}
+    jobs = {PLAIN: None, **{runs[setting]: asdict(setting) for setting in wanted}}
     found = measure(jobs, args.model, args.split, args.limit, work, args.processes)
     asked = questions(args.split)[: len(found[PLAIN].right)]
     blind = np.array([blind_answer(question) == question.answer for _, question in asked])
-    runs = {setting: found[names[setting]] for setting in wanted}
-    write_csv(args.out, rows(runs, found[PLAIN], blind, asked), about)
+    made = list(rows({setting: found[runs[setting]] for setting in wanted}, found[PLAIN], blind, asked))
+    write_csv(args.out, made, about)
+    write_csv(args.out.with_name(SUMMARY), [row for row in made if row.group == "all"], about)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from pitome_mllm import METHODS
 from pitome_mllm.families.geometry import geometry
+from pitome_mllm.loading import read_config
+from pitome_mllm.methods import UserError
 
 from ..benchmark.questions import CATEGORIES
 from ..benchmark.sets import PER_SCENE, SCENES
-from ..documents import read
-from ..training.tiny_model import build_config
-from .curves import BLIND, KEEPS, PLACES, RESULTS, Setting, settings
+from ..documents import markdown
+from .curves import BLIND, COMMAND, KEEPS, PLACES, RESULTS, Setting, results, settings
 from .runs import PLAIN
+from .tables import points
 
 NEAR = "low end of"  # how the names of the gates about keep 288 begin
 
@@ -49,10 +51,7 @@ class Gate:
 
 def gates(found: list[dict[str, str]]) -> Iterator[Gate]:
     """Every gate, in per cent or points."""
-    every = {
-        (_setting(row), row["group"], row["against"]): [100 * float(row[name]) for name in ("value", "low", "high")]
-        for row in found
-    }
+    every = {(Setting.of(row), row["group"], row["against"]): points(row) for row in found}
     plain, blind = (
         {
             group: figures
@@ -81,13 +80,10 @@ def _gate(name: str, figures: list[float], bound: float, at_least: bool = True) 
     return Gate(name, value, bound, at_least, (low, high))
 
 
-def _setting(row: dict[str, str]) -> Setting:
-    return Setting(row["method"], row["where"], int(row["keep"]), row["like"])
-
-
-def every_setting() -> set[Setting]:
-    """What `curves` measures."""
-    return set(settings(METHODS, PLACES, KEEPS, geometry(build_config())))
+def every_setting(found: list[dict[str, str]]) -> set[Setting]:
+    """What `curves` measures of the methods that its results name."""
+    named = {row["method"] for row in found}
+    return set(settings([name for name in METHODS if name in named], PLACES, KEEPS, geometry(read_config("tiny"))))
 
 
 def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
@@ -95,24 +91,25 @@ def check_whole(found: list[dict[str, str]], wanted: set[Setting]) -> None:
 
     Raises
     ------
-    ValueError : another split than test, a part of its questions or categories, several models or versions of the
-        code, or not the runs that are ``wanted``.
+    ValueError : another split than test, a part of its questions or categories, several models, no clean commit, or not
+        the runs that are ``wanted``.
     """
     whole = [row for row in found if row["group"] == "all" and not row["against"]]
     splits, counts = {row["split"] for row in whole}, {int(row["questions"]) for row in whole}
-    measured = {_setting(row) for row in whole if row["method"] not in (PLAIN, BLIND)}
-    for name in ("weights", "code"):
-        if len(several := {row[name] for row in found}) > 1:
-            raise ValueError(f"the gates need runs of one model and one code; got {name} {', '.join(sorted(several))}")
+    measured = {Setting.of(row) for row in whole if row["method"] not in (PLAIN, BLIND)}
+    if len(several := {row["weights"] for row in found}) > 1:
+        raise UserError(f"the gates need runs of one model; got weights {', '.join(sorted(several))}")
+    if unknown := [row["commit"] for row in found if not row["commit"] or row["commit"].endswith("-dirty")]:
+        raise UserError(f"the gates need runs of clean commits; got {unknown[0] or 'none'!r}")
     for group in CATEGORIES:
         if len(part := [row for row in found if row["group"] == group and not row["against"]]) != len(whole):
-            raise ValueError(f"the gates need every category of every run; got {len(part)} of {len(whole)} for {group}")
+            raise UserError(f"the gates need every category of every run; got {len(part)} of {len(whole)} for {group}")
     if splits != {"test"} or counts != {SCENES * PER_SCENE} or measured != wanted:
         missing, unknown = (", ".join(sorted(map(str, some))[:5]) for some in (wanted - measured, measured - wanted))
-        raise ValueError(
+        raise UserError(
             f"the gates need all {len(wanted)} runs over the whole test set; got split {', '.join(sorted(splits))}, "
             f"questions {sorted(counts)}, {len(measured)} runs, missing {missing or 'none'}, unknown "
-            f"{unknown or 'none'}; run python -m pitome_mllm_eval.accuracy.curves"
+            f"{unknown or 'none'}; run {COMMAND}"
         )
 
 
@@ -121,12 +118,12 @@ def table(found: list[dict[str, str]]) -> str:
     checked = list(gates(found))
     near = [gate for gate in checked if gate.name.startswith(NEAR)]
     closest = min(near, key=lambda gate: gate.value)
-    lines = ["| gate | measured | 95 % interval | bound | |", "|---|---|---|---|---|"]
+    lines = [["gate", "measured", "95 % interval", "bound", ""]]
     for gate in checked:
         if gate not in near or gate is closest:
             name = f"{gate.name} (the closest of {len(near)})" if gate is closest else gate.name
-            lines.append(f"| {' | '.join([name, *gate.shown])} |")
-    return "\n".join(lines)
+            lines.append([name, *gate.shown])
+    return markdown(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,10 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     try:
-        found = read(args.results)
-        check_whole(found, every_setting())
+        found = results(args.results)
+        check_whole(found, every_setting(found))
         checked = list(gates(found))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     view = Table("gate", "measured", "95 % interval", "bound", "")
     for gate in checked:

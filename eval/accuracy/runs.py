@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from ..benchmark.score import score
+from ..provenance import about_model
 
 PLAIN = "plain"
 WORK = Path("runs")  # finished runs, in a folder for each `work_folder`
@@ -110,68 +109,53 @@ def _run(calls: dict[str, tuple], processes: int, keep: Callable[[str, Answers],
             raise
 
 
-def sources() -> list[Path]:
-    """The files that decide what is answered."""
+def sources(method: str | None) -> list[Path]:
+    """The files that decide what is answered under a method (None: by the plain model); none of another method's."""
     import pitome_mllm
 
-    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parents[1]
-    asking = [*sorted((here / "benchmark").glob("*.py")), here / "accuracy" / "runs.py"]
-    return sorted([*package.glob("*.py"), *(package / "methods").glob("*.py"), *asking])
+    package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
+    beside = [package / name for name in ("methods", "commands", "serving", "visualize", "cli.py")]
+    shared = [path for path in package.rglob("*.py") if not any(path.is_relative_to(folder) for folder in beside)]
+    return sorted({*shared, *(here.parent / "benchmark").glob("*.py"), here / "runs.py", *_files_of(method)})
+
+
+def _files_of(method: str | None) -> set[Path]:
+    """The file of a method's reducer, and those of what it takes from others."""
+    from pitome_mllm import METHODS
+
+    found: set[str] = set()
+    todo = [] if method is None else [METHODS[method].reducer.__module__]
+    while todo:
+        found.add(name := todo.pop())
+        owners = {getattr(thing, "__module__", None) for thing in vars(sys.modules[name]).values()}
+        todo += [owner for owner in owners - found if owner and owner.startswith("pitome_mllm.methods.")]
+    return {Path(sys.modules[name].__file__) for name in found}
+
+
+def code_of(method: str | None) -> str:
+    """A hash of the `sources` of a method, and of its row in METHODS."""
+    from pitome_mllm import METHODS
+
+    sha = hashlib.sha256(b"".join(path.read_bytes() for path in sources(method)))
+    if method is not None:
+        row = METHODS[method]
+        sha.update(json.dumps([dict(row.options), dict(row.settings)], sort_keys=True, default=str).encode())
+    return sha.hexdigest()[:16]
 
 
 def run_name(label: object, settings: Mapping[str, Any]) -> str:
-    """The name of a finished run: readable, and another one under other settings of `attach`."""
-    said = json.dumps(settings, sort_keys=True)
+    """The name of a finished run: readable, and another one under other settings of `attach` or with other code."""
+    said = json.dumps([dict(settings), code_of(settings.get("method"))], sort_keys=True)
     return f"{label}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
-def code_hash() -> str:
-    """What the code is known by, in CSVs and among finished runs."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
-
-
 def work_folder(work: Path, kind: str, model_name: str, split: str, limit: int | None) -> Path:
-    """Where finished runs are kept: a folder for these weights, split, limit, and this very code and its libraries."""
+    """Where finished runs are kept: a folder for these weights, split, limit and libraries; see `run_name`."""
     about = provenance(model_name, split)
-    parts = [kind, about["weights"], split, limit or "all", about["code"], about["torch"], about["transformers"]]
+    parts = [kind, about["weights"], split, limit or "all", about["torch"], about["transformers"]]
     return work / "-".join(map(str, parts))
 
 
-def check_out(out: Path, default: Path, whole: bool) -> None:
-    """ValueError where part of a benchmark would replace the results of all of it, or ``out`` is inside a package."""
-    if out == default and not whole:
-        raise ValueError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
-    if out == default and not (default.parents[2] / "pyproject.toml").is_file():
-        raise ValueError(f"{default} is no file of a checkout; say with --out where the results go")
-
-
 def provenance(model_name: str, split: str) -> dict[str, str]:
-    """What every row of a CSV says about where it comes from."""
-    import transformers
-
-    import pitome_mllm
-
-    model = load(model_name)[0]
-    sha = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(weight.float().numpy().tobytes())
-    return {
-        "model": model_name,
-        "weights": sha.hexdigest()[:12],
-        "split": split,
-        "date": date.today().isoformat(),
-        "device": processor_name(),
-        "pitome_mllm": pitome_mllm.__version__,
-        "code": code_hash(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def processor_name() -> str:
-    """What this machine calls its processor, and how many cores of it there are."""
-    path = Path("/proc/cpuinfo")  # where the operating system has it
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    """What every row of a CSV of answers says about where it comes from."""
+    return about_model(model_name, load(model_name)[0], split)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pitome_mllm.families.geometry import geometry
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES
 from pitome_mllm.settings import Settings
@@ -24,10 +25,13 @@ from pitome_mllm.settings import Settings
 from ..benchmark.bootstrap import Bootstrap
 from ..benchmark.sets import questions
 from ..documents import write_csv
-from .runs import WORK, check_out, load, measure, provenance, run_name, work_folder
+from ..provenance import RESULTS as FOLDER
+from ..provenance import check_out
+from .runs import WORK, load, measure, provenance, run_name, work_folder
 
 KEEPS = (144, 72, 36, 16)
-RESULTS = Path(__file__).parents[1] / "results" / "search.csv"
+COMMAND = "python -m pitome_mllm_eval.accuracy.search"
+RESULTS = FOLDER / "search.csv"
 TIE = 0.002
 START: dict[str, Any] = {"method": "pitome"}
 
@@ -98,7 +102,7 @@ class Search:
         try:
             for keep in self.args.keep:
                 make_plan(Settings().changed(**candidate, keep=keep), self.geometry)
-        except ValueError:
+        except UserError:
             return False
         return True
 
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check_out(args.out, RESULTS, (args.model, args.limit, args.keep) == ("tiny", None, list(KEEPS)))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     search, about = Search(args), provenance(args.model, "validation")
     current, found = dict(START), []

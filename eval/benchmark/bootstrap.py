@@ -1,4 +1,4 @@
-"""Groups of questions, and paired bootstrap intervals of accuracies in them."""
+"""The one bootstrap: clusters are drawn, the same for everything that is compared, and figures made of each draw."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ from .scenes import TIERS
 DRAWS = 2000
 
 
+def drawn(clusters: int, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
+    """(draws, clusters) which clusters each draw holds, with replacement."""
+    return np.random.default_rng(seed).integers(0, clusters, (draws, clusters))
+
+
+def weights(clusters: int, seed: int = 0) -> np.ndarray:
+    """(DRAWS, clusters) how often each draw holds each cluster."""
+    return np.stack([np.bincount(row, minlength=clusters) for row in drawn(clusters, seed)])
+
+
+def span(figures: np.ndarray | Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a figure in all draws, those aside that have none (NaN)."""
+    low, high = np.nanquantile(figures, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def groups(asked: Sequence[Any]) -> dict[str, np.ndarray]:
     """Masks over questions, or records of them: all, per category and per tier, as far as there are any."""
     masks = {"all": np.ones(len(asked), bool)}
@@ -22,12 +38,11 @@ def groups(asked: Sequence[Any]) -> dict[str, np.ndarray]:
 
 
 class Bootstrap:
-    """Paired 95 % intervals. Pictures are resampled, the same ones for every run, as questions on one depend."""
+    """Paired 95 % intervals of accuracies. Pictures are drawn, as questions on one depend."""
 
     def __init__(self, scenes: np.ndarray, seed: int = 0):
         self.member = (scenes[None] == np.unique(scenes)[:, None]).astype(float)  # (pictures, questions)
-        count = len(self.member)
-        self.weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)
+        self.weights = weights(len(self.member), seed)
 
     def __call__(self, values: np.ndarray, mask: np.ndarray, less: np.ndarray | None = None) -> tuple[float, ...]:
         """Mean of ``values`` over ``mask``, minus that over the mask ``less`` if there is one, and the interval."""
@@ -35,13 +50,12 @@ class Bootstrap:
         if less is not None:
             other, other_rates = self._rates(values, less)
             mean, rates = mean - other, rates - other_rates
-        low, high = np.nanquantile(rates, (0.025, 0.975))
-        return float(mean), float(low), float(high)
+        return float(mean), *span(rates)
 
     def _rates(self, values: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
         """The mean, and that of every draw; NaN for one that misses a small group altogether."""
         sums, counts = self.member @ (values * mask), self.member @ mask
-        drawn = self.weights @ counts
+        asked = self.weights @ counts
         return sums.sum() / counts.sum(), np.divide(
-            self.weights @ sums, drawn, out=np.full(DRAWS, np.nan), where=drawn > 0
+            self.weights @ sums, asked, out=np.full(DRAWS, np.nan), where=asked > 0
         )

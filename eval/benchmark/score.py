@@ -5,23 +5,22 @@ forward, so whatever is attached to the model takes part.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pitome_mllm.hooks import caches
+from pitome_mllm.serving.prompts import message, write
 
+from ..documents import write_csv
 from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
 from .sets import PER_SCENE, SCENES, blind_answer, scene
-
-PROMPT = "USER: <image>\n{} ASSISTANT:"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class _Positions:
 
 def _split_prompt(model, processor, text: str) -> tuple[list[int], list[int]]:
     """Token ids up to and including the picture, and after it."""
-    ids = processor.tokenizer(PROMPT.format(text)).input_ids
+    ids = processor.tokenizer(write(processor, [message(text, pictures=1)])).input_ids
     at = ids.index(model.config.image_token_id)
     return ids[:at] + [ids[at]] * model.config.image_seq_length, ids[at + 1 :]
 
@@ -168,10 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     records = list(track(score(model, processor, args.split, args.limit), "questions", total=total))
     _show(table(records), title)
     if args.save:
-        with args.save.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(records[0])))
-            writer.writeheader()
-            writer.writerows(asdict(r) for r in records)
+        write_csv(args.save, records)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pitome_mllm.methods import UserError
+
 from .glyphs import SPLITS
 from .questions import CATEGORIES, Question, make_questions
 from .scenes import TIERS, Scene, lay_out, make_scene
@@ -23,9 +25,9 @@ _DATA = Path(__file__).parents[1] / "data"
 def scene_questions(number: int, split: str = "test") -> tuple[Scene, list[Question]]:
     """Scene `number` of a split with its questions, not checked against the recorded hash."""
     if split not in SPLITS[1:]:
-        raise ValueError(f"unknown split {split!r}; choices: {', '.join(SPLITS[1:])}")
+        raise UserError(f"unknown split {split!r}; choices: {', '.join(SPLITS[1:])}")
     if not 0 <= number < SCENES:
-        raise ValueError(f"scene {number} does not exist; {split} has scenes 0 to {SCENES - 1}")
+        raise UserError(f"scene {number} does not exist; {split} has scenes 0 to {SCENES - 1}")
     rng = np.random.default_rng((_SEED, SPLITS.index(split), number))
     tier = list(TIERS)[number % len(TIERS)]
     made = make_scene(rng, tier, split)

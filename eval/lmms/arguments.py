@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from pitome_mllm.methods import UserError
+
 PLAIN = "none"  # the method that changes nothing
 
 
 def batch_size(given: int | str | None) -> int:
     """Questions per batch; lmms-eval gives a string. ValueError if it is no number."""
     if not str(given or 1).isdigit() or int(given or 1) < 1:
-        raise ValueError(f"batch_size={given!r} is not possible; give a number of questions, such as 8")
+        raise UserError(f"batch_size={given!r} is not possible; give a number of questions, such as 8")
     return int(given or 1)
 
 
@@ -22,7 +24,7 @@ def merging(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("method") != PLAIN:
         return given
     if len(given) > 1:
-        raise ValueError(f"method={PLAIN} takes no settings, got {', '.join(sorted({*given} - {'method'}))}")
+        raise UserError(f"method={PLAIN} takes no settings, got {', '.join(sorted({*given} - {'method'}))}")
     return {}
 
 
@@ -30,7 +32,7 @@ def place(device: str | None, device_map: str | None, bits: int | None, accelera
     """What `load` takes as its device; ValueError for a model spread over the GPUs of several processes."""
     if accelerator.num_processes > 1:
         if device_map == "auto":
-            raise ValueError("device_map=auto spreads one model over all GPUs; start a single process for it")
+            raise UserError("device_map=auto spreads one model over all GPUs; start a single process for it")
         return accelerator.device
     if device_map is not None:
         return device_map

@@ -9,6 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from pitome_mllm.methods import UserError
+from pitome_mllm.serving.prompts import write
+
 NEW_TOKENS = 1024  # where a task sets no limit, as lmms-eval's own LLaVA has it
 PADDING = "__padding_only__"  # lmms-eval's mark of requests that only fill up a process's share
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -88,7 +91,7 @@ def likelihood(request: Any, documents: Mapping[str, Any]) -> Asked:
     ValueError : a request without document, as the metric acc_mutual_info makes them.
     """
     if len(request.args) != 6:
-        raise ValueError(f"got {len(request.args)} arguments; likelihoods without a document are not supported")
+        raise UserError(f"got {len(request.args)} arguments; likelihoods without a document are not supported")
     context, continuation, doc_to_visual = request.args[:3]
     found = document(request, documents)
     if callable(continuation):
@@ -116,7 +119,7 @@ def _asked(turns: Sequence[Mapping[str, Any]], request: Any, **more: Any) -> Ask
 def _picture(part: Mapping[str, Any]) -> Image.Image:
     visual = part.get("url", part.get("image"))
     if part["type"] != "image" or not isinstance(visual, Image.Image):
-        raise ValueError(f"got {part['type']} ({type(visual).__name__}); this model takes pictures and text only")
+        raise UserError(f"got {part['type']} ({type(visual).__name__}); this model takes pictures and text only")
     return visual.convert("RGB")
 
 
@@ -125,19 +128,9 @@ def prompt(processor: Any, asked: Asked, system: str = "") -> str:
 
     Raises
     ------
-    ValueError : a text holds placeholders of its own, but not as many as there are pictures; several turns without a
-        chat template.
+    ValueError : a text holds placeholders of its own, but not as many as there are pictures.
     """
-    token = processor.image_token
-    messages = [_inlined(message, token) for message in asked.messages]
-    if getattr(processor, "chat_template", None):
-        if system:
-            messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
-    if [message["role"] for message in messages] != ["user"]:
-        raise ValueError("the model has no chat template, so that only one turn of the user can be asked")
-    parts = (part["text"] if part["type"] == "text" else f"{token}\n" for part in messages[0]["content"])
-    return f"{system} USER: {''.join(parts)} ASSISTANT:".lstrip()
+    return write(processor, [_inlined(message, processor.image_token) for message in asked.messages], system)
 
 
 def _inlined(message: Mapping[str, Any], token: str) -> Mapping[str, Any]:
@@ -146,7 +139,7 @@ def _inlined(message: Mapping[str, Any], token: str) -> Mapping[str, Any]:
     texts = [part for part in message["content"] if part["type"] == "text"]
     inside = sum(part["text"].count(token) for part in texts)
     if inside and inside != pictures:
-        raise ValueError(f"the text has {inside} placeholders {token!r} for {pictures} pictures")
+        raise UserError(f"the text has {inside} placeholders {token!r} for {pictures} pictures")
     return {**message, "content": texts} if inside else message
 
 
@@ -160,7 +153,7 @@ def generation(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     given = {name: value for name, value in options.items() if value is not None}
     unknown = sorted({*given} - {*TAKEN, *NOT_OURS})
     if unknown:
-        raise ValueError(f"unknown generation options {', '.join(unknown)}; possible: {', '.join(TAKEN)}, until")
+        raise UserError(f"unknown generation options {', '.join(unknown)}; possible: {', '.join(TAKEN)}, until")
     stops = [given.get("until", []), given.get("stop_sequences", [])]
     until = [text for stop in stops for text in ([stop] if isinstance(stop, str) else stop)]
     sample = given["temperature"] > 0 if "temperature" in given else bool(given.get("do_sample"))

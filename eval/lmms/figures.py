@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..benchmark.intervals import FIGURES
+from pitome_mllm.methods import UserError
+
+from .intervals import FIGURES
 from .results_files import Results
 
 
@@ -132,7 +134,7 @@ def main_figures(found: Sequence[Row]) -> list[Row]:
     for row in found:
         key = (row.model, row.method, row.asked, row.task, *(getattr(row, name) for name in CONDITIONS))
         if (before := seen.setdefault((*key, row.metric), row)) is not row:
-            raise ValueError(
+            raise UserError(
                 f"two runs of {row.model} {row.method} {row.asked} on {row.task} under the same conditions, of "
                 f"{before.date} and {row.date}; name the folder of one of them only"
             )

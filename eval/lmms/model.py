@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from pitome_mllm import attach, load
 from pitome_mllm.loading import BITS
+from pitome_mllm.methods import UserError
 
-from ..accuracy.runs import processor_name
+from ..provenance import processor_name
 from . import arguments, counts
 from . import asked as ask
 from .answers import Coming, likelihood
@@ -216,7 +217,7 @@ class PitomeLlava(lmms):
         """Tokens of the continuation."""
         before, after = (self.processor.tokenizer(text)["input_ids"] for text in (prompt, whole))
         if after[: len(before)] != before or len(after) == len(before):
-            raise ValueError(f"the continuation of {prompt[-40:]!r} has no tokens of its own; rephrase the choice")
+            raise UserError(f"the continuation of {prompt[-40:]!r} has no tokens of its own; rephrase the choice")
         return len(after) - len(before)
 
     def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
@@ -225,7 +226,7 @@ class PitomeLlava(lmms):
         visual = counts.before(self.handle, inputs, placeholders, pictures)
         longest, most = max(map(sum, zip(visual, texts))), self.model.config.text_config.max_position_embeddings
         if longest >= most:
-            raise ValueError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
+            raise UserError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
         return most - longest
 
     def _lengths(self, new: torch.Tensor) -> list[int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from pitome_mllm import METHODS
 
-HERE = Path(__file__).parents[1]
-FIGURES = HERE / "data" / "published.csv"
-CURVES = HERE / "results" / "curves.csv"
+from ..accuracy.curves import PLAIN, SUMMARY, own_place, results
+from ..documents import read
+from ..provenance import RESULTS
+
+FIGURES = Path(__file__).parents[1] / "data" / "published.csv"
 
 Published = dict[tuple[str, str, str, str], tuple[float, str]]  # (model, method, amount, task): figure and source
 
@@ -18,26 +19,25 @@ def published(table: str) -> Published:
     """What a table's figures were where they were published."""
     if table == "embedded":
         return _measured()
-    with FIGURES.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["table"] == table]
+    rows = [row for row in read(FIGURES, "pip install again", ("table", "value")) if row["table"] == table]
     return {
         (row["model"], row["method"], row["amount"], row["task"]): (float(row["value"]), row["source"]) for row in rows
     }
 
 
 def _measured() -> Published:
-    """The embedded benchmark as `curves` measured it, every method at its own place; empty without a checkout."""
-    if not CURVES.is_file():
+    """The embedded benchmark as `curves` measured it, every method at its own place; empty without its results."""
+    path = RESULTS / SUMMARY
+    if not path.is_file():
         return {}
-    with CURVES.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if not row["like"] and not row["against"] and row["group"] == "all"]
     found = {}
-    for row in rows:
-        own = METHODS[row["method"]].settings.get("where", "tower") if row["method"] in METHODS else None
-        source = f"eval/results/curves.csv, {row['questions']} questions"
-        if row["method"] == "plain":
-            found["tiny", "none", "", "pitome_scenes"] = (100 * float(row["value"]), source)
-        elif row["where"] == own:
-            key = ("tiny", row["method"], f"keep={row['keep']}", "pitome_scenes")
-            found[key] = (100 * float(row["value"]), source)
+    for row in results(path):
+        if row["against"] or row["method"] not in (PLAIN, *METHODS):
+            continue
+        key = ("tiny", row["method"], f"keep={row['keep']}", "pitome_scenes")
+        if row["method"] == PLAIN:
+            key = ("tiny", "none", "", "pitome_scenes")
+        elif row["where"] != own_place(row["method"]):
+            continue
+        found[key] = (100 * float(row["value"]), f"eval/results/{SUMMARY}, {row['questions']} questions")
     return found

@@ -23,13 +23,13 @@ from loguru import logger
 from tenacity import RetryError
 
 from pitome_mllm import load
+from pitome_mllm.methods import UserError
 
-from ..benchmark.intervals import span
+from ..benchmark.bootstrap import span
 from .arguments import place
 from .asked import EvaluationError
 from .circular import note_hits
 from .identity import identity, model_identity, short
-from .local_tasks import MAKERS
 from .manifest import NAME
 from .model import PitomeLlava
 from .published import published
@@ -49,7 +49,7 @@ class Options:
     ----------
     limit : questions per task; None = all.
     batch_size : questions per batch.
-    data : folder with a parquet file for each task instead of the data sets on the hub; see `local_tasks`.
+    data : folder with a parquet file for each task instead of the data sets on the hub.
     out : folder for the results.
     load : keywords of `pitome_mllm.load`.
     """
@@ -203,9 +203,7 @@ def task_of(name: str, data: Path | None) -> Any:
         return {"task": task.task, **task.changes} if task.changes else task.task
     file = data / f"{task.task}.parquet"
     if not file.is_file():
-        some = f"write some: python -m pitome_mllm_eval.lmms.local_tasks --out {data}"
-        mend = some if task.task in MAKERS else f"choose other tasks than {name} with --task"
-        raise ValueError(f"no data {str(file)!r}; {mend}")
+        raise UserError(f"no data {str(file)!r}; put it there, or choose other tasks than {name} with --task")
     local = {"dataset_path": "parquet", "dataset_name": None, "process_docs": None}
     files = {"data_files": {task.split: str(file.resolve())}}
     return {"task": task.task, **task.changes, **local, "dataset_kwargs": files}

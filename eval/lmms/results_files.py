@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark.intervals import draws, interval
+from pitome_mllm.methods import UserError
+
+from .asked import EvaluationError
+from .intervals import draws, interval
 
 SUFFIX = "_results.json"
 
@@ -42,7 +45,7 @@ class Results:
         """
         said = self.content["config"].get("batch_sizes") or [None]
         if not isinstance(said[0], dict) or "cost" not in said[0]:
-            raise ValueError(f"{str(self.path)!r} was not written by pitome_llava; run lmms-eval with that model")
+            raise UserError(f"{str(self.path)!r} was not written by pitome_llava; run lmms-eval with that model")
         return said[0]
 
     def samples(self, task: str) -> list[dict[str, Any]]:
@@ -80,7 +83,7 @@ class Results:
 
         Raises
         ------
-        RuntimeError : the questions on file give another figure than the results.
+        EvaluationError : the questions on file give another figure than the results.
         """
         value, questions = self.figures(task).get(metric), self.questions(task)
         if value is None:
@@ -89,7 +92,7 @@ class Results:
         if found is None:
             return Figure(scale * value, None, None, questions)
         if abs(found[0] - value) > 1e-6 * max(1.0, abs(value)):
-            raise RuntimeError(f"{self.path}: {metric} of {task} is {value}, but its questions give {found[0]}")
+            raise EvaluationError(f"{self.path}: {metric} of {task} is {value}, but its questions give {found[0]}")
         return Figure(scale * value, scale * found[1], scale * found[2], questions)
 
 
@@ -103,7 +106,7 @@ def read(folders: Sequence[Path]) -> Iterator[Results]:
     for folder in folders:
         files = sorted(folder.rglob(f"*{SUFFIX}"))
         if not files:
-            raise ValueError(f"no results (*{SUFFIX}) in {str(folder)!r}; say where lmms-eval's --output_path was")
+            raise UserError(f"no results (*{SUFFIX}) in {str(folder)!r}; say where lmms-eval's --output_path was")
         yield from map(_read, files)
 
 
@@ -117,6 +120,4 @@ def _read(file: Path) -> Results:
     try:
         return Results(file, json.loads(file.read_text()))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{str(file)!r} was cut off while it was written ({error}); remove it and run again"
-        ) from error
+        raise UserError(f"{str(file)!r} was cut off while it was written ({error}); remove it and run again") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from pitome_mllm import METHODS, estimate
 from pitome_mllm.costs.memory import weight_bytes
+from pitome_mllm.methods import UserError
 
 PLAIN = "none"
 RELATIVE = "relative"  # mean over a table's tasks of what a run keeps of the plain model's figure, in per cent
@@ -161,7 +162,7 @@ def narrowed(
     if keeps is not None:
         runs = [run for run in runs if run.method == PLAIN or run.keep in keeps]
     if all(run.method == PLAIN for run in runs) and methods != [PLAIN]:
-        raise ValueError("no run of the table has one of these methods and one of these numbers of tokens; see --plan")
+        raise UserError("no run of the table has one of these methods and one of these numbers of tokens; see --plan")
     return replace(table, tasks=tuple(tasks or table.tasks), runs=tuple(dict.fromkeys(runs)))
 
 
@@ -170,14 +171,14 @@ def _check(what: str, asked: list[Any] | None, known: Collection[Any]) -> None:
     unknown = [str(one) for one in asked or () if one not in known]
     if unknown:
         choices = f"choose from {', '.join(map(str, known))}" if known else f"it has no {what} at all"
-        raise ValueError(f"no {what} {', '.join(unknown)} in this table; {choices}")
+        raise UserError(f"no {what} {', '.join(unknown)} in this table; {choices}")
 
 
 def check_limit(table: Table, limit: int | None) -> None:
     """ValueError where so many questions cannot be scored."""
     for name in table.tasks:
         if limit is not None and limit % TASKS[name].together:
-            raise ValueError(
+            raise UserError(
                 f"limit={limit} is not possible: {name} scores {TASKS[name].together} questions together; give a "
                 f"multiple of {TASKS[name].together}"
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from pitome_mllm import attach
 from pitome_mllm.costs.published import SHAPES, Shape, get_shape
 from pitome_mllm.families import FAMILY_OF_CONFIG
-from pitome_mllm.methods import METHODS, Merge, Reducer, unknown
+from pitome_mllm.methods import METHODS, Merge, Reducer, UserError, unknown
 from pitome_mllm.plan import Plan
 
 MODES = ("eager", "graph")  # of --mode, for everything that is compared
@@ -108,7 +108,7 @@ def configuration(shape: Shape, layers: int | None, tower_only: bool) -> Any:
         config.text_config = LlamaConfig(hidden_size=width, num_hidden_layers=0, vocab_size=64)
     elif layers is not None:
         if not 1 <= layers <= config.text_config.num_hidden_layers:
-            raise ValueError(f"--layers {layers} is not possible; choose 1 to {config.text_config.num_hidden_layers}")
+            raise UserError(f"--layers {layers} is not possible; choose 1 to {config.text_config.num_hidden_layers}")
         config.text_config.num_hidden_layers = layers
     config.image_seq_length = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return config
@@ -168,9 +168,9 @@ def parted(name: str) -> tuple[str, str]:
     """Method and variant of "tome" or "tome:weights"; ValueError for what there is not."""
     method, _, variant = name.partition(":")
     if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
+        raise UserError(unknown("method", method, METHODS))
     if variant not in ("", WEIGHTS):
-        raise ValueError(f"unknown variant {variant!r} of {method}; the one there is: {method}:{WEIGHTS}")
+        raise UserError(f"unknown variant {variant!r} of {method}; the one there is: {method}:{WEIGHTS}")
     return method, variant
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
+from pitome_mllm.methods import UserError
+
+from ..provenance import check_commit, commit
 from . import phases
 from .promises import table
-from .rows import check_commit, commit
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("there is no CUDA device here; --device cpu --shape tiny rehearses without one")
     try:
         check_commit(options.out, commit())
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     if options.within:
         with torch.inference_mode():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from datetime import date
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import DTYPES
-from pitome_mllm.methods import unknown
+from pitome_mllm.methods import UserError, unknown
 
-from ..accuracy.runs import processor_name
-from .clocks import Call, clock_name, in_turns, quantiles
+from ..clocks import Call, clock_name, in_turns, peak_bytes, quantiles
+from ..documents import append
+from ..provenance import about_machine, check_commit
 from .contenders import MODES, ORACLE, Contender, configuration, contenders, find_shape, parted, random_model
-from .peak import peak_bytes
-from .rows import Row, append, check_commit, commit, show
+from .rows import Row, show
 from .stages import EAGER, IN_FRONT, MERGES, STAGES, Load, Stages
 
 Figure = TypeVar("Figure")
@@ -60,29 +59,29 @@ def _check(options: argparse.Namespace) -> torch.device:
     """The device; ValueError for what is not possible."""
     for name, least in (("threads", 1), ("text_tokens", 1), ("new_tokens", 2), ("repeats", 1), ("warmup", 1)):
         if getattr(options, name) < least:
-            raise ValueError(
+            raise UserError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is not possible; give {least} or more"
             )
     if min(options.batch) < 1 or (options.images or 1) < 1:
-        raise ValueError(f"--batch {min(options.batch)} --images {options.images} is not possible; give 1 or more")
+        raise UserError(f"--batch {min(options.batch)} --images {options.images} is not possible; give 1 or more")
     for name, choices in (("dtype", DTYPES), ("mode", MODES)):
         if getattr(options, name) not in choices:
-            raise ValueError(unknown(name, getattr(options, name), choices))
+            raise UserError(unknown(name, getattr(options, name), choices))
     for name in {*options.methods} - {ORACLE}:
         parted(name)
     for stage in options.stages or ():
         if stage not in STAGES:
-            raise ValueError(unknown("stage", stage, STAGES))
+            raise UserError(unknown("stage", stage, STAGES))
     if options.shape is None and (options.layers is not None or options.tower_only):
-        raise ValueError("--layers and --tower-only cut down a --shape; name one, such as --shape llava-1.5-7b")
+        raise UserError("--layers and --tower-only cut down a --shape; name one, such as --shape llava-1.5-7b")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"--device {options.device} is not possible; choose cpu, cuda or cuda:0") from error
+        raise UserError(f"--device {options.device} is not possible; choose cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} is not there; choose cpu")
+        raise UserError(f"--device {device} is not there; choose cpu")
     if options.mode == "graph" and device.type != "cuda":
-        raise ValueError(f"--mode graph needs a CUDA device, got {device}; choose eager")
+        raise UserError(f"--mode graph needs a CUDA device, got {device}; choose eager")
     return device
 
 
@@ -92,7 +91,7 @@ def _stages(options: argparse.Namespace) -> list[str]:
     possible = [stage for stage in possible if options.mode == "eager" or stage not in EAGER]
     wanted = [stage for stage in possible if stage in (options.stages or possible)]
     if len(wanted) < len(options.stages or ()):
-        raise ValueError(f"--stages: possible here are {', '.join(map(repr, possible))}")
+        raise UserError(f"--stages: possible here are {', '.join(map(repr, possible))}")
     return wanted
 
 
@@ -120,7 +119,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any,
         try:
             model.set_attn_implementation({"text_config": options.attention})
         except ImportError as error:
-            raise ValueError(f"--attention {options.attention} is not installed: {error}") from error
+            raise UserError(f"--attention {options.attention} is not installed: {error}") from error
     return model, processor, images
 
 
@@ -128,7 +127,7 @@ def check_family(config: Any) -> None:
     """ValueError for a family whose pictures the stages cannot make: of several tiles, or of several feature layers."""
     found = geometry(config)
     if found.tiled or len(found.layers) > 1 or config.model_type == "video_llava":
-        raise ValueError(
+        raise UserError(
             f"{config.model_type!r} takes its pictures in tiles, several layers or beside videos, which bench does not "
             "make; choose a family of one tile, such as LLaVA-1.5, or for LLaVA-NeXT's sizes --shape llava-next-7b"
         )
@@ -224,11 +223,7 @@ def _row(
 
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What every row says about the run."""
-    import transformers
-
-    import pitome_mllm
-
-    cuda = device.type == "cuda"
+    known = about_machine()
     return {
         "model": options.model if options.shape is None else find_shape(options.shape).title,
         "llm_layers": "none" if _only_tower(options) else options.layers or "all",
@@ -239,11 +234,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "repeats": options.repeats,
         "warmup": options.warmup,
         "new_tokens": options.new_tokens,
-        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else known["device"],
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pitome_mllm": pitome_mllm.__version__,
-        "commit": commit(),
-        "date": date.today().isoformat(),
+        **{name: known[name] for name in ("torch", "transformers", "pitome_mllm", "commit", "date")},
     }

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from pitome_mllm import METHODS, Attachment, attach
 
-from ..accuracy.runs import processor_name
-from .clocks import Call, in_turns, quantiles
+from ..clocks import Call, in_turns, quantiles
+from ..provenance import commit, processor_name
 from .contenders import Slice, configuration, find_shape, random_model, twin
 from .promises import BATCHES, LLM_BATCHES
-from .rows import commit
 from .stages import Load, captured, prompt
 
 POINTS = {  # name -> where the tower merges, patches that leave it, metric

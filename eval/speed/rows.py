@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
-import shutil
-import subprocess
-from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from .. import provenance
 
-from ..accuracy.runs import processor_name
-
-RESULTS = Path(__file__).parents[1] / "results" / "bench.csv"
+RESULTS = provenance.RESULTS / "bench.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
 SERIES = (
     "model llm_layers device threads dtype mode attention clock images text_tokens new_tokens repeats warmup torch "
@@ -60,60 +52,6 @@ class Row:
     gflops: float | str
     kv_bytes: int | str
     peak_bytes: int
-
-
-def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it where files other than results differ; empty outside one."""
-    here = Path(__file__).parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
-
-    if shutil.which("git") is None or not git("ls-files", __file__):  # not there, or not this project's
-        return ""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.parent}")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-
-
-def check_commit(path: Path, found: str) -> None:
-    """ValueError where what is measured at ``found`` is to stand among the results, and that is no clean commit."""
-    if path.resolve().is_relative_to(RESULTS.parent.resolve()) and (not found or found.endswith("-dirty")):
-        raise ValueError(
-            f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
-            f"{found or 'none'!r}; commit first, or say with --out another place"
-        )
-
-
-def stamp(parser: argparse.ArgumentParser, out: Path) -> dict[str, str]:
-    """What every row of ``out`` says of machine and code; ends the command where it must not stand there."""
-    found = {"processor": processor_name(), "torch": torch.__version__, "commit": commit()}
-    try:
-        check_commit(out, found["commit"])
-    except ValueError as error:
-        parser.error(str(error))
-    return found | {"date": date.today().isoformat()}
-
-
-def append(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
-    """Add rows to a CSV, which is made if there is none.
-
-    Raises
-    ------
-    ValueError : it has other columns, or is among the published results and the checkout differs from its commit.
-    """
-    check_commit(path, about.get("commit", ""))
-    made = [asdict(row) | about for row in rows]
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            if next(csv.reader(file), None) != list(made[0]):
-                raise ValueError(f"{str(path)!r} has other columns than this version writes; choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(made[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(made)
 
 
 def show(rows: list[Row], about: dict[str, Any]) -> None:

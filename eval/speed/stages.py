@@ -22,7 +22,7 @@ from pitome_mllm.hooks.state import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
 
 from ..accuracy.costs import Picture
-from .clocks import Call
+from ..clocks import Call
 from .contenders import Contender
 
 # Stage -> what it is. Those of `EAGER` run through transformers' own loops, which no graph holds.

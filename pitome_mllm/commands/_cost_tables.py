@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from ..costs.flops import Estimate, estimate
@@ -13,9 +13,6 @@ from ..costs.memory import largest_batch, weight_bytes
 from ..costs.published import Shape
 
 STEPS = 200  # ratios are looked for in steps of 1 / 200
-PAPER_MAE = (167.4, 92.8)  # GFLOPs of the plain and the merged ViT-MAE-H in the paper
-MAE_FEWER = 7  # tokens that each block of it merges away, in the setting with a constant number
-LAYER_NORM = 5  # operations per value of a LayerNorm where a tool counts them, as fvcore does
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,6 @@ def section(costs: Costs, ratios: Sequence[float], keeps: Sequence[int | float])
     if shape.paper_ratio is not None:
         saved = costs.saved(ratio=shape.paper_ratio)
         notes.append(f"The paper's results for this model are at ratio {shape.paper_ratio:g}, which saves {saved:.1%}.")
-    if shape.is_mae_h:
-        notes += _mae_h(costs.config)
     return Section(shape.title, [_row(costs, given) for given in settings], notes)
 
 
@@ -125,40 +120,3 @@ def _abstract(costs: Costs) -> str:
         f"The paper's abstract speaks of 40-60 % of the FLOPs saved. This model saves {' and '.join(found)}: the "
         f"highest ratios in steps of {1 / STEPS:g} that do."
     )
-
-
-def _mae_h(config: Any) -> list[str]:
-    """Which convention and which settings give the paper's figures."""
-    published, merged = PAPER_MAE
-    plain, settings = multiply_adds(estimate(config)), mae_h_settings(config)
-    blocks, patches = config.num_hidden_layers, (config.image_size // config.patch_size) ** 2
-    norms = LAYER_NORM * (2 * blocks + 1) * (patches + 1) * config.hidden_size / 1e9
-    found = [f"{name}: {multiply_adds(cost):.1f}, {cost.visual_tokens} patches left" for name, cost in settings.items()]
-    whole = " and ".join(f"{cost.flops / 2e9:.1f}" for cost in settings.values())
-    return [
-        f"The paper gives {published} GFLOPs for the plain model and {merged} for the merged one: "
-        f"{1 - merged / published:.1%} saved. To compare, these notes count a multiply-add once, unlike the table, and "
-        "leave out the matrix products of the merging.",
-        f"So counted the plain model has {plain:.1f}. {LAYER_NORM} operations for every value that a LayerNorm sees, "
-        f"as fvcore has it, would add {norms:.1f} to it, and less to a merged one.",
-        f"So counted no ratio of two decimals gives {merged}, but at least two settings do ({'; '.join(found)}). With "
-        f"the merging they have {whole}. FLOPs alone cannot tell which of them, if either, the paper used.",
-    ]
-
-
-def multiply_adds(cost: Estimate) -> float:
-    """Multiply-adds of a vision tower in 10^9, without those of the merging."""
-    return cost.tower_flops / 2e9
-
-
-def mae_h_settings(config: Any) -> dict[str, Estimate]:
-    """Two settings of ViT-MAE-H, by ratio and by number, that have the paper's FLOPs of the merged model."""
-    ratios, least = [step / 2000 for step in range(1, 2001)], PAPER_MAE[1] - 0.05  # this is written as the paper's
-    blocks, patches = config.num_hidden_layers, (config.image_size // config.patch_size) ** 2
-    merging = partial(estimate, config, "pitome")
-    ratio = ratios[bisect_left(ratios, least, key=lambda ratio: multiply_adds(merging(ratio=ratio)))]
-    counts = [patches - MAE_FEWER * (block + 1) for block in range(blocks)]
-    return {
-        f"ratio {ratio:g}": merging(ratio=ratio),
-        f"{MAE_FEWER} tokens fewer in each of the {blocks} blocks": merging(counts=counts),
-    }

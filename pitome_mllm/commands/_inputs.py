@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from .._companion import companion
-
-PLAIN_PROMPT = "USER: {image}\n{question} ASSISTANT:"  # LLaVA-1.5, for processors without a chat template
-
-PUNCTUATION = ".,;:!?\"'()"
+from ..methods import UserError
+from ..serving.prompts import check_question, message, write
+from ..serving.uploads import decode
+from ._companion import companion
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def read_subject(options: argparse.Namespace) -> Subject:
     question = options.question if takes_question else None
     if options.scene is not None:
         if picture is not None and (question is not None or not takes_question):  # else it is the question
-            raise ValueError(f"got the picture {picture!r} and --scene {options.scene}; give one of them")
+            raise UserError(f"got the picture {picture!r} and --scene {options.scene}; give one of them")
         return _scene(options.scene, question=picture)
     if picture is None:
         return _scene(0)
@@ -64,39 +63,8 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     if not Path(path).is_file():
         hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
-        raise ValueError(f"no picture file {str(path)!r}{hint}")
+        raise UserError(f"no picture file {str(path)!r}{hint}")
     return decode(path, str(path))
-
-
-def decode(source: str | Path | BinaryIO, name: str) -> Image.Image:
-    """The picture in a file, open or not; as `read_picture`, and ``name`` is what messages call it."""
-    try:
-        with Image.open(source) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {name!r}: {error}") from error
-    return _rgb(picture)
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would cut off instead of scaling
-        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def prompt(processor: Any, question: str) -> str:
-    """The text around picture and question that the model was trained on."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return PLAIN_PROMPT.format(image=processor.image_token, question=question)
 
 
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
@@ -108,7 +76,9 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
         long together with the picture and ``new_tokens`` of answer.
     """
     check_question(processor, question)
-    inputs = processor(images=subject.picture, text=prompt(processor, question), return_tensors="pt")
+    inputs = processor(
+        images=subject.picture, text=write(processor, [message(question, pictures=1)]), return_tensors="pt"
+    )
     length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     if length + new_tokens > most:
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
@@ -119,30 +89,8 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
             advice = f"ask for at most {most - length} new tokens"
         else:
             advice = "shorten the question and ask for fewer new tokens"
-        raise ValueError(
+        raise UserError(
             f"the prompt of {length} tokens ({visual} visual, {length - visual} text) and {new_tokens} new ones do not "
             f"fit: the model holds {most}; {advice}"
         )
     return inputs.to(model.device, dtype=model.dtype)
-
-
-def check_question(processor: Any, question: str) -> None:
-    """Refuse an empty question, one with the picture's placeholder, and words the tokenizer does not know."""
-    if not question.strip():
-        raise ValueError("the question is empty; ask something about the picture")
-    if processor.image_token in question:
-        raise ValueError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
-    unknown = unknown_words(processor.tokenizer, question)
-    if unknown:
-        words = sorted(filter(str.isalnum, processor.tokenizer.get_vocab()))
-        known = f"; it knows {len(words)} words: {' '.join(words)}" if len(words) < 200 else ""
-        raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}{known}")
-
-
-def unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """The words of ``text`` that become the unknown token, each once, in order."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return []
-    words = dict.fromkeys(word.strip(PUNCTUATION) or word for word in text.split())
-    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]

@@ -12,38 +12,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..costs.answer import AnswerCost
 from ._options import progress
 
 TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache are calculated for as many
 
 
 @dataclass(frozen=True)
-class Run:
-    """One answer and its cost; what was not measured, or cannot be known, is None.
+class Run(AnswerCost):
+    """One answer with its cost: FLOPs and KV cache when the last of `TIMED_TOKENS` new tokens is out.
+
+    The cache then holds the prompt and every new token but that last one, which no later token looks at.
 
     Attributes
     ----------
     mode : "plain" or "merged".
     answer : the answer's text.
-    visual_tokens : visual tokens of the picture that reach the LLM.
-    prompt_tokens : length of the prompt that the LLM reads, visual tokens included.
-    tower_ms, prefill_ms, per_token_ms : wall clock: the vision tower alone; from the picture to the first new token,
-        tower included; each new token after that.
-    kv_cache_mb : keys and values when the last of `TIMED_TOKENS` new tokens is out, in 10^6 bytes (calculated): those
-        of the prompt and of every new token but that last one, which no later token looks at.
-    gflops : from the picture to that last token, in 10^9 floating-point operations (calculated); None for an LLM whose
-        FLOPs `accounting` does not know.
     """
 
-    mode: str
-    answer: str
-    visual_tokens: int
-    prompt_tokens: int
-    tower_ms: float | None = None
-    prefill_ms: float | None = None
-    per_token_ms: float | None = None
-    kv_cache_mb: float | None = None
-    gflops: float | None = None
+    mode: str = "merged"
+    answer: str = ""
 
 
 ROWS = {  # field of Run: its name in the table

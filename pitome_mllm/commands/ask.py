@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..methods import UserError
 from ._inputs import Subject, encode, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model
 from ._report import TIMED_TOKENS, Run, add_costs, add_times, describe_device, in_mode, print_comparison, print_json
@@ -46,13 +47,13 @@ def run(options: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "repeats"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not possible; give 1 or more")
+            raise UserError(f"--{name.replace('_', '-')} {value} is not possible; give 1 or more")
     check_method(options.method)
     if options.save_groups:
         check_picture_file(options.save_groups)
     subject = read_subject(options)
     if subject.question is None:
-        raise ValueError(f"a picture needs a question: pitome-mllm ask {subject.name} 'What is this?'")
+        raise UserError(f"a picture needs a question: pitome-mllm ask {subject.name} 'What is this?'")
     model, processor = open_model(options)
     if options.max_new_tokens is None:
         options.max_new_tokens = model.generation_config.max_new_tokens or NEW_TOKENS
@@ -84,7 +85,7 @@ def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, h
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
     visual = visual if known else sum(handle.stats.lengths)
-    return Run(mode, answer, visual, inputs["input_ids"].shape[1] - full + visual)
+    return Run(visual, inputs["input_ids"].shape[1] - full + visual, mode=mode, answer=answer)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:

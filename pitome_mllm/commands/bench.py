@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .._companion import companion
+from ._companion import companion
 from ._options import keep
 
 METHODS = "pitome pitome-tuned tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()

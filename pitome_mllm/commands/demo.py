@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .._companion import companion
-from ._options import add_model
+from ..methods import UserError
+from ._companion import companion
+from ._options import add_model, open_model
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+PORTS = range(7860, 7960)  # the first free one of them, where none is given
 
 
 def register(commands: Any) -> None:
@@ -25,8 +27,8 @@ def register(commands: Any) -> None:
     )
     add_model(parser)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default=LOCAL[0], help="address to listen on (%(default)s: this machine only)")
-    group.add_argument("--port", type=int, help="default: the first free one from 7860")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    group.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]}")
     group.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     group.add_argument("--open", action="store_true", help="open the browser")
     parser.set_defaults(run=run)
@@ -39,15 +41,34 @@ def run(options: argparse.Namespace) -> None:
     ------
     ValueError : a mistake the user can mend, in one sentence.
     """
-    picker = options.host in LOCAL and not options.share  # else strangers could load any folder of this machine
+    port = free_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported
-        app, models = companion("demo", "app"), companion("demo", "models")
-        first = models.Models(options.model, options.bits, options.dtype, options.device)
+        companion("eval")  # whose figures and examples the page shows
+        app, engines = companion("demo", "app"), companion("demo", "engine")
         sys.stdout.write(f"Loading {options.model}; the chat opens at the address below, Ctrl+C ends it\n")
         sys.stdout.flush()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind when a service manager ends it
+        name = f"{options.model} ({options.bits} bit)" if options.bits else options.model
+        engine = engines.Engine(name, *open_model(options))
+        app.serve(engine, Path(folder), options.host, port, options.share, inbrowser=options.open)
+
+
+def free_port(host: str, port: int | None) -> int:
+    """The port to listen on: the one given, else the first free one of `PORTS`.
+
+    Raises
+    ------
+    ValueError : it is taken, or there is no such address here.
+    """
+    for number in PORTS if port is None else [port]:
         try:
-            app.serve(first, Path(folder), options.host, options.port, options.share, picker, inbrowser=options.open)
-        except OSError as error:  # no free port, an address that is not ours
-            raise ValueError(f"cannot listen on {options.host}, port {options.port or 'any'}: {error}") from error
+            family, kind, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # free again once its last user is gone
+                tried.bind((address[0], number, *address[2:]))  # as given: look-ups cut ports to 16 bits
+                return number
+        except (OSError, OverflowError) as error:
+            failed = error
+    said = f"port {port}" if port is not None else f"any port from {PORTS[0]} to {PORTS[-1]}"
+    raise UserError(f"cannot listen on {host}, {said}: {failed}; choose another --host or --port") from failed

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..methods import UserError
 from ._inputs import encode, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
 
@@ -104,7 +105,7 @@ def step_rows(
     span, rows = energy_range(runs), []
     for stats, title in zip(runs, titles, strict=True):
         if not stats.merges:
-            raise ValueError(f"{stats.method} merged nothing, so there are no steps to draw; keep fewer tokens")
+            raise UserError(f"{stats.method} merged nothing, so there are no steps to draw; keep fewer tokens")
         for image, tile in enumerate(tiles):
             if options.energy:
                 panels, heads = draw_step_energies(tile, stats, image, side=options.side, span=span)
@@ -134,9 +135,9 @@ def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outl
 def check_picture_file(path: str) -> None:
     """Refuse, before any work is done, a file that could not be written in the end."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path!r} does not end like a picture file; choose a name such as groups.png")
+        raise UserError(f"{path!r} does not end like a picture file; choose a name such as groups.png")
     if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"no folder {str(Path(path).parent)!r} to write {Path(path).name!r} into; create it first")
+        raise UserError(f"no folder {str(Path(path).parent)!r} to write {Path(path).name!r} into; create it first")
 
 
 def write_picture(picture: Image.Image, path: str) -> None:
@@ -149,4 +150,4 @@ def write_picture(picture: Image.Image, path: str) -> None:
     try:
         picture.save(path)
     except OSError as error:
-        raise ValueError(f"cannot write {path!r}: {error}") from error
+        raise UserError(f"cannot write {path!r}: {error}") from error

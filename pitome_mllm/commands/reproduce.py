@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .._companion import companion
+from ._companion import companion
 
 NAMES = ("pitome-paper", "pruning-literature", "embedded")
 WIDE = 160  # columns
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
         rows = list(reproduce.compare(options.table, table, found))
-    except (RuntimeError, OSError) as error:
+    except (reproduce.EvaluationError, OSError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..methods import UserError
 from ..serving.gate import Gate
 from ._options import add_merging, add_model, check_method, merging, open_model
 
@@ -42,13 +43,13 @@ def run(options: argparse.Namespace) -> None:
     from ..attach import attach
 
     if not is_serve_available():
-        raise ValueError(
+        raise UserError(
             "serving needs fastapi, openai and uvicorn; install them with: pip install 'pitome-mllm[serve]'"
         )
     check_method(options.method)
     model, processor = open_model(options)
     if not getattr(processor, "chat_template", None):
-        raise ValueError(f"{options.model!r} has no chat template, which an OpenAI server needs; choose another model")
+        raise UserError(f"{options.model!r} has no chat template, which an OpenAI server needs; choose another model")
     with attach(model, options.method, **merging(options)) as handle:
         plan = handle.plan
         sys.stdout.write(

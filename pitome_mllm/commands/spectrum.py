@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..methods import UserError
 from ._inputs import read_subject
 from ._options import add_model, add_subject, check_method, keep, open_model, progress
 from .groups import check_picture_file
@@ -31,6 +32,10 @@ class Comparison:
     keeps: list[int]
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     why: list[str] = field(default_factory=list)
+
+    def without(self, reason: str) -> None:
+        """There is no figure, for this reason."""
+        self.why += [reason] * (reason not in self.why)
 
 
 def register(commands: Any) -> None:
@@ -110,7 +115,7 @@ def compare(
             advance()
             found.distances[method] = [_distance(found, model, pixels, graph, method, n, where) for n in found.keeps]
     if all(value is None for values in found.distances.values() for value in values):
-        raise ValueError(found.why[0])
+        raise UserError(found.why[0])
     return found
 
 
@@ -122,15 +127,19 @@ def _distance(
     from ..families.features import tower_features
 
     try:
-        with attach(model, method, keep=keep, where=where) as handle:
-            if handle.plan.where == "packed":
-                raise ValueError("where='packed' merges behind the projector; spectra are those of the tower's tokens")
-            tower_features(model, pixels)
-            return float(graph.distance(handle.stats.merges).mean())
-    except ValueError as error:
-        reason = f"{method}: {error}"
-        found.why += [reason] * (reason not in found.why)
-        return None
+        handle = attach(model, method, keep=keep, where=where)
+    except UserError as error:
+        return found.without(f"{method}: {error}")
+    with handle:
+        if handle.plan.where == "packed":
+            why = "where='packed' merges behind the projector; spectra are those of the tower's tokens"
+            return found.without(f"{method}: {why}")
+        tower_features(model, pixels)
+        if any(merge.group is None for merge in handle.stats.merges):
+            return found.without(
+                f"{method}: this method forms no groups, so there is no graph of groups; choose one that merges"
+            )
+        return float(graph.distance(handle.stats.merges).mean())
 
 
 def show(found: Comparison, title: str) -> None:
@@ -152,7 +161,7 @@ def show(found: Comparison, title: str) -> None:
 def check_matplotlib() -> None:
     """ValueError without matplotlib, which draws the plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
+        raise UserError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
 
 
 def plot(found: Comparison, path: str, title: str) -> None:
@@ -172,4 +181,4 @@ def plot(found: Comparison, path: str, title: str) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot write {path!r}: {error}") from error
+        raise UserError(f"cannot write {path!r}: {error}") from error

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..families.geometry import geometry
-from ..methods import Reducer
+from ..methods import Reducer, UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
 from .latency import Latency, Timing, at_least, measure
@@ -103,7 +103,7 @@ def estimate(
     """
     at_least(batch=(batch, 1))
     if logits not in LOGITS:
-        raise ValueError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
+        raise UserError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
     settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
     vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
     prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
@@ -139,7 +139,7 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
         settings["where"] = settings.get("where") or "tower"
     plan = make_plan(Settings().changed(method=method, **settings), shape)
     if text is None and plan.where != "tower":
-        raise ValueError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
+        raise UserError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
     return vision, text, plan
 
 
@@ -222,7 +222,7 @@ class _Counter(TorchDispatchMode):
 def _llm(text: Any, queries: int, pairs: int) -> int:
     """FLOPs of the LLM's blocks for ``queries`` tokens that look at keys ``pairs`` times altogether."""
     if text.model_type not in MLP_MATRICES:
-        raise ValueError(f"unknown LLM {text.model_type!r}; FLOPs are known for {', '.join(sorted(MLP_MATRICES))}")
+        raise UserError(f"unknown LLM {text.model_type!r}; FLOPs are known for {', '.join(sorted(MLP_MATRICES))}")
     width, (heads, kv_heads, head_width) = text.hidden_size, _heads(text)
     weights = 2 * width * head_width * (heads + kv_heads)
     weights += MLP_MATRICES[text.model_type] * width * text.intermediate_size
@@ -243,7 +243,7 @@ def itemsize(dtype: torch.dtype | str) -> int:
     """Bytes of one number; ValueError for what names no dtype."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; give a torch dtype or its name, such as 'float16'")
+        raise UserError(f"unknown dtype {dtype!r}; give a torch dtype or its name, such as 'float16'")
     return found.itemsize
 
 

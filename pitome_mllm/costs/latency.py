@@ -13,6 +13,7 @@ import torch
 
 from ..families.features import pixels_in
 from ..families.geometry import family_of, geometry
+from ..methods import UserError
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def measure(
     at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
     pixels = pixels_in(inputs)
     if pixels is None:
-        raise ValueError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
+        raise UserError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
     geometry(model.config)
     tower = model.get_submodule(family_of(model.config).tower)
     device = pixels.device
@@ -166,4 +167,4 @@ def at_least(**numbers: tuple[int, int]) -> None:
     """ValueError for the first of ``name=(value, least)`` that is too small."""
     for name, (value, least) in numbers.items():
         if value < least:
-            raise ValueError(f"{name}={value} is not possible; give {least} or more")
+            raise UserError(f"{name}={value} is not possible; give {least} or more")

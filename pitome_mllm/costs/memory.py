@@ -10,7 +10,7 @@ from torch import nn
 
 from ..families import FAMILY_OF_CONFIG
 from ..families.geometry import family_of
-from ..methods import Reducer
+from ..methods import Reducer, UserError
 from ..plan import Plan
 from .flops import itemsize, kv_bytes_per_token, resolve, row_lengths
 from .latency import at_least
@@ -74,7 +74,7 @@ def footprint(
     """
     vision, text, plan = resolve(model_or_config, method, **settings)
     if text is None:
-        raise ValueError(f"{type(vision).__name__} is a vision tower alone; pass the configuration of a whole model")
+        raise UserError(f"{type(vision).__name__} is a vision tower alone; pass the configuration of a whole model")
     at_least(batch=(batch, 1))
     size = itemsize(dtype)
     prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
@@ -99,9 +99,9 @@ def largest_batch(model_or_config: Any, memory: int, method: str | Reducer | Non
     ValueError : as `footprint`; no memory; ``batch`` among the settings.
     """
     if isinstance(memory, bool) or not memory > 0:
-        raise ValueError(f"memory={memory!r} is not possible; give the bytes there are, such as 24e9")
+        raise UserError(f"memory={memory!r} is not possible; give the bytes there are, such as 24e9")
     if "batch" in given:
-        raise ValueError("batch is what largest_batch finds; leave it out")
+        raise UserError("batch is what largest_batch finds; leave it out")
     one, two = (footprint(model_or_config, method, batch=batch, **given) for batch in (1, 2))
     row = two.total - one.total  # what every row adds is the same
     return max(0, int((memory - (one.total - row)) // row))
@@ -117,7 +117,7 @@ def weight_bytes(config: Any, dtype: torch.dtype | str = "float16", bits: int | 
     import transformers
 
     if bits is not None and (isinstance(bits, bool) or bits not in BITS):
-        raise ValueError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
+        raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
     family_of(config)  # raises for what is not supported
     size = itemsize(dtype)
     with torch.device("meta"):

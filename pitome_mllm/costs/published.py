@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..methods import unknown
+from ..methods import UserError, unknown
 
 _CLIP_L_336 = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
@@ -34,7 +34,6 @@ class Shape:
     images : times that the tower runs for one picture.
     paper_ratio : the share kept per block in the PiToMe paper's table of this model, where it names one.
     about : what its figures take for granted.
-    is_mae_h : the model whose FLOPs the paper gives.
     """
 
     title: str
@@ -43,7 +42,6 @@ class Shape:
     images: int = 1
     paper_ratio: float | None = None
     about: str = ""
-    is_mae_h: bool = False
 
     def config(self) -> Any:
         """A LLaVA configuration, or that of the vision tower alone."""
@@ -71,7 +69,6 @@ SHAPES = {
         "ViT-MAE-H/14 at 224 pixels",
         _MAE_H,
         about="A class token and 256 patches; the classifier is left out.",
-        is_mae_h=True,
     ),
 }
 
@@ -79,5 +76,5 @@ SHAPES = {
 def get_shape(name: str) -> Shape:
     """The shape called ``name``; ValueError names what there is."""
     if name not in SHAPES:
-        raise ValueError(unknown("shape", name, SHAPES))
+        raise UserError(unknown("shape", name, SHAPES))
     return SHAPES[name]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods import UserError
 from .geometry import Geometry, family_of, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call pictures; the latter Video-LLaVA's
@@ -63,7 +64,7 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
     shape = geometry(model.config)  # raises for what is not supported
     if pixel_values.dim() != 4:
-        raise ValueError(
+        raise UserError(
             f"got pixel_values of shape {tuple(pixel_values.shape)}, pictures cut into tiles; give tiles (I, 3, H, W)"
         )
     tower = operator.attrgetter(family_of(model.config).tower)(model)

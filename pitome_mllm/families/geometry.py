@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..methods import UserError
 from . import ANYWHERE, FAMILIES, FAMILY_OF_CONFIG, IN_TOWER, LLAVA_PACKAGE, TOWER_OF_CONFIG, TOWERS, FamilySpec
 
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
@@ -87,7 +88,7 @@ def geometry(model_or_config: Any) -> Geometry:
         if {*names} & {*LLAVA_PACKAGE, LLAVA_MPT}:
             return _of_llava_package(model_or_config)
         if not {*names} & {*FAMILIES}:
-            raise ValueError(_unsupported("model", names[0], FAMILIES))
+            raise UserError(_unsupported("model", names[0], FAMILIES))
         config = model_or_config.config
     if config.model_type in TOWER_OF_CONFIG:  # a tower alone: all its blocks merge
         tower = _tower(config, FamilySpec(""))
@@ -96,12 +97,12 @@ def geometry(model_or_config: Any) -> Geometry:
     tower = _tower(vision, family)
     full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not tower["class_tokens"]:
-        raise ValueError(
+        raise UserError(
             f"vision_feature_select_strategy='default' drops the first token, which is a patch in "
             f"{vision.model_type!r}, a tower without class token; set it to 'full'"
         )
     if full and tower["class_tokens"] and family.tiles:
-        raise ValueError(
+        raise UserError(
             "vision_feature_select_strategy='full' leaves class tokens among the patches of tiles, which then form no "
             "grid; set it to 'default'"
         )
@@ -119,17 +120,17 @@ def geometry(model_or_config: Any) -> Geometry:
 def _of_llava_package(model: nn.Module) -> Geometry:
     """The geometry of a model of the original package, which only its loaded vision tower tells."""
     if any(cls.__name__ == LLAVA_MPT for cls in type(model).__mro__):
-        raise ValueError(
+        raise UserError(
             f"unsupported model {LLAVA_MPT}: its own forward() fails on pictures in llava-torch 1.2.2; supported "
             f"there: {', '.join(LLAVA_PACKAGE)}"
         )
     loaded = model.get_vision_tower()
     if not getattr(loaded, "is_loaded", False):
-        raise ValueError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
+        raise UserError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
     full = loaded.select_feature == "cls_patch"
     tiled = getattr(model.config, "mm_patch_merge_type", "flat") != "flat"
     if full and tiled:
-        raise ValueError(
+        raise UserError(
             "mm_vision_select_feature='cls_patch' leaves class tokens among the patches of tiles, which then form no "
             "grid; set it to 'patch'"
         )
@@ -165,7 +166,7 @@ def _tower(vision: Any, family: FamilySpec) -> dict[str, Any]:
     sides = [getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers")]
     counted = all(isinstance(side, int) for side in sides)
     if kind not in TOWER_OF_CONFIG and ("tower" in family.places or not counted):
-        raise ValueError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
+        raise UserError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
     known = TOWERS.get(TOWER_OF_CONFIG.get(kind, ""))
     side = sides[0] // sides[1]
     class_tokens = known.class_tokens if known else 0
@@ -181,7 +182,7 @@ def family_of(config: Any) -> FamilySpec:
         There is none.
     """
     if config.model_type not in FAMILY_OF_CONFIG:
-        raise ValueError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
+        raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
     return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
 
 

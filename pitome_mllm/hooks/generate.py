@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods import UserError
 from .layout import restore_prompt
 from .prompt import GENERATING, forget_encoded, names_of, rewrite, tell
 from .state import Attached
@@ -72,7 +73,7 @@ def _lengths(model: nn.Module, kwargs: dict[str, Any], short: int) -> dict[str, 
             continue  # counts new tokens only, and takes precedence
         length = _option(model, kwargs, name)
         if name == "max_length" and length is not None and length <= width:
-            raise ValueError(
+            raise UserError(
                 f"max_length={length} leaves no room behind a prompt of {width} tokens; give max_new_tokens"
             )
         if length:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..families import TOWERS, TowerSpec
+from ..methods import UserError
 from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
 from .classes import author_of_forward, plain_class
@@ -41,7 +42,7 @@ def check(handle: Attached, plan: Plan) -> None:
         return
     layers = _layers(handle.tower)
     if len(layers) != handle.geometry.blocks:
-        raise ValueError(
+        raise UserError(
             f"found {len(layers)} encoder layers of {', '.join(TOWERS)} in the vision tower, "
             f"expected {handle.geometry.blocks}"
         )
@@ -129,13 +130,13 @@ def _check_forward(layer: nn.Module, plan: Plan) -> None:
     """ValueError if a layer has a forward that merging would go around, or that would go around merging."""
     kept = vars(layer).get("_old_forward", vars(layer).get("forward"))  # accelerate keeps what it calls
     if kept is not None and getattr(kept, "__func__", None) is not type(layer).forward:
-        raise ValueError(
+        raise UserError(
             f"an encoder layer of the vision tower has its forward replaced by {kept!r:.80}, which would go around "
             "merging; restore it, or derive a class of the layer's own with that forward and set it as its __class__"
         )
     own = author_of_forward(plain_class(type(layer)))
     if plan.place == "mid" and plan.merging and own.__name__ not in TOWERS:
-        raise ValueError(
+        raise UserError(
             f"encoder layers of the vision tower have a forward of their own ({own.__name__}), which merging between "
             "attention and MLP would leave out; give place='end', and it is called as a whole"
         )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..methods import UserError
 from .positions import caller_positions, ranks
 
 IGNORED = -100  # the label of a token that no loss counts
@@ -108,7 +109,7 @@ class Layout:
             again, tensors = vars(one.repeated(have)), vars(self)
             if all(torch.equal(x, again[name]) for name, x in tensors.items() if isinstance(x, Tensor)):
                 return one
-        raise ValueError(
+        raise UserError(
             f"a KV cache of {have} rows does not go with {rows} rows; "
             "continue it with as many rows, or with a multiple of them"
         )
@@ -186,7 +187,7 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
     ends = torch.tensor([0, *full], device=image.device).cumsum(0)
     if not bool(torch.isin(counts.cumsum(0), ends).all()):
         expected = f"multiples of {full[0]}" if len({*full}) == 1 else f"those of pictures with {list(full)}"
-        raise ValueError(
+        raise UserError(
             f"rows hold {counts.tolist()} image placeholders, expected {expected}: "
             "use the model's own processor, one placeholder text per picture"
         )
@@ -233,7 +234,7 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
         if x is None:
             continue
         if not isinstance(x, Tensor) or x.dim() != (3 if name == "inputs_embeds" else 2) or x.shape[1] not in by_width:
-            raise ValueError(
+            raise UserError(
                 f"{name} of shape {tuple(getattr(x, 'shape', ())) or type(x).__name__} cannot be shortened; "
                 f"pass the processor's, with {' or '.join(map(str, by_width))} columns"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.anyres import Packed, Places
+from ..methods import UserError
 from ..stats import Stats
 from . import tower as towers
 from .classes import Merging, plain_class
@@ -254,7 +255,7 @@ def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[n
     ValueError : the package is missing, or weights are.
     """
     if importlib.util.find_spec("llava") is None:
-        raise ValueError(
+        raise UserError(
             f"{source!r} is a checkpoint of the original llava package, which is not installed; install "
             "llava-torch==1.2.2.post1 in an environment of its own (Python 3.11 or older), or load a checkpoint in "
             "transformers' layout, such as 'llava-hf/llava-1.5-7b-hf'"
@@ -267,7 +268,7 @@ def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[n
     )
     if report["missing_keys"]:  # they would be random numbers
         missing = sorted(report["missing_keys"])
-        raise ValueError(f"{source!r} lacks {len(missing)} weights of {architecture}, such as {missing[0]}")
+        raise UserError(f"{source!r} lacks {len(missing)} weights of {architecture}, such as {missing[0]}")
     tower = model.get_vision_tower()
     if not tower.is_loaded:  # checkpoints with a tower of their own bring it along
         tower.load_model()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.geometry import PLAIN_BACKENDS, llm_unsupported_reason
+from ..methods import UserError
 from ..stats import Stats
 from . import caches
 from .layout import Layout
@@ -105,7 +106,7 @@ def _dtype(language: nn.Module, tokens: Tensor) -> torch.dtype:
 def _check_gaps(config: Any) -> None:
     """ValueError if the LLM of ``config`` reads more out of positions than where tokens are."""
     if config._attn_implementation not in PLAIN_BACKENDS:
-        raise ValueError(
+        raise UserError(
             f"positions='original' does not go with {config._attn_implementation!r} in the LLM, which takes "
             "gaps between positions for borders of packed sequences; load with attn_implementation='sdpa'"
         )
@@ -115,7 +116,7 @@ def check(config: Any) -> None:
     """ValueError if the LLM of ``config`` takes no bias: another attention than sdpa or eager, or sliding windows."""
     unsupported_reason = llm_unsupported_reason(config)
     if unsupported_reason:
-        raise ValueError(
+        raise UserError(
             f"llm_size_bias=True is not possible with this LLM: {unsupported_reason}; leave it at False, or load with "
             "attn_implementation='sdpa'"
         )

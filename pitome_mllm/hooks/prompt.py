@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.features import pixels_in
+from ..methods import UserError
 from ..plan import Plan
 from ..stats import Stats
 from . import caches, columns, tiles
@@ -224,7 +225,7 @@ def _placeholders(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         return kwargs["input_ids"] == token
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
-        raise ValueError("got pictures but neither input_ids nor inputs_embeds; pass the processor's whole output")
+        raise UserError("got pictures but neither input_ids nor inputs_embeds; pass the processor's whole output")
     placeholder = model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
     return (embeds == placeholder).all(-1)
 

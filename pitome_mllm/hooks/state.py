@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..families.anyres import Places
 from ..families.features import selected_features
 from ..families.geometry import Geometry
+from ..methods import UserError
 from ..plan import Plan
 from ..stats import Stats
 from .columns import Columns
@@ -210,7 +211,7 @@ class Attached:
     def check_calls(self, module: nn.Module) -> None:
         """ValueError if ``module`` is a replica that nn.DataParallel made: it carries another one's parts."""
         if getattr(module, "_is_replica", False):
-            raise ValueError(
+            raise UserError(
                 "nn.DataParallel copies the model in every call, and copies of one with merging would use parts of the "
                 "first; use DistributedDataParallel with one process for each GPU, or call the model itself"
             )
@@ -234,7 +235,7 @@ class Hook(functools.partial):
 
 def refuse_pickling(cls: type) -> Any:
     """What pickle calls for whatever belongs to an attachment: ValueError."""
-    raise ValueError(
+    raise UserError(
         f"a model with merging attached cannot be pickled ({cls.__name__}); call handle.remove() before torch.save or "
         "handing it to another process, or write it with model.save_pretrained(folder), which saves the plain model"
     )

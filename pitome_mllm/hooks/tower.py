@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..families import TowerSpec
 from ..families.features import read, write
 from ..families.geometry import PLAIN_BACKENDS
-from ..methods import Merge
+from ..methods import Merge, UserError
 from ..methods.pooling import cells
 from ..plan import Plan
 from ..stats import Stats
@@ -228,7 +228,7 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         return None
     backend = tower.config._attn_implementation
     if plan.proportional_attention and plan.merging and backend not in PLAIN_BACKENDS:
-        raise ValueError(
+        raise UserError(
             f"the vision tower's attention {backend!r} takes no log-size bias, {' and '.join(PLAIN_BACKENDS)} do: use "
             "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own), "
             "or attach with proportional_attention=False"
@@ -274,7 +274,7 @@ def merge_output(run: Run, output: Any, projector: nn.Module) -> None:
     """Merge the tower's output in front of the projector, in place, and say what the run did."""
     plan = run.plan
     if isinstance(output, tuple):
-        raise ValueError(
+        raise UserError(
             "the vision tower was called with return_dict=False; leave it at True while merging is attached"
         )
     x = output.last_hidden_state

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..families.features import PIXELS, selected_features
+from ..methods import UserError
 from ..plan import Plan
 from .caches import cache_in, length_of
 from .state import Attached
@@ -21,9 +22,9 @@ def check_call(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     given = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"got {name} as {type(x).__name__}; call the processor with return_tensors='pt'")
+            raise UserError(f"got {name} as {type(x).__name__}; call the processor with return_tensors='pt'")
         if name in PIXELS and name != handle.family.pixels:
-            raise ValueError(f"got {name}, {type(handle.model).__name__} takes {handle.family.pixels}; {ADVICE}")
+            raise UserError(f"got {name}, {type(handle.model).__name__} takes {handle.family.pixels}; {ADVICE}")
     _check_devices(handle.model, {name: str(x.device) for name, x in given.items()})
     if handle.plan is not None and any(name in PIXELS for name in given):
         _check_features(handle, kwargs)
@@ -34,7 +35,7 @@ def _check_features(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     asked = {**selected_features(vars(handle.model.config)), **selected_features(kwargs)}
     for name, value in handle.features.items():
         if asked.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"got {name}={asked.get(name)!r}, merging is planned for {value!r}; call handle.remove(), set it in "
                 "model.config and attach again, or use the plain model within handle.using(None)"
             )
@@ -49,7 +50,7 @@ def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
     if len(places) == 1 and places <= {str(x.device) for x in (*model.parameters(), *model.buffers())}:
         return  # weights that wait elsewhere until they are needed
     said = ", ".join(f"{name} on {device}" for name, device in given.items())
-    raise ValueError(f"got {said}, the model on {own}; move the processor's whole output with inputs.to(model.device)")
+    raise UserError(f"got {said}, the model on {own}; move the processor's whole output with inputs.to(model.device)")
 
 
 def check_no_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> None:
@@ -60,7 +61,7 @@ def check_no_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> None:
         return
     count = int((ids == handle.model.config.image_token_id).sum())
     if count:
-        raise ValueError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
+        raise UserError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
 
 
 def check_pictures(handle: Attached, pixels: Tensor, sizes: Any) -> None:
@@ -72,16 +73,16 @@ def check_pictures(handle: Attached, pixels: Tensor, sizes: Any) -> None:
     dims = {"": (4,), "anyres": (4, 5), "connector": (5,)}[tiles]
     if pixels.dim() not in dims:
         expected = "(pictures, tiles, 3, H, W)" if tiles else "(pictures, 3, H, W)"
-        raise ValueError(f"got pictures of shape {shape}, {type(handle.model).__name__} takes {expected}; {ADVICE}")
+        raise UserError(f"got pictures of shape {shape}, {type(handle.model).__name__} takes {expected}; {ADVICE}")
     if not len(pixels):
-        raise ValueError(f"got pixel_values of shape {shape}, no picture; leave them out where there is none")
+        raise UserError(f"got pixel_values of shape {shape}, no picture; leave them out where there is none")
     if tiles == "anyres" and sizes is None:
-        raise ValueError(f"got pixel_values without image_sizes; {ADVICE}")
+        raise UserError(f"got pixel_values without image_sizes; {ADVICE}")
     if tiles == "anyres" and pixels.dim() == 5 and len(sizes) != len(pixels):
-        raise ValueError(f"got {len(pixels)} pictures and {len(sizes)} image_sizes; {ADVICE}")
+        raise UserError(f"got {len(pixels)} pictures and {len(sizes)} image_sizes; {ADVICE}")
     side = handle.model.config.vision_config.image_size
     if tiles != "connector" and shape[-2:] != (side, side):
-        raise ValueError(
+        raise UserError(
             f"got pictures of {shape[-2]} x {shape[-1]} pixels, this vision tower takes {side} x {side}; {ADVICE}"
         )
 
@@ -93,8 +94,8 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     one = "tile" if handle.family.tiles == "connector" else "picture"
     pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
     if not count:
-        raise ValueError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
-    raise ValueError(
+        raise UserError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
+    raise UserError(
         f"got {pictures} and {count} image placeholders, expected {sum(full)}, or {sum(kept)} where the prompt is "
         f"short already; write one <image> per picture, and {ADVICE}"
     )
@@ -103,12 +104,12 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
 def check_features_alone(plan: Plan, kwargs: Mapping[str, Any], move: bool, short: bool) -> None:
     """ValueError where features come in place of pictures and the plan asks for what only pictures tell."""
     if move and (kwargs.get("position_ids") is None or not short):  # which patch a token started at is not known
-        raise ValueError(
+        raise UserError(
             "positions='original' with mm_encoder_outputs needs a short prompt and its position_ids; "
             "or pass the pictures themselves as pixel_values"
         )
     if plan.llm_size_bias:
-        raise ValueError(
+        raise UserError(
             "llm_size_bias=True does not go with mm_encoder_outputs, whose sizes are not known; pass the pictures "
             "themselves as pixel_values, or attach with llm_size_bias=False"
         )
@@ -118,7 +119,7 @@ def check_mask(mask: Any, width: int) -> None:
     """ValueError unless an attention mask is (B, T) with at least ``width`` columns, or None."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < width):
         got = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"as {type(mask).__name__}"
-        raise ValueError(f"got attention_mask {got}, which does not fit; pass the processor's (B, T) mask")
+        raise UserError(f"got attention_mask {got}, which does not fit; pass the processor's (B, T) mask")
 
 
 def check_positions(given: Any, real: Tensor, behind: bool) -> None:
@@ -126,13 +127,13 @@ def check_positions(given: Any, real: Tensor, behind: bool) -> None:
     fits = isinstance(given, Tensor) and given.dim() == 2 and len(given) in (1, len(real))
     if not fits or (given.shape[1] != real.shape[1] and not behind):
         got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"as {type(given).__name__}"
-        raise ValueError(f"got position_ids {got}, expected {tuple(real.shape)}, one per column of the prompt; or none")
+        raise UserError(f"got position_ids {got}, expected {tuple(real.shape)}, one per column of the prompt; or none")
 
 
 def check_restart(behind: bool) -> None:
     """ValueError for samples packed into a row ``behind`` a KV cache."""
     if behind:
-        raise ValueError(
+        raise UserError(
             "got position_ids that restart, with a KV cache in front of them; give packed samples in one call, or "
             "position_ids that count on"
         )
@@ -141,7 +142,7 @@ def check_restart(behind: bool) -> None:
 def check_whole(restart: Tensor | None) -> None:
     """ValueError for samples packed into a row whose prompt is short already."""
     if restart is not None and bool((restart.diff(dim=1) < 1).any()):
-        raise ValueError(
+        raise UserError(
             "positions='original' does not go with a short prompt whose position_ids restart; pass the processor's "
             "whole prompt"
         )
@@ -150,7 +151,7 @@ def check_whole(restart: Tensor | None) -> None:
 def check_chunks(model: nn.Module, size: int | None, width: int) -> None:
     """ValueError for a prompt of ``width`` tokens in chunks of ``size`` where its tokens see what follows them."""
     if size is not None and size < width and hasattr(type(model), "create_masks_for_generate"):
-        raise ValueError(
+        raise UserError(
             f"prefill_chunk_size={size} does not go with {type(model).__name__}, whose prompt tokens also see those "
             "behind them, which later chunks bring; leave it out"
         )

@@ -14,6 +14,7 @@ from .dart import DART
 from .dct import DCT
 from .diffrate import DiffRate
 from .divprune import DivPrune
+from .errors import UserError
 from .mctf import MCTF
 from .merge import Merge
 from .pitome import PiToMe
@@ -130,12 +131,12 @@ def get_method(name: str, **options: Any) -> Reducer:
     ValueError : no such method, or an option that this method does not have; both name what there is.
     """
     if name not in METHODS:
-        raise ValueError(unknown("method", name, METHODS))
+        raise UserError(unknown("method", name, METHODS))
     method = METHODS[name]
     known = [f.name for f in fields(method.reducer)]
     for option in options:
         if option not in known:
-            raise ValueError(unknown(f"option of {name}", option, known))
+            raise UserError(unknown(f"option of {name}", option, known))
     return method.reducer(**{**method.options, **options})
 
 
@@ -147,4 +148,4 @@ def unknown(what: str, got: str, choices: Iterable[str]) -> str:
     return f"unknown {what} {got!r}{hint} Choices: {', '.join(choices) or 'none'}"
 
 
-__all__ = ["METHODS", "Merge", "Method", "Reducer", "get_method", "unknown"]
+__all__ = ["METHODS", "Merge", "Method", "Reducer", "UserError", "get_method", "unknown"]

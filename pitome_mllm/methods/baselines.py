@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .merge import Merge
 from .reducer import Reducer
 
@@ -33,7 +34,7 @@ class RandomDrop(Reducer):
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed={self.seed!r} is not possible; choose a whole number")
+            raise UserError(f"seed={self.seed!r} is not possible; choose a whole number")
 
     @torch.no_grad()
     def match(

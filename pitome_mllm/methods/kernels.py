@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def fuses(metric: Tensor) -> bool:
         return False
     choice = os.environ.get(SWITCH, CHOICES[0])
     if choice not in CHOICES:
-        raise ValueError(f"{SWITCH}={choice!r} is not possible; choose one of {', '.join(CHOICES)}")
+        raise UserError(f"{SWITCH}={choice!r} is not possible; choose one of {', '.join(CHOICES)}")
     if choice == "torch" or (choice == "auto" and metric.device.type != "cuda"):
         return False
     reason = _device_obstacle(metric.device) or _obstacle(metric)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .matching import cosine, ranked, unit_metric
 from .merge import Merge, rows
 from .reducer import Reducer, check_number
@@ -45,7 +46,7 @@ class MCTF(Reducer):
         for name in ("tau_sim", "tau_info", "tau_size"):
             check_number(name, getattr(self, name), 1e-3)
         if not isinstance(self.bidirectional, bool):
-            raise ValueError(f"bidirectional={self.bidirectional!r} is not possible; choose True or False")
+            raise UserError(f"bidirectional={self.bidirectional!r} is not possible; choose True or False")
 
     @torch.no_grad()
     def match(

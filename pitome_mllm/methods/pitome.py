@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .errors import UserError
 from .matching import cosine, most_similar_first, ranked, unit_metric
 from .merge import Merge
 from .reducer import Reducer, check_count, check_number
@@ -55,7 +56,7 @@ class PiToMe(Reducer):
 
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
-            raise ValueError(f"unknown energy {self.energy!r}; choose one of {', '.join(ENERGIES)}")
+            raise UserError(f"unknown energy {self.energy!r}; choose one of {', '.join(ENERGIES)}")
         if self.margin is not None:
             check_number("margin", self.margin)
         check_number("alpha", self.alpha)

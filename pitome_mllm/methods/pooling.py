@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .merge import Merge
 from .reducer import Reducer
 
@@ -51,10 +52,10 @@ class GridPool(Reducer):
         n = self.check(metric, r, protected)
         height, width = grid or square(n)
         if height * width != n:
-            raise ValueError(f"grid {height} x {width} does not hold {n} tokens; pool whole, unmerged grids only")
+            raise UserError(f"grid {height} x {width} does not hold {n} tokens; pool whole, unmerged grids only")
         chosen = cells(height, width, n - r)
         if chosen is None:
-            raise ValueError(
+            raise UserError(
                 f"cannot pool {height} x {width} patches to {n - r} tokens; possible are products a * b with "
                 f"a <= {height}, b <= {width}, such as {_closest(self.allowed(n), n - r)}"
             )
@@ -94,5 +95,5 @@ def square(n: int) -> tuple[int, int]:
     """The side lengths of a square of ``n`` patches; ValueError if it is none."""
     side = math.isqrt(n)
     if side * side != n:
-        raise ValueError(f"{n} tokens are not a square grid; pass grid=(rows, columns)")
+        raise UserError(f"{n} tokens are not a square grid; pass grid=(rows, columns)")
     return side, side

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .errors import UserError
 from .merge import Merge
 
 
@@ -74,10 +75,10 @@ class Reducer(ABC):
         """
         for name, value in needed.items():
             if value is None:
-                raise ValueError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
+                raise UserError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
         tokens = metric.shape[1] - protected
         if not 0 <= r <= self.max_removable(tokens):
-            raise ValueError(
+            raise UserError(
                 f"cannot remove r={r} of {tokens} tokens in one step with {type(self).__name__}: "
                 f"0 to {self.max_removable(tokens)} are possible; remove the rest in further steps"
             )
@@ -89,10 +90,10 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not low <= value <= high:
         bounds = "".join(f" {word} {bound:g}" for word, bound in (("from", low), ("to", high)) if math.isfinite(bound))
-        raise ValueError(f"{name}={value!r} is not possible; choose a number{bounds}")
+        raise UserError(f"{name}={value!r} is not possible; choose a number{bounds}")
 
 
 def check_count(name: str, value: object) -> None:
     """ValueError unless the option ``name`` is a whole number from 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} is not possible; choose a whole number from 1")
+        raise UserError(f"{name}={value!r} is not possible; choose a whole number from 1")

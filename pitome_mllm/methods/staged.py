@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .errors import UserError
 from .merge import Merge
 from .pitome import PiToMe
 from .reducer import Reducer, check_number
@@ -28,7 +29,7 @@ class Staged(Reducer):
         check_number("switch", self.switch, 0, 1)
         for name in ("early", "late"):
             if not isinstance(getattr(self, name), Reducer):
-                raise ValueError(f"{name}={getattr(self, name)!r} is no Reducer; pass one, such as get_method('tome')")
+                raise UserError(f"{name}={getattr(self, name)!r} is no Reducer; pass one, such as get_method('tome')")
 
     @property
     def source_order(self) -> bool:

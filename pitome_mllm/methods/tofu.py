@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .matching import most_similar_first, unit_metric
 from .merge import Merge, rows
 from .reducer import Reducer
@@ -62,7 +63,7 @@ class ToFu(Reducer):
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:
-            raise ValueError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
+            raise UserError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
 
     @torch.no_grad()
     def match(

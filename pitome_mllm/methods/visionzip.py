@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .matching import nearest, ranked, split_evenly, unit_metric
 from .merge import Merge
 from .reducer import Reducer, check_number
@@ -45,7 +46,7 @@ class VisionZip(Reducer):
     def __post_init__(self) -> None:
         check_number("dominant", self.dominant, 0, 1)
         if self.combine not in COMBINATIONS:
-            raise ValueError(f"unknown combine {self.combine!r}; choose one of {', '.join(COMBINATIONS)}")
+            raise UserError(f"unknown combine {self.combine!r}; choose one of {', '.join(COMBINATIONS)}")
 
     @torch.no_grad()
     def match(

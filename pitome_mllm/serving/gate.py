@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+from ..methods import UserError
 from .uploads import MAX_BYTES, read_upload
 
 MODELS = "/v1/models"
@@ -54,7 +55,7 @@ class Gate:
             return await _refuse(send, 413, f"the request is too large; at most {MAX_BODY / 1e6:.0f} MB are possible")
         try:
             body = await asyncio.to_thread(self.checked, body)
-        except ValueError as error:
+        except UserError as error:
             return await _refuse(send, 400, str(error))
         headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
         headers.append((b"content-length", str(len(body)).encode()))
@@ -70,12 +71,12 @@ class Gate:
         try:
             request = json.loads(body)
             if not isinstance(request, dict):
-                raise ValueError("the request is no JSON object")
+                raise UserError("the request is no JSON object")
             pictures = _pictures(request)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError("the request is no JSON that can be read") from error
+            raise UserError("the request is no JSON that can be read") from error
         if len(pictures) > MAX_PICTURES:
-            raise ValueError(f"the request has {len(pictures)} pictures; at most {MAX_PICTURES} are possible")
+            raise UserError(f"the request has {len(pictures)} pictures; at most {MAX_PICTURES} are possible")
         for number, (holder, key) in enumerate(pictures, 1):
             holder[key] = self._written(holder[key], f"picture {number}")
         return json.dumps(request).encode()
@@ -91,16 +92,16 @@ class Gate:
         if isinstance(url, str) and url.startswith("data:"):
             head, _, data = url.partition(",")
             if not head.endswith(";base64"):
-                raise ValueError(f"{name!r} is no base64 data; send 'data:image/png;base64,...'")
+                raise UserError(f"{name!r} is no base64 data; send 'data:image/png;base64,...'")
             try:
                 return base64.b64decode(data, validate=True)
             except binascii.Error as error:
-                raise ValueError(f"{name!r} is damaged base64 data: {error}") from error
+                raise UserError(f"{name!r} is damaged base64 data: {error}") from error
         if isinstance(url, str) and url.startswith(("http://", "https://")):
             if self.allow_urls:
                 return _fetch(url, name)
-            raise ValueError(f"{name!r} is an address, and this server fetches none; send it as a data: URL")
-        raise ValueError(f"{name!r} is neither a data: URL nor a web address; send 'data:image/png;base64,...'")
+            raise UserError(f"{name!r} is an address, and this server fetches none; send it as a data: URL")
+        raise UserError(f"{name!r} is neither a data: URL nor a web address; send 'data:image/png;base64,...'")
 
 
 def _fetch(url: str, name: str) -> bytes:
@@ -108,20 +109,20 @@ def _fetch(url: str, name: str) -> bytes:
         with urllib.request.urlopen(url, timeout=SECONDS) as answer:
             return answer.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name!r} could not be fetched: {error}") from error
+        raise UserError(f"{name!r} could not be fetched: {error}") from error
 
 
 def _pictures(part: Any, depth: int = 0) -> list[tuple[dict[str, Any], str]]:
     """Where the addresses of pictures stand in a request: the object and the key in it, in their order."""
     if depth > MAX_DEPTH:
-        raise ValueError(f"the request is nested more than {MAX_DEPTH} levels deep")
+        raise UserError(f"the request is nested more than {MAX_DEPTH} levels deep")
     if isinstance(part, list):
         return [found for each in part for found in _pictures(each, depth + 1)]
     if not isinstance(part, dict):
         return []
     for key in REFUSED:
         if key in part:
-            raise ValueError(f"{key!r} is not possible here; send text and pictures")
+            raise UserError(f"{key!r} is not possible here; send text and pictures")
     found = []
     for key, value in part.items():
         if key == "image_url":

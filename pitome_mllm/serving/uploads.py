@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..commands._inputs import decode
+from ..methods import UserError
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 40_000_000  # a phone's camera; more would take over 160 MB once decoded
@@ -30,7 +31,7 @@ def read_upload(source: Path | bytes, name: str) -> Image.Image:
     """
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{name!r} has {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB are possible")
+        raise UserError(f"{name!r} has {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB are possible")
     data = source if isinstance(source, bytes) else source.read_bytes()
     _check_header(data, name)
     image = decode(io.BytesIO(data), name)
@@ -46,13 +47,39 @@ def _check_header(data: bytes, name: str) -> None:
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                 width, height = file.size
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name!r} is no picture in one of the formats {', '.join(FORMATS)}") from error
+        raise UserError(f"{name!r} is no picture in one of the formats {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name!r} would have far too many pixels; scale it down") from error
+        raise UserError(f"{name!r} would have far too many pixels; scale it down") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name!r} is damaged: {error}") from error
+        raise UserError(f"{name!r} is damaged: {error}") from error
     if width * height > MAX_PIXELS:
-        raise ValueError(
+        raise UserError(
             f"{name!r} has {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million are possible; "
             "scale it down"
         )
+
+
+def decode(source: str | Path | BinaryIO, name: str) -> Image.Image:
+    """The picture in a file, open or not; RGB, turned as its camera says, transparency on white.
+
+    ``name`` is what messages call it. ValueError where it is not a whole picture in a format that Pillow knows.
+    """
+    try:
+        with Image.open(source) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name!r} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {name!r}: {error}") from error
+    return _rgb(picture)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would cut off instead of scaling
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

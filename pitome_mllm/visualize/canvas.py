@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..methods import UserError
+
 DROPPED = -1  # the label of patches that belong to no token
 CELL = 28  # default pixels per patch: a single patch stays readable, and 24 x 24 of them fill 672 pixels
 
@@ -16,7 +18,7 @@ CELL = 28  # default pixels per patch: a single patch stays readable, and 24 x 2
 def check_picture(picture: Any) -> None:
     """ValueError for anything but a PIL picture."""
     if not isinstance(picture, Image.Image):
-        raise ValueError(f"expected a PIL picture, got {type(picture).__name__}; convert it with PIL.Image.fromarray")
+        raise UserError(f"expected a PIL picture, got {type(picture).__name__}; convert it with PIL.Image.fromarray")
 
 
 def array(values: Any) -> np.ndarray:
@@ -25,7 +27,7 @@ def array(values: Any) -> np.ndarray:
     if found.ndim == 2 and len(found) == 1:
         found = found[0]
     if found.ndim != 1 or not found.size:
-        raise ValueError(f"got the shape {tuple(found.shape)}; pass those of one picture, (N,) or (1, N)")
+        raise UserError(f"got the shape {tuple(found.shape)}; pass those of one picture, (N,) or (1, N)")
     return found
 
 
@@ -36,9 +38,9 @@ def on_grid(values: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
         if grid[0] * grid[1] != values.size:
             extra = grid[0] * grid[1] + 1 == values.size
             hint = "leave out the class token (groups[1:])" if extra else "pass grid=(rows, columns)"
-            raise ValueError(f"{values.size} patches do not fill a square; {hint}")
+            raise UserError(f"{values.size} patches do not fill a square; {hint}")
     if grid[0] * grid[1] != values.size:
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} patches, got {values.size} values")
+        raise UserError(f"a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} patches, got {values.size} values")
     return values.reshape(grid)
 
 
@@ -48,7 +50,7 @@ def canvas(grid: tuple[int, ...], size: tuple[int, int], side: int | None) -> tu
     if side is None:
         side = max(max(size), CELL * longer)
     if side < 4 * longer:
-        raise ValueError(f"side={side} leaves less than 4 pixels for a patch; pass at least {4 * longer}")
+        raise UserError(f"side={side} leaves less than 4 pixels for a patch; pass at least {4 * longer}")
     return max(1, round(side * grid[0] / longer)), max(1, round(side * grid[1] / longer))
 
 

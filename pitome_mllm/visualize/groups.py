@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..methods import UserError
 from .canvas import (
     DROPPED,
     array,
@@ -68,7 +69,7 @@ def draw_groups(
         small to show the patches.
     """
     if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+        raise UserError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     check_picture(picture)
     labels = _labels(groups, grid)
     sizes = _sizes(labels, sizes)
@@ -86,12 +87,12 @@ def draw_groups(
 def _labels(groups: Any, grid: tuple[int, int] | None) -> np.ndarray:
     """Checked group labels (rows, columns), from 0; dropped patches -1."""
     if groups is None:
-        raise ValueError(
+        raise UserError(
             "this method forms no groups, so there is nothing to draw; choose one that merges or drops tokens"
         )
     labels = array(groups)
     if labels.dtype.kind not in "iu" or labels.min() < DROPPED:
-        raise ValueError("groups must be integers from 0, with -1 for dropped patches")
+        raise UserError("groups must be integers from 0, with -1 for dropped patches")
     return on_grid(labels, grid)
 
 
@@ -103,7 +104,7 @@ def _sizes(labels: np.ndarray, sizes: Any) -> np.ndarray:
     else:
         sizes = np.asarray(sizes.detach().float().cpu() if isinstance(sizes, torch.Tensor) else sizes).reshape(-1)
         if len(sizes) != count:
-            raise ValueError(f"got {len(sizes)} sizes for {count} tokens; pass one for each token of `groups`")
+            raise UserError(f"got {len(sizes)} sizes for {count} tokens; pass one for each token of `groups`")
     return np.append(sizes, 0)
 
 

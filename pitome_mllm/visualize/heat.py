@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..methods import UserError
 from .canvas import array, canvas, check_picture, dots, hatch, on_grid, per_pixel, stretched, to_picture
 
 # Nine colours of viridis, which grows evenly in lightness and reads the same for every common kind of colour blindness.
@@ -49,7 +50,7 @@ def draw_energies(
     """
     check_picture(picture)
     if energies is None:
-        raise ValueError("this method has no energies, so there is nothing to draw; choose one such as pitome")
+        raise UserError("this method has no energies, so there is nothing to draw; choose one such as pitome")
     values = on_grid(array(energies).astype(np.float64), grid)
     height, width = canvas(values.shape, picture.size, side)
     cell = min(height // values.shape[0], width // values.shape[1])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..methods import Merge
+from ..methods import Merge, UserError
 from .groups import draw_groups
 from .heat import draw_energies, limits
 
@@ -17,7 +17,7 @@ from .heat import draw_energies, limits
 def check_drawable(plan: Any) -> None:
     """ValueError where tokens merge behind the projector: those are no patches of what the tower saw."""
     if plan.where == "packed":
-        raise ValueError(
+        raise UserError(
             "where='packed' merges what the projector made of all tiles, so there are no patches to draw groups on; "
             "choose where='tower' if this family has it"
         )
@@ -50,7 +50,7 @@ def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor
 def _onward(stats: Any, image: int, group: Tensor, merge: Merge) -> Tensor:
     """Where a merge takes the tokens ``group`` (N,) of the patches."""
     if merge.group is None:
-        raise ValueError(f"{stats.method} forms no groups, so there is nothing to draw; choose another method")
+        raise UserError(f"{stats.method} forms no groups, so there is nothing to draw; choose another method")
     ahead = stats.plan.geometry.class_tokens
     after = merge.group[image, ahead:].cpu()
     after = (after - ahead).where(after >= 0, -1)
@@ -73,7 +73,7 @@ def patch_energies(stats: Any, image: int = 0) -> list[Tensor | None]:
     ValueError : the run kept no energies; a method without groups.
     """
     if stats.energies is None:
-        raise ValueError("this run kept no energies; attach with energies=True")
+        raise UserError("this run kept no energies; attach with energies=True")
     found: list[Tensor | None] = []
     for step, energy in enumerate(stats.energies):
         if energy is None:
@@ -168,7 +168,7 @@ def draw_step_energies(
     energies, grid = patch_energies(stats, image), stats.plan.geometry.grid
     steps = [step for step, energy in enumerate(energies) if energy is not None]
     if not steps:
-        raise ValueError(f"{stats.method} has no energies, so there is nothing to draw; choose one such as pitome")
+        raise UserError(f"{stats.method} has no energies, so there is nothing to draw; choose one such as pitome")
     names, counts = step_names(stats), token_counts(stats)
     options = {"grid": grid, "side": side, "span": span or energy_range([stats])}
     drawings = [
@@ -179,6 +179,6 @@ def draw_step_energies(
 
 def _check(pictures: Sequence[Image.Image], stats: Any) -> None:
     if len(pictures) != stats.images:
-        raise ValueError(
+        raise UserError(
             f"got {len(pictures)} pictures for a run of {stats.images}; pass one for each picture or tile of the run"
         )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ..families.features import pixels_in
+from ..methods import UserError
 
 
 def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
@@ -26,7 +27,7 @@ def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
     """
     image_processor = getattr(processor, "image_processor", processor)
     if not hasattr(image_processor, "image_mean"):
-        raise ValueError(
+        raise UserError(
             f"{type(processor).__name__} has no image processor; pass the processor that AutoProcessor loads"
         )
     values = pixels_in(image_processor(images=picture.convert("RGB"), return_tensors="pt"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..methods import UserError
 from .groups import PALETTE
 
 
@@ -25,10 +26,10 @@ def side_by_side(
     """
     titles = [""] * len(pictures) if titles is None else list(titles)
     if not pictures or len(titles) != len(pictures):
-        raise ValueError(f"got {len(pictures)} pictures and {len(titles)} titles; give one title for each picture")
+        raise UserError(f"got {len(pictures)} pictures and {len(titles)} titles; give one title for each picture")
     columns = len(pictures) if columns is None else columns
     if columns < 1:
-        raise ValueError(f"columns={columns} is not possible; give 1 or more")
+        raise UserError(f"columns={columns} is not possible; give 1 or more")
     height = max(picture.height for picture in pictures)
     scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
     starts = range(0, len(pictures), columns)
@@ -107,7 +108,7 @@ def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = 
     ValueError : nothing to show, or more names than there are colours.
     """
     if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
-        raise ValueError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
+        raise UserError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
     font = ImageFont.load_default(size=max(11, size[1] // 32))
     line = font.size + 4
     drawing = Image.new("RGB", size, "white")

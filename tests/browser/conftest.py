@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pitome_mllm import load
 from pitome_mllm_demo.app import CACHE, serve
-from pitome_mllm_demo.models import Models
+from pitome_mllm_demo.engine import Engine
 
 WIDE, NARROW = (1280, 900), (390, 844)
 FLAGS = [
@@ -39,10 +40,7 @@ sys.addaudithook(_note_outside)
 def served(tmp_path_factory):
     """The page of the embedded model: its parts, its address as ``served.url``, Gradio's folder as ``served.cache``."""
     folder = tmp_path_factory.mktemp("demo")
-    page = serve(
-        Models(), folder, "127.0.0.1", None, share=False, picker=True,
-        prevent_thread_lock=True, quiet=True,
-    )  # fmt: skip
+    page = serve(Engine("tiny", *load("tiny")), folder, "127.0.0.1", None, False, prevent_thread_lock=True, quiet=True)
     page.url, page.cache = page.blocks.local_url, folder / CACHE
     yield page
     page.blocks.close()
@@ -112,16 +110,6 @@ class Visitor:
     def choose(self, part, text):
         self.page.locator(f"{part} input").first.click()
         self.page.get_by_role("option", name=text, exact=True).click()
-
-    def load(self, model):
-        """Ask for another model; leaving the box is what tells the page its name."""
-        self.page.get_by_role("button", name="Model").click()
-        box = self.page.locator("#pm-model textarea, #pm-model input").first
-        box.click()
-        box.fill(model)
-        box.press("Tab")
-        self.page.wait_for_timeout(300)
-        self.page.locator("#pm-load").click()
 
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()

@@ -11,8 +11,6 @@ import pytest
 from gradio_client import Client, handle_file
 from record import record
 
-from pitome_mllm_demo.app import Page
-from pitome_mllm_demo.models import Models
 from pitome_mllm_eval.benchmark.sets import scene
 
 OWN = "the method's own"
@@ -81,13 +79,6 @@ def test_the_first_answer_comes_soon_after_a_cold_start(program, picture):
 
 def test_it_listens_on_this_machine_only(program):
     assert program.url.startswith("http://127.0.0.1:")
-
-
-@pytest.mark.parametrize("picker", [True, False])
-def test_strangers_cannot_load_models(tmp_path, picker):
-    """Without the picker there is nothing to call, not only nothing to see."""
-    page = Page(Models(), picker, tmp_path)
-    assert any(call.name == "load_model" for call in page.blocks.fns.values()) == picker
 
 
 def test_turns_settings_and_figures(program, picture):

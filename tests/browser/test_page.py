@@ -1,6 +1,7 @@
 """What a visitor does with the chat, in headless Chromium."""
 
 import json
+import os
 import re
 
 import pytest
@@ -9,6 +10,9 @@ from gradio_client import Client
 from models import LONG
 from PIL import Image
 
+from pitome_mllm import load
+from pitome_mllm_demo.app import serve
+from pitome_mllm_demo.engine import Engine
 from pitome_mllm_eval.benchmark.sets import scene
 
 
@@ -37,11 +41,20 @@ def test_several_turns_and_pictures(visitor, files):
     assert visitor.page.locator(".pm-question").count() == 3
 
 
-def test_a_reply_streams_and_can_be_stopped(visitor, files, wordy):
-    """On a model whose answers are long, loaded in the page."""
+@pytest.fixture
+def wordy_url(wordy, tmp_path, monkeypatch):
+    """The address of a page whose model gives long answers."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # put back at the end
+    engine = Engine("wordy", *load(wordy))
+    page = serve(engine, tmp_path, "127.0.0.1", None, False, prevent_thread_lock=True, quiet=True)
+    yield page.blocks.local_url
+    page.blocks.close()
+
+
+def test_a_reply_streams_and_can_be_stopped(visitor, files, wordy_url):
     page = visitor.page
-    visitor.load(wordy)
-    visitor.until(lambda: f"{wordy} is ready" in page.locator("#pm-notice").inner_text())
+    page.goto(wordy_url)
+    page.locator("#pm-box textarea").wait_for()
     seen = []
 
     def done():
@@ -59,13 +72,6 @@ def test_a_reply_streams_and_can_be_stopped(visitor, files, wordy):
     page.locator("#pm-stop").click()
     visitor.until(lambda: page.locator(".pm-merged.pm-stopped").count() == 1)
     assert len(visitor.last(".pm-merged .pm-text").split()) < LONG
-
-
-def test_a_model_that_cannot_be_loaded(visitor, files):
-    page = visitor.page
-    visitor.load("./nowhere")
-    visitor.until(lambda: "no folder 'nowhere'" in page.locator("#pm-notice").inner_text())
-    assert visitor.ask(truth(6)[0], files[6]) == truth(6)[1]
 
 
 def test_retry_clear_and_json(visitor, files):
@@ -178,7 +184,7 @@ def test_a_broken_file_is_refused_readably(visitor, files, tmp_path):
 
 
 def test_settings_change_the_next_turn_only_and_never_reload(visitor, files, served):
-    engine = served.first
+    engine = served.engine
     visitor.ask("is there a star?", files[16])
     slider = visitor.page.locator("#pm-keep input[type=range]")
     slider.focus()
@@ -193,7 +199,7 @@ def test_settings_change_the_next_turn_only_and_never_reload(visitor, files, ser
     assert (
         labels[0].startswith("pitome-tuned · 144 of 576") and labels[1] == "tome · 147 of 576 tokens (26%) · projector"
     )
-    assert served.handlers.visitors.models.loaded[engine.key] is engine
+    assert served.handlers.visitors.engine is engine
 
 
 def test_ratio_per_block_and_settings_that_are_not_possible(visitor, files):
@@ -217,7 +223,7 @@ def test_compare(visitor, files):
     for lane in (plain, merged):
         names = lane.locator(".pm-name").all_inner_texts()
         assert names == [
-            "visual tokens", "prompt tokens", "tower, ms", "1st token, ms", "tokens / s", "KV cache, MB", "GFLOPs"
+            "visual tokens", "prompt tokens", "tower, ms", "1st token, ms", "each token, ms", "KV cache, MB", "GFLOPs"
         ]  # fmt: skip
     assert plain.locator(".pm-ratio").count() == plain.locator(".pm-saved").count() == 0
     assert re.fullmatch(
@@ -280,9 +286,8 @@ def test_energy_tokens_and_accuracy(visitor, files):
     assert "block 0" in visitor.page.locator("#pm-tokens svg").text_content()
     visitor.tab("Accuracy")
     visitor.until(lambda: "keep 144" in visitor.page.locator("#pm-accuracy").inner_text())
-    mark = visitor.page.locator("#pm-accuracy .pm-mark").get_attribute("cx")
     visitor.keep(72)
-    visitor.until(lambda: visitor.page.locator("#pm-accuracy .pm-mark").get_attribute("cx") != mark)
+    visitor.until(lambda: "keep 72" in visitor.page.locator("#pm-accuracy svg title").first.text_content())
 
 
 def test_earlier_turns_can_be_looked_into(visitor, files):
@@ -336,8 +341,7 @@ def test_a_visitor_who_leaves_frees_what_they_hold(visit, files, served, tmp_pat
             break
         visitor.context.pages or visitor.context.new_page()
         visitor.context.pages[0].wait_for_timeout(100)
-    using = sum(chat.engine is served.first for chat in held.values())
-    assert gone() and served.first.users == using + 1  # the page itself keeps its first model
+    assert gone()
     assert list(served.cache.glob("*/scene 16.png"))  # the example of nearly that name stays
     assert len(served.blocks._queue.event_analytics) <= 1  # nor does Gradio keep a list of what visitors did
 

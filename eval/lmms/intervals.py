@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 2000
+from ..benchmark.bootstrap import span, weights
 
 
 def draws(samples: Sequence[dict[str, Any]], metric: str, seed: int = 0) -> tuple[float, np.ndarray] | None:
-    """A figure, and what it is in each of `DRAWS` resamplings; None where it is no function of sums over questions.
+    """A figure, and what it is in each draw of the bootstrap; None where it is no function of sums over questions.
 
     Questions on one picture depend, so pictures are resampled where ``samples`` say which ("picture"). Runs that were
     asked the same questions are resampled alike under one seed.
@@ -24,10 +24,7 @@ def draws(samples: Sequence[dict[str, Any]], metric: str, seed: int = 0) -> tupl
     parts = [sums(group) for group in clusters.values()]
     names = sorted({name for part in parts for name in part}, key=str)
     table = np.array([[part.get(name, 0.0) for name in names] for part in parts])
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(DRAWS):
-        total = table[rng.integers(len(table), size=len(table))].sum(0)
-        found.append(figure(dict(zip(names, total, strict=True))))
+    found = [figure(dict(zip(names, total, strict=True))) for total in weights(len(table), seed) @ table]
     value = figure(dict(zip(names, table.sum(0), strict=True)))
     return None if np.isnan(found).all() else (value, np.array(found))
 
@@ -36,12 +33,6 @@ def interval(samples: Sequence[dict[str, Any]], metric: str) -> tuple[float, flo
     """A figure with its 95 % interval; None where there are no `draws`."""
     drawn = draws(samples, metric)
     return drawn and (drawn[0], *span(drawn[1]))
-
-
-def span(drawn: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of draws, those aside that have no figure."""
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _clusters(samples: Sequence[dict[str, Any]], metric: str) -> dict[Hashable, list[Any]]:

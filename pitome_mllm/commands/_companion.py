@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from ..methods import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def companion(name: str, module: str = "") -> ModuleType:
@@ -32,7 +34,7 @@ def companion(name: str, module: str = "") -> ModuleType:
             _load_folder(package, CHECKOUT / name)
         return importlib.import_module(f"{package}.{module}" if module else package)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{package}{'.' + module if module else ''} needs {error.name!r}, which is not installed; "
             f"install it with: pip install 'pitome-mllm[{name}]'"
         ) from error

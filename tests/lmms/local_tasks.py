@@ -1,20 +1,17 @@
-"""Small data sets with the columns of published ones, out of the embedded scenes: ``--out FOLDER``.
+"""Small data sets with the columns of published ones, out of the embedded scenes.
 
-They let lmms-eval's own prompts and metrics of these tasks run without a network:
-``python -m pitome_mllm_eval.lmms.local_tasks --out data`` and then ``pitome-mllm reproduce --data data ...``. The
-figures say nothing about the published benchmarks.
+They let lmms-eval's own prompts and metrics of these tasks run without a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..benchmark.sets import scene
-from .circular import ROTATED
+from pitome_mllm_eval.benchmark.sets import scene
+from pitome_mllm_eval.lmms.circular import ROTATED
 
 Rows = Iterator[dict[str, Any]]
 BINARY = ("existence", "location", "relation")
@@ -104,16 +101,3 @@ def _png(number: int | None) -> dict[str, Any] | None:
     file = io.BytesIO()
     scene(number)[0].save(file, "PNG")
     return {"bytes": file.getvalue(), "path": f"{number}.png"}
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--scenes", type=int, default=20, metavar="N", help="pictures to ask about (%(default)s)")
-    args = parser.parse_args(argv)
-    write(args.out, args.scenes)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,19 @@
-"""One timing loop for processors and GPUs: what is compared takes turns, and each turn of each is timed alone."""
+"""One timing loop for processors and GPUs: what is compared takes turns, each timed alone; and the memory it takes."""
 
 from __future__ import annotations
 
 import random
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -72,3 +76,45 @@ def quantiles(values: list[float] | np.ndarray) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
     low, middle, high = np.quantile(values, (0.2, 0.5, 0.8))
     return float(low), float(middle), float(high)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as these live; ``peak`` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if value.untyped_storage().data_ptr() not in self._known:
+                self._enter(value.untyped_storage())
+        return result
+
+    def _enter(self, storage: Any) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        self._known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, place, size)
+
+    def _leave(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most memory during one turn: on a GPU all that is allocated, weights included; else of what operations make."""
+    if call.prepare:
+        call.prepare()
+    if device.type != "cuda":
+        with Alive() as alive:
+            call.run()
+        return alive.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call.run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)

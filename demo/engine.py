@@ -1,0 +1,99 @@
+"""The model of the chat: one for all visitors, used by one run at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+
+from pitome_mllm import attach, estimate
+from pitome_mllm.costs.flops import MLP_MATRICES, kv_bytes_per_token
+from pitome_mllm.families.features import pixel_values, tower_features
+from pitome_mllm.plan import Plan, make_plan
+from pitome_mllm.settings import Settings
+
+from .controls import Controls
+
+
+class Engine:
+    """The attached model of this process, with a thread on which runs take turns in the order they came.
+
+    Settings are per run, through ``handle.using``.
+
+    Parameters
+    ----------
+    name : what the model is called.
+    model, processor : plain, as `load` gives them.
+    """
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        self.name, self.model, self.processor = name, model, processor
+        self.handle = attach(model, keep=0.25)
+        self.geometry = self.handle.geometry
+        self._runs: list[Future] = []  # those that wait or run, in their order
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._desk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="desk")
+        self._picture_flops = lru_cache(maxsize=256)(self._per_picture)  # counting them takes a good part of a second
+
+    @property
+    def available(self) -> int:
+        """Visual tokens per picture of the plain model."""
+        return self.geometry.available
+
+    def warm_up(self) -> None:
+        """Run the tower once merged and once plain, so that the first figures are like all others."""
+        blank = pixel_values(self.processor, Image.new("RGB", (32, 32)))
+        tower_features(self.model, blank)
+        with self.handle.using(None):
+            tower_features(self.model, blank)
+
+    def plan(self, controls: Controls) -> Plan:
+        """What the settings come to; ValueError if they are not possible here."""
+        return make_plan(Settings().changed(**controls.settings()), self.geometry)
+
+    def prepare(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Do something short that takes much memory for a moment, such as decoding, on one thread for all visitors.
+
+        The C library keeps what every thread once needed, and a page has dozens of threads.
+        """
+        return self._desk.submit(work, *given).result()
+
+    def submit(self, run: Callable[[], Any]) -> Future:
+        """Queue a run on the model's thread."""
+        future = self._thread.submit(run)
+        with self._lock:
+            self._runs.append(future)
+        future.add_done_callback(self._finished)
+        return future
+
+    def ahead(self, run: Future) -> int:
+        """How many runs come before one that `submit` returned."""
+        with self._lock:
+            return self._runs.index(run) if run in self._runs else 0
+
+    def _finished(self, run: Future) -> None:
+        with self._lock:
+            self._runs.remove(run)  # and with it what its visitor holds
+
+    def cost(self, controls: Controls | None, pictures: int, prompt_tokens: int) -> tuple[float, float | None]:
+        """MB of the prompt's KV cache, and 10^9 FLOPs up to the first new token.
+
+        The latter None = not known: of this LLM, or of pictures that are cut into tiles. ``controls`` None = the plain
+        model; ``prompt_tokens`` as the LLM reads them.
+        """
+        text = self.model.config.text_config
+        kv = prompt_tokens * kv_bytes_per_token(text, self.model.dtype) / 1e6
+        if text.model_type not in MLP_MATRICES or self.geometry.family.tiles:
+            return kv, None
+        llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
+        return kv, (pictures * self._picture_flops(controls) + llm) / 1e9
+
+    def _per_picture(self, controls: Controls | None) -> int:
+        """FLOPs of tower, merging and projector for one picture."""
+        one = estimate(self.model, **({} if controls is None else controls.settings()), text_tokens=0)
+        return one.tower_flops + one.merging_flops + one.projector_flops

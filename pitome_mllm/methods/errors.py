@@ -1,0 +1,11 @@
+"""The error that every mistake of a user is told by."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake of the user: what was got, what is possible, and what to do.
+
+    Command line, chat and server show its sentence alone; any other exception is a fault of a program, ours or another,
+    and shows where it happened.
+    """
