@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 from pitome_mllm.schedule import EVERY
@@ -76,7 +76,7 @@ class Controls:
 
 def label(plan: Plan | None, geometry: Geometry) -> str:
     """One line that says what a turn was asked with; None = the plain model."""
-    tokens = "tokens per tile" if geometry.tiled else "tokens"
+    tokens = "tokens per tile" if geometry.family.tiles else "tokens"
     if plan is None:
         return f"plain · all {geometry.available} {tokens}"
     return f"{plan.method} · {plan.keep} of {plan.available} {tokens} ({plan.keep / plan.available:.0%}) · {plan.where}"
@@ -84,9 +84,13 @@ def label(plan: Plan | None, geometry: Geometry) -> str:
 
 def describe(plan: Plan) -> str:
     """The way of a picture's tokens, or a tile's, through the model, in words."""
-    steps = [plan.entering, *(left for _, left, _ in plan.steps)]
+    steps = [plan.input_patches, *(left for _, left, _ in plan.steps)]
     way = " → ".join(map(str, steps)) if len(steps) > 1 else "nothing merges"
-    start = "" if plan.entering == plan.geometry.patches else f"the picture is scaled to {plan.entering} patches; "
+    start = (
+        ""
+        if plan.input_patches == plan.geometry.patches
+        else f"the picture is scaled to {plan.input_patches} patches; "
+    )
     share = f"{plan.keep} of {plan.available} visual tokens ({plan.keep / plan.available:.0%})"
-    share += " per tile" if plan.geometry.tiled else ""
+    share += " per tile" if plan.geometry.family.tiles else ""
     return f"{share}, {plan.where}: {start}{way}"

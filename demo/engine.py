@@ -88,7 +88,7 @@ class Engine:
         """
         text = self.model.config.text_config
         kv = prompt_tokens * kv_bytes_per_token(text, self.model.dtype) / 1e6
-        if text.model_type not in MLP_MATRICES or self.geometry.tiled:
+        if text.model_type not in MLP_MATRICES or self.geometry.family.tiles:
             return kv, None
         llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
         return kv, (pictures * self._picture_flops(controls) + llm) / 1e9

@@ -168,7 +168,7 @@ def look_only(
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
         seen = tuple(looks(engine.processor, pictures, stats, title))
-        if engine.geometry.tiled:  # how many tokens the tiles come to, is known behind the tower
+        if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
             return Outcome(None, None, tower_ms=_tower_ms(tower), looks=seen)
         each = len(pictures) * plan.keep, len(pictures) * plan.available
         return Outcome(*each, tower_ms=_tower_ms(tower), looks=seen)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import FAMILIES, FamilySpec, Geometry, geometry
-from .families.probe import probe
-from .hooks import install, llava_package
+from .families import FAMILIES
+from .families.geometry import geometry
+from .hooks import install
 from .hooks.graphs import Graphs
 from .hooks.state import Attached, refuse_pickling
 from .methods import Reducer, UserError
@@ -45,8 +45,8 @@ class Attachment(Attached):
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        family, geometry = _known(model) or probe(model)
-        super().__init__(model, family, geometry, make_plan(settings, geometry))
+        found = geometry(model)
+        super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
         self.graphs = Graphs()
         self._updating = threading.Lock()
@@ -139,7 +139,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     If you want to tinker
     ---------------------
     These are the method's own choice unless given; `METHODS` says which.
-    merges : how many blocks of the tower merge on the way down to keep, each an equal share, at equal distances over
+    merges : how many blocks of the tower merge until keep are left, each an equal share, at equal distances over
         the first three quarters of them, or where schedule puts them; in a tower of fewer than 12 over all. More do
         where one would remove over 40 %, and so it is before the projector; "every" = all of them.
     schedule : the part of the blocks that merges: "equal" (all, or see merges), "early" or "delayed" (the first or last
@@ -196,14 +196,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _describe(plan: Plan) -> str:
     return f"{plan.method} (keep={plan.keep} of {plan.available}, {plan.where})"
-
-
-def _known(model: nn.Module) -> tuple[FamilySpec, Geometry] | None:
-    """The row of a model, by the name of its class or of one it derives from, and its geometry; None if it has none."""
-    if llava_package.is_original(model):
-        return llava_package.describe(model)
-    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
-    return None if name is None else (FAMILIES[name], geometry(model.config))
 
 
 def _carried(model: nn.Module) -> Attachment | None:

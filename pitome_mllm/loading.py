@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .families import FAMILY_OF_CONFIG, geometry
+from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
+from .families.geometry import family_of, geometry
 from .hooks import llava_package
 from .methods import UserError
 
@@ -132,7 +133,7 @@ def _original_architecture(source: str) -> str | None:
         architectures = PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
     except (OSError, ValueError):  # read_config says what is wrong with it
         return None
-    return next((name for name in architectures if name in llava_package.MODELS), None)
+    return next((name for name in architectures if name in LLAVA_PACKAGE), None)
 
 
 def _first_line(error: Exception) -> str:
@@ -178,10 +179,10 @@ def read_config(name_or_path: str | Path) -> Any:
     if any(name not in FAMILY_OF_CONFIG.values() for name in config.architectures or ()):
         raise UserError(
             f"unsupported family {', '.join(config.architectures)} in {source!r}; supported: "
-            f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints; load "
-            "others by their own library, and attach looks for their parts"
+            f"{', '.join(sorted(FAMILY_OF_CONFIG.values()))}, in the layout of the hub's llava-hf checkpoints; a "
+            "new family is a row in pitome_mllm.families"
         )
-    geometry(config)  # raises for families and towers that cannot be merged in
+    family_of(config), geometry(config)  # raise for families and towers that cannot be merged in
     return config
 
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .families import Geometry
+from .families.geometry import Geometry
 from .methods import Reducer, UserError
-from .schedule import EVERY, Schedule, gentle, rounds, target_count
-from .settings import HOW, Settings, settled
+from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
+from .settings import HOW, Settings, resolve_settings
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Plan:
     Attributes
     ----------
     counts : patch tokens left after each merging block, class tokens not counted.
-    rounds : patch tokens left after each step in front of the projector; empty if nothing merges there.
+    projector_counts : patch tokens left after each step in front of the projector; empty if nothing merges there.
     packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
-    entering : patches of the picture that the tower gets.
+    input_patches : patches of the picture that the tower gets.
     gentle : no merge removes over 40 % of the tokens, if there is another way.
     logits : "merged" or "caller", whose columns a call's logits have.
     graph : whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
@@ -31,9 +31,9 @@ class Plan:
     reducer: Reducer
     geometry: Geometry
     where: str
-    entering: int
+    input_patches: int
     counts: tuple[int, ...]
-    rounds: tuple[int, ...]
+    projector_counts: tuple[int, ...]
     metric: str
     place: str
     weighted: bool
@@ -57,14 +57,14 @@ class Plan:
         """Visual tokens per picture that reach the LLM."""
         if self.where == "packed":
             return self.packed[-1] if self.packed else self.available
-        patches = [self.entering, *self.counts, *self.rounds][-1]
+        patches = [self.input_patches, *self.counts, *self.projector_counts][-1]
         return patches + self.geometry.visible_class_tokens
 
     def removed(self, block: int) -> int:
         """Tokens that block ``block`` removes; 0 for blocks behind the feature layer."""
         if block >= len(self.counts):
             return 0
-        before = self.counts[block - 1] if block else self.entering
+        before = self.counts[block - 1] if block else self.input_patches
         return before - self.counts[block]
 
     @property
@@ -87,8 +87,8 @@ class Plan:
         if self.where == "packed":
             return tuple((n, left, 1.0) for n, left in zip((self.available, *self.packed), self.packed))
         after = [(left, block / len(self.counts)) for block, left in enumerate(self.counts)]
-        after += [(left, 1.0) for left in self.rounds]
-        before = [self.entering, *(left for left, _ in after)]
+        after += [(left, 1.0) for left in self.projector_counts]
+        before = [self.input_patches, *(left for left, _ in after)]
         return tuple((n, left, depth) for n, (left, depth) in zip(before, after) if left < n)
 
     def max_removable(self, tokens: int) -> int:
@@ -109,15 +109,15 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
     ------
     ValueError : an unknown method, option or choice; a keep, ratio or counts that cannot be reached.
     """
-    settings, reducer, name = settled(settings, geometry)
-    entering, counts, steps = _token_counts(settings, reducer, name, geometry)
+    settings, reducer, name = resolve_settings(settings, geometry)
+    input_patches, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
         method=name,
         reducer=reducer,
         geometry=geometry,
-        entering=entering,
+        input_patches=input_patches,
         counts=tuple(counts),
-        rounds=() if settings.where == "packed" else tuple(steps),
+        projector_counts=() if settings.where == "packed" else tuple(steps),
         packed=tuple(steps) if settings.where == "packed" else (),
         gentle=settings.merges != EVERY,
         energies=settings.energies,
@@ -156,9 +156,13 @@ def _token_counts(
     keep = _patch_keep(settings, reducer, name, geometry)
     of_round = limit if settings.merges == EVERY else gentle(limit)
     if settings.where == "packed":
-        return patches, [patches] * blocks, rounds(geometry.available, keep + geometry.visible_class_tokens, of_round)
+        return (
+            patches,
+            [patches] * blocks,
+            projector_counts(geometry.available, keep + geometry.visible_class_tokens, of_round),
+        )
     if settings.where == "projector":
-        return patches, [patches] * blocks, rounds(patches, keep, of_round)
+        return patches, [patches] * blocks, projector_counts(patches, keep, of_round)
     tower = (
         round(math.sqrt(patches * keep))
         if settings.tower_keep is None
@@ -167,7 +171,7 @@ def _token_counts(
     if tower < keep:
         raise UserError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
     counts = Schedule(tower, shape=settings.schedule, merges=settings.merges).counts(patches, blocks, limit)
-    return patches, counts, rounds(tower, keep, of_round)
+    return patches, counts, projector_counts(tower, keep, of_round)
 
 
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:

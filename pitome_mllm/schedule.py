@@ -47,7 +47,7 @@ class Schedule:
     ratio : share of its tokens that every block keeps, in (0, 1]; the paper's rho. A block of N tokens loses
         floor(N - rho * N), at most half.
     counts : tokens after each block, explicitly.
-    shape : how the way down to ``keep`` is spread over the blocks, a name in `SHAPES`.
+    shape : the token schedule: which blocks merge, as a, a name in `SHAPES`.
     merges : how many of the blocks merge, each an equal share, at places that ``shape`` decides; "every" (None) = all.
         More do where one would remove over 40 %. It goes with ``keep``.
 
@@ -125,7 +125,7 @@ def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> i
     return count
 
 
-def rounds(tokens: int, keep: int, max_removable: MaxRemovable = half) -> list[int]:
+def projector_counts(tokens: int, keep: int, max_removable: MaxRemovable = half) -> list[int]:
     """Counts after each of the fewest steps from ``tokens`` down to ``keep``, in equal shares; [] if there are none."""
     steps, reached = 0, tokens
     while reached > keep:

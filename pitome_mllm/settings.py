@@ -1,4 +1,4 @@
-"""What the caller asks for (`Settings`), and what that comes to for one model (`settled`)."""
+"""What the caller asks for (`Settings`), and what that comes to for one model (`resolve_settings`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .families import Geometry
+from .families.geometry import Geometry
 from .methods import METHODS, Reducer, UserError, get_method, unknown
 from .schedule import EVERY, SHAPES, check_merges
 
@@ -101,7 +101,7 @@ class Settings:
         return replace(changed, **dict.fromkeys(forgotten - given.keys()))
 
 
-def settled(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, str]:
+def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, str]:
     """The settings with nothing left open, for models of ``geometry``, and the method: its reducer and its name.
 
     Raises
@@ -152,12 +152,14 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
     chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
     left = {k: v for k, v in settings.preset.items() if k not in chosen}
     for setting in ("positions", "llm_size_bias"):
-        if geometry.llm_obstacle and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
+        if geometry.llm_unsupported_reason and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
             value = left.pop(setting)
-            logger.warning("%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_obstacle)
+            logger.warning(
+                "%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_unsupported_reason
+            )
     complete = {**DEFAULTS, **left, **chosen}
-    if "where" not in chosen and complete["where"] not in geometry.places:
-        complete["where"] = geometry.places[0]
+    if "where" not in chosen and complete["where"] not in geometry.family.places:
+        complete["where"] = geometry.family.places[0]
     if "metric" not in chosen and complete["where"] == "packed":
         complete["metric"] = "hidden"
     if left.get("metric") == "projected" and complete["where"] != "projector":
@@ -167,17 +169,17 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
 
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
     """ValueError where the model, or the place, lacks something that the method needs."""
-    if settings.where not in geometry.places:
+    if settings.where not in geometry.family.places:
         raise UserError(
-            f"where={settings.where!r} is not possible in this family: {geometry.obstacle}; choose "
-            f"{' or '.join(f'where={place!r}' for place in geometry.places)}"
+            f"where={settings.where!r} is not possible in this family: {geometry.family.unsupported_reason}; choose "
+            f"{' or '.join(f'where={place!r}' for place in geometry.family.places)}"
         )
-    if geometry.original:
+    if geometry.family.original:
         _check_original(settings, reducer, name)
     if settings.where == "packed" and (settings.metric != "hidden" or reducer.needs):
         got = f"{name} needs {' and '.join(reducer.needs)}" if reducer.needs else f"got metric={settings.metric!r}"
         raise UserError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")
-    if geometry.tiled and not reducer.forms_groups:
+    if geometry.family.tiles and not reducer.forms_groups:
         raise UserError(f"{name} has no groups, so its tokens have no place among tiles; choose another method")
     if settings.metric == "projected" and settings.where != "projector":
         raise UserError(

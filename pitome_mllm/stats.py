@@ -8,8 +8,9 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from .families.packing import Packed
+from .families.anyres import Packed
 from .methods import Merge, UserError
+from .methods.merge import first_of_groups
 from .plan import Plan
 
 
@@ -98,10 +99,7 @@ class Stats:
             return tuple(picture.first for picture in self.packed)
         if self.groups is None:
             raise UserError(f"{self.method} has no groups, so its tokens have no original position")
-        patch = torch.arange(self.tokens_before, device=self.device).expand_as(self.groups)
-        slot = self.groups.where(self.groups >= 0, self.tokens_after)
-        full = torch.full((self.images, self.tokens_after + 1), self.tokens_before, device=self.device)
-        return full.scatter_reduce(1, slot, patch, "amin")[:, : self.tokens_after]
+        return first_of_groups(self.groups, self.tokens_after)
 
     @cached_property
     def sizes(self) -> Tensor | tuple[Tensor, ...]:

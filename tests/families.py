@@ -337,7 +337,7 @@ FAMILIES = (
         tokens=PATCHES // 4,
     ),
     Family(
-        "DeepSeek-VL (found by probing)",
+        "DeepSeek-VL",
         "DeepseekVLForConditionalGeneration",
         config("DeepseekVLConfig", siglip, llm("LlamaConfig")),
         deepseek_processor,

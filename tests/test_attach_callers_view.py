@@ -145,7 +145,7 @@ def test_settings_of_the_wrong_kind_are_refused(model, settings, said):
 def test_a_new_place_forgets_the_tokens_of_the_tower(model):
     with attach(model, keep=72, where="both", tower_keep=200) as handle:
         with handle.using(where="tower"):
-            assert handle.plan.keep == 72 and not handle.plan.rounds
+            assert handle.plan.keep == 72 and not handle.plan.projector_counts
         assert handle.plan.counts[-1] == 200
 
 

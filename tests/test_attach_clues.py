@@ -102,7 +102,11 @@ def test_tokens_without_groups_have_no_original_position(model):
 
 def test_a_method_brings_its_place_and_gives_way(model):
     with attach(model, "visionzip", keep=144) as handle:
-        assert (handle.plan.where, handle.plan.counts[-1], handle.plan.rounds) == ("projector", PATCHES, (144,))
+        assert (handle.plan.where, handle.plan.counts[-1], handle.plan.projector_counts) == (
+            "projector",
+            PATCHES,
+            (144,),
+        )
         handle.update(method="tome")
         assert handle.plan.where == "tower"
         handle.update(method="divprune")

@@ -10,9 +10,9 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.plan import make_plan
-from pitome_mllm.schedule import rounds
+from pitome_mllm.schedule import projector_counts
 from pitome_mllm.settings import Settings
 
 BLOCKS = 6  # of 7, since the features come from the last but one
@@ -123,7 +123,7 @@ def test_with_few_merges_no_round_removes_over_two_fifths(where, keep):
     few = make_plan(Settings().changed(keep=keep, where=where), geometry)
     every = make_plan(Settings().changed(method="pitome", keep=keep, where=where), geometry)
     assert all(before - after <= max(0.4 * before, 1) for before, after, _ in few.steps)
-    assert list(every.rounds) == rounds(every.counts[-1], keep)  # at most half, as ever
+    assert list(every.projector_counts) == projector_counts(every.counts[-1], keep)  # at most half, as ever
     assert few.keep == every.keep == keep and few.counts[-1] == every.counts[-1]
 
 
@@ -168,7 +168,7 @@ def test_the_tower_merges_as_defined(model, plain, pair):
     assert torch.equal(stats.sizes, expected.tokens.sizes)
     for row in range(2):
         assert_row(seen[row], expected.logits(row))
-    assert list(plan.rounds) == [] and plan.where == "tower"
+    assert list(plan.projector_counts) == [] and plan.where == "tower"
 
 
 def test_the_default_is_pitome_tuned(model, one):
@@ -184,7 +184,7 @@ def test_the_default_is_pitome_tuned(model, one):
 @pytest.mark.parametrize("amount", [{"ratio": 0.9}, {"counts": [500, 400, 300, 300, 200, 144]}], ids=str)
 def test_the_default_leaves_ratio_and_counts_to_the_tower(model, one, amount):
     plan, stats, _ = run(model, one, **amount)
-    assert (plan.method, plan.where, plan.rounds) == ("pitome-tuned", "tower", ())
+    assert (plan.method, plan.where, plan.projector_counts) == ("pitome-tuned", "tower", ())
     assert list(plan.counts) == list(run(model, one, "pitome", **amount)[0].counts)
     assert_consistent(plan, stats, images=1, keep=plan.counts[-1])
 
@@ -243,13 +243,13 @@ def test_the_projector_merges_in_rounds_of_at_most_half(model, pair, keep, metri
     settings = {"keep": keep, "where": "projector", "metric": metric}
     plan, stats, _ = run(model, pair, "pitome", **settings)
     assert_consistent(plan, stats, images=2, keep=keep)
-    steps = [PATCHES, *plan.rounds]
+    steps = [PATCHES, *plan.projector_counts]
     assert steps[-1] == keep and all(after >= before // 2 for before, after in zip(steps, steps[1:], strict=False))
-    assert len(plan.rounds) == math.ceil(math.log2(PATCHES / keep))
+    assert len(plan.projector_counts) == math.ceil(math.log2(PATCHES / keep))
     assert list(plan.counts) == [PATCHES] * BLOCKS
     twin = build()  # not the shared one: it gets a hook
     x, keys = tower_output(twin, pair)
-    features, groups = by_rounds(x, x if metric == "hidden" else keys, plan.rounds, get_method("pitome"))
+    features, groups = by_rounds(x, x if metric == "hidden" else keys, plan.projector_counts, get_method("pitome"))
     assert torch.equal(stats.groups, groups)
     with attach(model, "pitome", **settings), torch.no_grad():
         seen = model.model.get_image_features(pair["pixel_values"], return_dict=True).pooler_output
@@ -260,7 +260,7 @@ def test_the_projector_merges_in_rounds_of_at_most_half(model, pair, keep, metri
 def test_both_places(model, one, tower_keep, reached):
     plan, stats, _ = run(model, one, "pitome", keep=144, where="both", tower_keep=tower_keep)
     assert plan.counts[-1] == reached  # the default is the geometric mean of 576 and 144
-    assert (plan.rounds[-1] if plan.rounds else reached) == 144
+    assert (plan.projector_counts[-1] if plan.projector_counts else reached) == 144
     assert_consistent(plan, stats, images=1, keep=144)
 
 

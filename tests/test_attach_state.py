@@ -21,7 +21,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from pitome_mllm import attach
 from pitome_mllm.attach import Attachment
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks import graphs, install
 
 SHALLOW = 3  # layers of the tower

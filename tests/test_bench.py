@@ -70,7 +70,7 @@ def test_there_is_one_oracle_for_every_way_down(field):
     assert [c.like for c in oracles] == ["tome pitome", "visionzip"]  # these two go the same way
     for oracle in oracles:
         made = next(c for c in field if c.method in oracle.like.split())
-        same = ("entering", "counts", "rounds", "place")
+        same = ("input_patches", "counts", "projector_counts", "place")
         assert all(getattr(oracle.plan, name) == getattr(made.plan, name) for name in same)
         assert oracle.llm is field[0].model
 

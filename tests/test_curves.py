@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pitome_mllm import METHODS
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm_eval import documents, provenance
 from pitome_mllm_eval.accuracy import curves, report, runs, tables
 from pitome_mllm_eval.accuracy.curves import Rows, Setting

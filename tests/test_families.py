@@ -5,6 +5,7 @@ from __future__ import annotations
 import family_table
 import pytest
 import torch
+import transformers
 from checks import logits, new_ids
 from families import BY_TITLE, FAMILIES, IMAGE, NO_PICTURE, QUESTIONS, TWO_PICTURES, Family, pictures
 from models import CACHE
@@ -204,3 +205,24 @@ def test_the_estimate_counts_what_runs(title):
     assert own.flops == pytest.approx(
         counter.get_total_flops(), rel=1e-4
     )  # transformers 5.17 runs 0.002 % more than 5.23
+
+
+class Renamed(transformers.LlavaForConditionalGeneration):
+    """A LLaVA that is none by name."""
+
+
+def test_a_subclass_of_a_family_is_of_it():
+    made = Renamed(BY_TITLE["LLaVA-1.5"].config()).eval()
+    with attach(made, "pitome", keep=36) as handle:
+        assert handle.family is SPECS["LlavaForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("kind", ["DeepseekVLModel", "AyaVisionForConditionalGeneration"])
+def test_a_model_without_a_row_is_refused_with_how_to_add_one(kind):
+    part = BY_TITLE["DeepSeek-VL"].build().model
+    model = type(kind, (torch.nn.Module,), {})() if kind != type(part).__name__ else part
+    with pytest.raises(ValueError) as error:
+        attach(model, keep=4)
+    for word in (f"unsupported model {kind}", "LlavaForConditionalGeneration", "a row in pitome_mllm.families"):
+        assert word in str(error.value)
+    assert not any("_pitome" in vars(module) or module._forward_pre_hooks for module in model.modules())

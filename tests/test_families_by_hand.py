@@ -48,18 +48,20 @@ def test_several_feature_layers_merge_alike_before_the_projector():
 
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["tower", "projector"])
-def test_a_projector_that_reads_the_normed_output(where):
-    family = BY_TITLE["PaliGemma"]
+@pytest.mark.parametrize("title", ["PaliGemma", "DeepSeek-VL"])
+def test_a_projector_that_reads_the_normed_output(title, where):
+    family = BY_TITLE[title]
     model, plain = family.build(), family.build()
     inputs = family.process([(QUESTIONS[0], pictures(0)), (QUESTIONS[1], pictures(1))])
     with attach(model, "pitome", keep=72, where=where, metric="keys" if where == "tower" else "hidden") as handle:
         seen = features(model, inputs)
-    tower, reducer = plain.model.vision_tower, get_method("pitome")
+    tower, projector = map(plain.get_submodule, (handle.family.tower, handle.family.projector))
+    reducer = get_method("pitome")
     x = states(tower, inputs["pixel_values"], handle.plan.counts, reducer, 0)[6]
     x = tower.post_layernorm(x)
     if where == "projector":
         x = reducer.match(x, PATCHES - 72, depth=1.0).reduce(x)[0]
-    torch.testing.assert_close(seen, plain.model.multi_modal_projector(x), **CLOSE)
+    torch.testing.assert_close(seen, projector(x), **CLOSE)
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])

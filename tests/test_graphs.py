@@ -138,7 +138,9 @@ def test_nothing_of_an_earlier_call_changes(one, pair):
             next(m for m in stats.merges if m._source).in_source_order()
 
 
-@pytest.mark.parametrize("value", [{}, [torch.ones(1)], ([torch.ones(1)],), object()], ids=str)
+@pytest.mark.parametrize(
+    "value", [{}, [torch.ones(1)], ([torch.ones(1)],), object()], ids=lambda value: type(value).__name__
+)
 def test_arguments_that_cannot_be_told_apart_are_no_key(value):
     with pytest.raises(TypeError, match="an argument is a"):
         look(value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pitome_mllm.methods import get_method
-from pitome_mllm.methods.base import Merge
+from pitome_mllm.methods.merge import Merge
 
 METRIC = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0))
 

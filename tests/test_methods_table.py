@@ -10,7 +10,8 @@ import torch
 from drawn import NAMES, each, members
 
 from pitome_mllm.methods import METHODS, Reducer, get_method
-from pitome_mllm.methods.base import check_number
+from pitome_mllm.methods.reducer import check_number
+from pitome_mllm.settings import DEFAULTS
 
 # The table of methods.
 
@@ -28,19 +29,7 @@ def test_every_method_is_described(name):
     known = {field.name for field in dataclasses.fields(method.reducer)}
     assert set(method.options) <= known
     assert method.reducer.needs <= {"attention", "query", "grid"}
-    settings_of_attach = {
-        "where",
-        "merges",
-        "schedule",
-        "metric",
-        "place",
-        "weighted",
-        "proportional_attention",
-        "order",
-        "positions",
-        "llm_size_bias",
-    }
-    assert set(method.settings) <= settings_of_attach
+    assert {*method.settings} <= {*DEFAULTS}
     assert method.reducer.__doc__
 
 

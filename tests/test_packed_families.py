@@ -9,13 +9,13 @@ from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, VI
 from models import picture
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.schedule import rounds
+from pitome_mllm.schedule import projector_counts
 
 
 def merged(x, keep, method):
     """Features (N, C) merged to ``keep`` in rounds."""
     reducer, x, sizes = get_method(method), x[None], None
-    for count in rounds(x.shape[1], keep, reducer.max_removable):
+    for count in projector_counts(x.shape[1], keep, reducer.max_removable):
         merge = reducer.match(x, x.shape[1] - count, size=sizes, depth=1.0)
         x, sizes = merge.reduce(x, sizes)
     return x[0]

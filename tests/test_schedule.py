@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pitome_mllm.methods import METHODS, get_method
-from pitome_mllm.schedule import SHAPES, Schedule, rounds
+from pitome_mllm.schedule import SHAPES, Schedule, projector_counts
 
 PATCHES, BLOCKS = 576, 23  # LLaVA-1.5: 24 x 24 patches; features are read after 23 blocks
 PUBLISHED = {0.85: 17, 0.875: 30, 0.9: 54, 0.925: 101, 0.95: 183, 0.975: 330}
@@ -424,13 +424,13 @@ def test_unknown_shape_names_the_choices():
     "keep, steps", [(576, 0), (575, 1), (288, 1), (287, 2), (144, 2), (143, 3), (72, 3), (2, 9), (1, 10)]
 )
 def test_rounds_are_as_few_as_possible(keep, steps):
-    counts = rounds(PATCHES, keep)
+    counts = projector_counts(PATCHES, keep)
     assert len(counts) == steps
     if steps:
         check(counts, PATCHES, steps, keep)
-    assert rounds(PATCHES, keep, all_but_one) == ([keep] if keep < PATCHES else [])
+    assert projector_counts(PATCHES, keep, all_but_one) == ([keep] if keep < PATCHES else [])
 
 
 def test_rounds_that_get_stuck_name_the_fewest_possible():
     with pytest.raises(ValueError, match="3 is the fewest possible"):
-        rounds(PATCHES, 2, quarter)
+        projector_counts(PATCHES, 2, quarter)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pitome_mllm import METHODS
-from pitome_mllm.families import Geometry
+from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.hooks.tower import Run
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
@@ -264,7 +264,7 @@ def test_costs_run_all_that_merging_adds(monkeypatch, method, where, expected):
 
 def test_every_method_can_be_timed_with_published_widths():
     config = costs.config_of("llava-1.5-7b")
-    from pitome_mllm.families import geometry
+    from pitome_mllm.families.geometry import geometry
 
     assert geometry(config).patches == 576 and geometry(config).merging_blocks == 23
     for setting in settings(["pitome-tuned", "mctf", "divprune"], ["projector", "both"], [64], geometry(config)):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from models import picture
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.families.packing import Places, of_parts, part_keeps, survivors
+from pitome_mllm.families.anyres import Places, of_parts, part_keeps, survivors
 from pitome_mllm.hooks.tiles import _places
-from pitome_mllm.schedule import rounds
+from pitome_mllm.schedule import projector_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 NEXT = BY_TITLE["LLaVA-NeXT (1.6)"]
@@ -83,7 +83,7 @@ def test_merged_tiles_are_packed_as_defined(model, plain, size, where):
         seen = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     tower, reducer, pixels = plain.model.vision_tower, get_method("pitome"), inputs["pixel_values"][0]
     x = states(tower, pixels, handle.plan.counts, reducer, 1)[5]
-    for count in handle.plan.rounds:
+    for count in handle.plan.projector_counts:
         x = reducer.match(x, x.shape[1] - 1 - count, protected=1, depth=1.0).reduce(x)[0] if where != "tower" else x
     if where == "projector":  # sizes count in the second round: take the groups that were made
         x = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -175,7 +175,7 @@ def test_the_packed_place_merges_overview_and_rest_apart(model, plain, size, met
         for part, kept in ((features[:PATCHES], merged[:36]), (rest, merged[36:])):
             keep = round(len(part) / 4)
             x, sizes = part[None], None
-            for count in rounds(len(part), keep, reducer.max_removable):
+            for count in projector_counts(len(part), keep, reducer.max_removable):
                 merge = reducer.match(x, x.shape[1] - count, size=sizes, depth=1.0)
                 x, sizes = merge.reduce(x, sizes)
             assert len(kept) == keep

@@ -18,7 +18,7 @@ import torch
 
 from pitome_mllm import METHODS
 from pitome_mllm.costs.published import get_shape
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks.tower import Run, smaller_picture
 from pitome_mllm.loading import read_config
 from pitome_mllm.methods import UserError
@@ -73,7 +73,7 @@ class Picture:
         self.batch, self.kind = batch, {"dtype": dtype, "device": device}
         self.heads, self.width = vision.num_attention_heads, vision.hidden_size
         self.random = torch.Generator().manual_seed(0)
-        counts = [plan.entering, *plan.counts]
+        counts = [plan.input_patches, *plan.counts]
         self.hidden = [self._draw(count + plan.geometry.class_tokens, self.width) for count in counts]
         self.pixels = self._draw(3, vision.image_size, vision.image_size)
         self.projector = torch.nn.Sequential(
@@ -92,7 +92,7 @@ class Picture:
         What it makes comes back, else a compiler would leave it out.
         """
         plan, made = self.plan, []
-        if plan.entering < plan.geometry.patches:
+        if plan.input_patches < plan.geometry.patches:
             made.append(smaller_picture(plan, (self.pixels,), {})[1]["pixel_values"])
         run = Run(plan)
         for block in range(plan.geometry.merging_blocks):

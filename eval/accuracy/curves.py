@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write the CSVs."""
-    from pitome_mllm.families import geometry
+    from pitome_mllm.families.geometry import geometry
 
     args, usual = parser().parse_args(argv), parser().parse_args([])
     names = ("model", "split", "methods", "where", "keep", "limit")

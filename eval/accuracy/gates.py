@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pitome_mllm import METHODS
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import read_config
 from pitome_mllm.methods import UserError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import SHAPES

@@ -15,7 +15,7 @@ from torch import nn
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
 from pitome_mllm.costs.latency import now, timed_tower
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 
 
 @dataclass
@@ -136,4 +136,4 @@ def summary(sums: Sequence[dict[str, float]], peaks: Sequence[int]) -> dict[str,
 
 def knows_flops(model: nn.Module) -> bool:
     """Whether `estimate` knows the model's LLM, and how many tokens its pictures have: not where they are tiles."""
-    return model.config.text_config.model_type in MLP_MATRICES and not geometry(model.config).tiled
+    return model.config.text_config.model_type in MLP_MATRICES and not geometry(model.config).family.tiles

@@ -135,7 +135,7 @@ def twin(model: Any) -> Any:
 
 
 def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, Any]]) -> Iterator[Contender]:
-    """The plain model and every method at every amount; for "oracle", one for every way down that these take.
+    """The plain model and every method at every amount; for "oracle", one for every token schedule that these take.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, A
 
 
 def _way(plan: Plan) -> tuple[Any, ...]:
-    return plan.entering, plan.counts, plan.rounds, plan.place
+    return plan.input_patches, plan.counts, plan.projector_counts, plan.place
 
 
 def parted(name: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pitome_mllm.families import geometry
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import UserError, unknown
 

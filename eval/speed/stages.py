@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from pitome_mllm import Attachment
-from pitome_mllm.families import family_of, geometry
 from pitome_mllm.families.features import read
+from pitome_mllm.families.geometry import family_of, geometry
 from pitome_mllm.hooks.caches import cache_of, name_for
 from pitome_mllm.hooks.capture import Capture, new_pool
 from pitome_mllm.hooks.state import Call as Prompt

@@ -78,9 +78,9 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     The FLOPs of an LLM that `accounting` does not know stay None, as those of pictures cut into tiles.
     """
     from ..costs.flops import MLP_MATRICES, estimate, kv_bytes_per_token
-    from ..families import geometry
+    from ..families.geometry import geometry
 
-    if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).tiled:
+    if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).family.tiles:
         cached = run.prompt_tokens + TIMED_TOKENS - 1
         return replace(run, kv_cache_mb=cached * kv_bytes_per_token(model.config.text_config, model.dtype) / 1e6)
     text_tokens = run.prompt_tokens - run.visual_tokens

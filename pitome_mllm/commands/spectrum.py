@@ -102,8 +102,8 @@ def compare(
     ------
     ValueError : a keep out of range, or settings of which none is possible.
     """
-    from ..families import geometry
     from ..families.features import tower_features
+    from ..families.geometry import geometry
     from ..schedule import target_count
     from ..spectral import TokenGraph
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..families import TOWER_OF_CONFIG, TOWERS, Geometry, geometry
+from ..families.geometry import geometry
 from ..methods import Reducer, UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
@@ -134,7 +134,7 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
     """
     config = getattr(model_or_config, "config", model_or_config)
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
-    shape = _of_tower(config) if text is None else geometry(config)
+    shape = geometry(config)
     if text is None:  # whatever the place of the method's preset
         settings["where"] = settings.get("where") or "tower"
     plan = make_plan(Settings().changed(method=method, **settings), shape)
@@ -150,28 +150,17 @@ def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> t
     return prompt, prompt + max(new_tokens - 1, 0)  # the prompt's last position gives the first new token
 
 
-def _of_tower(vision: Any) -> Geometry:
-    """Token counts of a vision tower alone: all its blocks merge, and its patches are what it gives."""
-    if vision.model_type not in TOWER_OF_CONFIG:
-        raise UserError(
-            f"unsupported model {vision.model_type!r}; give the configuration of a LLaVA model, or of a vision tower "
-            f"alone: {', '.join(sorted(TOWER_OF_CONFIG))}"
-        )
-    side, blocks = vision.image_size // vision.patch_size, vision.num_hidden_layers
-    return Geometry((side, side), TOWERS[TOWER_OF_CONFIG[vision.model_type]].class_tokens, 0, blocks, blocks)
-
-
 def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
-    read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.joined**2
-    return 2 * text.hidden_size * (read + (plan.geometry.linear - 1) * text.hidden_size)
+    read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.shuffle_factor**2
+    return 2 * text.hidden_size * (read + (plan.geometry.family.linear - 1) * text.hidden_size)
 
 
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one picture."""
     shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
-    flops = 2 * plan.entering * width * vision.num_channels * vision.patch_size**2
-    tokens = plan.entering + shape.class_tokens
+    flops = 2 * plan.input_patches * width * vision.num_channels * vision.patch_size**2
+    tokens = plan.input_patches + shape.class_tokens
     for block in range(shape.blocks):
         left = tokens - plan.removed(block)
         flops += 8 * tokens * width**2 + 4 * tokens**2 * width
@@ -186,8 +175,8 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one picture, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.clues:  # the class token's row of the attention matrix
-        entering = [plan.entering, *plan.counts]
-        blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.rounds else [])}
+        entering = [plan.input_patches, *plan.counts]
+        blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.projector_counts else [])}
         tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
         flops += 2 * tokens * vision.hidden_size
     return flops

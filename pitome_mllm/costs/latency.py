@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..families import family_of, geometry
 from ..families.features import pixels_in
+from ..families.geometry import family_of, geometry
 from ..methods import UserError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families import FAMILY_OF_CONFIG, family_of
+from ..families import FAMILY_OF_CONFIG
+from ..families.geometry import family_of
 from ..methods import Reducer, UserError
 from ..plan import Plan
 from .flops import itemsize, kv_bytes_per_token, resolve, row_lengths
@@ -145,7 +146,7 @@ def _tower_bytes(vision: Any, plan: Plan, size: int) -> tuple[int, int]:
     width, hidden = vision.hidden_size, vision.intermediate_size
     before = plan.geometry.patches + plan.geometry.class_tokens
     working = before * max(8 * width, 3 * width + 3 * hidden) * size
-    if plan.merging or plan.rounds:
+    if plan.merging or plan.projector_counts:
         working = max(working, before * 3 * width * size + before**2 * (4 * 4 + size))
     counts = [before]
     for block in range(plan.geometry.blocks):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import UserError
-from . import Geometry, family_of, geometry
+from .geometry import Geometry, family_of, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call pictures; the latter Video-LLaVA's
 

@@ -38,7 +38,7 @@ def install(handle: Attached) -> None:
 
 def check(handle: Attached, plan: Plan) -> None:
     """ValueError if the tower of this model cannot merge as ``plan`` says."""
-    if not handle.geometry.merges_in_tower:
+    if not handle.family.merges_in_tower:
         return
     layers = _layers(handle.tower)
     if len(layers) != handle.geometry.blocks:
@@ -51,7 +51,7 @@ def check(handle: Attached, plan: Plan) -> None:
 
 
 def _put_on(handle: Attached) -> None:
-    if handle.geometry.merges_in_tower:
+    if handle.family.merges_in_tower:
         _hook_tower(handle)
     if not handle.family.original:
         for module in dict.fromkeys((handle.model, handle.core)):
@@ -66,7 +66,7 @@ def _put_on(handle: Attached) -> None:
         made = MethodType(make(owner), owner)
         handle.replaced[name] = vars(owner).get(name)
         setattr(owner, name, made)
-    if handle.geometry.merges_in_tower and not handle.family.original:
+    if handle.family.merges_in_tower and not handle.family.original:
         graphs.install(handle)
 
 
@@ -101,7 +101,7 @@ def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
     """Methods that instances get in place of their class's: whose, which, and what makes them."""
     if handle.family.original:
         methods = [(handle.tower, "forward", llava_package.running_like)]
-        if handle.geometry.tiled:
+        if handle.family.tiles:
             methods.append((handle.model, llava_package.PREPARE, llava_package.preparing_like))
         return methods
     methods = [(handle.model, "generate", generate_like)]

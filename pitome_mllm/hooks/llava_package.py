@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import ANYWHERE, IN_TOWER, FamilySpec, Geometry
-from ..families.packing import Packed, Places
+from ..families.anyres import Packed, Places
 from ..methods import UserError
 from ..stats import Stats
 from . import tower as towers
@@ -29,8 +28,6 @@ from .state import Attached
 from .tiles import merged_parts, merged_tiles
 from .tower import RUN, MergingLayer, Run
 
-MODELS = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
-MPT = "LlavaMptForCausalLM"  # its forward() calls `PREPARE` as older versions had it, and fails on any picture
 IMAGE = -200  # the id that stands for a picture: llava.constants.IMAGE_TOKEN_INDEX
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
@@ -52,61 +49,6 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "CLIPEncoderLayer.forward": ("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
     "CLIPAttention.forward": ("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
 }
-
-
-def is_original(model: nn.Module) -> bool:
-    return any(cls.__name__ in (*MODELS, MPT) for cls in type(model).__mro__)
-
-
-def describe(model: nn.Module) -> tuple[FamilySpec, Geometry]:
-    """The row of a model of the original package, and its geometry, which only its loaded vision tower tells.
-
-    Raises
-    ------
-    ValueError : an MPT model, a vision tower that is not loaded, or one that gives class tokens where tiles are packed.
-    """
-    if any(cls.__name__ == MPT for cls in type(model).__mro__):
-        raise UserError(
-            f"unsupported model {MPT}: its own forward() fails on pictures in llava-torch 1.2.2; supported there: "
-            f"{', '.join(MODELS)}"
-        )
-    config, loaded = model.config, model.get_vision_tower()
-    if not getattr(loaded, "is_loaded", False):
-        raise UserError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
-    vision = loaded.config
-    side, states = vision.image_size // vision.patch_size, vision.num_hidden_layers + 1
-    full = loaded.select_feature == "cls_patch"
-    tiled = getattr(config, "mm_patch_merge_type", "flat") != "flat"
-    if full and tiled:
-        raise UserError(
-            "mm_vision_select_feature='cls_patch' leaves class tokens among the patches of tiles, which then form no "
-            "grid; set it to 'patch'"
-        )
-    family = FamilySpec(
-        config.model_type,
-        tower="model.vision_tower.vision_tower",
-        projector="model.mm_projector",
-        language="model",
-        original=True,
-        tiles="anyres" if tiled else "",
-        places=ANYWHERE if tiled else IN_TOWER,
-    )
-    layer = loaded.select_layer % states
-    linear = sum(isinstance(module, nn.Linear) for module in model.get_model().mm_projector.modules())
-    return family, Geometry(
-        grid=(side, side),
-        class_tokens=1,
-        visible_class_tokens=int(full),
-        merging_blocks=layer,
-        blocks=vision.num_hidden_layers,
-        llm_obstacle="the original llava package writes pictures into the prompt itself",
-        layers=(layer,),
-        linear=linear,
-        places=family.places,
-        obstacle=family.obstacle,
-        tiled=tiled,
-        original=True,
-    )
 
 
 # The vision tower: a run reaches its layers by a variable that is set while the tower runs, not by a keyword.

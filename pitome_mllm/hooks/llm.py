@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import PLAIN_BACKENDS, llm_obstacle
+from ..families.geometry import PLAIN_BACKENDS, llm_unsupported_reason
 from ..methods import UserError
 from ..stats import Stats
 from . import caches
@@ -114,10 +114,10 @@ def _check_gaps(config: Any) -> None:
 
 def check(config: Any) -> None:
     """ValueError if the LLM of ``config`` takes no bias: another attention than sdpa or eager, or sliding windows."""
-    obstacle = llm_obstacle(config)
-    if obstacle:
+    unsupported_reason = llm_unsupported_reason(config)
+    if unsupported_reason:
         raise UserError(
-            f"llm_size_bias=True is not possible with this LLM: {obstacle}; leave it at False, or load with "
+            f"llm_size_bias=True is not possible with this LLM: {unsupported_reason}; leave it at False, or load with "
             "attn_implementation='sdpa'"
         )
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import FamilySpec, Geometry
+from ..families.anyres import Places
 from ..families.features import selected_features
-from ..families.packing import Places
+from ..families.geometry import Geometry
 from ..methods import UserError
 from ..plan import Plan
 from ..stats import Stats
@@ -158,8 +158,9 @@ _states: ContextVar[WeakKeyDictionary[Attached, State] | None] = ContextVar("pit
 class Attached:
     """What hooks know of the attachment that they belong to: the model's parts, and the state of who calls."""
 
-    def __init__(self, model: nn.Module, family: FamilySpec, geometry: Geometry, plan: Plan) -> None:
-        self.model, self.family, self.geometry = model, family, geometry
+    def __init__(self, model: nn.Module, geometry: Geometry, plan: Plan) -> None:
+        self.model, self.geometry = model, geometry
+        self.family = family = geometry.family
         self.projector: nn.Module = model.get_submodule(family.projector)
         self.tower: nn.Module = model.get_submodule(family.tower)
         self.language: nn.Module = model.get_submodule(family.language)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.packing import Packed, Places, of_parts, part_keeps, survivors
+from ..families.anyres import Packed, Places, of_parts, part_keeps, survivors
 from ..methods import Merge
 from ..plan import Plan
-from ..schedule import rounds
+from ..schedule import projector_counts
 from ..stats import Stats
 from .merging import merge_rounds
 from .state import Attached, Encoded
@@ -137,7 +137,7 @@ def merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, P
     keeps, merged, groups = part_keeps(place, plan.keep), [], []
     for part, keep in zip(place.parts, keeps):
         x = features[part.to(features.device)][None]
-        steps = rounds(x.shape[1], keep, plan.max_removable)
+        steps = projector_counts(x.shape[1], keep, plan.max_removable)
         x, merges, _ = merge_rounds(plan, x, steps, context={})
         merged.append(x[0])
         group = reduce(Merge.then, merges).group[0] if merges else torch.arange(len(part), device=x.device)

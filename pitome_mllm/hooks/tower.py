@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import PLAIN_BACKENDS, TowerSpec
+from ..families import TowerSpec
 from ..families.features import read, write
+from ..families.geometry import PLAIN_BACKENDS
 from ..methods import Merge, UserError
 from ..methods.pooling import cells
 from ..plan import Plan
@@ -87,7 +88,7 @@ class Run:
 
     def _told_later(self, block: int) -> bool:
         """Whether what a block tells is asked for after it, in front of the projector."""
-        return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.rounds) > 0
+        return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
 
     def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
         """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
@@ -139,7 +140,7 @@ class Run:
         feature = self.plan.geometry.merging_blocks
         size, clues = self.sizes.get(feature), self.clues.get(feature - 1, {})
         measure = projector if self.plan.metric == "projected" else None
-        return merge_rounds(self.plan, x, self.plan.rounds, size, clues, measure)
+        return merge_rounds(self.plan, x, self.plan.projector_counts, size, clues, measure)
 
 
 def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -232,15 +233,15 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own), "
             "or attach with proportional_attention=False"
         )
-    if plan.entering < plan.geometry.patches:
+    if plan.input_patches < plan.geometry.patches:
         args, kwargs = smaller_picture(plan, args, kwargs)
     return args, {**kwargs, RUN: Run(plan)}
 
 
 def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The tower's arguments with pictures scaled to ``plan.entering`` patches, antialiased as a processor scales."""
+    """The tower's arguments with images scaled to ``plan.input_patches``, antialiased as a processor scales."""
     pixels, args = (args[0], args[1:]) if args else (kwargs["pixel_values"], args)
-    rows, columns = cells(*plan.geometry.grid, plan.entering)
+    rows, columns = cells(*plan.geometry.grid, plan.input_patches)
     patch = pixels.shape[-2] // plan.geometry.grid[0]
     size = (rows * patch, columns * patch)
     scaled = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
@@ -281,15 +282,15 @@ def merge_output(run: Run, output: Any, projector: nn.Module) -> None:
     size = run.sizes.get(plan.geometry.merging_blocks)
     if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
         output.hidden_states = run.pushed(output.hidden_states)
-    if plan.rounds:
+    if plan.projector_counts:
         features = read(output, plan.geometry)
         if features is None:  # none for a projector were asked for
             return
         features, late, size = run.before_projector(features, projector)
         write(output, plan.geometry, features)
         merges += late
-    if plan.entering < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
+    if plan.input_patches < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
         blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)
-        merges = [plan.reducer.match(blank, plan.geometry.patches - plan.entering, **plan.context)]
+        merges = [plan.reducer.match(blank, plan.geometry.patches - plan.input_patches, **plan.context)]
         size = merges[0].reduce(blank)[1]
     run.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .base import Merge, Reducer
 from .baselines import RandomDrop, Uniform
 from .cdpruner import CDPruner
 from .crossget import CrossGET
@@ -17,9 +16,11 @@ from .diffrate import DiffRate
 from .divprune import DivPrune
 from .errors import UserError
 from .mctf import MCTF
+from .merge import Merge
 from .pitome import PiToMe
 from .pooling import Downsample, GridPool
 from .prumerge import PruMerge
+from .reducer import Reducer
 from .staged import Staged
 from .tofu import ToFu
 from .tome import ToMe
@@ -44,7 +45,7 @@ class Method:
 _PITOME = "arXiv 2405.16148"
 _BEFORE_PROJECTOR = {"where": "projector"}  # where methods that reduce once belong
 _PROJECTED = {"where": "projector", "metric": "projected"}
-_UNREAD = {"metric": "hidden"}  # it is not looked at, so no keys are read
+_METRIC_FREE = {"metric": "hidden"}  # so that no keys are read
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
@@ -115,9 +116,9 @@ METHODS: dict[str, Method] = {
         "arXiv 2506.10967",
         settings=_PROJECTED,
     ),
-    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_UNREAD),
-    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_UNREAD),
-    "pool": Method(GridPool, "mean of neighbouring patches (control)", "control", settings=_UNREAD),
+    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_METRIC_FREE),
+    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_METRIC_FREE),
+    "pool": Method(GridPool, "mean of neighbouring patches (control)", "control", settings=_METRIC_FREE),
     "downsample": Method(Downsample, "a smaller picture, fewer patches from the start (control)", "control"),
 }
 

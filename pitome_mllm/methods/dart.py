@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, check_count, cosine, ranked, rows, unit_metric
+from .matching import cosine, ranked, unit_metric
+from .merge import Merge, rows
+from .reducer import Reducer, check_count
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, cosine
+from .matching import cosine
+from .merge import Merge
+from .reducer import Reducer
 
 
 def cosines(n: int, device: torch.device) -> Tensor:

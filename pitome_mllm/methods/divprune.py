@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, cosine, unit_metric
+from .matching import cosine, unit_metric
+from .merge import Merge
+from .reducer import Reducer
 
 
 @dataclass(frozen=True)

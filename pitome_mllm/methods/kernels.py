@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Merge
 from .errors import UserError
+from .merge import Merge
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class FusedMerge(Merge):
         self.count = count
         self.energy = self._weight = self._source = None
         self.group = group
-        self._drops = False
+        self._may_drop = False
         self._first = leads_then_rest[:, :count]
         self._rest = leads_then_rest[:, count:]
         self._member, self._slot = member, slot

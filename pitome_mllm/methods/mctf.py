@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number, cosine, ranked, rows, unit_metric
 from .errors import UserError
+from .matching import cosine, ranked, unit_metric
+from .merge import Merge, rows
+from .reducer import Reducer, check_number
 from .tome import alternate
 
 
@@ -70,7 +72,7 @@ class MCTF(Reducer):
             back, target = self._best(unit, cost, b, order[:, there:].sort(1).values)
             root = root.scatter(1, back[:, : r - there], target[:, : r - there])
             root = root.gather(1, root)  # a token of A whose partner in B moved on moves with it
-        return Merge(root, metric.shape[1] - r, drops=False)
+        return Merge(root, metric.shape[1] - r, may_drop=False)
 
     def _cost(self, metric: Tensor, size: Tensor | None, attention: Tensor | None) -> Tensor:
         """(B, N): the logarithm of how much attention and size speak against merging a token."""

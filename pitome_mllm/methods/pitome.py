@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .base import Merge, Reducer, check_count, check_number, cosine, most_similar_first, ranked, unit_metric
 from .errors import UserError
+from .matching import cosine, most_similar_first, ranked, unit_metric
+from .merge import Merge
+from .reducer import Reducer, check_count, check_number
 
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their
@@ -83,8 +85,13 @@ class PiToMe(Reducer):
         """Merge ``r`` tokens by the energies of all of ``metric``."""
         n = metric.shape[1] - protected
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
-        if r and type(self) is PiToMe and kernels.fuses(metric):
-            return self._fused(metric, r, protected, candidates, depth)
+        fused = r and type(self) is PiToMe and kernels.fuses(metric)
+        merge = (self._fused if fused else self._plain)(metric, r, protected, candidates, depth)
+        merge.candidates = candidates
+        return merge
+
+    def _plain(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
+        """The same in torch's operations."""
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer
 from .errors import UserError
+from .merge import Merge
+from .reducer import Reducer
 
 
 def cells(height: int, width: int, count: int) -> tuple[int, int] | None:
@@ -62,7 +63,7 @@ class GridPool(Reducer):
         left = _corners(width, chosen[1], metric.device)
         front = torch.arange(protected, device=metric.device)
         root = torch.cat([front, (top + left).flatten() + protected])
-        return Merge(root.repeat(metric.shape[0], 1), n + protected - r, led=True, drops=False)
+        return Merge(root.repeat(metric.shape[0], 1), n + protected - r, root_is_first=True, may_drop=False)
 
     def allowed(self, n: int) -> Collection[int]:
         height, width = square(n)

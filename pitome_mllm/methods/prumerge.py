@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_metric
+from .matching import nearest, ranked, split_evenly, unit_metric
+from .merge import Merge
+from .reducer import Reducer, check_number
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PruMerge(Reducer):
         keep = self.check(metric, r, protected, attention=attention) - r
         uniform = round(self.uniform * keep)
         order = ranked(attention[:, protected:]) + protected
-        samples, sources = spread(order[:, keep - uniform :].sort(1).values, uniform)
+        samples, sources = split_evenly(order[:, keep - uniform :].sort(1).values, uniform)
         if r == 0:
             return Merge.join(metric.shape[1], sources, sources)
         kept = torch.cat([order[:, : keep - uniform], samples], 1).sort(1).values

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number
 from .errors import UserError
+from .merge import Merge
 from .pitome import PiToMe
+from .reducer import Reducer, check_number
 from .tome import ToMe
 
 

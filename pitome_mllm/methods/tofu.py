@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, most_similar_first, rows, unit_metric
 from .errors import UserError
+from .matching import most_similar_first, unit_metric
+from .merge import Merge, rows
+from .reducer import Reducer
 from .tome import alternate
 
 REFERENCES = ("mean", "target")

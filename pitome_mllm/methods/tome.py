@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .base import Merge, Reducer, most_similar_first, unit_metric
+from .matching import most_similar_first, unit_metric
+from .merge import Merge
+from .reducer import Reducer
 
 
 def alternate(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:

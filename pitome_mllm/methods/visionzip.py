@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merge, Reducer, check_number, nearest, ranked, spread, unit_metric
 from .errors import UserError
+from .matching import nearest, ranked, split_evenly, unit_metric
+from .merge import Merge
+from .reducer import Reducer, check_number
 
 COMBINATIONS = ("add", "mean")
 
@@ -61,7 +63,7 @@ class VisionZip(Reducer):
         contextual = max(1, keep - round(self.dominant * keep))
         order = ranked(attention[:, protected:]) + protected
         rest = order[:, keep - contextual :].sort(1).values
-        targets, sources = spread(rest, contextual)
+        targets, sources = split_evenly(rest, contextual)
         if r == 0:
             return Merge.join(metric.shape[1], sources, sources)
         target = nearest(unit_metric(metric), sources, targets)[1]

@@ -26,10 +26,10 @@ def check_drawable(plan: Any) -> None:
 def step_names(stats: Any) -> list[str]:
     """What the merges of a run are called, in their order."""
     plan = stats.plan
-    if len(stats.merges) != len(plan.merging) + len(plan.rounds):
+    if len(stats.merges) != len(plan.merging) + len(plan.projector_counts):
         return ["a smaller picture"]
     blocks = [f"block {block}" for block in plan.merging]
-    return [*blocks, *(f"before the projector, step {step + 1}" for step in range(len(plan.rounds)))]
+    return [*blocks, *(f"before the projector, step {step + 1}" for step in range(len(plan.projector_counts)))]
 
 
 def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor:
@@ -97,22 +97,16 @@ def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Te
     """
     wanted = stats.merges if step is None else stats.merges[step : step + 1]
     parts = [part for merge in wanted for part in merge.steps]
-    if all(part.energy is None for part in parts):
+    if all(part.candidates is None for part in parts):
         return torch.zeros(stats.plan.geometry.patches, dtype=torch.bool)
     group = patch_groups(stats, image, step or 0)
-    tokens = token_counts(stats)[step or 0]
-    reducer = getattr(stats.plan.reducer, "late", stats.plan.reducer)  # of two stages, the one that has energies
-    protect = getattr(reducer, "protect", 0.0)
     found = torch.ones_like(group, dtype=torch.bool)
     for part in parts:
-        left = part.count - stats.plan.geometry.class_tokens
-        if part.energy is not None:
-            removed = tokens - left
-            candidates = 2 * removed + int((1.0 - protect) * (tokens - 2 * removed))
+        if part.candidates is not None:
             order = part.energy[image].cpu().argsort(descending=True, stable=True)
-            outside = torch.zeros(tokens + 1, dtype=torch.bool).index_fill(0, order[candidates:], True)
+            outside = torch.zeros(len(order) + 1, dtype=torch.bool).index_fill(0, order[part.candidates :], True)
             found &= outside[group]  # the last entry serves label -1
-        group, tokens = _onward(stats, image, group, part), left
+        group = _onward(stats, image, group, part)
     return found
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..methods.merge import first_of_groups
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -99,11 +101,9 @@ def of_parts(places: Places, groups: Sequence[Tensor], counts: Sequence[int]) ->
 def _collect(token: Tensor, newline: Tensor, tokens: int) -> Packed:
     """What is left of the places (L,), of which ``token`` (L,) says what they became, and of the newlines (L,)."""
     length = len(token)
-    place = torch.arange(length, device=token.device)
     slot = token.where(token >= 0, tokens)  # one more takes what is dropped
-    first = torch.full((tokens + 1,), length, device=token.device).scatter_reduce(0, slot, place, "amin")[:tokens]
-    size = torch.zeros(tokens + 1, dtype=torch.int64, device=token.device).scatter_add(0, slot, torch.ones_like(place))
-    size = size[:tokens].float()
+    first = first_of_groups(token[None], tokens)[0]
+    size = slot.bincount(minlength=tokens + 1)[:tokens].float()
     seen = (first < length).nonzero()[:, 0]
     ends = newline.nonzero()[:, 0]
     first, order = torch.cat([first[seen], ends]).sort()

@@ -1,0 +1,213 @@
+"""Token counts of one image on its way through tower and projector, from a model or a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..methods import UserError
+from . import ANYWHERE, FAMILIES, FAMILY_OF_CONFIG, IN_TOWER, LLAVA_PACKAGE, TOWER_OF_CONFIG, TOWERS, FamilySpec
+
+# Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
+# read no borders of packed sequences out of the position ids.
+PLAIN_BACKENDS = ("sdpa", "eager")
+LLAVA_MPT = "LlavaMptForCausalLM"  # its own forward() fails on any image
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Token counts of one image, or of one tile where images are cut into tiles.
+
+    Attributes
+    ----------
+    grid : tuple of int
+        Rows and columns of patches inside the tower.
+    class_tokens : int
+        Tokens before the patches that never merge.
+    visible_class_tokens : int
+        Class tokens that reach the LLM (feature selection "full").
+    merging_blocks : int
+        Blocks whose output, or an ancestor of it, feeds the projector; merging happens only there.
+    blocks : int
+        All blocks of the tower; those after ``merging_blocks`` run without effect on the LLM.
+    family : FamilySpec
+        The row of the model; that of a vision tower alone names no model.
+    llm_unsupported_reason : str
+        Why the LLM takes neither gaps between positions nor a bias of sizes; empty if it takes both.
+    layers : tuple of int
+        The hidden states that the projector reads, side by side: the number of blocks before each; empty if it reads
+        the tower's normed output.
+    shuffle_factor : int
+        Rows and columns of patches that the projector joins into one token.
+    """
+
+    grid: tuple[int, int]
+    class_tokens: int
+    visible_class_tokens: int
+    merging_blocks: int
+    blocks: int
+    family: FamilySpec = FamilySpec("")
+    llm_unsupported_reason: str = ""
+    layers: tuple[int, ...] = ()
+    shuffle_factor: int = 1
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens inside the tower, class tokens not counted."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def available(self) -> int:
+        """Visual tokens that reach the LLM when nothing merges."""
+        return self.patches // self.shuffle_factor**2 + self.visible_class_tokens
+
+
+def geometry(model_or_config: Any) -> Geometry:
+    """Token counts of a multimodal model, of its configuration, or of that of a vision tower alone.
+
+    Parameters
+    ----------
+    model_or_config : nn.Module or PretrainedConfig
+        A model of the original llava package needs its vision tower loaded.
+
+    Returns
+    -------
+    Geometry
+
+    Raises
+    ------
+    ValueError
+        The family or the vision tower has no row here, or a class token is where only patches can be.
+    """
+    config = model_or_config
+    if isinstance(model_or_config, nn.Module):
+        names = [cls.__name__ for cls in type(model_or_config).__mro__]
+        if {*names} & {*LLAVA_PACKAGE, LLAVA_MPT}:
+            return _of_llava_package(model_or_config)
+        if not {*names} & {*FAMILIES}:
+            raise UserError(_unsupported("model", names[0], FAMILIES))
+        config = model_or_config.config
+    if config.model_type in TOWER_OF_CONFIG:  # a tower alone: all its blocks merge
+        tower = _tower(config, FamilySpec(""))
+        return Geometry(**tower, visible_class_tokens=0, merging_blocks=tower["blocks"])
+    family, vision = family_of(config), config.vision_config
+    tower = _tower(vision, family)
+    full = (family.select or config.vision_feature_select_strategy) == "full"
+    if not full and not tower["class_tokens"]:
+        raise UserError(
+            f"vision_feature_select_strategy='default' drops the first token, which is a patch in "
+            f"{vision.model_type!r}, a tower without class token; set it to 'full'"
+        )
+    if full and tower["class_tokens"] and family.tiles:
+        raise UserError(
+            "vision_feature_select_strategy='full' leaves class tokens among the patches of tiles, which then form no "
+            "grid; set it to 'default'"
+        )
+    layers = () if family.last else feature_layers(config)
+    return Geometry(
+        **tower,
+        visible_class_tokens=tower["class_tokens"] if full else 0,
+        merging_blocks=max(layers, default=vision.num_hidden_layers),
+        llm_unsupported_reason=llm_unsupported_reason(config.text_config),
+        layers=layers,
+        shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
+    )
+
+
+def _of_llava_package(model: nn.Module) -> Geometry:
+    """The geometry of a model of the original package, which only its loaded vision tower tells."""
+    if any(cls.__name__ == LLAVA_MPT for cls in type(model).__mro__):
+        raise UserError(
+            f"unsupported model {LLAVA_MPT}: its own forward() fails on pictures in llava-torch 1.2.2; supported "
+            f"there: {', '.join(LLAVA_PACKAGE)}"
+        )
+    loaded = model.get_vision_tower()
+    if not getattr(loaded, "is_loaded", False):
+        raise UserError("the vision tower is not loaded yet; call model.get_vision_tower().load_model() first")
+    full = loaded.select_feature == "cls_patch"
+    tiled = getattr(model.config, "mm_patch_merge_type", "flat") != "flat"
+    if full and tiled:
+        raise UserError(
+            "mm_vision_select_feature='cls_patch' leaves class tokens among the patches of tiles, which then form no "
+            "grid; set it to 'patch'"
+        )
+    family = FamilySpec(
+        model.config.model_type,
+        tower="model.vision_tower.vision_tower",
+        projector="model.mm_projector",
+        language="model",
+        original=True,
+        tiles="anyres" if tiled else "",
+        places=ANYWHERE if tiled else IN_TOWER,
+        linear=sum(isinstance(module, nn.Linear) for module in model.get_model().mm_projector.modules()),
+    )
+    layer = loaded.select_layer % (loaded.config.num_hidden_layers + 1)
+    return Geometry(
+        **_tower(loaded.config, family),
+        visible_class_tokens=int(full),
+        merging_blocks=layer,
+        llm_unsupported_reason="the original llava package writes pictures into the prompt itself",
+        layers=(layer,),
+    )
+
+
+def _tower(vision: Any, family: FamilySpec) -> dict[str, Any]:
+    """What `Geometry` takes of a vision tower's configuration.
+
+    Raises
+    ------
+    ValueError
+        Tokens are to merge in a tower of a kind that has no row, or it does not say how many patches it has.
+    """
+    kind = getattr(vision, "model_type", None) or type(vision).__name__
+    sides = [getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers")]
+    counted = all(isinstance(side, int) for side in sides)
+    if kind not in TOWER_OF_CONFIG and ("tower" in family.places or not counted):
+        raise UserError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
+    known = TOWERS.get(TOWER_OF_CONFIG.get(kind, ""))
+    side = sides[0] // sides[1]
+    class_tokens = known.class_tokens if known else 0
+    return {"grid": (side, side), "class_tokens": class_tokens, "blocks": sides[2], "family": family}
+
+
+def family_of(config: Any) -> FamilySpec:
+    """The row of a configuration's family.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    if config.model_type not in FAMILY_OF_CONFIG:
+        raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
+    return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
+
+
+def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
+    return (
+        f"unsupported {what} {got}; supported: {', '.join(supported)}; a new one is a row in pitome_mllm.families "
+        "that names its tower, its projector and its LLM (see CONTRIBUTING.md)"
+    )
+
+
+def llm_unsupported_reason(text: Any) -> str:
+    """What of an LLM's configuration stands in the way of an attention mask of our own; empty if nothing does."""
+    backend, kinds = text._attn_implementation, getattr(text, "layer_types", None)
+    if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
+        return f"its attention is {backend!r}, not {' or '.join(PLAIN_BACKENDS)}"
+    if kinds is None:
+        kinds = ["full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"]
+    partial = sorted({*kinds} - {"full_attention"})
+    return f"it has {' and '.join(partial)}" if partial else ""
+
+
+def feature_layers(config: Any) -> tuple[int, ...]:
+    """Indices into the tower's hidden states that the projector reads; each equals the number of blocks before it."""
+    several = getattr(config, "vision_feature_layers", None)  # VipLLaVA's name before transformers 5.18
+    layers = config.vision_feature_layer if several is None else several
+    states = config.vision_config.num_hidden_layers + 1
+    layers = [layers] if isinstance(layers, int) else layers
+    return tuple(layer if layer >= 0 else states + layer for layer in layers)

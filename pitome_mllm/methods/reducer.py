@@ -1,0 +1,99 @@
+"""What a method is: a `Reducer`, which decides which tokens join by one metric per token."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .errors import UserError
+from .merge import Merge
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """A method: decides which tokens join. Its options are its dataclass fields.
+
+    Class attributes
+    ----------------
+    needs : what `match` requires beyond the metric: "attention" (B, N), what each token receives from the class token
+        (mean over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
+    bipartite : one step removes at most half of the tokens; else all but one.
+    once : the method reduces in one step, at one place; it does not make sense a little in every block.
+    source_order : the reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives.
+    forms_groups : every token left stands for certain patches; else `Merge.group` is None.
+    shrinks_picture : the method is a smaller picture; its groups only say which patches share a token.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bipartite: ClassVar[bool] = True
+    once: ClassVar[bool] = False
+    source_order: ClassVar[bool] = False
+    shrinks_picture: ClassVar[bool] = False
+    forms_groups: ClassVar[bool] = True
+
+    @abstractmethod
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        """Decide which tokens join.
+
+        Parameters
+        ----------
+        metric : (B, N, C) whose cosine similarity says how alike tokens are.
+        r : how many tokens every row loses.
+        size : (B, N, 1) patches that each token stands for; None = one each.
+        protected : the first tokens (a class token) stay alone, as groups 0 .. protected-1.
+        depth : l / L, the 0-based index of the merging block over their number.
+
+        Returns
+        -------
+        A `Merge` with exactly N - r groups. A token whose metric holds NaN or infinity is similar to nothing.
+
+        Raises
+        ------
+        ValueError : r is negative or beyond ``max_removable``; something of ``needs`` is missing.
+        """
+
+    def max_removable(self, n: int) -> int:
+        """The most tokens that one `match` can remove of ``n`` unprotected ones."""
+        return n // 2 if self.bipartite else max(n - 1, 0)
+
+    def allowed(self, n: int) -> Collection[int]:
+        """The token counts that repeated matching can reach from ``n`` unprotected tokens."""
+        return range(1, n + 1)
+
+    def check(self, metric: Tensor, r: int, protected: int, **needed: Tensor | None) -> int:
+        """The number of unprotected tokens of ``metric``.
+
+        ValueError if ``r`` of them cannot be removed, or if one of ``needed`` is None.
+        """
+        for name, value in needed.items():
+            if value is None:
+                raise UserError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
+        tokens = metric.shape[1] - protected
+        if not 0 <= r <= self.max_removable(tokens):
+            raise UserError(
+                f"cannot remove r={r} of {tokens} tokens in one step with {type(self).__name__}: "
+                f"0 to {self.max_removable(tokens)} are possible; remove the rest in further steps"
+            )
+        return tokens
+
+
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """ValueError unless the option ``name`` is a finite number from ``low`` to ``high``."""
+    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high:
+        bounds = "".join(f" {word} {bound:g}" for word, bound in (("from", low), ("to", high)) if math.isfinite(bound))
+        raise UserError(f"{name}={value!r} is not possible; choose a number{bounds}")
+
+
+def check_count(name: str, value: object) -> None:
+    """ValueError unless the option ``name`` is a whole number from 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name}={value!r} is not possible; choose a whole number from 1")
