@@ -18,13 +18,20 @@ class Plan:
 
     Attributes
     ----------
-    counts : patch tokens left after each merging block, class tokens not counted.
-    projector_counts : patch tokens left after each step in front of the projector; empty if nothing merges there.
-    packed : tokens of a tile left after each step behind the projector; empty if nothing merges there.
-    input_patches : patches of the picture that the tower gets.
-    gentle : no merge removes over 40 % of the tokens, if there is another way.
-    logits : "merged" or "caller", whose columns a call's logits have.
-    graph : whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
+    counts : tuple of int
+        Patch tokens left after each merging block, class tokens not counted.
+    projector_counts : tuple of int
+        Patch tokens left after each step in front of the projector; empty if nothing merges there.
+    packed : tuple of int
+        Tokens of a tile left after each step behind the projector; empty if nothing merges there.
+    input_patches : int
+        Patches of the picture that the tower gets.
+    gentle : bool
+        No merge removes over 40 % of the tokens, if there is another way.
+    logits : str
+        "merged" or "caller", whose columns a call's logits have.
+    graph : bool or str
+        Whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
     """
 
     method: str
@@ -107,7 +114,8 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
 
     Raises
     ------
-    ValueError : an unknown method, option or choice; a keep, ratio or counts that cannot be reached.
+    ValueError
+        An unknown method, option or choice; a keep, ratio or counts that cannot be reached.
     """
     settings, reducer, name = resolve_settings(settings, geometry)
     input_patches, counts, steps = _token_counts(settings, reducer, name, geometry)

@@ -41,19 +41,25 @@ def gentle(max_removable: MaxRemovable) -> MaxRemovable:
 class Schedule:
     """Token counts over the merging blocks.
 
-    Parameters (at most one of the first three; none of them = keep everything)
+    Parameters
     ----------
-    keep : patch tokens after the last block; an int is a count, a float in (0, 1] a fraction.
-    ratio : share of its tokens that every block keeps, in (0, 1]; the paper's rho. A block of N tokens loses
-        floor(N - rho * N), at most half.
-    counts : tokens after each block, explicitly.
-    shape : the token schedule: which blocks merge, as a, a name in `SHAPES`.
-    merges : how many of the blocks merge, each an equal share, at places that ``shape`` decides; "every" (None) = all.
-        More do where one would remove over 40 %. It goes with ``keep``.
+    keep : int or float, optional
+        Patch tokens after the last block; an int is a count, a float in (0, 1] a fraction.
+    ratio : float, optional
+        Share of its tokens that every block keeps, in (0, 1]; the paper's rho. A block of N tokens loses
+        floor(N - rho N), at most half.
+    counts : iterable of int, optional
+        Tokens after each block, explicitly.
+    shape : str, default 'equal'
+        The token schedule: over which part of the blocks tokens go, a name in `SHAPES`.
+    merges : int or str, optional
+        How many of the blocks merge, each an equal share, at places that ``shape`` decides; "every" (None) = all. More
+        do where one would remove over 40 %. It goes with ``keep``.
 
     Raises
     ------
-    ValueError : two of keep, ratio and counts; merges with ratio or counts; a value out of range; an unknown shape.
+    ValueError
+        Two of keep, ratio and counts; merges with ratio or counts; a value out of range; an unknown shape.
     """
 
     def __init__(
@@ -96,13 +102,17 @@ class Schedule:
 
         Parameters
         ----------
-        tokens : patch tokens before the first block.
-        blocks : number of merging blocks.
-        max_removable : the most that one step removes of n tokens, `Reducer.max_removable`; None = half.
+        tokens : int
+            Patch tokens before the first block.
+        blocks : int
+            Number of merging blocks.
+        max_removable : callable, optional
+            The most that one step removes of n tokens, `Reducer.max_removable`; None = half.
 
         Raises
         ------
-        ValueError : the request cannot be reached; names what can.
+        ValueError
+            The request cannot be reached; names what can.
         """
         max_removable = half if max_removable is None else max_removable
         if self.ratio is not None:

@@ -106,7 +106,8 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
 
     Raises
     ------
-    ValueError : an unknown method, option or choice, or one that this model or place does not take.
+    ValueError
+        An unknown method, option or choice, or one that this model or place does not take.
     """
     for name, choices in CHOICES.items():
         value = getattr(settings, name)

@@ -32,17 +32,20 @@ def spectral_distance(metric: Tensor, merge: Merge | Sequence[Merge]) -> Tensor:
 
     Parameters
     ----------
-    metric : (B, N, C) what the similarity of tokens is taken of, such as keys or features of the unmerged model.
-    merge : of those N tokens; or the merges of a run in their order, such as ``handle.stats.merges`` (none: SD is 0).
+    metric : Tensor of shape (B, N, C)
+        What the similarity of tokens is taken of, such as keys or features of the unmerged model.
+    merge : Merge or sequence of Merge
+        Of those N tokens; or the merges of a run in their order, such as ``handle.stats.merges`` (none: SD is 0).
 
     Returns
     -------
-    (B,) float64.
+    Tensor of shape (B,), float64
 
     Raises
     ------
-    ValueError : a metric of another shape or with NaN or infinity; a method without groups; groups of another number
-        of rows or tokens than the metric has.
+    ValueError
+        A metric of another shape or with NaN or infinity; a method without groups; groups of another number of rows or
+        tokens than the metric has.
     """
     return TokenGraph(metric).distance(merge)
 
@@ -52,7 +55,8 @@ class TokenGraph:
 
     Attributes
     ----------
-    weights : (B, N, N) 1 - cos; 0 on the diagonal.
+    weights : Tensor of shape (B, N, N), float64
+        1 - cos; 0 on the diagonal.
     """
 
     def __init__(self, metric: Tensor) -> None:

@@ -20,13 +20,19 @@ class Stats:
 
     Attributes
     ----------
-    plan : what was asked for.
-    images : pictures (or tiles) in the run.
-    merges : the merges in their order, blocks first, then the steps in front of the projector.
-    token_sizes : (images, class_tokens + patch tokens, 1) patches per token at the end; None if nothing merged.
-    packed : of an anyres family, where pictures are several tiles: what became of each picture.
-    layout : (B, S) int64, the column of the caller's prompt at every place of the prompt that the LLM got, -1 at
-        padding; of a turn that continues a KV cache, at every place since the beginning. None if they are the same.
+    plan : Plan
+        What was asked for.
+    images : int
+        Pictures (or tiles) in the run.
+    merges : tuple of Merge
+        The merges in their order, blocks first, then the steps in front of the projector.
+    token_sizes : Tensor of shape (images, class_tokens + patch tokens, 1), or None
+        Patches per token at the end; None if nothing merged.
+    packed : tuple of Packed
+        Of an anyres family, where pictures are several tiles: what became of each picture.
+    layout : Tensor of shape (B, S), int64, or None
+        The column of the caller's prompt at every place of the prompt that the LLM got, -1 at padding; of a turn that
+        continues a KV cache, at every place since the beginning. None if they are the same.
     """
 
     plan: Plan

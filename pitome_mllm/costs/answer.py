@@ -11,12 +11,18 @@ class AnswerCost:
 
     Attributes
     ----------
-    visual_tokens, prompt_tokens : of all pictures and of the whole prompt, as the LLM reads them; counted.
-    tower_ms : the vision tower with its merging, by the clock.
-    prefill_ms : from the pictures to the first new token, tower included, by the clock.
-    per_token_ms : each new token after the first, by the clock.
-    kv_cache_mb : keys and values in 10^6 bytes, calculated.
-    gflops : 10^9 floating-point operations, calculated; None for an LLM whose FLOPs `flops` does not know.
+    visual_tokens, prompt_tokens : int or None
+        Of all pictures and of the whole prompt, as the LLM reads them; counted.
+    tower_ms : float or None
+        The vision tower with its merging, by the clock.
+    prefill_ms : float or None
+        From the pictures to the first new token, tower included, by the clock.
+    per_token_ms : float or None
+        Each new token after the first, by the clock.
+    kv_cache_mb : float or None
+        Keys and values in 10^6 bytes, calculated.
+    gflops : float or None
+        10^9 floating-point operations, calculated; None for an LLM whose FLOPs `flops` does not know.
     """
 
     visual_tokens: int | None = None

@@ -35,14 +35,22 @@ class Estimate:
 
     Attributes
     ----------
-    tower_flops : patch embedding and every block of the vision tower, those after the feature layer included.
-    merging_flops : similarity matrices and other matrix products of the method.
-    projector_flops : the projector, on the tokens that are left.
-    prefill_flops : the LLM over the prompt, with the output head.
-    decode_flops : the LLM over the new tokens after the first, which the prefill already gives.
-    kv_bytes : key-value cache of all rows when the last token is out.
-    visual_tokens : per picture, what reaches the LLM.
-    prompt_tokens : per row, visual and text tokens; 0 for a tower alone.
+    tower_flops : int
+        Patch embedding and every block of the vision tower, those after the feature layer included.
+    merging_flops : int
+        Similarity matrices and other matrix products of the method.
+    projector_flops : int
+        The projector, on the tokens that are left.
+    prefill_flops : int
+        The LLM over the prompt, with the output head.
+    decode_flops : int
+        The LLM over the new tokens after the first, which the prefill already gives.
+    kv_bytes : int
+        Key-value cache of all rows when the last token is out.
+    visual_tokens : int
+        Per picture, what reaches the LLM.
+    prompt_tokens : int
+        Per row, visual and text tokens; 0 for a tower alone.
     """
 
     tower_flops: int
@@ -86,20 +94,28 @@ def estimate(
 
     Parameters
     ----------
-    model_or_config : a LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there
-        is no text, and nothing but the tower costs); nothing runs and no weights are needed.
-    method, keep, ratio, counts, schedule, where, tower_keep, **settings : as for `attach`.
-    batch : rows.
-    images : pictures per row; where pictures are cut into tiles, tiles, without their newlines.
-    text_tokens : tokens per row that are not picture placeholders.
-    new_tokens : tokens to be written per row.
-    logits : positions of the prompt that the output head sees: "last" as in ``generate``, "all" as in ``forward``.
-    dtype : of the key-value cache; default: the model's or the configuration's, else float16.
+    model_or_config : object
+        A LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there is no text,
+        and nothing but the tower costs); nothing runs and no weights are needed.
+    method, keep, ratio, counts, schedule, where, tower_keep, **settings
+        As for `attach`.
+    batch : int, default 1
+        Rows.
+    images : int, default 1
+        Pictures per row; where pictures are cut into tiles, tiles, without their newlines.
+    text_tokens : int, default 40
+        Tokens per row that are not picture placeholders.
+    new_tokens : int, default 0
+        Tokens to be written per row.
+    logits : str, default 'last'
+        Positions of the prompt that the output head sees: "last" as in ``generate``, "all" as in ``forward``.
+    dtype : torch.dtype or str, optional
+        Of the key-value cache; default: the model's or the configuration's, else float16.
 
     Raises
     ------
-    ValueError : an unsupported model; settings that `attach` refuses; a number out of range; an unknown ``logits`` or
-        ``dtype``.
+    ValueError
+        An unsupported model; settings that `attach` refuses; a number out of range; an unknown ``logits`` or ``dtype``.
     """
     at_least(batch=(batch, 1))
     if logits not in LOGITS:
@@ -130,7 +146,8 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
 
     Raises
     ------
-    ValueError : an unsupported model; settings that `attach` refuses.
+    ValueError
+        An unsupported model; settings that `attach` refuses.
     """
     config = getattr(model_or_config, "config", model_or_config)
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)

@@ -22,7 +22,8 @@ class Timing:
 
     Attributes
     ----------
-    runs : milliseconds of each repetition, in the order they ran.
+    runs : tuple of float
+        Milliseconds of each repetition, in the order they ran.
     """
 
     runs: tuple[float, ...]
@@ -46,11 +47,16 @@ class Latency:
 
     Attributes
     ----------
-    tower : the vision tower with its merging, all pictures of the batch at once.
-    prefill : from pictures and prompt to the first new token: tower, projector and LLM.
-    per_token : each new token after the first.
-    new_tokens : how many tokens every run wrote.
-    device : where the model ran.
+    tower : Timing
+        The vision tower with its merging, all pictures of the batch at once.
+    prefill : Timing
+        From pictures and prompt to the first new token: tower, projector and LLM.
+    per_token : Timing
+        Each new token after the first.
+    new_tokens : int
+        How many tokens every run wrote.
+    device : str
+        Where the model ran.
     """
 
     tower: Timing
@@ -82,15 +88,21 @@ def measure(
 
     Parameters
     ----------
-    model : on the device of ``inputs``.
-    inputs : from the processor, with pixel_values and input_ids.
-    new_tokens : tokens to write, at least 2; the end-of-sequence token is suppressed so that all get written.
-    repeats : timed repetitions.
-    warmup : repetitions before those, not timed.
+    model : object
+        On the device of ``inputs``.
+    inputs : mapping
+        From the processor, with pixel_values and input_ids.
+    new_tokens : int, default 8
+        Tokens to write, at least 2; the end-of-sequence token is suppressed so that all get written.
+    repeats : int, default 5
+        Timed repetitions.
+    warmup : int, default 1
+        Repetitions before those, not timed.
 
     Raises
     ------
-    ValueError : no pictures in ``inputs``; an unsupported model; a number out of range.
+    ValueError
+        No pictures in ``inputs``; an unsupported model; a number out of range.
     """
     at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
     pixels = pixels_in(inputs)

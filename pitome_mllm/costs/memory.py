@@ -26,9 +26,12 @@ class Footprint:
 
     Attributes
     ----------
-    weights : of the whole model.
-    kv : key-value cache of all rows when the last token is out.
-    activations : what lives at most at once besides these; a bound, see `footprint`.
+    weights : int
+        Of the whole model.
+    kv : int
+        Key-value cache of all rows when the last token is out.
+    activations : int
+        What lives at most at once besides these; a bound, see `footprint`.
     """
 
     weights: int
@@ -64,13 +67,17 @@ def footprint(
 
     Parameters
     ----------
-    model_or_config, method, batch, images, text_tokens, new_tokens, **settings : as for `estimate`.
-    dtype : of cache, activations, and of the weights that are not quantised.
-    bits : 4 (nf4) or 8 for linear layers quantised by bitsandbytes, as `load` does; the output head never is.
+    model_or_config, method, batch, images, text_tokens, new_tokens, **settings
+        As for `estimate`.
+    dtype : torch.dtype or str, default 'float16'
+        Of cache, activations, and of the weights that are not quantised.
+    bits : int, optional
+        4 (nf4) or 8 for linear layers quantised by bitsandbytes, as `load` does; the output head never is.
 
     Raises
     ------
-    ValueError : as `estimate`; bits other than 4, 8 or None; a vision tower alone.
+    ValueError
+        As `estimate`; bits other than 4, 8 or None; a vision tower alone.
     """
     vision, text, plan = resolve(model_or_config, method, **settings)
     if text is None:
@@ -96,7 +103,8 @@ def largest_batch(model_or_config: Any, memory: int, method: str | Reducer | Non
 
     Raises
     ------
-    ValueError : as `footprint`; no memory; ``batch`` among the settings.
+    ValueError
+        As `footprint`; no memory; ``batch`` among the settings.
     """
     if isinstance(memory, bool) or not memory > 0:
         raise UserError(f"memory={memory!r} is not possible; give the bytes there are, such as 24e9")
@@ -112,7 +120,8 @@ def weight_bytes(config: Any, dtype: torch.dtype | str = "float16", bits: int | 
 
     Raises
     ------
-    ValueError : an unsupported family, dtype or number of bits.
+    ValueError
+        An unsupported family, dtype or number of bits.
     """
     import transformers
 

@@ -30,10 +30,14 @@ class Shape:
 
     Attributes
     ----------
-    vision, text : keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
-    images : times that the tower runs for one picture.
-    paper_ratio : the share kept per block in the PiToMe paper's table of this model, where it names one.
-    about : what its figures take for granted.
+    vision, text : mapping
+        Keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
+    images : int
+        Times that the tower runs for one picture.
+    paper_ratio : float or None
+        The share kept per block in the PiToMe paper's table of this model, where it names one.
+    about : str
+        What its figures take for granted.
     """
 
     title: str

@@ -29,20 +29,33 @@ class FamilySpec:
 
     Attributes
     ----------
-    config : ``model_type`` of its configuration.
-    select : "full", or "default" (without the first token), where the configuration does not say which.
-    last : the projector reads the tower's normed output, not the hidden states of a feature layer.
-    linear : linear layers of the projector.
-    first_position : position id of the first token in the LLM.
-    core : the part that encodes pictures.
-    tiles : how pictures of several tiles are packed: "" = they have one; "anyres" = by the core's
-        ``pack_image_features``; "connector" = tile by tile, by a projector that joins neighbouring patches.
-    places : where tokens can merge; the first one unless a method says something else.
-    unsupported_reason : why not elsewhere.
-    plain : methods of the core that never merge.
-    videos : why videos do not merge; empty if the family takes none.
-    pixels : what the model calls pictures.
-    original : a model of the original llava package, which writes images into the prompt itself.
+    config : str
+        ``model_type`` of its configuration.
+    select : str or None
+        "full", or "default" (without the first token), where the configuration does not say which.
+    last : bool
+        The projector reads the tower's normed output, not the hidden states of a feature layer.
+    linear : int
+        Linear layers of the projector.
+    first_position : int
+        Position id of the first token in the LLM.
+    core : str
+        The part that encodes pictures.
+    tiles : str
+        How pictures of several tiles are packed: "" = they have one; "anyres" = by the core's ``pack_image_features``;
+        "connector" = tile by tile, by a projector that joins neighbouring patches.
+    places : tuple of str
+        Where tokens can merge; the first one unless a method says something else.
+    unsupported_reason : str
+        Why not elsewhere.
+    plain : tuple of str
+        Methods of the core that never merge.
+    videos : str
+        Why videos do not merge; empty if the family takes none.
+    pixels : str
+        What the model calls pictures.
+    original : bool
+        A model of the original llava package, which writes images into the prompt itself.
     """
 
     config: str

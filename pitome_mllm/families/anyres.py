@@ -21,9 +21,11 @@ class Places:
 
     Attributes
     ----------
-    source : (L,) int64, the patch at each place, counted through all tiles; -1 = a newline. Where the model scales
-        the tiles' patches down, it only tells newlines from the others.
-    overview : tokens of the overview.
+    source : Tensor of shape (L,), int64
+        The patch at each place, counted through all tiles; -1 = a newline. Where the model scales the tiles' patches
+        down, it only tells newlines from the others.
+    overview : int
+        Tokens of the overview.
     """
 
     source: Tensor
@@ -56,10 +58,14 @@ class Packed:
 
     Attributes
     ----------
-    token : (K,) int64, which merged token each one is, counted through all tiles or parts; -1 = a newline.
-    first : (K,) int64, its place among the tokens of the plain model: that of its first patch.
-    size : (K,) float32, how many tokens of the plain model it stands for.
-    group : (L,) int64, the place among the K that each token of the plain model went to, -1 = dropped.
+    token : Tensor of shape (K,), int64
+        Which merged token each one is, counted through all tiles or parts; -1 = a newline.
+    first : Tensor of shape (K,), int64
+        Its place among the tokens of the plain model: that of its first patch.
+    size : Tensor of shape (K,), float32
+        How many tokens of the plain model it stands for.
+    group : Tensor of shape (L,), int64
+        The place among the K that each token of the plain model went to, -1 = dropped.
     """
 
     token: Tensor
@@ -73,10 +79,15 @@ def survivors(places: Places, groups: Tensor, count: int) -> Packed:
 
     Parameters
     ----------
-    places : of the picture.
-    groups : (tiles, patches) int64, the token 0 .. count-1 that each patch became, -1 = dropped.
-    count : tokens of each tile.
+    places : Places
+        Of the picture.
+    groups : Tensor of shape (tiles, patches), int64
+        The token 0 .. count-1 that each patch became, -1 = dropped.
+    count : int
+        Tokens of each tile.
 
+    Notes
+    -----
     A token stands where its first patch stands that is no padding; one that holds nothing but padding is left out.
     """
     tiles = torch.arange(len(groups), device=groups.device)[:, None]

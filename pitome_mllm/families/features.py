@@ -51,16 +51,20 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
     Parameters
     ----------
-    model : of a supported family.
-    pixel_values : (I, 3, H, W) as the processor makes them, on any device.
+    model : nn.Module
+        Of a supported family.
+    pixel_values : Tensor of shape (I, 3, H, W)
+        As the processor makes them, on any device.
 
     Returns
     -------
-    (I, class tokens + patches, C) in the model's dtype and on its device.
+    Tensor of shape (I, class tokens + patches, C)
+        In the model's dtype and on its device.
 
     Raises
     ------
-    ValueError : an unsupported family or vision tower; pictures cut into tiles.
+    ValueError
+        An unsupported family or vision tower; pictures cut into tiles.
     """
     shape = geometry(model.config)  # raises for what is not supported
     if pixel_values.dim() != 4:

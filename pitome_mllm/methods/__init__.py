@@ -128,7 +128,8 @@ def get_method(name: str, **options: Any) -> Reducer:
 
     Raises
     ------
-    ValueError : no such method, or an option that this method does not have; both name what there is.
+    ValueError
+        No such method, or an option that this method does not have; both name what there is.
     """
     if name not in METHODS:
         raise UserError(unknown("method", name, METHODS))

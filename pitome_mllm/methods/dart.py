@@ -30,7 +30,8 @@ class DART(Reducer):
 
     Parameters
     ----------
-    pivots : how many; 8 in the paper.
+    pivots : int, default 8
+        How many; 8 in the paper.
     """
 
     bipartite: ClassVar[bool] = False

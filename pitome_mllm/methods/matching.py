@@ -38,13 +38,17 @@ def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
     Parameters
     ----------
-    unit : (B, N, C) from `unit_metric`.
-    sources, targets : (B, S) and (B, T) token indices.
+    unit : Tensor of shape (B, N, C)
+        From `unit_metric`.
+    sources, targets : Tensor of shape (B, S) and (B, T)
+        Token indices.
 
     Returns
     -------
-    similarity : (B, S) cosine similarity to that target.
-    target : (B, S) its token index; the first of equals.
+    similarity : Tensor of shape (B, S)
+        Cosine similarity to that target.
+    target : Tensor of shape (B, S)
+        Its token index; the first of equals.
     """
     similarity, place = cosine(rows(unit, sources), rows(unit, targets)).max(-1)
     return similarity, targets.gather(1, place)

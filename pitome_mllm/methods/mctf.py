@@ -31,8 +31,10 @@ class MCTF(Reducer):
 
     Parameters
     ----------
-    tau_sim, tau_info, tau_size : temperatures of the three criteria; the larger, the less a criterion counts.
-    bidirectional : False = all r tokens go from A to B.
+    tau_sim, tau_info, tau_size : float
+        Temperatures of the three criteria; the larger, the less a criterion counts.
+    bidirectional : bool, default True
+        False = all r tokens go from A to B.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})

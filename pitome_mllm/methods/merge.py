@@ -53,10 +53,15 @@ class Merge:
 
     Attributes
     ----------
-    group : (B, N) int64, group 0 .. count-1 of every token, -1 = dropped; None for methods without groups.
-    count : number of groups K.
-    energy : (B, n) float32 energy of the unprotected tokens, for methods that have one; else None.
+    group : Tensor of shape (B, N), int64, or None
+        Group 0 .. count-1 of every token, -1 = dropped; None for methods without groups.
+    count : int
+        Number of groups K.
+    energy : Tensor of shape (B, n), float32, or None
+        Energy of the unprotected tokens, for methods that have one; else None.
 
+    Notes
+    -----
     Groups are numbered in reading order: by the smallest index among their tokens.
     """
 
@@ -77,12 +82,18 @@ class Merge:
 
         Parameters
         ----------
-        root : (B, N) int64, the index of one token of the group, the same for all its tokens; -1 = dropped.
-        count : how many different roots every row has.
-        weight : (B, N) float32 factor of each token in its group's value; None = its share of the group's size.
-        source : makes (B, K) int64, one token of each group, in the order in which the reference code leaves them.
-        root_is_first : every root is the first token of its group; saves looking for it.
-        may_drop : whether a root may be -1; False saves looking.
+        root : Tensor of shape (B, N), int64
+            The index of one token of the group, the same for all its tokens; -1 = dropped.
+        count : int
+            How many different roots every row has.
+        weight : Tensor of shape (B, N), float32, optional
+            Factor of each token in its group's value; None = its share of the group's size.
+        source : callable, optional
+            Makes (B, K) int64, one token of each group, in the order in which the reference code leaves them.
+        root_is_first : bool, default False
+            Every root is the first token of its group; saves looking for it.
+        may_drop : bool, default True
+            Whether a root may be -1; False saves looking.
         """
         batch, tokens = root.shape
         index = torch.arange(tokens, device=root.device).expand(batch, tokens)
@@ -133,13 +144,16 @@ class Merge:
 
         Parameters
         ----------
-        x : (B, N, C) features of any floating dtype.
-        size : (B, N, 1) patches that each token stands for; None = one each.
+        x : Tensor of shape (B, N, C)
+            Features of any floating dtype.
+        size : Tensor of shape (B, N, 1), optional
+            Patches that each token stands for; None = one each.
 
         Returns
         -------
-        x : (B, K, C) in the dtype of ``x``, accumulated in at least float32; a token that stayed alone keeps its bits.
-        size : (B, K, 1) float32.
+        x : Tensor of shape (B, K, C)
+            In the dtype of ``x``, accumulated in at least float32; a token that stayed alone keeps its bits.
+        size : Tensor of shape (B, K, 1), float32
         """
         batch, tokens, channels = x.shape
         size = x.new_ones(batch * tokens, dtype=torch.float32) if size is None else size.flatten().float()

@@ -39,13 +39,18 @@ class PiToMe(Reducer):
 
     Parameters
     ----------
-    margin : m; None = 0.9 - 0.9 * depth, the paper's, which falls from block to block.
-    alpha : weight of dissimilar tokens.
-    energy : "paper" as above, or "elu", where f(c) = c - m above the margin (the authors' code).
-    protect : share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more
-        candidates than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
-    steps : 1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left,
-        whose metric is the size-weighted mean; `Merge.energy` holds those of the first.
+    margin : float, optional
+        The margin m; None = 0.9 - 0.9 * depth, the paper's, which falls from block to block.
+    alpha : float, default 1.0
+        Weight of dissimilar tokens.
+    energy : str, default 'paper'
+        "paper" as above, or "elu", where f(c) = c - m above the margin (the authors' code).
+    protect : float, default 1.0
+        Share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more candidates
+        than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
+    steps : int, default 1
+        1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left, whose
+        metric is the size-weighted mean; `Merge.energy` holds those of the first.
     """
 
     margin: float | None = None

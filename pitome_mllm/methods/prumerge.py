@@ -29,8 +29,9 @@ class PruMerge(Reducer):
 
     Parameters
     ----------
-    uniform : share of the kept tokens that are taken at equal distances in reading order from those that attention
-        left (the "+" variant, which spreads its samples as the picture needs; half of them here).
+    uniform : float, default 0.0
+        Share of the kept tokens that are taken at equal distances in reading order from those that attention left (the
+        "+" variant, which spreads its samples as the picture needs; half of them here).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})

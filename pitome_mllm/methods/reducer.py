@@ -19,15 +19,21 @@ from .merge import Merge
 class Reducer(ABC):
     """A method: decides which tokens join. Its options are its dataclass fields.
 
-    Class attributes
-    ----------------
-    needs : what `match` requires beyond the metric: "attention" (B, N), what each token receives from the class token
-        (mean over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
-    bipartite : one step removes at most half of the tokens; else all but one.
-    once : the method reduces in one step, at one place; it does not make sense a little in every block.
-    source_order : the reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives.
-    forms_groups : every token left stands for certain patches; else `Merge.group` is None.
-    shrinks_picture : the method is a smaller picture; its groups only say which patches share a token.
+    Attributes
+    ----------
+    needs : frozenset of str
+        What `match` requires beyond the metric: "attention" (B, N), what each token receives from the class token (mean
+        over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
+    bipartite : bool
+        One step removes at most half of the tokens; else all but one.
+    once : bool
+        The method reduces in one step, at one place; it does not make sense a little in every block.
+    source_order : bool
+        The reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives.
+    forms_groups : bool
+        Every token left stands for certain patches; else `Merge.group` is None.
+    shrinks_picture : bool
+        The method is a smaller picture; its groups only say which patches share a token.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -45,19 +51,26 @@ class Reducer(ABC):
 
         Parameters
         ----------
-        metric : (B, N, C) whose cosine similarity says how alike tokens are.
-        r : how many tokens every row loses.
-        size : (B, N, 1) patches that each token stands for; None = one each.
-        protected : the first tokens (a class token) stay alone, as groups 0 .. protected-1.
-        depth : l / L, the 0-based index of the merging block over their number.
+        metric : Tensor of shape (B, N, C)
+            Features whose cosine similarity says how alike tokens are.
+        r : int
+            How many tokens every row loses.
+        size : Tensor of shape (B, N, 1), optional
+            Patches that each token stands for; None = one each.
+        protected : int, default 0
+            The first tokens (a class token) stay alone, as groups 0 .. protected-1.
+        depth : float, default 0.0
+            The 0-based index of the merging block over their number.
 
         Returns
         -------
-        A `Merge` with exactly N - r groups. A token whose metric holds NaN or infinity is similar to nothing.
+        Merge
+            With exactly N - r groups. A token whose metric holds NaN or infinity is similar to nothing.
 
         Raises
         ------
-        ValueError : r is negative or beyond ``max_removable``; something of ``needs`` is missing.
+        ValueError
+            ``r`` is negative or beyond ``max_removable``; something of ``needs`` is missing.
         """
 
     def max_removable(self, n: int) -> int:

@@ -55,8 +55,9 @@ class ToFu(Reducer):
 
     Parameters
     ----------
-    reference : what n is: "mean" = the norm of the mean (the paper), "target" = that of the token which the others
-        joined (the published code).
+    reference : str, default 'mean'
+        What n is: "mean" = the norm of the mean (the paper), "target" = that of the token which the others joined (the
+        published code).
     """
 
     reference: str = "mean"

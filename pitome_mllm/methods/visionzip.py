@@ -31,9 +31,11 @@ class VisionZip(Reducer):
 
     Parameters
     ----------
-    dominant : share of the kept tokens that are dominant; 54 of 64 in the paper.
-    combine : what a contextual token is: "add" = the target plus the mean of the tokens that joined it, "mean" = the
-        mean of all of them; the paper's words allow both.
+    dominant : float, default 54 / 64
+        Share of the kept tokens that are dominant; 54 of 64 in the paper.
+    combine : str, default 'add'
+        What a contextual token is: "add" = the target plus the mean of the tokens that joined it, "mean" = the mean of
+        all of them; the paper's words allow both.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})

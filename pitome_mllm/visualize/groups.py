@@ -54,19 +54,27 @@ def draw_groups(
 
     Parameters
     ----------
-    picture : what the tower saw (see `seen_by`); it is stretched to the grid's proportions.
-    groups : (N,) or (1, N) integers in reading order: the token of each patch, -1 = dropped.
-    sizes : (K,) patches per token, as `Stats.sizes` (size 1 = stayed alone); counted from `groups` when left out.
-    protected : (N,) bool, patches that the method keeps out of merging, as `protected_patches` finds them.
-    grid : rows and columns of the patches; needed unless N is a square number.
-    style : "outline", "mean" or "size".
-    side : length of the drawing's longer side in pixels; default: that of the picture, at least 28 per patch. A
-        colour bar comes on top.
+    picture : PIL.Image.Image
+        What the tower saw (see `seen_by`); it is stretched to the grid's proportions.
+    groups : array_like of shape (N,) or (1, N)
+        Integers in reading order: the token of each patch, -1 = dropped.
+    sizes : array_like of shape (K,), optional
+        Patches per token, as `Stats.sizes` (size 1 = stayed alone); counted from `groups` when left out.
+    protected : array_like of shape (N,), bool, optional
+        Patches that the method keeps out of merging, as `protected_patches` finds them.
+    grid : tuple of int, optional
+        Rows and columns of the patches; needed unless N is a square number.
+    style : str, default 'outline'
+        "outline", "mean" or "size".
+    side : int, optional
+        Length of the drawing's longer side in pixels; default: that of the picture, at least 28 per patch. A colour bar
+        comes on top.
 
     Raises
     ------
-    ValueError : no groups (a method without them), a wrong number of labels or sizes, an unknown style, a side too
-        small to show the patches.
+    ValueError
+        No groups (a method without them), a wrong number of labels or sizes, an unknown style, a side too small to show
+        the patches.
     """
     if style not in STYLES:
         raise UserError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")

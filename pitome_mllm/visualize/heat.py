@@ -37,16 +37,23 @@ def draw_energies(
 
     Parameters
     ----------
-    picture : what the tower saw (see `seen_by`); it is stretched to the grid's proportions.
-    energies : (N,) or (1, N) in reading order, as `patch_energies` gives them; NaN = dropped before, hatched.
-    protected : (N,) bool, patches that get a dot.
-    grid : rows and columns of the patches; needed unless N is a square number.
-    side : length of the longer side of the drawing, without the bar, in pixels; default: as in `draw_groups`.
-    span : the energies at the two ends of the colours, for drawings to compare; default: the least and greatest here.
+    picture : PIL.Image.Image
+        What the tower saw (see `seen_by`); it is stretched to the grid's proportions.
+    energies : array_like of shape (N,) or (1, N)
+        In reading order, as `patch_energies` gives them; NaN = dropped before, hatched.
+    protected : array_like of shape (N,), bool, optional
+        Patches that get a dot.
+    grid : tuple of int, optional
+        Rows and columns of the patches; needed unless N is a square number.
+    side : int, optional
+        Length of the longer side of the drawing, without the bar, in pixels; default: as in `draw_groups`.
+    span : tuple of float, optional
+        The energies at the two ends of the colours, for drawings to compare; default: the least and greatest here.
 
     Raises
     ------
-    ValueError : no energies (a method without them), a wrong number of them, a side too small to show the patches.
+    ValueError
+        No energies (a method without them), a wrong number of them, a side too small to show the patches.
     """
     check_picture(picture)
     if energies is None:

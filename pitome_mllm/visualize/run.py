@@ -39,7 +39,8 @@ def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor
 
     Raises
     ------
-    ValueError : a method without groups.
+    ValueError
+        A method without groups.
     """
     group = torch.arange(stats.plan.geometry.patches)
     for merge in stats.merges[:steps]:
@@ -70,7 +71,8 @@ def patch_energies(stats: Any, image: int = 0) -> list[Tensor | None]:
 
     Raises
     ------
-    ValueError : the run kept no energies; a method without groups.
+    ValueError
+        The run kept no energies; a method without groups.
     """
     if stats.energies is None:
         raise UserError("this run kept no energies; attach with energies=True")
@@ -115,13 +117,16 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
 
     Parameters
     ----------
-    pictures : what the tower saw, as `tiles_seen_by` gives it; one for each picture of the run.
-    options : as for `draw_groups`.
+    pictures : sequence of PIL.Image.Image
+        What the tower saw, as `tiles_seen_by` gives it; one for each picture of the run.
+    **options
+        As for `draw_groups`.
 
     Raises
     ------
-    ValueError : another number of pictures than the run has, a method without groups, tokens that merged behind the
-        projector, or as `draw_groups`.
+    ValueError
+        Another number of pictures than the run has, a method without groups, tokens that merged behind the projector,
+        or as `draw_groups`.
     """
     check_drawable(stats.plan)
     _check(pictures, stats)
@@ -163,7 +168,8 @@ def draw_step_energies(
 
     Raises
     ------
-    ValueError : the run kept no energies, or its method has none.
+    ValueError
+        The run kept no energies, or its method has none.
     """
     energies, grid = patch_energies(stats, image), stats.plan.geometry.grid
     steps = [step for step, energy in enumerate(energies) if energy is not None]

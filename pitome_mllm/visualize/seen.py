@@ -18,12 +18,15 @@ def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
 
     Parameters
     ----------
-    processor : a multimodal processor, or an image processor.
-    picture : any size.
+    processor : object
+        A multimodal processor, or an image processor.
+    picture : PIL.Image.Image
+        Any size.
 
     Raises
     ------
-    ValueError : the processor has no image processor.
+    ValueError
+        The processor has no image processor.
     """
     image_processor = getattr(processor, "image_processor", processor)
     if not hasattr(image_processor, "image_mean"):

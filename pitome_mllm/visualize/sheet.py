@@ -22,7 +22,8 @@ def side_by_side(
 
     Raises
     ------
-    ValueError : no picture, another number of titles than of pictures, or no column.
+    ValueError
+        No picture, another number of titles than of pictures, or no column.
     """
     titles = [""] * len(pictures) if titles is None else list(titles)
     if not pictures or len(titles) != len(pictures):
@@ -100,12 +101,15 @@ def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = 
 
     Parameters
     ----------
-    counts : by name (of a method), the tokens before the first step and after each of them.
-    size : width and height in pixels.
+    counts : mapping
+        By name (of a method), the tokens before the first step and after each of them.
+    size : tuple of int, default (672, 672)
+        Width and height in pixels.
 
     Raises
     ------
-    ValueError : nothing to show, or more names than there are colours.
+    ValueError
+        Nothing to show, or more names than there are colours.
     """
     if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
         raise UserError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
