@@ -1,4 +1,4 @@
-"""What will be done to every picture (`Plan`), from what the caller asks for."""
+"""What will be done to every image (`Plan`), from what the caller asks for."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .settings import HOW, Settings, resolve_settings
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to every picture.
+    """What happens to every image.
 
     Attributes
     ----------
     counts : tuple of int
         Patch tokens left after each merging block, class tokens not counted.
     projector_counts : tuple of int
-        Patch tokens left after each step in front of the projector; empty if nothing merges there.
+        Patch tokens left after each step before the projector; empty if nothing merges there.
     packed : tuple of int
-        Tokens of a tile left after each step behind the projector; empty if nothing merges there.
+        Tokens of a tile left after each step after the projector; empty if nothing merges there.
     input_patches : int
-        Patches of the picture that the tower gets.
+        Patches of the image that the tower gets.
     gentle : bool
         No merge removes over 40 % of the tokens, if there is another way.
     logits : str
@@ -56,19 +56,19 @@ class Plan:
 
     @property
     def available(self) -> int:
-        """Visual tokens per picture that reach the LLM of the plain model."""
+        """Visual tokens per image that reach the LLM of the plain model."""
         return self.geometry.available
 
     @property
     def keep(self) -> int:
-        """Visual tokens per picture that reach the LLM."""
+        """Visual tokens per image that reach the LLM."""
         if self.where == "packed":
             return self.packed[-1] if self.packed else self.available
         patches = [self.input_patches, *self.counts, *self.projector_counts][-1]
         return patches + self.geometry.visible_class_tokens
 
     def removed(self, block: int) -> int:
-        """Tokens that block ``block`` removes; 0 for blocks behind the feature layer."""
+        """Tokens that block ``block`` removes; 0 for blocks after the feature layer."""
         if block >= len(self.counts):
             return 0
         before = self.counts[block - 1] if block else self.input_patches
@@ -83,14 +83,14 @@ class Plan:
     @property
     def context(self) -> dict[str, Any]:
         """What every `Reducer.match` gets besides metric, number, sizes, depth and attention."""
-        if self.where == "packed":  # behind the projector there are neither grid nor class token
+        if self.where == "packed":  # after the projector there are neither grid nor class token
             return {}
         given = {"grid": self.geometry.grid} if "grid" in self.reducer.needs else {}
         return {"protected": self.geometry.class_tokens, **given}
 
     @property
     def steps(self) -> tuple[tuple[int, int, float], ...]:
-        """Tokens before and after every merge, and its depth: in blocks, then before or behind the projector."""
+        """Tokens before and after every merge, and its depth: in blocks, then before or after the projector."""
         if self.where == "packed":
             return tuple((n, left, 1.0) for n, left in zip((self.available, *self.packed), self.packed))
         after = [(left, block / len(self.counts)) for block, left in enumerate(self.counts)]
@@ -99,7 +99,7 @@ class Plan:
         return tuple((n, left, depth) for n, (left, depth) in zip(before, after) if left < n)
 
     def max_removable(self, tokens: int) -> int:
-        """The most tokens that one step before or behind the projector removes."""
+        """The most tokens that one step before or after the projector removes."""
         most = self.reducer.max_removable
         return (gentle(most) if self.gentle else most)(tokens)
 
@@ -110,7 +110,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, geometry: Geometry) -> Plan:
-    """Resolve ``settings`` for pictures of ``geometry``.
+    """Resolve ``settings`` for images of ``geometry``.
 
     Raises
     ------

@@ -194,7 +194,7 @@ def _merge_points(merges: int, blocks: int, shape: str = "equal") -> list[int]:
     begin, end = SHAPES[shape]
     first = max(math.ceil(begin * blocks), int(blocks >= DEEP))
     last = math.floor((FRONT if shape == "equal" and blocks >= DEEP else end) * blocks) - 1
-    last = max(last, min(first + merges, blocks) - 1)  # where the part has fewer blocks, more behind it ...
+    last = max(last, min(first + merges, blocks) - 1)  # where the part has fewer blocks, more after it ...
     first = min(first, last - merges + 1)  # ... or, at the end, before it
     return [first + round(point * (last - first) / max(merges - 1, 1)) for point in range(merges)]
 

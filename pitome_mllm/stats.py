@@ -1,4 +1,4 @@
-"""What a run did to the pictures."""
+"""What a run did to the images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Stats:
     plan : Plan
         What was asked for.
     images : int
-        Pictures (or tiles) in the run.
+        Images (or tiles) in the run.
     merges : tuple of Merge
-        The merges in their order, blocks first, then the steps in front of the projector.
+        The merges in their order, blocks first, then the steps before the projector.
     token_sizes : Tensor of shape (images, class_tokens + patch tokens, 1), or None
         Patches per token at the end; None if nothing merged.
     packed : tuple of Packed
-        Of an anyres family, where pictures are several tiles: what became of each picture.
+        Of an anyres family, where images are several tiles: what became of each image.
     layout : Tensor of shape (B, S), int64, or None
         The column of the caller's prompt at every place of the prompt that the LLM got, -1 at padding; of a turn that
         continues a KV cache, at every place since the beginning. None if they are the same.
@@ -53,17 +53,17 @@ class Stats:
 
     @property
     def tokens_before(self) -> int:
-        """Visual tokens per picture that reach the LLM of the plain model."""
+        """Visual tokens per image that reach the LLM of the plain model."""
         return self.plan.available
 
     @property
     def tokens_after(self) -> int:
-        """Visual tokens per picture that reached the LLM."""
+        """Visual tokens per image that reached the LLM."""
         return self.plan.keep
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Visual tokens of every picture that reached the LLM."""
+        """Visual tokens of every image that reached the LLM."""
         if self.packed:
             return tuple(len(picture.token) for picture in self.packed)
         return (self.tokens_after,) * self.images
@@ -82,8 +82,8 @@ class Stats:
     def groups(self) -> Tensor | tuple[Tensor, ...] | None:
         """(images, tokens_before) int64: the visual token that each patch became, -1 = dropped.
 
-        None for methods without groups. With ``where="packed"`` and pictures of several tiles it is one tensor for
-        each picture, over all the visual tokens of the plain model.
+        None for methods without groups. With ``where="packed"`` and images of several tiles it is one tensor for
+        each image, over all the visual tokens of the plain model.
         """
         if self.packed and self.where == "packed":
             return tuple(picture.group for picture in self.packed)
@@ -99,7 +99,7 @@ class Stats:
     def first(self) -> Tensor | tuple[Tensor, ...]:
         """(images, tokens_after) int64: the first patch, in reading order, of every visual token.
 
-        For pictures of several tiles (tokens,) for each one, counted among the visual tokens of the plain model.
+        For images of several tiles (tokens,) for each one, counted among the visual tokens of the plain model.
         """
         if self.packed:
             return tuple(picture.first for picture in self.packed)
@@ -111,7 +111,7 @@ class Stats:
     def sizes(self) -> Tensor | tuple[Tensor, ...]:
         """(images, tokens_after) float32: patches that every visual token stands for.
 
-        For pictures of several tiles (tokens,) for each one, patches that only pad the picture not counted.
+        For images of several tiles (tokens,) for each one, patches that only pad the image not counted.
         """
         if self.packed:
             return tuple(picture.size for picture in self.packed)

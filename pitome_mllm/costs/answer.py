@@ -12,11 +12,11 @@ class AnswerCost:
     Attributes
     ----------
     visual_tokens, prompt_tokens : int or None
-        Of all pictures and of the whole prompt, as the LLM reads them; counted.
+        Of all images and of the whole prompt, as the LLM reads them; counted.
     tower_ms : float or None
         The vision tower with its merging, by the clock.
     prefill_ms : float or None
-        From the pictures to the first new token, tower included, by the clock.
+        From the images to the first new token, tower included, by the clock.
     per_token_ms : float or None
         Each new token after the first, by the clock.
     kv_cache_mb : float or None

@@ -48,7 +48,7 @@ class Estimate:
     kv_bytes : int
         Key-value cache of all rows when the last token is out.
     visual_tokens : int
-        Per picture, what reaches the LLM.
+        Per image, what reaches the LLM.
     prompt_tokens : int
         Per row, visual and text tokens; 0 for a tower alone.
     """
@@ -102,9 +102,9 @@ def estimate(
     batch : int, default 1
         Rows.
     images : int, default 1
-        Pictures per row; where pictures are cut into tiles, tiles, without their newlines.
+        Images per row; where images are cut into tiles, tiles, without their newlines.
     text_tokens : int, default 40
-        Tokens per row that are not picture placeholders.
+        Tokens per row that are not image placeholders.
     new_tokens : int, default 0
         Tokens to be written per row.
     logits : str, default 'last'
@@ -174,7 +174,7 @@ def _projector(vision: Any, text: Any, plan: Plan) -> int:
 
 
 def _tower(vision: Any, plan: Plan) -> int:
-    """FLOPs of the vision tower for one picture."""
+    """FLOPs of the vision tower for one image."""
     shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
     flops = 2 * plan.input_patches * width * vision.num_channels * vision.patch_size**2
     tokens = plan.input_patches + shape.class_tokens
@@ -189,7 +189,7 @@ def _tower(vision: Any, plan: Plan) -> int:
 
 
 def _merging(vision: Any, text: Any, plan: Plan) -> int:
-    """FLOPs of the merges in tower and projector for one picture, and of the attention that they look at."""
+    """FLOPs of the merges in tower and projector for one image, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.clues:  # the class token's row of the attention matrix
         entering = [plan.input_patches, *plan.counts]

@@ -48,9 +48,9 @@ class Latency:
     Attributes
     ----------
     tower : Timing
-        The vision tower with its merging, all pictures of the batch at once.
+        The vision tower with its merging, all images of the batch at once.
     prefill : Timing
-        From pictures and prompt to the first new token: tower, projector and LLM.
+        From images and prompt to the first new token: tower, projector and LLM.
     per_token : Timing
         Each new token after the first.
     new_tokens : int
@@ -102,7 +102,7 @@ def measure(
     Raises
     ------
     ValueError
-        No pictures in ``inputs``; an unsupported model; a number out of range.
+        No images in ``inputs``; an unsupported model; a number out of range.
     """
     at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
     pixels = pixels_in(inputs)

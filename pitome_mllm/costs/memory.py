@@ -151,7 +151,7 @@ def _packed(weight: torch.Tensor, bits: int) -> int:
 
 
 def _tower_bytes(vision: Any, plan: Plan, size: int) -> tuple[int, int]:
-    """Bytes of one picture in the tower: all recorded hidden states, and the largest working set."""
+    """Bytes of one image in the tower: all recorded hidden states, and the largest working set."""
     width, hidden = vision.hidden_size, vision.intermediate_size
     before = plan.geometry.patches + plan.geometry.class_tokens
     working = before * max(8 * width, 3 * width + 3 * hidden) * size

@@ -33,7 +33,7 @@ class Shape:
     vision, text : mapping
         Keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
     images : int
-        Times that the tower runs for one picture.
+        Times that the tower runs for one image.
     paper_ratio : float or None
         The share kept per block in the PiToMe paper's table of this model, where it names one.
     about : str

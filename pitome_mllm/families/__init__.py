@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing behind the projector needs a whole grid
+IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing after the projector needs a whole grid
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class FamilySpec:
     first_position : int
         Position id of the first token in the LLM.
     core : str
-        The part that encodes pictures.
+        The part that encodes images.
     tiles : str
-        How pictures of several tiles are packed: "" = they have one; "anyres" = by the core's ``pack_image_features``;
+        How images of several tiles are packed: "" = they have one; "anyres" = by the core's ``pack_image_features``;
         "connector" = tile by tile, by a projector that joins neighbouring patches.
     places : tuple of str
         Where tokens can merge; the first one unless a method says something else.
@@ -53,7 +53,7 @@ class FamilySpec:
     videos : str
         Why videos do not merge; empty if the family takes none.
     pixels : str
-        What the model calls pictures.
+        What the model calls images.
     original : bool
         A model of the original llava package, which writes images into the prompt itself.
     """

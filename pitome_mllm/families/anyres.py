@@ -1,6 +1,6 @@
-"""Pictures cut into tiles: where every patch stands among a picture's visual tokens, before and after merging.
+"""Images cut into tiles: where every patch stands among an image's visual tokens, before and after merging.
 
-An anyres family encodes an overview of the picture and tiles of it, puts the tiles together, cuts off what only pads
+An anyres family encodes an overview of the image and tiles of it, puts the tiles together, cuts off what only pads
 them, and ends every row with a newline token. `Places` is that order; everything here is a pure function of it.
 """
 
@@ -17,7 +17,7 @@ from ..methods.merge import first_of_groups
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The visual tokens of one picture as the plain model packs them, the overview first.
+    """The visual tokens of one image as the plain model packs them, the overview first.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The visual tokens of one picture that reach the LLM.
+    """The visual tokens of one image that reach the LLM.
 
     Attributes
     ----------
@@ -75,12 +75,12 @@ class Packed:
 
 
 def survivors(places: Places, groups: Tensor, count: int) -> Packed:
-    """The tokens of merged tiles that show something of the picture, in reading order, with all newlines.
+    """The tokens of merged tiles that show something of the image, in reading order, with all newlines.
 
     Parameters
     ----------
     places : Places
-        Of the picture.
+        Of the image.
     groups : Tensor of shape (tiles, patches), int64
         The token 0 .. count-1 that each patch became, -1 = dropped.
     count : int

@@ -1,4 +1,4 @@
-"""What a model's vision tower makes of pictures: the tokens that merging is about, class token included."""
+"""What a model's vision tower makes of images: the tokens that merging is about, class token included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..methods import UserError
 from .geometry import Geometry, family_of, geometry
 
-PIXELS = ("pixel_values", "pixel_values_images")  # what processors call pictures; the latter Video-LLaVA's
+PIXELS = ("pixel_values", "pixel_values_images")  # what processors call images; the latter Video-LLaVA's
 
 SELECTION = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
 
@@ -47,7 +47,7 @@ def write(output: Any, geometry: Geometry, x: Tensor) -> None:
 def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """What the projector reads, class token included; merged, and with fresh ``handle.stats``, where it is attached.
 
-    Only the tower runs, which is all that merging a picture needs.
+    Only the tower runs, which is all that merging an image needs.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        An unsupported family or vision tower; pictures cut into tiles.
+        An unsupported family or vision tower; images cut into tiles.
     """
     shape = geometry(model.config)  # raises for what is not supported
     if pixel_values.dim() != 4:
@@ -77,11 +77,11 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
-    """(I, 3, H, W) of one picture or a list of them, as the tower takes them; the tiles of a picture one by one."""
+    """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one."""
     values = pixels_in(processor.image_processor(images=pictures, return_tensors="pt"))
-    return values.reshape(-1, *values.shape[-3:])  # of tiles (pictures, tiles, 3, H, W)
+    return values.reshape(-1, *values.shape[-3:])  # of tiles (images, tiles, 3, H, W)
 
 
 def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The pictures among a model's inputs, None if there are none."""
+    """The images among a model's inputs, None if there are none."""
     return next((inputs[name] for name in PIXELS if inputs.get(name) is not None), None)

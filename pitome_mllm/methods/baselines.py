@@ -26,7 +26,7 @@ def _shuffled(n: int, seed: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomDrop(Reducer):
-    """Drop a seeded random subset, the same for every picture; nothing merges."""
+    """Drop a seeded random subset, the same for every image; nothing merges."""
 
     bipartite: ClassVar[bool] = False
 

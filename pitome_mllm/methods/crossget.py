@@ -19,7 +19,7 @@ class CrossGET(Reducer):
     r"""Match on the complete graph instead of between two halves.
 
     Tokens are ranked by their best similarity to any other, :math:`\max_{j \ne i} c_{ij}`. Each one looks at those
-    ranked behind it only; the r with the best similarity there are the sources S, and join their most similar token
+    ranked after it only; the r with the best similarity there are the sources S, and join their most similar token
     among the rest:
 
     .. math:: S = \operatorname{top}_r \max_{\operatorname{rank} j > \operatorname{rank} i} c_{ij}, \quad

@@ -24,8 +24,8 @@ class DART(Reducer):
     .. math:: K \leftarrow K \cup \operatorname{arg\,least}_{j \notin K} \, c_{pj}, \quad p \in P, \; K = P
         \text{ at first.}
 
-    The paper works behind the LLM's second layer: pivots, text tokens among them, are those of the largest keys there,
-    and hidden states are compared. In front of the projector there are visual tokens only, and one metric; the preset
+    The paper works after the LLM's second layer: pivots, text tokens among them, are those of the largest keys there,
+    and hidden states are compared. Before the projector there are visual tokens only, and one metric; the preset
     takes the features themselves, for the norm too.
 
     Parameters

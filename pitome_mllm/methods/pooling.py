@@ -72,9 +72,9 @@ class GridPool(Reducer):
 
 @dataclass(frozen=True)
 class Downsample(GridPool):
-    """A smaller picture instead of fewer tokens: as many patches as ``keep``, positions interpolated.
+    """A smaller image instead of fewer tokens: as many patches as ``keep``, positions interpolated.
 
-    The picture is scaled before the tower to a x b patches, as square as the count allows. `match` says which of the
+    The image is scaled before the tower to a x b patches, as square as the count allows. `match` says which of the
     original patches lie under each of the new ones; nothing is merged by it.
     """
 

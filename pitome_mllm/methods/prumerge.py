@@ -24,14 +24,14 @@ class PruMerge(Reducer):
     The paper takes as many as are outliers of the attention; here ``keep`` says how many. It combines each kept token
     with its k nearest others; these may overlap, and what is nobody's neighbour is lost. Here groups are disjoint and
     no token is lost. The published code adds the neighbours' :math:`a_j x_j` to the kept token without dividing,
-    appends one token that sums up all dropped ones, and reads attention and keys behind the features, in the tower's
+    appends one token that sums up all dropped ones, and reads attention and keys after the features, in the tower's
     last block; here they come from the block that the features come from, and from no later one.
 
     Parameters
     ----------
     uniform : float, default 0.0
         Share of the kept tokens that are taken at equal distances in reading order from those that attention left (the
-        "+" variant, which spreads its samples as the picture needs; half of them here).
+        "+" variant, which spreads its samples as the image needs; half of them here).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})

@@ -33,7 +33,7 @@ class Reducer(ABC):
     forms_groups : bool
         Every token left stands for certain patches; else `Merge.group` is None.
     shrinks_picture : bool
-        The method is a smaller picture; its groups only say which patches share a token.
+        The method is a smaller image; its groups only say which patches share a token.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

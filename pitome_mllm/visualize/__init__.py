@@ -1,6 +1,6 @@
-"""Draw what merging did to a picture: groups, sizes, energies, and tokens per step.
+"""Draw what merging did to an image: groups, sizes, energies, and tokens per step.
 
-Patches are labelled in reading order over the tower's grid, so the picture must be the one the tower saw:
+Patches are labelled in reading order over the tower's grid, so the image must be the one the tower saw:
 ``seen_by`` undoes an image processor's resizing, cropping and normalisation, whatever the size of the original.
 Read `groups` first.
 """

@@ -16,7 +16,7 @@ CELL = 28  # default pixels per patch: a single patch stays readable, and 24 x 2
 
 
 def check_picture(picture: Any) -> None:
-    """ValueError for anything but a PIL picture."""
+    """ValueError for anything but a PIL image."""
     if not isinstance(picture, Image.Image):
         raise UserError(f"expected a PIL picture, got {type(picture).__name__}; convert it with PIL.Image.fromarray")
 
@@ -55,7 +55,7 @@ def canvas(grid: tuple[int, ...], size: tuple[int, int], side: int | None) -> tu
 
 
 def stretched(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float32 pixels of the picture at another size."""
+    """(H, W, 3) float32 pixels of the image at another size."""
     return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
 
 
@@ -79,7 +79,7 @@ def hairline(label_map: np.ndarray, width: int) -> np.ndarray:
 
 
 def hatch(pixels: np.ndarray, dropped: np.ndarray, cell: int) -> np.ndarray:
-    """Dropped patches as a dim grey picture under diagonal lines."""
+    """Dropped patches as a dim grey image under diagonal lines."""
     grey = 0.45 * pixels.mean(-1, keepdims=True) + 60
     rows, columns = np.indices(dropped.shape)
     lines = (rows + columns) % max(4, cell // 2) < max(1, cell // 14)

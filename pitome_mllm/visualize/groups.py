@@ -1,4 +1,4 @@
-"""Draw on a picture which of its patches share one visual token."""
+"""Draw on an image which of its patches share one visual token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def draw_groups(
 ) -> Image.Image:
     """Show which patches were merged into one token.
 
-    Patches of one token share an outline (style "outline": the picture stays visible and neighbouring tokens get
+    Patches of one token share an outline (style "outline": the image stays visible and neighbouring tokens get
     different colours), are filled with their mean colour (style "mean": an impression of what is left), or with a
     colour that says how many patches the token holds (style "size": with a colour bar below, and numbers where they
     can be read). A patch that stayed alone keeps its pixels; except in style "mean" a small dot marks it, or, where the
@@ -67,7 +67,7 @@ def draw_groups(
     style : str, default 'outline'
         "outline", "mean" or "size".
     side : int, optional
-        Length of the drawing's longer side in pixels; default: that of the picture, at least 28 per patch. A colour bar
+        Length of the drawing's longer side in pixels; default: that of the image, at least 28 per patch. A colour bar
         comes on top.
 
     Raises
@@ -122,7 +122,7 @@ def _framed(label_map: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _outline(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
-    """The picture with a coloured line inside the border of every group and a dark hairline between groups."""
+    """The image with a coloured line inside the border of every group and a dark hairline between groups."""
     line = max(2, round(cell / 8))
     framed = _framed(label_map, sizes)
     tones = np.vstack([PALETTE[_colours(labels, _means(pixels, label_map))], np.zeros(3, np.float32)])
@@ -190,7 +190,7 @@ def _means(pixels: np.ndarray, label_map: np.ndarray) -> np.ndarray:
 
 
 def _border(label_map: np.ndarray, width: int) -> np.ndarray:
-    """(H, W) bool: pixels at most `width` away from another group or from the edge of the picture."""
+    """(H, W) bool: pixels at most `width` away from another group or from the edge of the image."""
     height, length = label_map.shape
     padded = np.pad(label_map, width, constant_values=DROPPED - 1)
     border = np.zeros(label_map.shape, dtype=bool)

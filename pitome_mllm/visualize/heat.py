@@ -19,7 +19,7 @@ VIRIDIS = np.array(
     ],
     dtype=np.float32,
 )  # fmt: skip
-PICTURE = 0.25  # share of the picture's own lightness that shows through
+PICTURE = 0.25  # share of the image's own lightness that shows through
 
 
 def draw_energies(
@@ -31,7 +31,7 @@ def draw_energies(
     side: int | None = None,
     span: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The energy of every patch in one block as a colour over the dimmed picture, with a colour bar below.
+    """The energy of every patch in one block as a colour over the dimmed image, with a colour bar below.
 
     High energy (yellow) means one of many alike, which merges first; low energy (violet) a rare one.
 

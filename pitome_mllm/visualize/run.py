@@ -15,7 +15,7 @@ from .heat import draw_energies, limits
 
 
 def check_drawable(plan: Any) -> None:
-    """ValueError where tokens merge behind the projector: those are no patches of what the tower saw."""
+    """ValueError where tokens merge after the projector: those are no patches of what the tower saw."""
     if plan.where == "packed":
         raise UserError(
             "where='packed' merges what the projector made of all tiles, so there are no patches to draw groups on; "
@@ -113,19 +113,19 @@ def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Te
 
 
 def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> list[Image.Image]:
-    """The groups of a run on each of its pictures or tiles.
+    """The groups of a run on each of its images or tiles.
 
     Parameters
     ----------
     pictures : sequence of PIL.Image.Image
-        What the tower saw, as `tiles_seen_by` gives it; one for each picture of the run.
+        What the tower saw, as `tiles_seen_by` gives it; one for each image of the run.
     **options
         As for `draw_groups`.
 
     Raises
     ------
     ValueError
-        Another number of pictures than the run has, a method without groups, tokens that merged behind the projector,
+        Another number of images than the run has, a method without groups, tokens that merged after the projector,
         or as `draw_groups`.
     """
     check_drawable(stats.plan)
@@ -143,7 +143,7 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
 
 
 def draw_steps(picture: Image.Image, stats: Any, image: int = 0, **options: Any) -> tuple[list[Image.Image], list[str]]:
-    """The groups after every merge of a run on one of its pictures, and a title for each; options as `draw_groups`."""
+    """The groups after every merge of a run on one of its images, and a title for each; options as `draw_groups`."""
     counts, grid = token_counts(stats), stats.plan.geometry.grid
     drawings = [
         draw_groups(picture, patch_groups(stats, image, step + 1), grid=grid, **options)
@@ -161,7 +161,7 @@ def draw_step_energies(
     side: int | None = None,
     span: tuple[float, float] | None = None,
 ) -> tuple[list[Image.Image], list[str]]:
-    """The energies before every merge that has any on one picture of a run, and a title for each.
+    """The energies before every merge that has any on one image of a run, and a title for each.
 
     Dots mark what the merge leaves out. The colours mean the same in all drawings: from the least to the greatest
     energy of the run, or as ``span`` says (`energy_range`: of several runs).

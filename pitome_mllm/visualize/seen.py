@@ -1,4 +1,4 @@
-"""A picture as the vision tower gets it."""
+"""An image as the vision tower gets it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..methods import UserError
 
 
 def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
-    """Everything that the vision tower gets of a picture: one view of it, or for anyres an overview and its tiles.
+    """Everything that the vision tower gets of an image: one view of it, or for anyres an overview and its tiles.
 
     Resized, cropped, and with the normalisation undone; in the order of the rows of ``handle.stats``.
 

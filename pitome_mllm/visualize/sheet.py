@@ -18,12 +18,12 @@ def side_by_side(
     gap: int = 16,
     columns: int | None = None,
 ) -> Image.Image:
-    """Pictures at the height of the tallest, each under its title, on white; in one row, or in rows of ``columns``.
+    """Images at the height of the tallest, each under its title, on white; in one row, or in rows of ``columns``.
 
     Raises
     ------
     ValueError
-        No picture, another number of titles than of pictures, or no column.
+        No image, another number of titles than of images, or no column.
     """
     titles = [""] * len(pictures) if titles is None else list(titles)
     if not pictures or len(titles) != len(pictures):
@@ -38,7 +38,7 @@ def side_by_side(
 
 
 def below(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one below the other on white, from the left edge on."""
+    """Images one below the other on white, from the left edge on."""
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
     top = 0
     for sheet in sheets:
@@ -58,7 +58,7 @@ def captioned(sheet: Image.Image, text: str, gap: int = 16) -> Image.Image:
 
 
 def like(picture: Image.Image, drawing: Image.Image) -> Image.Image:
-    """The picture at the drawing's width, on white down to the drawing's height, to stand beside it."""
+    """The image at the drawing's width, on white down to the drawing's height, to stand beside it."""
     height = max(1, round(picture.height * drawing.width / picture.width))
     sheet = Image.new("RGB", drawing.size, "white")
     sheet.paste(picture.convert("RGB").resize((drawing.width, height)), (0, 0))
@@ -66,7 +66,7 @@ def like(picture: Image.Image, drawing: Image.Image) -> Image.Image:
 
 
 def _row(pictures: Sequence[Image.Image], titles: Sequence[str], gap: int) -> Image.Image:
-    """Pictures of one height in a row."""
+    """Images of one height in a row."""
     height = pictures[0].height
     font = ImageFont.load_default(size=max(12, height // 24))
     texts = [_wrap(title, font, picture.width) for title, picture in zip(titles, pictures, strict=True)]
