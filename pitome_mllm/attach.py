@@ -186,7 +186,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     return handle
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> nn.Module:
     """The model that wrappers of torch.compile and of peft call."""
     if hasattr(model, "_orig_mod"):
         torch.compiler.reset()  # graphs of the plain model may be taken for those of the merging one

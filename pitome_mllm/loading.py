@@ -79,7 +79,7 @@ def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
     if dtype is None:
         return torch.float32 if tiny else "auto"
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise UserError(f"dtype={dtype!r} is not possible; choose one of {', '.join(DTYPES)}")
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 from .families.geometry import Geometry
 from .methods import Reducer, UserError
 from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
-from .settings import HOW, Settings, resolve_settings
+from .settings import DEFAULTS, HOW, Settings, resolve_settings
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,14 @@ def _token_counts(
         raise UserError(
             f"{name} scales the picture, which the tower gets; choose where='tower', got {settings.where!r}"
         )
+    shape = "last" if reducer.once else settings.schedule or DEFAULTS["schedule"]
     if settings.where == "tower":
-        keep = None if settings.keep is None else _patch_keep(settings, reducer, name, geometry)
+        if settings.keep is None:
+            return patches, Schedule(None, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
+        keep = _patch_keep(settings, reducer, name, geometry)
         if reducer.shrinks_picture:
             return keep, [keep] * blocks, []
-        shape = "last" if reducer.once else settings.schedule
-        merges = None if keep is None else settings.merges
-        schedule = Schedule(keep, settings.ratio, settings.counts, shape, merges)
+        schedule = Schedule(keep, settings.ratio, settings.counts, shape, settings.merges)
         return patches, schedule.counts(patches, blocks, limit), []
     keep = _patch_keep(settings, reducer, name, geometry)
     of_round = limit if settings.merges == EVERY else gentle(limit)
@@ -178,7 +179,7 @@ def _token_counts(
     )
     if tower < keep:
         raise UserError(f"tower_keep={settings.tower_keep} is below keep={settings.keep}; choose {keep} to {patches}")
-    counts = Schedule(tower, shape=settings.schedule, merges=settings.merges).counts(patches, blocks, limit)
+    counts = Schedule(tower, shape=shape, merges=settings.merges).counts(patches, blocks, limit)
     return patches, counts, projector_counts(tower, keep, of_round)
 
 

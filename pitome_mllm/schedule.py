@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from .methods.errors import UserError
+from .methods.reducer import is_count, is_number
 
 MaxRemovable = Callable[[int], int]
 
@@ -75,7 +76,7 @@ class Schedule:
             raise UserError(f"got {' and '.join(f'{k}={v}' for k, v in given.items())}: give one of them only")
         if keep is not None:
             _check_keep(keep)
-        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
+        if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
             raise UserError(f"ratio={ratio!r} is not possible; choose a number above 0 and up to 1, such as 0.9")
         if shape not in SHAPES:
             raise UserError(f"unknown schedule {shape!r}; choose one of {', '.join(SHAPES)}")
@@ -86,7 +87,7 @@ class Schedule:
         self.ratio = ratio
         self.explicit = None if counts is None else _integers(counts)
         self.shape = shape
-        self.merges = None if merges == EVERY else merges
+        self.merges = None if isinstance(merges, str) else merges
 
     def __repr__(self) -> str:
         given = {"keep": self.keep, "ratio": self.ratio, "counts": self.explicit, "merges": self.merges}
@@ -225,19 +226,13 @@ def check_merges(merges: object, ratio: object = None, counts: object = None) ->
     for name, value in (("ratio", ratio), ("counts", counts)):
         if value is not None:
             raise UserError(f"{name} says what every block removes, got merges={merges!r} too; give merges with keep")
-    is_count = isinstance(merges, numbers.Integral) and not isinstance(merges, bool) and merges >= 1
-    if not is_count and not (isinstance(merges, str) and merges == EVERY):
+    if not is_count(merges) and not (isinstance(merges, str) and merges == EVERY):
         raise UserError(f"merges={merges!r} is not possible; choose a number of merge points from 1, or {EVERY!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_keep(keep: object, name: str = "keep") -> None:
     """ValueError unless ``keep`` is a count of at least one or a fraction above 0 and up to 1."""
-    fits = _is_number(keep) and (keep >= 1 if isinstance(keep, numbers.Integral) else 0 < keep <= 1)
-    if not fits:
+    if not is_count(keep) and not (is_number(keep) and not isinstance(keep, numbers.Integral) and 0 < keep <= 1):
         raise UserError(
             f"{name}={keep!r} is not possible; choose an int from 1 (a count) or a float in (0, 1] (a share)"
         )

@@ -26,7 +26,7 @@ CHOICES = {
 # method: choosing another one resets it. Where they merge does not.
 HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
 WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "positions": "compact", "llm_size_bias": False}
-DEFAULTS = {**HOW, **WHERE}
+DEFAULTS: dict[str, Any] = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
 GRAPHS = (True, False, "auto")
 SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
@@ -59,8 +59,7 @@ class Settings:
     @property
     def preset(self) -> Mapping[str, Any]:
         """What the method's preset brings; not its place where ratio or counts say what the tower's blocks keep."""
-        known = isinstance(self.method, str) and self.method in METHODS
-        preset = METHODS[self.method].settings if known else {}
+        preset = METHODS[self.method].settings if isinstance(self.method, str) and self.method in METHODS else {}
         if self.ratio is None and self.counts is None:
             return preset
         return {k: v for k, v in preset.items() if k not in ("where", "schedule", "merges")}
@@ -93,12 +92,13 @@ class Settings:
         if any(settings.get(k) is not None for k in ("keep", "ratio", "counts")):
             settings = {**dict.fromkeys(("keep", "ratio", "counts")), **settings}
         changed = replace(self, **settings)
-        place, forgotten = changed.place_of_merging, set()
+        place, forgotten = changed.place_of_merging, set[str]()
         if place != self.place_of_merging:
             forgotten.add("tower_keep")
         if changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
             forgotten.add("merges")
-        return replace(changed, **dict.fromkeys(forgotten - given.keys()))
+        none: dict[str, Any] = dict.fromkeys(forgotten - given.keys())
+        return replace(changed, **none)
 
 
 def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, Reducer, str]:

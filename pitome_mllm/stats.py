@@ -45,10 +45,12 @@ class Stats:
 
     @property
     def method(self) -> str:
+        """The name of the method."""
         return self.plan.method
 
     @property
     def where(self) -> str:
+        """The place where tokens merged."""
         return self.plan.where
 
     @property
@@ -103,9 +105,10 @@ class Stats:
         """
         if self.packed:
             return tuple(picture.first for picture in self.packed)
-        if self.groups is None:
+        groups = self.groups
+        if not isinstance(groups, Tensor):
             raise UserError(f"{self.method} has no groups, so its tokens have no original position")
-        return first_of_groups(self.groups, self.tokens_after)
+        return first_of_groups(groups, self.tokens_after)
 
     @cached_property
     def sizes(self) -> Tensor | tuple[Tensor, ...]:

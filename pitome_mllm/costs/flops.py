@@ -210,7 +210,7 @@ def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth:
         "hidden": width * max(1, len(plan.geometry.layers)) if depth == 1 else width,
         "projected": getattr(text, "hidden_size", None),
     }
-    attention = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
+    attention: dict[str, Any] = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
     # In inference mode operators arrive whole, so that the counter would see no matrix product.
     with torch.inference_mode(False), torch.no_grad(), _Counter() as counter:
         metric = blank(1, everything, widths[plan.metric])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..families.features import pixels_in
+from ..families.features import pixels_of
 from ..families.geometry import family_of, geometry
 from ..methods import UserError
 
@@ -30,6 +30,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Milliseconds."""
         return statistics.median(self.runs)
 
     @property
@@ -67,14 +68,17 @@ class Latency:
 
     @property
     def tower_ms(self) -> float:
+        """The median of ``tower``."""
         return self.tower.median
 
     @property
     def prefill_ms(self) -> float:
+        """The median of ``prefill``."""
         return self.prefill.median
 
     @property
     def per_token_ms(self) -> float:
+        """The median of ``per_token``."""
         return self.per_token.median
 
 
@@ -105,9 +109,7 @@ def measure(
         No images in ``inputs``; an unsupported model; a number out of range.
     """
     at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
-    pixels = pixels_in(inputs)
-    if pixels is None:
-        raise UserError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
+    pixels = pixels_of(inputs)
     geometry(model.config)
     tower = model.get_submodule(family_of(model.config).tower)
     device = pixels.device
@@ -133,7 +135,7 @@ def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float
     """Milliseconds from the start until each new token was known."""
     from transformers import StoppingCriteriaList
 
-    device, ticks = pixels_in(inputs).device, []
+    device, ticks = pixels_of(inputs).device, []
 
     def clock(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         ticks.append(now(device))

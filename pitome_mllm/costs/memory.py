@@ -131,19 +131,19 @@ def weight_bytes(config: Any, dtype: torch.dtype | str = "float16", bits: int | 
     size = itemsize(dtype)
     with torch.device("meta"):
         model = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])(config)
-    quantised = {} if bits is None else _quantised(model)
-    packed = sum(_packed(module.weight, bits) for module in quantised.values())
-    plain = sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in quantised.values())
+    quantised = [] if bits is None else _quantised(model)
+    packed = sum(_packed(weight, bits) for weight in quantised)
+    plain = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in quantised)
     return plain * size + packed + sum(buffer.nbytes for buffer in model.buffers())
 
 
-def _quantised(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that bitsandbytes quantises: all but the output head."""
-    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {name: module for name, module in linear if module is not model.get_output_embeddings()}
+def _quantised(model: Any) -> list[torch.Tensor]:
+    """The matrices that bitsandbytes quantises: of all linear layers but the output head."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [module.weight for module in linear if module is not model.get_output_embeddings()]
 
 
-def _packed(weight: torch.Tensor, bits: int) -> int:
+def _packed(weight: torch.Tensor, bits: int | None) -> int:
     """Bytes of a quantised matrix with its scales: one for each row of 8 bits, or for each block of 4 bits."""
     if bits == 8:
         return weight.numel() + 4 * weight.shape[0]

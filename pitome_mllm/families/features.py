@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,16 +72,26 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
             f"got pixel_values of shape {tuple(pixel_values.shape)}, pictures cut into tiles; give tiles (I, 3, H, W)"
         )
     tower = operator.attrgetter(family_of(model.config).tower)(model)
-    given = pixel_values.to(model.device, model.dtype)
-    return read(tower(given, output_hidden_states=True), shape)
+    weight = next(tower.parameters())
+    given = pixel_values.to(weight.device, cast(Any, model).dtype)
+    return cast(Tensor, read(tower(given, output_hidden_states=True), shape))
 
 
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
     """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one."""
-    values = pixels_in(processor.image_processor(images=pictures, return_tensors="pt"))
+    image_processor = getattr(processor, "image_processor", processor)
+    values = pixels_of(image_processor(images=pictures, return_tensors="pt"))
     return values.reshape(-1, *values.shape[-3:])  # of tiles (images, tiles, 3, H, W)
 
 
 def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:
     """The images among a model's inputs, None if there are none."""
     return next((inputs[name] for name in PIXELS if inputs.get(name) is not None), None)
+
+
+def pixels_of(inputs: Mapping[str, Any]) -> Tensor:
+    """The images among a model's inputs; ValueError if there are none."""
+    pixels = pixels_in(inputs)
+    if pixels is None:
+        raise UserError("inputs hold no pixel_values; pass what the processor returns for a picture with a prompt")
+    return pixels

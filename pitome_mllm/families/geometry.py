@@ -117,7 +117,7 @@ def geometry(model_or_config: Any) -> Geometry:
     )
 
 
-def _of_llava_package(model: nn.Module) -> Geometry:
+def _of_llava_package(model: Any) -> Geometry:
     """The geometry of a model of the original package, which only its loaded vision tower tells."""
     if any(cls.__name__ == LLAVA_MPT for cls in type(model).__mro__):
         raise UserError(
@@ -163,7 +163,7 @@ def _tower(vision: Any, family: FamilySpec) -> dict[str, Any]:
         Tokens are to merge in a tower of a kind that has no row, or it does not say how many patches it has.
     """
     kind = getattr(vision, "model_type", None) or type(vision).__name__
-    sides = [getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers")]
+    sides: list[Any] = [getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers")]
     counted = all(isinstance(side, int) for side in sides)
     if kind not in TOWER_OF_CONFIG and ("tower" in family.places or not counted):
         raise UserError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")

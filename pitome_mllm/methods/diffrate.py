@@ -39,7 +39,7 @@ class DiffRate(Reducer):
         depth: float = 0.0,
         attention: Tensor | None = None,
     ) -> Merge:
-        n = self.check(metric, r, protected, attention=attention)
+        n, attention = self.check(metric, r, protected), self.needed("attention", attention)
         order = ranked(attention[:, protected:]) + protected
         kept, others = order[:, : n - r].sort(1).values, order[:, n - r :]
         if r == 0:

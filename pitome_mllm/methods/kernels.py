@@ -274,10 +274,10 @@ class FusedMerge(Merge):
         )  # fmt: skip
         return y, total
 
-    def in_source_order(self) -> Merge:
+    def in_source_order(self) -> FusedMerge:
         merge = super().in_source_order()
         if merge is not self:
-            merge._slot = merge.group.gather(1, merge._rest).int()
+            merge._slot = merge._group.gather(1, merge._rest).int()
         return merge
 
 

@@ -7,10 +7,12 @@ synchronises with the host, so that it runs under ``torch.compile`` and CUDA gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import UserError
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -46,6 +48,9 @@ def first_of_groups(group: Tensor, count: int) -> Tensor:
     index = torch.arange(tokens, device=group.device).expand(batch, tokens)
     slot = group.where(group >= 0, count)  # one extra place takes what is dropped
     return index.new_full((batch, count + 1), tokens).scatter_reduce(1, slot, index, "amin")[:, :count]
+
+
+M = TypeVar("M", bound="Merge")
 
 
 class Merge:
@@ -114,7 +119,7 @@ class Merge:
         self._rest = order[:, count:]  # ... and all the others
 
     @classmethod
-    def join(cls, tokens: int, sources: Tensor, targets: Tensor, **extra: Any) -> Merge:
+    def join(cls: type[M], tokens: int, sources: Tensor, targets: Tensor, **extra: Any) -> M:
         """Each of ``sources`` (B, r) joins the token of ``targets`` (B, r) beside it; the other tokens stay alone.
 
         No token is both.
@@ -133,7 +138,14 @@ class Merge:
         root = torch.full_like(index, -1).scatter(1, kept, kept)
         return cls(index.where(index < protected, root), kept.shape[1] + protected, root_is_first=True)
 
-    def weighted_by(self, value: Tensor) -> Merge:
+    @property
+    def _group(self) -> Tensor:
+        """The groups, where the method forms some."""
+        if self.group is None:
+            raise UserError("this method forms no groups; choose one that merges or drops tokens")
+        return self.group
+
+    def weighted_by(self: M, value: Tensor) -> M:
         """This merge with means weighted by ``value`` (B, N), above zero, in place of sizes. In place; no dropping."""
         total = self.reduce(value[..., None], value[..., None])[1]
         self._weight = value / self.expand(total)[..., 0]
@@ -159,7 +171,7 @@ class Merge:
         size = x.new_ones(batch * tokens, dtype=torch.float32) if size is None else size.flatten().float()
         first, rest = flat(self._first, tokens), flat(self._rest, tokens)
         first_size, rest_size = size.index_select(0, first), size.index_select(0, rest)
-        slot = self.group.gather(1, self._rest)  # the group that each of the rest joins
+        slot = self._group.gather(1, self._rest)  # the group that each of the rest joins
         if self._may_drop:
             dropped = slot.flatten() < 0
             slot, rest_size = slot.clamp(min=0), rest_size.masked_fill(dropped, 0.0)
@@ -182,8 +194,8 @@ class Merge:
 
     def expand(self, y: Tensor) -> Tensor:
         """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""
-        dropped = self.group[..., None] < 0
-        return rows(y, self.group.clamp(min=0)).masked_fill(dropped, 0.0)
+        dropped = self._group[..., None] < 0
+        return rows(y, self._group.clamp(min=0)).masked_fill(dropped, 0.0)
 
     def then(self, later: Merge) -> Merge:
         """The composition: ``later`` merges what this one leaves."""
@@ -194,15 +206,15 @@ class Merge:
         """The merges that this one is composed of, in their order; itself where it is no composition."""
         return (self,)
 
-    def in_source_order(self) -> Merge:
+    def in_source_order(self: M) -> M:
         """The same groups, numbered in the order that the reference code leaves (reading order where it has none)."""
         if self._source is None:
             return self
-        order = self.group.gather(1, self._source())  # (B, K): reading-order number of the group now at each place
+        order = self._group.gather(1, self._source())  # (B, K): reading-order number of the group now at each place
         place = order.argsort(dim=1)
         renumbered = object.__new__(type(self))
         renumbered.__dict__.update(self.__dict__)
-        renumbered.group = place.gather(1, self.group.clamp(min=0)).where(self.group >= 0, -1)
+        renumbered.group = place.gather(1, self._group.clamp(min=0)).where(self._group >= 0, -1)
         renumbered._first = self._first.gather(1, order)
         return renumbered
 

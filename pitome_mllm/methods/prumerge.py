@@ -54,7 +54,7 @@ class PruMerge(Reducer):
         depth: float = 0.0,
         attention: Tensor | None = None,
     ) -> Merge:
-        keep = self.check(metric, r, protected, attention=attention) - r
+        keep, attention = self.check(metric, r, protected) - r, self.needed("attention", attention)
         uniform = round(self.uniform * keep)
         order = ranked(attention[:, protected:]) + protected
         samples, sources = split_evenly(order[:, keep - uniform :].sort(1).values, uniform)

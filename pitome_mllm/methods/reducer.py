@@ -7,7 +7,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from torch import Tensor
 
@@ -28,8 +28,6 @@ class Reducer(ABC):
         One step removes at most half of the tokens; else all but one.
     once : bool
         The method reduces in one step, at one place; it does not make sense a little in every block.
-    source_order : bool
-        The reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives.
     forms_groups : bool
         Every token left stands for certain patches; else `Merge.group` is None.
     shrinks_picture : bool
@@ -39,9 +37,13 @@ class Reducer(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     bipartite: ClassVar[bool] = True
     once: ClassVar[bool] = False
-    source_order: ClassVar[bool] = False
     shrinks_picture: ClassVar[bool] = False
     forms_groups: ClassVar[bool] = True
+
+    @property
+    def source_order(self) -> bool:
+        """Whether the reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives."""
+        return False
 
     @abstractmethod
     def match(
@@ -81,14 +83,8 @@ class Reducer(ABC):
         """The token counts that repeated matching can reach from ``n`` unprotected tokens."""
         return range(1, n + 1)
 
-    def check(self, metric: Tensor, r: int, protected: int, **needed: Tensor | None) -> int:
-        """The number of unprotected tokens of ``metric``.
-
-        ValueError if ``r`` of them cannot be removed, or if one of ``needed`` is None.
-        """
-        for name, value in needed.items():
-            if value is None:
-                raise UserError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
+    def check(self, metric: Tensor, r: int, protected: int) -> int:
+        """The number of unprotected tokens of ``metric`` (B, N, C); ValueError if ``r`` of them cannot be removed."""
         tokens = metric.shape[1] - protected
         if not 0 <= r <= self.max_removable(tokens):
             raise UserError(
@@ -97,16 +93,31 @@ class Reducer(ABC):
             )
         return tokens
 
+    def needed(self, name: str, value: Tensor | None) -> Tensor:
+        """What `match` got as ``name``, one of ``needs``; ValueError if it got none."""
+        if value is None:
+            raise UserError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
+        return value
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an option is a number, which True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether an option is a whole number from 1."""
+    return isinstance(value, numbers.Integral) and is_number(value) and value >= 1
+
 
 def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     """ValueError unless the option ``name`` is a finite number from ``low`` to ``high``."""
-    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not low <= value <= high:
+    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
         bounds = "".join(f" {word} {bound:g}" for word, bound in (("from", low), ("to", high)) if math.isfinite(bound))
         raise UserError(f"{name}={value!r} is not possible; choose a number{bounds}")
 
 
 def check_count(name: str, value: object) -> None:
     """ValueError unless the option ``name`` is a whole number from 1."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+    if not is_count(value):
         raise UserError(f"{name}={value!r} is not possible; choose a whole number from 1")

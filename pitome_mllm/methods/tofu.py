@@ -29,7 +29,7 @@ class NormPreserving(Merge):
         mean, total = super().reduce(wide, size)
         norm = wide.norm(dim=-1)
         largest = rows(norm[..., None], self._first)[..., 0].scatter_reduce(
-            1, self.group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
+            1, self._group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
         )
         own = mean.norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
         alone = super().reduce(norm[..., None].detach())[1][..., 0] == 1
@@ -39,7 +39,7 @@ class NormPreserving(Merge):
     def aimed_at(self, targets: Tensor) -> NormPreserving:
         """This merge with the norm of ``targets`` (B, r), the tokens that others joined, as reference."""
         self.reference = "target"
-        self._target = self._first.scatter(1, self.group.gather(1, targets), targets)
+        self._target = self._first.scatter(1, self._group.gather(1, targets), targets)
         return self
 
 

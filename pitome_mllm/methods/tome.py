@@ -53,8 +53,8 @@ class ToMe(Reducer):
 
 def gone(merge: Merge, r: int, protected: int) -> Tensor:
     """The r tokens of A that joined another, (B, r)."""
-    a = alternate(merge.group, protected)[0]
-    tokens = torch.ones_like(merge.group, dtype=torch.float32)[..., None]
+    a = alternate(merge._group, protected)[0]
+    tokens = torch.ones_like(merge._group, dtype=torch.float32)[..., None]
     alone = merge.expand(merge.reduce(tokens)[1])[..., 0] == 1
     return a.gather(1, alone.gather(1, a).byte().argsort(dim=1, stable=True)[:, :r])
 

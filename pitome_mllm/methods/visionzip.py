@@ -61,7 +61,7 @@ class VisionZip(Reducer):
         depth: float = 0.0,
         attention: Tensor | None = None,
     ) -> Merge:
-        keep = self.check(metric, r, protected, attention=attention) - r
+        keep, attention = self.check(metric, r, protected) - r, self.needed("attention", attention)
         contextual = max(1, keep - round(self.dominant * keep))
         order = ranked(attention[:, protected:]) + protected
         rest = order[:, keep - contextual :].sort(1).values

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ..methods import UserError
 
@@ -67,7 +67,13 @@ def per_pixel(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def to_picture(pixels: np.ndarray) -> Image.Image:
+    """The picture of (H, W, 3) pixels, values cut off at 0 and 255."""
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font at a size in pixels."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
 
 
 def hairline(label_map: np.ndarray, width: int) -> np.ndarray:
@@ -81,8 +87,7 @@ def hairline(label_map: np.ndarray, width: int) -> np.ndarray:
 def hatch(pixels: np.ndarray, dropped: np.ndarray, cell: int) -> np.ndarray:
     """Dropped patches as a dim grey image under diagonal lines."""
     grey = 0.45 * pixels.mean(-1, keepdims=True) + 60
-    rows, columns = np.indices(dropped.shape)
-    lines = (rows + columns) % max(4, cell // 2) < max(1, cell // 14)
+    lines: np.ndarray = np.indices(dropped.shape).sum(0) % max(4, cell // 2) < max(1, cell // 14)
     return np.where(dropped[..., None], np.where(lines[..., None], 205.0, grey), pixels)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..methods import UserError
 from .canvas import (
@@ -16,6 +16,7 @@ from .canvas import (
     check_picture,
     diamonds,
     dots,
+    font_of,
     hairline,
     hatch,
     on_grid,
@@ -170,14 +171,14 @@ def _numbers(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: 
     """The size of every token of several patches, on its patch nearest to their middle."""
     if cell < NUMBERED:
         return
-    brush, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=round(0.5 * cell))
+    brush, font = ImageDraw.Draw(drawing), font_of(round(0.5 * cell))
     for label in np.flatnonzero(sizes[:-1] > 1):
         places = np.argwhere(labels == label)
         if not len(places):
             continue
         row, column = places[np.abs(places - places.mean(0)).sum(1).argmin()]
         middle = (column + 0.5) * drawing.width / labels.shape[1], (row + 0.5) * drawing.height / labels.shape[0]
-        style = {"fill": "white", "stroke_width": max(1, cell // 16), "stroke_fill": "black"}
+        style: dict[str, Any] = {"fill": "white", "stroke_width": max(1, cell // 16), "stroke_fill": "black"}
         brush.text(middle, f"{sizes[label]:.0f}", font=font, anchor="mm", **style)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..methods import UserError
-from .canvas import array, canvas, check_picture, dots, hatch, on_grid, per_pixel, stretched, to_picture
+from .canvas import array, canvas, check_picture, dots, font_of, hatch, on_grid, per_pixel, stretched, to_picture
 
 # Nine colours of viridis, which grows evenly in lightness and reads the same for every common kind of colour blindness.
 VIRIDIS = np.array(
@@ -88,8 +88,8 @@ def colours(shares: Any) -> np.ndarray:
 
 def with_bar(drawing: Image.Image, title: str, ticks: Sequence[tuple[float, str]]) -> Image.Image:
     """The drawing above a colour bar from 0 to 1 with ``ticks`` (place, text)."""
-    font = ImageFont.load_default(size=max(11, drawing.width // 32))
-    line = font.size + 4
+    font = font_of(max(11, drawing.width // 32))
+    line = int(font.size) + 4
     margin = int(max(font.getlength(text) for _, text in ticks)) // 2 + 4
     left = int(font.getlength(title)) + 2 * line
     if left > drawing.width // 2:  # no room for words

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..families.features import pixels_in
+from ..families.features import pixel_values
 from ..methods import UserError
 
 
@@ -33,8 +33,7 @@ def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
         raise UserError(
             f"{type(processor).__name__} has no image processor; pass the processor that AutoProcessor loads"
         )
-    values = pixels_in(image_processor(images=picture.convert("RGB"), return_tensors="pt"))
-    values = values.reshape(-1, *values.shape[-3:]).float()  # (tiles, 3, H, W)
+    values = pixel_values(image_processor, picture.convert("RGB")).float()
     if image_processor.do_normalize:
         mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
         values = values * std[:, None, None] + mean[:, None, None]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..methods import UserError
+from .canvas import font_of
 from .groups import PALETTE
 
 
@@ -49,7 +49,7 @@ def below(sheets: Sequence[Image.Image]) -> Image.Image:
 
 def captioned(sheet: Image.Image, text: str, gap: int = 16) -> Image.Image:
     """The sheet above a line of text, in as many lines as it takes."""
-    font = ImageFont.load_default(size=max(12, min(sheet.width // 80, 40)))
+    font = font_of(max(12, min(sheet.width // 80, 40)))
     lines = _wrap(text, font, sheet.width - 2 * gap)
     box = ImageDraw.Draw(sheet).multiline_textbbox((0, 0), lines, font=font)
     foot = Image.new("RGB", (sheet.width, int(box[3]) + gap), "white")
@@ -68,7 +68,7 @@ def like(picture: Image.Image, drawing: Image.Image) -> Image.Image:
 def _row(pictures: Sequence[Image.Image], titles: Sequence[str], gap: int) -> Image.Image:
     """Images of one height in a row."""
     height = pictures[0].height
-    font = ImageFont.load_default(size=max(12, height // 24))
+    font = font_of(max(12, height // 24))
     texts = [_wrap(title, font, picture.width) for title, picture in zip(titles, pictures, strict=True)]
     brush = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     head = max(brush.multiline_textbbox((0, 0), text, font=font)[3] for text in texts)
@@ -84,7 +84,7 @@ def _row(pictures: Sequence[Image.Image], titles: Sequence[str], gap: int) -> Im
     return sheet
 
 
-def _wrap(text: str, font: Any, width: int) -> str:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """The text with line breaks between words so that it fits `width` pixels where its words allow."""
     lines = [""]
     for word in text.split():
@@ -113,8 +113,8 @@ def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = 
     """
     if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
         raise UserError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
-    font = ImageFont.load_default(size=max(11, size[1] // 32))
-    line = font.size + 4
+    font = font_of(max(11, size[1] // 32))
+    line = int(font.size) + 4
     drawing = Image.new("RGB", size, "white")
     brush = ImageDraw.Draw(drawing)
     most, steps = max(map(max, counts.values())), max(map(len, counts.values()))
