@@ -1,5 +1,5 @@
 # make ask          answer a question about a held-out picture, with all visual tokens and with a quarter of them
-# make test         style checks and the test suite
+# make test         lint and the test suite
 # make test-oldest  the test suite on the oldest supported release of transformers
 # make test-newest  the same on its newest release, where a call that it will refuse one day fails
 # make test-lmms    the tests of the lmms-eval plug-in, with lmms-eval in an environment of its own
@@ -12,7 +12,7 @@
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
 # make bench-gpu    the speed that is promised on a GPU, measured there in 8 minutes: rows, and a table of what is kept
-# make lint         style checks
+# make lint         style and types
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
@@ -88,6 +88,7 @@ chromium: $(BROWSER)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 $(VENV)/.ready: requirements/test.txt $(PINS) pyproject.toml
 $(OLDEST)/.ready: requirements/oldest.txt $(PINS) pyproject.toml
