@@ -32,8 +32,9 @@ def flat(index: Tensor, tokens: int) -> Tensor:
 def add_rows(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """``total`` (K, ...) with ``values`` (M, ...) added at rows ``index`` (M,), one after the other: in place.
 
-    The order of addition is that of ``values``, so that equal inputs give equal bits. On GPUs ``index_add`` and
-    ``scatter_add`` add in any order, and ``index_put`` sorts first; on processors all keep the order.
+    Equal inputs give equal bits: the order of addition is that of ``values``, on GPUs another but fixed one where rows
+    are single numbers. There ``index_add`` and ``scatter_add`` add in any order, and ``index_put`` sorts first; on
+    processors all keep the order.
     """
     if total.device.type == "cpu":
         return total.index_add_(0, index, values)
@@ -165,6 +166,10 @@ class Merge:
             joining = joining.masked_fill(dropped[:, None], 0.0)  # a NaN that is dropped must not return as 0 * NaN
         merged = add_rows(merged, slot, joining)
         return merged.view(batch, self.count, channels).to(x.dtype), total.view(batch, self.count, 1)
+
+    def reduce_evenly(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """As `reduce`, with means in which every token counts once, whatever its size."""
+        return self.reduce(x)[0], self.reduce(size, size)[1]
 
     def expand(self, y: Tensor) -> Tensor:
         """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""

@@ -117,7 +117,18 @@ def test_slices_wide_features_and_float64_reduce_too(device):
     wide = torch.randn(2, 97, 2000, device=device)[..., 100:1300]
     for features in (wide, x.double(), x.mT.contiguous().mT, size):
         seen, expected = merge.reduce(features, size), super(FusedMerge, merge).reduce(features, size)
-        assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+        if features is size:  # of single numbers torch adds several at once on a GPU
+            torch.testing.assert_close(seen[0], expected[0])
+        else:
+            assert torch.equal(seen[0], expected[0])
+        assert torch.equal(seen[1], expected[1])
+
+
+def test_means_in_which_tokens_count_once(device):
+    merge, x, size = merged(device)
+    seen, expected = merge.reduce_evenly(x, size), super(FusedMerge, merge).reduce_evenly(x, size)
+    assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+    assert not torch.equal(seen[0], merge.reduce(x, size)[0])
 
 
 def test_a_broken_feature_stays_inside_its_group(device):
@@ -172,7 +183,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["pitome", "pitome-bsm", "tome"])
-def test_a_merge_takes_at_most_eight_launches(monkeypatch, name):
+def test_a_merge_takes_few_launches(monkeypatch, name):
     """From the keys on, with sizes, and counting what torch itself launches."""
     launched = []
     for kernel in ("prepare", "add_energies", "rank", "match", "place", "combine"):
@@ -182,11 +193,10 @@ def test_a_merge_takes_at_most_eight_launches(monkeypatch, name):
     launched.clear()
     with Operations() as torchs:
         merge = get_method(name).match(keys.mean(2), 58, protected=1, size=size)
-        merge.reduce(torch.randn(1, 577, 1024), None)
-        merge.reduce(size, size)  # where means are not weighted, sizes are summed on their own
+        merge.reduce_evenly(torch.randn(1, 577, 1024), size)
     torchs.seen.remove("aten.randn.default")
     assert torchs.seen == ["aten.mean.dim"]
-    assert len(launched) + len(torchs.seen) <= 8, launched
+    assert len(launched) == (4 if name == "tome" else 6)
 
 
 class Noted:
