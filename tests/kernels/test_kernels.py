@@ -209,6 +209,41 @@ class Noted:
         return lambda *args, **kwargs: self.launched.append(self.name)
 
 
+def test_later_launches_give_what_was_compiled_the_same_arguments(monkeypatch):
+    given = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: given.append((grid, *args))
+
+    def first(grid):
+        def launch(*args, **more):
+            constants = (value for name, value in more.items() if name.isupper())
+            given.append((grid, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args), *constants))
+            return Compiled()
+
+        return launch
+
+    monkeypatch.setattr(triton_kernels, "takes_addresses", lambda compiled: isinstance(compiled, Compiled))
+    metric, energy = torch.randn(2, 67, 80), kernels.Energy(40, 0.5, 1.0, False)
+    for name in ("prepare", "add_energies", "rank", "match", "place"):
+        kernel = getattr(triton_kernels, name)
+        signature = kernel.arg_names
+        monkeypatch.setattr(triton_kernels, name, type(name, (), {"__getitem__": lambda self, grid: first(grid)})())
+        (reads, launch), size = next_launch(name, metric, energy)
+        memory = torch.empty(size, dtype=torch.uint8)
+        for _ in range(2):
+            launch(memory, *((metric,) if reads else ()))
+        assert given[-1] == given[-2] and len(given[-1]) == 1 + len(signature)
+
+
+def next_launch(name: str, metric: torch.Tensor, energy: kernels.Energy):
+    """The launch of one kernel of a merge, whether it reads the metric, and the memory of the merge."""
+    kernels._decision.cache_clear()
+    launches, size = kernels._decision(kernels.Rows.of(metric), 15, 1, energy, kernels.Tiles.of(metric))
+    return next(pair for pair in launches if pair[1]._kernel == name), size
+
+
 def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
     reducer, metric = get_method("pitome"), torch.randn(1, 9, 16)
     for impossible in (metric.double(), metric.clone().requires_grad_(), torch.randn(1, 2100, 16)):
