@@ -62,6 +62,7 @@ class Merge:
     """
 
     candidates: int | None = None
+    _may_drop: bool = False  # whether groups may be -1
 
     def __init__(
         self,
@@ -206,10 +207,11 @@ class _Chain(Merge):
         self.count = later.count
         self.energy = earlier.energy
         self._source = None
+        self._may_drop = earlier._may_drop or later._may_drop
         self.group = None
         if earlier.group is not None and later.group is not None:
-            group = later.group.gather(1, earlier.group.clamp(min=0))
-            self.group = group.where(earlier.group >= 0, -1)
+            group = later.group.gather(1, earlier.group.clamp(min=0) if earlier._may_drop else earlier.group)
+            self.group = group.where(earlier.group >= 0, -1) if earlier._may_drop else group
 
     @property
     def steps(self) -> tuple[Merge, ...]:
