@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .launches import Launch, Place, Rows, Tile, Tiles, on, padded, power
+from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 SWITCH = "PITOME_KERNELS"
 CHOICES = ("auto", "torch", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KEPT = 512  # launches of so many kinds of merges are kept
 MOST = 2048  # tokens of a picture, whose groups one program numbers
 is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
@@ -97,29 +96,6 @@ def _say(reason: str) -> None:
         logger.info("merging by fused Triton kernels")
 
 
-@lru_cache(KEPT)
-def _places(batch: int, tokens: int, n: int, r: int, parts: int, sources: int) -> tuple[dict[str, Place], int]:
-    """Where a merge keeps what it decides, and on the way there; and how many bytes that is in all."""
-    whole, short, real = torch.int64, torch.int32, torch.float32
-    shapes = {
-        "group": (whole, (batch, tokens)),
-        "leads_then_rest": (whole, (batch, tokens)),
-        "member": (short, (batch, r)),
-        "slot": (short, (batch, r)),
-        "energy": (whole, (batch, n)),
-        "order": (short, (batch, n)),
-        "inverse": (real, (batch, tokens)),
-        "least": (short, (batch, tokens)),
-        "top": (real, (parts, batch, sources)),
-        "best": (short, (parts, batch, sources)),
-    }
-    places, end = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        places[name] = Place(end, dtype, shape)
-        end += -(-math.prod(shape) * dtype.itemsize // 128) * 128
-    return places, end
-
-
 class Energy(NamedTuple):
     """PiToMe's energy: the options of f, and how many tokens of the highest energy may merge."""
 
@@ -168,7 +144,7 @@ def _decision(
     parts = max(1, min(columns, 132 // max(1, blocks * batch)))  # fill a GPU; what is found does not depend on it
     share = -(-columns // parts) * tile.columns
     parts = -(-targets // share)
-    places, size = _places(batch, tokens, n, r, parts, sources)
+    places, size = places_of(batch, tokens, n, r, parts, sources)
     shape = (*rows.stride[:2], tokens, protected)
 
     def launch(
@@ -247,7 +223,7 @@ class FusedMerge(Merge):
         return value
 
     def _read(self, name: str) -> Tensor:
-        return _places(*self._shape, 1, 1)[0][name].of(self._memory)
+        return places_of(*self._shape, 1, 1)[0][name].of(self._memory)
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._combine(x, size, True) if self._fused(x) else super().reduce(x, size)
@@ -299,7 +275,7 @@ def _combination(
     """The launch that makes of rows what a merge makes of them; ``aligned`` says how their sizes lie."""
     batch, tokens, width = rows.shape
     r, step = shape[3], min(1024, power(width))
-    places = _places(*shape, 1, 1)[0]
+    places = places_of(*shape, 1, 1)[0]
     return Launch(
         "combine", (tokens - r, batch, -(-width // step)),
         [] if renumbered else [places[name] for name in ("leads_then_rest", "member", "slot")],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+KEPT = 512  # launches of so many kinds of merges are kept
 
 
 class Tile(NamedTuple):
@@ -40,6 +43,29 @@ class Tiles(NamedTuple):
         if width <= 128:  # keys
             return cls(Tile(32, 32, width, 2, 3), Tile(32, 32, width, 4, 3))
         return cls(Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4))
+
+
+@lru_cache(KEPT)
+def places_of(batch: int, tokens: int, n: int, r: int, parts: int, sources: int) -> tuple[dict[str, Place], int]:
+    """Where a merge keeps what it decides, and on the way there; and how many bytes that is in all."""
+    whole, short, real = torch.int64, torch.int32, torch.float32
+    shapes = {
+        "group": (whole, (batch, tokens)),
+        "leads_then_rest": (whole, (batch, tokens)),
+        "member": (short, (batch, r)),
+        "slot": (short, (batch, r)),
+        "energy": (whole, (batch, n)),
+        "order": (short, (batch, n)),
+        "inverse": (real, (batch, tokens)),
+        "least": (short, (batch, tokens)),
+        "top": (real, (parts, batch, sources)),
+        "best": (short, (parts, batch, sources)),
+    }
+    places, end = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        places[name] = Place(end, dtype, shape)
+        end += -(-math.prod(shape) * dtype.itemsize // 128) * 128
+    return places, end
 
 
 class Rows(NamedTuple):
