@@ -108,12 +108,12 @@ class Launch:
 
     def __call__(self, memory: Tensor, *outside: Tensor) -> None:
         if self._run is None:
-            self._first_ofpadded(memory, *outside)
+            self._first_time(memory, *outside)
             return
         start = memory.data_ptr()
         self._run(*[x.data_ptr() for x in outside], *[start + offset for offset in self._offsets], *self._always)
 
-    def _first_ofpadded(self, memory: Tensor, *outside: Tensor) -> None:
+    def _first_time(self, memory: Tensor, *outside: Tensor) -> None:
         from . import triton_kernels as device_code
 
         tensors = *outside, *(place.of(memory) for place in self._inside)
