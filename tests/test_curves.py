@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass, replace
-from itertools import permutations
 
 import numpy as np
 import pytest
@@ -127,6 +126,12 @@ def test_rows_name_what_they_compare(measured):
     assert all(row["weights"] and row["torch"] and row["date"] for row in rows)
 
 
+def test_the_control_is_compared_with_tome(measured):
+    run, _ = measured
+    rows = [row for row in run("--methods", "tome", "random") if row["against"] == "tome"]
+    assert [(row["method"], row["where"], row["group"]) for row in rows] == [("random", "tower", "all")]
+
+
 def test_the_table_is_made_from_the_file(measured, tmp_path):
     run, _ = measured
     rows = run()
@@ -193,35 +198,6 @@ def test_only_results_of_a_checkout_are_replaced(tmp_path, monkeypatch):
         provenance.check_out(curves.RESULTS, curves.RESULTS, whole=True)
     with pytest.raises(ValueError, match="no file of a checkout"):
         provenance.check_out(installed, installed, whole=True)
-
-
-def test_the_table_of_leads_has_the_closest_three():
-    mine = {"method": tables.DEFAULT_METHOD, "where": "both", "keep": "72", "group": "all"}
-    values = {"tome both": 0.02, "dct tower": 0.3, "pitome both": -0.01, "dart tower": 0.1, "plain": -0.5}
-    rows = [
-        mine | {"against": name, "value": str(value), "low": str(value - 0.01), "high": str(value + 0.01)}
-        for name, value in values.items()
-    ]
-    lines = tables.lead(rows).splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["pitome both", "tome both", "dart tower"]
-    assert lines[2] == "| 72 | pitome both | -1.0 | -2.0 to +0.0 |"
-
-
-def test_who_is_compared_with_whom():
-    default = tables.DEFAULT_METHOD
-    mine, elsewhere = Setting(default, "both", 72), Setting(default, "tower", 72)
-    both, tower, control = Setting("tome", "both", 72), Setting("tome", "tower", 72), Setting("random", "tower", 72)
-    compared = {
-        (one, other): against
-        for one, other in permutations((mine, elsewhere, both, tower, control), 2)
-        if (against := curves.opponent(one, other))
-    }
-    assert compared == {
-        (mine, both): "tome both",
-        (mine, tower): "tome tower",
-        (mine, control): "random tower",
-        (control, tower): "tome",
-    }
 
 
 def test_the_plot_has_a_panel_for_each_place_and_a_line_for_each_method(tmp_path, monkeypatch):

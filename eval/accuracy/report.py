@@ -13,12 +13,9 @@ from . import gates
 from .costs import stored
 from .curves import RESULTS, results
 from .search import COMMAND as SEARCH
-from .tables import COST_KEEP, COST_SHAPE, Row, Spent, lead, plot, table
+from .tables import COST_KEEP, COST_SHAPE, Row, Spent, plot, table
 
 MARKS = marks("accuracy", "python -m pitome_mllm_eval.accuracy.report")
-LEAD = (
-    "## The default method against the closest others\n\nPaired over the same questions, of all methods at all places."
-)
 GATES = """## What the embedded model and its benchmark must show
 
 From the same results, in per cent or points, by `python -m pitome_mllm_eval.accuracy.gates`, which fails if one of them
@@ -65,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         spent, found = spending(args.costs), results(args.results)
         put_in(args.readme, table(found, spent), MARKS)
-        everything = [table(found, spent, everywhere=True), LEAD, lead(found), GATES, gates.table(found)]
+        everything = [table(found, spent, everywhere=True), GATES, gates.table(found)]
         put_in(args.docs / "accuracy.md", "\n\n".join(everything), MARKS)
         put_in(args.docs / "search.md", ablation(read(args.search, SEARCH, ("sweep", "alternative"))), MARKS)
     except UserError as error:

@@ -24,7 +24,6 @@ CAUTION = f"""\\*: {", ".join(LOOKING)} look at the attention of the class token
 embedded model asks anything of that token, so these rows tell less about the methods than they would with CLIP.
 cdpruner runs without the question, as LLaVA has no text encoder for it; of the tokens beyond the metric's width it
 takes the first. random is one draw."""
-LENDER = (DEFAULT_METHOD, own_place(DEFAULT_METHOD))
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,6 @@ def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
             name = f"{method} \\*" if method in LOOKING else method
             lines.append([name, where, spectral, milliseconds, *results.shown(method, where, results.keeps)])
     return "\n\n".join([documents.markdown(lines), CAUTION, _about(found, results, spent)])
-
-
-def lead(found: list[Row]) -> str:
-    """A Markdown table of the three methods that come closest to the default one, at each keep."""
-    rows = [row for row in found if (row["method"], row["where"]) == LENDER and " " in row["against"]]
-    rows = sorted((row for row in rows if row["group"] == "all"), key=lambda row: float(row["value"]))
-    lines = [["keep", f"points of {DEFAULT_METHOD} ahead of", "difference", "95 % interval"]]
-    for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
-        for row in [row for row in rows if int(row["keep"]) == keep][:3]:
-            value, low, high = points(row)
-            lines.append([str(keep), row["against"], f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"])
-    return documents.markdown(lines)
 
 
 def _about(found: list[Row], results: Results, spent: Spent) -> str:
