@@ -11,7 +11,7 @@ import pytest
 from pitome_mllm import METHODS
 from pitome_mllm.families import Geometry
 from pitome_mllm_eval import documents, provenance
-from pitome_mllm_eval.accuracy import curves, report, runs, tables
+from pitome_mllm_eval.accuracy import curves, runs, tables
 from pitome_mllm_eval.accuracy.curves import Rows, Setting
 from pitome_mllm_eval.accuracy.gates import check_whole, every_setting, gates, table
 from pitome_mllm_eval.benchmark.bootstrap import Bootstrap
@@ -54,6 +54,9 @@ def test_differences_are_paired():
 def test_a_group_that_a_draw_misses_is_left_out_of_that_draw():
     mask = np.array([True, False, False])
     assert Bootstrap(np.arange(3))(np.ones(3), mask) == (1, 1, 1)
+
+
+MARKS = documents.marks("accuracy", "make report")
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     run, _ = measured
     rows = run()
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    documents.put_in(readme, tables.table(rows, {}), report.MARKS)
+    readme.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    documents.put_in(readme, tables.table(rows, {}), MARKS)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     value = next(r["value"] for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", ""))
@@ -145,7 +148,7 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     change = next(r for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", "plain"))
     low, high = (100 * float(change[name]) for name in ("low", "high"))
     assert f"{100 * float(value):.1f} ({low:+.1f} to {high:+.1f})" in text
-    documents.put_in(readme, tables.table(rows, {}), report.MARKS)
+    documents.put_in(readme, tables.table(rows, {}), MARKS)
     assert readme.read_text() == text
 
 
@@ -153,7 +156,7 @@ def test_a_readme_without_marks_is_refused(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="once"):
-        documents.put_in(readme, "table", report.MARKS)
+        documents.put_in(readme, "table", MARKS)
 
 
 def test_missing_results_say_how_to_measure(tmp_path):

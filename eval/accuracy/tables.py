@@ -88,6 +88,33 @@ def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
     return "\n\n".join([documents.markdown(lines), CAUTION, _about(found, results, spent)])
 
 
+def ablation(rows: list[Row]) -> str:
+    """A Markdown table of the search: every alternative of every factor, and what it changes on average over keeps."""
+    lines = [
+        ["sweep", "factor", "alternative", "chosen", "right, %", "difference to the setting before", "95 % interval"]
+    ]
+    for row in (row for row in rows if row["keep"] == "0"):
+        names = ("value", "difference", "difference_low", "difference_high")
+        value, change, low, high = (100 * float(row[name]) for name in names)
+        chosen = "yes" if row["chosen"] == "True" else ""
+        figures = [f"{value:.1f}", f"{change:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+        lines.append([row["sweep"], row["factor"], row["alternative"], chosen, *figures])
+    keeps = ", ".join(dict.fromkeys(row["keep"] for row in rows if row["keep"] != "0"))
+    first = rows[0]
+    about = (
+        f"{first['questions']} {first['split']} questions, mean over keep {keeps}, embedded model (weights "
+        f"{first['weights']}), {first['device']}, torch {first['torch']}, transformers {first['transformers']}, "
+        f"commit {first['commit']}, {first['date']}."
+    )
+    return f"{documents.markdown(lines)}\n\n{about}"
+
+
+def spending(rows: list[Row]) -> Spent:
+    """What merging costs by method and place, as far as the tables speak of it."""
+    chosen = [row for row in rows if (row["shape"], row["keep"]) == (COST_SHAPE, str(COST_KEEP))]
+    return {(row["method"], row["where"]): row for row in chosen}
+
+
 def _about(found: list[Row], results: Results, spent: Spent) -> str:
     plain = results.plain
     value, low, high = points(plain)
