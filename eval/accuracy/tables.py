@@ -122,8 +122,8 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
     text = (
         f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, commit "
         f"{plain['commit']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
-        f"{plain['date']}; per cent right, in brackets the paired 95 % bootstrap interval, over pictures, of the "
-        f"difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most "
+        f"{plain['date']}{_elsewhere(results)}; per cent right, in brackets the paired 95 % bootstrap interval, over "
+        f"pictures, of the difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most "
         f"common answer to the same text in training data): {points(results.blind)[0]:.1f}. Spectral: its paper "
         f"proves that it keeps the spectrum. All runs took {sum(seconds) / 3600:.1f} hours of CPU time, the longest "
         f"{max(seconds):.0f} s."
@@ -137,6 +137,16 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
             "attention."
         )
     return text
+
+
+def _elsewhere(results: Results) -> str:
+    """Which methods were measured at another commit, on another machine or another day than the plain model."""
+    origins: dict[str, list[str]] = {}
+    for (method, _, _), row in results.cells.items():
+        said = ", ".join(["commit " + row["commit"], row["device"], row["date"]])
+        if any(row[name] != results.plain[name] for name in ("commit", "device", "date")):
+            origins.setdefault(said, []).append(method)
+    return "".join(f" ({', '.join(dict.fromkeys(who))}: {said})" for said, who in origins.items())
 
 
 def points(row: Row) -> list[float]:
