@@ -11,6 +11,7 @@
 # make test-kernels the fused kernels for GPUs, in Triton's interpreter (numpy below 2.4)
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
+# make report       the tables and plots of README and docs anew from eval/results; fails if a table was another one
 # make bench-gpu    the speed that is promised on a GPU, measured there in 8 minutes: rows, and a table of what is kept
 # make lint         style and types
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
@@ -31,7 +32,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
+.PHONY: ask report bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -41,6 +42,10 @@ ask: $(VENV)/.ready
 BENCH_OUT ?= bench-gpu.csv
 bench-gpu:
 	timeout 480 $(PYTHON) -m eval.speed.gpu --out $(BENCH_OUT)
+
+report: $(VENV)/.ready
+	$(VENV)/bin/python -m pitome_mllm_eval.report
+	git diff --exit-code -- README.md 'docs/*.md'
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"

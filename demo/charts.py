@@ -72,7 +72,7 @@ def curve(method: str, where: str) -> Curve | None:
     if not found:
         return None
     values = {name: {keep: float(row[name]) for keep, row in found.items()} for name in ("value", "low", "high")}
-    about = f"{int(plain['questions']):,} held-out questions, {plain['date']}"
+    about = f"{int(plain['questions']):,} held-out questions, {max(row['date'] for row in found.values())}"
     of_all = (float(plain["value"]), float(blind["value"]))
     return Curve(method, where, values["value"], values["low"], values["high"], *of_all, about)
 

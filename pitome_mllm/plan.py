@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .families.geometry import Geometry
@@ -53,6 +53,19 @@ class Plan:
     graph: bool | str
     packed: tuple[int, ...] = ()
     gentle: bool = False
+    _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _clues: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Work out at once what every block asks for; torch.compile knows no `cached_property` of a frozen class."""
+        removed = tuple(before - left for before, left in zip((self.input_patches, *self.counts), self.counts))
+        needed = {"keys": self.metric == "keys", "attention": "attention" in self.reducer.needs}
+        vars(self).update(
+            _removed=removed,
+            _merging=tuple(block for block, r in enumerate(removed) if r),
+            _clues=tuple(name for name, wanted in needed.items() if wanted),
+        )
 
     @property
     def available(self) -> int:
@@ -69,16 +82,12 @@ class Plan:
 
     def removed(self, block: int) -> int:
         """Tokens that block ``block`` removes; 0 for blocks after the feature layer."""
-        if block >= len(self.counts):
-            return 0
-        before = self.counts[block - 1] if block else self.input_patches
-        return before - self.counts[block]
+        return self._removed[block] if block < len(self.counts) else 0
 
     @property
     def clues(self) -> tuple[str, ...]:
         """What merging needs to know of the attention of a block: "keys", "attention"."""
-        needed = {"keys": self.metric == "keys", "attention": "attention" in self.reducer.needs}
-        return tuple(name for name, wanted in needed.items() if wanted)
+        return self._clues
 
     @property
     def context(self) -> dict[str, Any]:
@@ -106,7 +115,7 @@ class Plan:
     @property
     def merging(self) -> tuple[int, ...]:
         """Indices of the blocks that remove tokens."""
-        return tuple(block for block in range(len(self.counts)) if self.removed(block))
+        return self._merging
 
 
 def make_plan(settings: Settings, geometry: Geometry) -> Plan:

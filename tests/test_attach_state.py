@@ -254,7 +254,7 @@ def test_a_layer_called_alone_after_an_error_keeps_nothing(shallow, one):
     with pytest.raises(ValueError, match="ours"):
         logits(shallow, one)
     inbox = layer._pitome.inbox
-    assert (inbox.wanted, inbox.keys, inbox.query) == (False, None, None)
+    assert (inbox.wanted, inbox.keys, inbox.query) == ((), None, None)
 
 
 def test_an_llm_that_is_not_called_as_merging_needs_it_is_noticed(shallow, one):

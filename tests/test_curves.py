@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass, replace
-from itertools import permutations
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from pitome_mllm import METHODS
 from pitome_mllm.families.geometry import Geometry
 from pitome_mllm_eval import documents, provenance
-from pitome_mllm_eval.accuracy import curves, report, runs, tables
+from pitome_mllm_eval.accuracy import curves, runs, tables
 from pitome_mllm_eval.accuracy.curves import Rows, Setting
 from pitome_mllm_eval.accuracy.gates import check_whole, every_setting, gates, table
 from pitome_mllm_eval.benchmark.bootstrap import Bootstrap
@@ -55,6 +54,9 @@ def test_differences_are_paired():
 def test_a_group_that_a_draw_misses_is_left_out_of_that_draw():
     mask = np.array([True, False, False])
     assert Bootstrap(np.arange(3))(np.ones(3), mask) == (1, 1, 1)
+
+
+MARKS = documents.marks("accuracy", "make report")
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,18 @@ def test_rows_name_what_they_compare(measured):
     assert all(row["weights"] and row["torch"] and row["date"] for row in rows)
 
 
+def test_the_control_is_compared_with_tome(measured):
+    run, _ = measured
+    rows = [row for row in run("--methods", "tome", "random") if row["against"] == "tome"]
+    assert [(row["method"], row["where"], row["group"]) for row in rows] == [("random", "tower", "all")]
+
+
 def test_the_table_is_made_from_the_file(measured, tmp_path):
     run, _ = measured
     rows = run()
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    documents.put_in(readme, tables.table(rows, {}), report.MARKS)
+    readme.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    documents.put_in(readme, tables.table(rows, {}), MARKS)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     value = next(r["value"] for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", ""))
@@ -140,7 +148,7 @@ def test_the_table_is_made_from_the_file(measured, tmp_path):
     change = next(r for r in rows if (r["method"], r["group"], r["against"]) == ("tome", "all", "plain"))
     low, high = (100 * float(change[name]) for name in ("low", "high"))
     assert f"{100 * float(value):.1f} ({low:+.1f} to {high:+.1f})" in text
-    documents.put_in(readme, tables.table(rows, {}), report.MARKS)
+    documents.put_in(readme, tables.table(rows, {}), MARKS)
     assert readme.read_text() == text
 
 
@@ -148,7 +156,7 @@ def test_a_readme_without_marks_is_refused(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="once"):
-        documents.put_in(readme, "table", report.MARKS)
+        documents.put_in(readme, "table", MARKS)
 
 
 def test_missing_results_say_how_to_measure(tmp_path):
@@ -193,35 +201,6 @@ def test_only_results_of_a_checkout_are_replaced(tmp_path, monkeypatch):
         provenance.check_out(curves.RESULTS, curves.RESULTS, whole=True)
     with pytest.raises(ValueError, match="no file of a checkout"):
         provenance.check_out(installed, installed, whole=True)
-
-
-def test_the_table_of_leads_has_the_closest_three():
-    mine = {"method": tables.DEFAULT_METHOD, "where": "both", "keep": "72", "group": "all"}
-    values = {"tome both": 0.02, "dct tower": 0.3, "pitome both": -0.01, "dart tower": 0.1, "plain": -0.5}
-    rows = [
-        mine | {"against": name, "value": str(value), "low": str(value - 0.01), "high": str(value + 0.01)}
-        for name, value in values.items()
-    ]
-    lines = tables.lead(rows).splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["pitome both", "tome both", "dart tower"]
-    assert lines[2] == "| 72 | pitome both | -1.0 | -2.0 to +0.0 |"
-
-
-def test_who_is_compared_with_whom():
-    default = tables.DEFAULT_METHOD
-    mine, elsewhere = Setting(default, "both", 72), Setting(default, "tower", 72)
-    both, tower, control = Setting("tome", "both", 72), Setting("tome", "tower", 72), Setting("random", "tower", 72)
-    compared = {
-        (one, other): against
-        for one, other in permutations((mine, elsewhere, both, tower, control), 2)
-        if (against := curves.opponent(one, other))
-    }
-    assert compared == {
-        (mine, both): "tome both",
-        (mine, tower): "tome tower",
-        (mine, control): "random tower",
-        (control, tower): "tome",
-    }
 
 
 def test_the_plot_has_a_panel_for_each_place_and_a_line_for_each_method(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pitome_mllm import attach, load
+from pitome_mllm_eval import report
 from pitome_mllm_eval.documents import read, write_csv
 from pitome_mllm_eval.training import finetune
 from pitome_mllm_eval.training.tiny_batch import IGNORE
@@ -53,16 +54,13 @@ def rows(tmp_path, **changes):
     return tmp_path / "found.csv"
 
 
-def test_the_readme_says_what_the_csv_holds(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{finetune.MARKS[0]}\nold\n{finetune.MARKS[1]}\nafter\n")
-    finetune.main(["--readme", str(readme), "--out", str(rows(tmp_path))])
-    text = readme.read_text()
+def test_the_report_says_what_the_csv_holds(tmp_path):
+    text = report.finetuned(read(rows(tmp_path), "measure"))
     assert "50.0 (40.0 to 60.0) per cent right before, 75.0 (70.0 to 80.0) after 9 steps" in text
-    assert "+25.0 (+20.0 to +30.0) points" in text and "old" not in text and text.startswith("before")
+    assert "+25.0 (+20.0 to +30.0) points" in text
 
 
 def test_the_recorded_gain_is_beyond_chance():
-    rows = {row["what"]: row for row in read(finetune.RESULTS, finetune.COMMAND)}
+    rows = {row["what"]: row for row in read(finetune.RESULTS, "measure")}
     assert rows["difference"]["split"] == "test" and rows["difference"]["questions"] == "3360"
     assert int(rows["difference"]["keep"]) == 72 and float(rows["difference"]["low"]) > 0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from pitome_mllm.hooks.tower import Run
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
 from pitome_mllm_eval import clocks, documents
-from pitome_mllm_eval.accuracy import costs, report, runs, search
+from pitome_mllm_eval.accuracy import costs, runs, search, tables
 from pitome_mllm_eval.accuracy.curves import Setting, settings
 from pitome_mllm_eval.accuracy.gates import every_setting
 
@@ -76,7 +74,7 @@ def test_rows_tell_the_gain_over_the_setting_before(searched):
     row = next(r for r in rows if (r["factor"], r["alternative"], r["keep"]) == ("where", "where=both", "0"))
     assert (float(row["value"]), float(row["difference"])) == (0.75, 0.25)
     assert {row["sweep"] for row in rows} == {"1", "2"}
-    text = report.ablation(rows)
+    text = tables.ablation(rows)
     assert "| 1 | where | where=both | yes | 75.0 | +25.0 |" in text
 
 
@@ -130,17 +128,6 @@ def test_the_recorded_costs_are_of_every_setting():
     measured = {(row["shape"], row["method"], row["where"], int(row["keep"])) for row in rows}
     wanted = {(shape, s.method, s.where, s.keep) for shape, s in product(costs.SHAPES, every_setting(rows))}
     assert measured == wanted and len(rows) == len(wanted)
-
-
-def test_readme_and_docs_show_what_was_measured(tmp_path):
-    """Which is to say that `report` has been run since."""
-    root = Path(__file__).resolve().parents[1]
-    for name in ("README.md", "docs/accuracy.md", "docs/search.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(root / name, tmp_path / name)
-    report.main(["--readme", str(tmp_path / "README.md"), "--docs", str(tmp_path / "docs")])
-    for name in ("README.md", "docs/accuracy.md", "docs/search.md"):
-        assert (tmp_path / name).read_text() == (root / name).read_text(), name
 
 
 # ---- several settings at a time --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import csv
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -88,49 +87,33 @@ def test_distances_are_means_over_pictures_in_batches(tiny, monkeypatch):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch, capsys):
-    """The arguments of a command that has just measured made-up results, their points, and what it said."""
+    """The points of a command that has just measured made-up results, and what it said."""
     weights = spectra.provenance("tiny", "test")["weights"]
     made = {s: 0.2 + 0.01 * len(s.method) - s.keep / 5760 for s in losses(made_up())}
     with monkeypatch.context() as patch:
         patch.setattr(spectra, "results", lambda path: made_up(weights=weights))
         patch.setattr(spectra, "distances", lambda *given: made)
-        (tmp_path / "README.md").write_text(f"before {spectra.MARKS[0]} old {spectra.MARKS[1]} after")
-        names = {"out": "spectra.csv", "plot": "docs/spectra.png", "readme": "README.md"}
-        arguments = [part for key, name in names.items() for part in (f"--{key}", str(tmp_path / name))]
-        spectra.main(["--pictures", "2", "--threads", "1", *arguments])
-    return arguments, points(made, losses(made_up())), capsys.readouterr().out
+        spectra.main(["--pictures", "2", "--threads", "1", "--out", str(tmp_path / "spectra.csv")])
+    return points(made, losses(made_up())), capsys.readouterr().out
 
 
-def test_the_command_writes_points_a_plot_and_a_sentence(measured, tmp_path):
-    _, found, said = measured
+def test_the_command_writes_points_and_says_a_sentence(measured, tmp_path):
+    found, said = measured
     with (tmp_path / "spectra.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 42 and {r["pictures"] for r in rows} == {"2"}
     whole, within = correlations(found)
     assert 0 < whole.value < 1 and within.value == pytest.approx(0.75**0.5)
-    said, readme = said.strip(), (tmp_path / "README.md").read_text()
     assert "Over 42 settings of 3 methods Spearman's correlation" in said and f"accuracy is {whole}; " in said
     assert f"at the same number of tokens it is {within}. In brackets" in said and rows[0]["weights"] in said
-    assert f"\n\n{said}\n\n" in readme and readme.startswith("before ") and readme.endswith(" after")
+
+
+def test_plot_and_sentence_come_from_the_csv(measured, tmp_path):
+    found, said = measured
+    stored, about = spectra.stored(tmp_path / "spectra.csv")
+    assert stored == found and spectra.sentence(stored, about) == said.strip()
+    spectra.plot(stored, about, tmp_path / "docs" / "spectra.png")
     assert (tmp_path / "docs" / "spectra.png").stat().st_size > 10_000
-
-
-def test_plot_and_sentence_come_from_the_csv_again(measured, tmp_path, monkeypatch, capsys):
-    arguments, _, said = measured
-    files = [tmp_path / name for name in ("spectra.csv", "docs/spectra.png", "README.md")]
-    before = [file.read_bytes() for file in files]
-    files[1].unlink()
-    files[2].write_text(files[2].read_text().replace("Over 42", "Over 41"))
-    monkeypatch.setattr(spectra, "distances", lambda *given: pytest.fail("measured"))
-    spectra.main(["--from-csv", *arguments])
-    assert [file.read_bytes() for file in files] == before and capsys.readouterr().out == said
-
-
-def test_the_readme_says_what_the_results_give():
-    found, about = spectra.stored(spectra.OUT)
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    said = spectra.sentence(found, *correlations(found), about)
-    assert said in readme, "write it anew: python -m pitome_mllm_eval.accuracy.spectra --from-csv"
 
 
 @pytest.mark.parametrize(
@@ -139,11 +122,6 @@ def test_the_readme_says_what_the_results_give():
         (made_up(keeps=(144, 72)), [], "a rank correlation of 12 settings says little"),
         (made_up(weights="other"), [], "the accuracies are of weights other"),
         (made_up(), ["--pictures", "0"], "--pictures 0 is not possible; choose 1 to 210"),
-        (
-            made_up(),
-            ["--from-csv", "--out", "nowhere.csv"],
-            "no results 'nowhere.csv'; measure first: python -m pitome_mllm_eval.accuracy.spectra",
-        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(rows, arguments, words, monkeypatch, capsys):

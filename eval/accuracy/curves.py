@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import permutations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from pitome_mllm import METHODS
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
-from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
+from pitome_mllm.settings import DEFAULTS, Settings
 
 from ..benchmark.bootstrap import Bootstrap, groups
 from ..benchmark.glyphs import SPLITS
@@ -126,8 +126,7 @@ class Rows:
 def rows(
     runs: dict[Setting, Answers], plain: Answers, blind: np.ndarray, asked: list[tuple[int, Question]]
 ) -> Iterator[Row]:
-    """Accuracies, and differences: to the plain model; over all questions, of the default method to every other at the
-    same keep, and of the control "random" to ToMe."""
+    """Accuracies, and differences: to the plain model; over all questions also of the control "random" to ToMe."""
     made = Rows(asked)
     yield from made.accuracy(Setting(PLAIN, "none", GRID * GRID), plain.right, round(plain.seconds, 1))
     yield from made.accuracy(Setting(BLIND, "none", 0), blind)
@@ -135,18 +134,9 @@ def rows(
         yield from made.accuracy(setting, run.right, round(run.seconds, 1))
         yield from made.difference(setting, PLAIN, run.right, plain.right)
         yield from made.spread(setting, run.right, plain.right)
-    for one, other in permutations(runs, 2):
-        if against := opponent(one, other):
-            yield next(made.difference(one, against, runs[one].right, runs[other].right))  # of all questions
-
-
-def opponent(one: Setting, other: Setting) -> str:
-    """What to call ``other`` where ``one`` is compared with it; empty where it is not."""
-    if one.keep != other.keep or one.method == other.method:
-        return ""
-    if (one.method, one.where) == (DEFAULT_METHOD, own_place(DEFAULT_METHOD)):
-        return f"{other.method} {other.where}"
-    return "tome" if (one.method, other.method) == ("random", "tome") and one.where == other.where else ""
+        other = replace(setting, method="tome")
+        if setting.method == "random" and other in runs:
+            yield next(made.difference(setting, "tome", run.right, runs[other].right))  # of all questions
 
 
 def _row(setting: Setting, group: str, against: str, mask: np.ndarray, figures: tuple[float, ...]) -> Row:

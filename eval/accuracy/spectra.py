@@ -1,8 +1,7 @@
 """Does the spectral distance foretell the loss of accuracy? ``python -m pitome_mllm_eval.accuracy.spectra``.
 
 The mean spectral distance over benchmark pictures of every setting that `curves` measured, beside what that setting
-loses, and their rank correlation. The points go to one CSV, the plot and a sentence of the README are made from it:
-anew and without measuring with ``--from-csv``.
+loses, and their rank correlation. The points go to one CSV; `pitome_mllm_eval.report` makes plot and sentence from it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rich.progress import Progress
 from pitome_mllm.methods import UserError
 
 from ..benchmark.sets import SCENES, scene
-from ..documents import marks, panels, put_in, read, save, style, write_csv
+from ..documents import panels, read, save, style, write_csv
 from .correlation import Correlation, correlation
 from .curves import COMMAND as CURVES
 from .curves import RESULTS, Setting, results
@@ -29,9 +28,8 @@ from .runs import PLAIN, load, provenance
 LEAST_POINTS = 40
 BATCH = 10  # pictures whose graphs are in memory at once
 MARKERS = "osD^vP*X<>"
-OUT, PLOT = RESULTS.with_name("spectra.csv"), Path("docs/spectra.png")
+OUT = RESULTS.with_name("spectra.csv")
 COMMAND = "python -m pitome_mllm_eval.accuracy.spectra"
-MARKS = marks("spectra", COMMAND)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
     return correlation(distance, loss, methods), correlation(distance, loss, methods, strata=keep)
 
 
-def plot(found: Sequence[Point], path: Path, title: str) -> None:
+def plot(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     """Loss over spectral distance: a colour and marker for each method, one panel for each place."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -131,7 +129,10 @@ def plot(found: Sequence[Point], path: Path, title: str) -> None:
             if own:
                 (lines[method],) = axis.plot([p.distance for p in own], [100 * p.loss for p in own], **looks)
         axis.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}", minor_formatter=NullFormatter())
-    figure.suptitle(title, fontsize=10)
+    whole, within = correlations(found)
+    title = f"Spearman correlation over {len(found)} settings: {whole}; of methods at the same keep: {within}"
+    pictures = f"{about['pictures']} {about['split']} pictures"
+    figure.suptitle(f"{title}\n95 % bootstrap intervals over methods; distances over {pictures}", fontsize=10)
     save(figure, path, lines)
 
 
@@ -172,9 +173,9 @@ def stored(path: Path) -> tuple[list[Point], dict[str, Any]]:
     return [Point(*name, *(float(row[f]) for f in figures)) for name, row in zip(names, rows, strict=True)], rows[0]
 
 
-def sentence(found: Sequence[Point], whole: Correlation, within: Correlation, about: dict[str, Any]) -> str:
+def sentence(found: Sequence[Point], about: dict[str, Any]) -> str:
     """Both `correlations`, of what, and what their intervals leave out."""
-    methods = len({p.method for p in found})
+    methods, (whole, within) = len({p.method for p in found}), correlations(found)
     return (
         f"Over {len(found)} settings of {methods} methods Spearman's correlation between spectral distance and loss of "
         f"accuracy is {whole}; between methods at the same number of tokens it is {within}. In brackets 95 % bootstrap "
@@ -183,24 +184,8 @@ def sentence(found: Sequence[Point], whole: Correlation, within: Correlation, ab
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure and write the CSV, or read it; then write the plot and the README's sentence, and print that."""
-    if args.from_csv:
-        found, about = stored(args.out)
-    else:
-        found, about = measured(args)
-        write_csv(args.out, found, about)
-    whole, within = correlations(found)
-    title = f"Spearman correlation over {len(found)} settings: {whole}; of methods at the same keep: {within}"
-    pictures = f"{about['pictures']} {about['split']} pictures"
-    plot(found, args.plot, f"{title}\n95 % bootstrap intervals over methods; distances over {pictures}")
-    said = sentence(found, whole, within, about)
-    put_in(args.readme, said, MARKS)
-    print(said)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Measure, write the CSV, and say what comes out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     parser.add_argument(
@@ -209,14 +194,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=20, help="scenes to average over (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT, help="CSV of the points (%(default)s)")
-    parser.add_argument("--from-csv", action="store_true", help="measure nothing: plot and sentence from the CSV")
-    parser.add_argument("--plot", type=Path, default=PLOT)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="where the sentence goes (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        run(args)
+        found, about = measured(args)
     except UserError as error:
         parser.error(str(error))
+    write_csv(args.out, found, about)
+    print(sentence(found, about))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ CAUTION = f"""\\*: {", ".join(LOOKING)} look at the attention of the class token
 embedded model asks anything of that token, so these rows tell less about the methods than they would with CLIP.
 cdpruner runs without the question, as LLaVA has no text encoder for it; of the tokens beyond the metric's width it
 takes the first. random is one draw."""
-LENDER = (DEFAULT_METHOD, own_place(DEFAULT_METHOD))
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,31 @@ def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
     return "\n\n".join([documents.markdown(lines), CAUTION, _about(found, results, spent)])
 
 
-def lead(found: list[Row]) -> str:
-    """A Markdown table of the three methods that come closest to the default one, at each keep."""
-    rows = [row for row in found if (row["method"], row["where"]) == LENDER and " " in row["against"]]
-    rows = sorted((row for row in rows if row["group"] == "all"), key=lambda row: float(row["value"]))
-    lines = [["keep", f"points of {DEFAULT_METHOD} ahead of", "difference", "95 % interval"]]
-    for keep in sorted({int(row["keep"]) for row in rows}, reverse=True):
-        for row in [row for row in rows if int(row["keep"]) == keep][:3]:
-            value, low, high = points(row)
-            lines.append([str(keep), row["against"], f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"])
-    return documents.markdown(lines)
+def ablation(rows: list[Row]) -> str:
+    """A Markdown table of the search: every alternative of every factor, and what it changes on average over keeps."""
+    lines = [
+        ["sweep", "factor", "alternative", "chosen", "right, %", "difference to the setting before", "95 % interval"]
+    ]
+    for row in (row for row in rows if row["keep"] == "0"):
+        names = ("value", "difference", "difference_low", "difference_high")
+        value, change, low, high = (100 * float(row[name]) for name in names)
+        chosen = "yes" if row["chosen"] == "True" else ""
+        figures = [f"{value:.1f}", f"{change:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+        lines.append([row["sweep"], row["factor"], row["alternative"], chosen, *figures])
+    keeps = ", ".join(dict.fromkeys(row["keep"] for row in rows if row["keep"] != "0"))
+    first = rows[0]
+    about = (
+        f"{first['questions']} {first['split']} questions, mean over keep {keeps}, embedded model (weights "
+        f"{first['weights']}), {first['device']}, torch {first['torch']}, transformers {first['transformers']}, "
+        f"commit {first['commit']}, {first['date']}."
+    )
+    return f"{documents.markdown(lines)}\n\n{about}"
+
+
+def spending(rows: list[Row]) -> Spent:
+    """What merging costs by method and place, as far as the tables speak of it."""
+    chosen = [row for row in rows if (row["shape"], row["keep"]) == (COST_SHAPE, str(COST_KEEP))]
+    return {(row["method"], row["where"]): row for row in chosen}
 
 
 def _about(found: list[Row], results: Results, spent: Spent) -> str:
@@ -108,8 +122,9 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
     text = (
         f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, commit "
         f"{plain['commit']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
-        f"{plain['date']}; per cent right, in brackets the paired 95 % bootstrap interval, over pictures, of the "
-        f"difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most "
+        f"{plain['date']}{_elsewhere(results)}; per cent right, in brackets the paired 95 % bootstrap interval, over "
+        f"pictures, of the difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). "
+        "Without looking (the most "
         f"common answer to the same text in training data): {points(results.blind)[0]:.1f}. Spectral: its paper "
         f"proves that it keeps the spectrum. All runs took {sum(seconds) / 3600:.1f} hours of CPU time, the longest "
         f"{max(seconds):.0f} s."
@@ -123,6 +138,16 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
             "attention."
         )
     return text
+
+
+def _elsewhere(results: Results) -> str:
+    """Which methods were measured at another commit, on another machine or another day than the plain model."""
+    origins: dict[str, list[str]] = {}
+    for (method, _, _), row in results.cells.items():
+        said = ", ".join(["commit " + row["commit"], row["device"], row["date"]])
+        if any(row[name] != results.plain[name] for name in ("commit", "device", "date")):
+            origins.setdefault(said, []).append(method)
+    return "".join(f" ({', '.join(dict.fromkeys(who))}: {said})" for said, who in origins.items())
 
 
 def points(row: Row) -> list[float]:

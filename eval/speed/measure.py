@@ -126,7 +126,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any,
 def check_family(config: Any) -> None:
     """ValueError for a family whose pictures the stages cannot make: of several tiles, or of several feature layers."""
     found = geometry(config)
-    if found.tiled or len(found.layers) > 1 or config.model_type == "video_llava":
+    if found.family.tiles or len(found.layers) > 1 or config.model_type == "video_llava":
         raise UserError(
             f"{config.model_type!r} takes its pictures in tiles, several layers or beside videos, which bench does not "
             "make; choose a family of one tile, such as LLaVA-1.5, or for LLaVA-NeXT's sizes --shape llava-next-7b"

@@ -1,20 +1,18 @@
-"""Tables and plots of speed, from what was measured: ``python -m pitome_mllm_eval.speed.report``."""
+"""Tables and plots of speed, from what was measured."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pitome_mllm.methods import UserError
 
 from ..accuracy.tables import NOT_MEASURED
-from ..documents import markdown, marks, panels, put_in, read, save, style, ticks
+from ..documents import markdown, panels, read, save, style, ticks
 from .contenders import PLAIN
 from .rows import RESULTS, RUN, SERIES, name
 from .stages import STAGES
 
-MARKS = marks("speed", "python -m pitome_mllm_eval.speed.report")
 Found = dict[str, str]
 BRIEF = ("576", "144")  # numbers of visual tokens that the README shows
 
@@ -22,6 +20,21 @@ BRIEF = ("576", "144")  # numbers of visual tokens that the README shows
 def called(row: Found) -> str:
     """What the contender of a row is called."""
     return name(row["method"], row["variant"], row["like"])
+
+
+def results(path: Path = RESULTS) -> list[Found]:
+    """The rows of a CSV of the benchmark; ValueError as `read`."""
+    return read(path, "pitome-mllm bench, as docs/speed.md says", RUN)
+
+
+def tables(rows: list[Found], brief: bool = False) -> str:
+    """A table for each run; ``brief``: only of what the README shows."""
+    if brief:
+        usual = [row for row in rows if (row["batch"], row["dtype"], row["mode"]) == ("1", "float32", "eager")]
+        shown = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
+    else:
+        shown = rows
+    return "\n\n".join([*map(table, runs(shown)), devices(rows)])
 
 
 def table(rows: list[Found]) -> str:
@@ -131,25 +144,3 @@ def plots(rows: list[Found], folder: Path) -> None:
 def place(row: Found) -> str:
     """Model and device of a run, for a title."""
     return f"{row['model']}{blocks(row)}, {row['device']}, {row['threads']} thread, {row['dtype']}, {row['mode']}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder for all tables and the plots")
-    args = parser.parse_args(argv)
-    try:
-        rows = read(args.results, "pitome-mllm bench, as docs/speed.md says", RUN)
-        usual = [row for row in rows if (row["batch"], row["dtype"], row["mode"]) == ("1", "float32", "eager")]
-        brief = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
-        for path, chosen in ((args.readme, brief), (args.docs / "speed.md", rows)):
-            put_in(path, "\n\n".join([*map(table, runs(chosen)), devices(rows)]), MARKS)
-    except UserError as error:
-        parser.error(str(error))
-    plots(rows, args.docs)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,16 +26,14 @@ from ..benchmark.bootstrap import Bootstrap
 from ..benchmark.glyphs import SPLITS
 from ..benchmark.score import score
 from ..benchmark.sets import questions
-from ..documents import marks, put_in, read, write_csv
+from ..documents import write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .tiny_batch import IGNORE, Phase, training_batch
 from .tiny_model import EOS, PAD, PREFIX, word_ids
 
-COMMAND = "python -m pitome_mllm_eval.training.finetune --readme README.md"
 RESULTS = FOLDER / "finetune.csv"
 ADAPTED = r".*(language_model.*_proj|multi_modal_projector\.linear_[12])"
-MARKS = marks("finetune", COMMAND)
 PICTURES, TURNS, WARMUP = 16, 4, 20
 
 
@@ -126,24 +124,6 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         yield Row(plan.method, plan.where, plan.keep, *settings, what, len(values), *figures)
 
 
-def told(rows: list[dict[str, str]]) -> str:
-    """What a CSV of this command says, as a paragraph."""
-    found, about = {row["what"]: row for row in rows}, rows[0]
-
-    def figure(what: str, sign: str = "") -> str:
-        value, low, high = (f"{100 * float(found[what][name]):{sign}.1f}" for name in ("value", "low", "high"))
-        return f"{value} ({low} to {high})"
-
-    return (
-        f"`{about['method']}`, keep={about['keep']}, {about['where']}: {figure('before')} per cent right before, "
-        f"{figure('after')} after {about['steps']} steps, {figure('difference', '+')} points; in brackets 95 % "
-        f"bootstrap intervals over pictures, the last one paired. {about['questions']} {about['split']} questions, "
-        f"adapters of rank {about['rank']}, seed {about['seed']}, trained for {float(about['seconds']):.0f} s of "
-        f"processor time, {about['device']}, torch {about['torch']}, transformers {about['transformers']}, weights "
-        f"{about['weights']}, {about['date']}."
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -160,14 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the adapters, as peft writes them")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="only write what --out holds into this file")
     args = parser.parse_args(argv)
-    if args.readme:
-        try:
-            put_in(args.readme, told(read(args.out, COMMAND, ("what", "steps", "rank"))), MARKS)
-        except UserError as error:
-            parser.error(str(error))
-        return
     torch.set_num_threads(args.threads)
     about = provenance("tiny", args.split)
     try:

@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
     """
     port = free_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported,
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(folder) / "matplotlib"))  # and matplotlib, for its list of fonts
         companion("eval")  # whose figures and examples the page shows
         app, engines = companion("demo", "app"), companion("demo", "engine")
         sys.stdout.write(f"Loading {options.model}; the chat opens at the address below, Ctrl+C ends it\n")

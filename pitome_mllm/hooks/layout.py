@@ -3,6 +3,9 @@
 The processor writes as many placeholders per picture as the plain model needs. Callers keep that prompt; the model
 gets a shorter one. A `Layout` says which of the caller's columns stands at each place of the shorter prompt, so
 everything with a column per token (ids, mask, labels, embeddings, positions) moves by one rule.
+
+All of it happens on the host, where a prompt is small: a device is asked once where placeholders and padding are
+(`transfers.on_host`), and is never waited for when it is told.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from ..methods import UserError
 from .positions import caller_positions, ranks
+from .transfers import on
 
 IGNORED = -100  # the label of a token that no loss counts
 # What fills a padding place, for each argument of generate() and forward() that has one column per token.
@@ -50,8 +54,7 @@ class Layout:
 
     def take(self, x: Tensor, fill: int) -> Tensor:
         """``x`` (B, T) or (B, T, C) in this layout, with ``fill`` at padding places."""
-        index = self.index.to(x.device)
-        real = self.real.to(x.device)
+        index, real = on(x.device, self.index), on(x.device, self.real)
         if x.dim() == 3:
             index, real = index[..., None].expand(-1, -1, x.shape[-1]), real[..., None]
         return x.gather(1, index).masked_fill(~real, fill)
@@ -64,7 +67,7 @@ class Layout:
     def take_shifted(self, labels: Tensor) -> Tensor:
         """``labels`` (B, T) of the tokens behind every column, as labels of those behind every place."""
         own = self.take(F.pad(labels[:, :-1], (1, 0), value=IGNORED), IGNORED)
-        return torch.cat([own[:, 1:], labels[:, -1:].masked_fill(~self.real[:, -1:].to(labels.device), IGNORED)], 1)
+        return torch.cat([own[:, 1:], labels[:, -1:].masked_fill(~on(labels.device, self.real[:, -1:]), IGNORED)], 1)
 
     def then(self, later: Layout) -> Layout:
         """This layout, and ``later`` behind it for the columns that follow; positions of ``later`` start at 0."""
@@ -87,6 +90,10 @@ class Layout:
     def positioned(self, positions: Tensor) -> Layout:
         """This layout with ``positions`` (B, T + 1) of the caller's columns, and of the one behind them."""
         return replace(self, position=self.take(positions, 0), follows=positions[:, -1:])
+
+    def on(self, device: torch.device) -> Layout:
+        """This layout on a device."""
+        return self if self.index.device == device else self._each(lambda x: on(device, x))
 
     def rows(self, which: Any) -> Layout:
         """The layout of the rows ``which``, anything that a tensor's first dimension takes."""
@@ -238,7 +245,7 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
                 f"{name} of shape {tuple(getattr(x, 'shape', ())) or type(x).__name__} cannot be shortened; "
                 f"pass the processor's, with {' or '.join(map(str, by_width))} columns"
             )
-        layout = by_width[x.shape[1]]
+        layout = by_width[x.shape[1]] = by_width[x.shape[1]].on(x.device)
         taken[name] = layout.take_shifted(x) if name == "shift_labels" else layout.take(x, fill)
     return taken
 

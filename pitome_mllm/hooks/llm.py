@@ -20,6 +20,7 @@ from . import caches
 from .layout import Layout
 from .positions import at_placeholders, shift_to_first
 from .state import CALL, Call
+from .transfers import on
 
 
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -38,7 +39,9 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if layout.position is not None and (kwargs.get("position_ids") is None or (call is not None and call.move)):
         _check_gaps(language.config)
         changed["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
-    sample = call.sample if call is not None and not _fills_cache(language, kwargs) else None
+    sample = None
+    if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
+        sample = on(tokens.device, call.sample)
     if layout.log_size is not None:
         check(language.config)
         changed["attention_mask"] = _biased(language, layout, tokens, kwargs, sample)
@@ -54,8 +57,8 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
         if call.move or call.weigh:
             image = image.repeat_interleave(rows // len(image), 0)
             shift = shift_to_first(image, stats.first) if call.move else None
-            log_sizes = [size.to(image.device).log() for size in stats.sizes]
-            layout = layout.told(image, shift, at_placeholders(image, log_sizes) if call.weigh else None)
+            sizes = at_placeholders(image, [size.log() for size in stats.sizes]) if call.weigh else None
+            layout = layout.on((sizes if shift is None else shift).device).told(image, shift, sizes)
         call.told = layout
     return call.told
 
@@ -63,7 +66,7 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
 def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
     """Position ids (B, S) of the ``tokens`` (B, S) or (B, S, C) behind what a KV cache holds."""
     width = tokens.shape[1]
-    return layout.fitted_to(caches.length_of(past) + width).position[:, -width:].to(tokens.device)
+    return on(tokens.device, layout.fitted_to(caches.length_of(past) + width).position[:, -width:])
 
 
 def _fills_cache(language: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -88,7 +91,7 @@ def _biased(
 ) -> Tensor | dict[str, Tensor]:
     """The attention mask of a call with log(size) of the keys; a dict where there is one for every kind of layer."""
     past, mask, queries = caches.cache_in(kwargs), kwargs.get("attention_mask"), tokens.shape[1]
-    log_size, dtype = layout.log_size.to(tokens.device), _dtype(language, tokens)
+    log_size, dtype = on(tokens.device, layout.log_size), _dtype(language, tokens)
 
     def biased(one: Tensor | None) -> Tensor:
         if one is not None and one.dim() == 4:  # how long the cache is does not matter

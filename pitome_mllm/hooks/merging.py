@@ -37,9 +37,7 @@ def merge_once(
     merge = plan.reducer.match(metric, r, size=size, depth=depth, **context, **attention)
     if plan.order == "source":
         merge = merge.in_source_order()
-    merged, total = merge.reduce(x, size if plan.weighted else None)
-    if not plan.weighted and size is not None:
-        total = merge.reduce(size, size)[1]
+    merged, total = merge.reduce(x, size) if plan.weighted or size is None else merge.reduce_evenly(x, size)
     kept = {name: merge.reduce(clue, size)[0] for name, clue in clues.items()} if later else {}
     return merge, merged, total, kept
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transfers import on
+
 
 def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which picture every placeholder belongs to, and its rank within that picture.
@@ -47,13 +49,12 @@ def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
 
     Parameters
     ----------
-    image : (B, S) bool, True at placeholders; row by row they are the pictures in order. Positions of a picture's
-        placeholders count up. B may be a multiple of the rows that the pictures were given for (beams): then every row
-        is repeated in place.
+    image : (B, S) bool, True at placeholders, on the host; row by row they are the pictures in order. Positions of a
+        picture's placeholders count up. B may be a multiple of the rows that the pictures were given for (beams): then
+        every row is repeated in place.
     first : per picture (K,) the first patch of every visual token, counted within its picture.
     """
-    shift = [place - torch.arange(len(place), device=place.device) for place in first]
-    return at_placeholders(image, [s.to(image.device) for s in shift])
+    return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in first])
 
 
 def borders(positions: Tensor, real: Tensor) -> Tensor:
@@ -84,5 +85,5 @@ def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
     repeats = max(1, int(counts.sum()) // len(flat))
     row_start = counts[::repeats].cumsum(0) - counts[::repeats]
     rank = (image.long().cumsum(1) - 1).clamp(min=0)
-    at = row_start.repeat_interleave(repeats)[:, None] + rank
-    return flat[at.clamp(max=len(flat) - 1)].masked_fill(~image, 0)
+    at = (row_start.repeat_interleave(repeats)[:, None] + rank).clamp(max=len(flat) - 1)
+    return flat[on(flat.device, at)].masked_fill(on(flat.device, ~image), 0)

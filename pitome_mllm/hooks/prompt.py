@@ -22,6 +22,7 @@ from . import caches, columns, tiles
 from .layout import Layout, shorten, take_all, unchanged
 from .positions import borders, caller_positions, compact_positions, missing_before
 from .state import CALL, Attached, Call
+from .transfers import on, on_host
 from .validate import (
     check_call,
     check_count,
@@ -55,11 +56,12 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
         return None
     image, mask = _placeholders(model, kwargs), kwargs.get("attention_mask")
     check_mask(mask, image.shape[1])
+    image, real = on_host(image, (_inferred_mask(model, kwargs, image) if mask is None else mask) != 0)
+    mask = None if mask is None else real
     original = _original(handle.plan) if marked is None else marked.position is not None
     seen = _seen(length, marked, image, mask, original)
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
     fresh = image[:, seen.width if with_past else 0 :]
-    real = _inferred_mask(model, kwargs, image) if mask is None else mask
     real = real[:, real.shape[1] - fresh.shape[1] :]
     count, merged = int(fresh.sum()), full != kept
     short = count > 0 and count == sum(kept)
@@ -86,7 +88,7 @@ def rewrite(model: nn.Module, handle: Attached, kwargs: dict[str, Any], whole: b
             if move and (pixels_in(kwargs) is not None or given is None):
                 positions = positions + missing_before(F.pad(fresh, (0, 1)), full, kept)
             elif given is not None:  # features alone: of their places only the caller knows
-                given = given[:, -fresh.shape[1] :].expand(len(fresh), -1)
+                given = given[:, -fresh.shape[1] :].expand(len(fresh), -1).to(fresh.device)
                 positions, restart = _and_next(given - first - (0 if seen is None else seen.follows)), None
     new, sample, ids = _placed(new, real, positions, None if restart is None else restart - first, original)
     layout = new if seen is None else seen.then(new)
@@ -181,15 +183,18 @@ def _shortened(model: nn.Module, call: Call, new: Layout, ids: Tensor | None, fi
     ``ids`` : position ids (B, S) where the layout has none and they are not the usual ones.
     """
     layout, mask = call.layout, call.kwargs.get("attention_mask")
+    device = next(
+        call.kwargs[name].device for name in ("input_ids", "inputs_embeds") if call.kwargs.get(name) is not None
+    )
     short = take_all(call.kwargs, _pad_id(model), layout, new)
     for name in ("position_ids", "cache_position"):  # they count the caller's columns
         short.pop(name, None)
     if mask is None and call.sample is None and not bool(layout.real.all()):
-        short["attention_mask"] = layout.real.long()
+        short["attention_mask"] = on(device, layout.real.long())
     image = (layout if call.image.shape[1] == layout.width else new).take(call.image, False)
     ids = layout.position if layout.position is not None else ids
     if ids is not None:
-        short["position_ids"] = ids[:, ids.shape[1] - image.shape[1] :] + first
+        short["position_ids"] = on(device, ids[:, ids.shape[1] - image.shape[1] :] + first)
     made = Call(short, image[:, image.shape[1] - new.places :], layout, call.move, call.weigh, call.sample)
     made.fresh = new
     return made
@@ -247,7 +252,7 @@ def _seen(length: int, marked: Layout | None, image: Tensor, mask: Tensor | None
     if marked is None:
         start = unchanged(len(image), 0, image.device)
         marked = start.positioned(caller_positions(start.real)) if original else start
-    return marked.repeated(len(image)).fitted_to(length, mask)
+    return marked.on(image.device).repeated(len(image)).fitted_to(length, mask)
 
 
 def _pad_id(model: nn.Module) -> int:
@@ -260,7 +265,7 @@ def tell(handle: Attached, layout: Layout | None) -> None:
     """Say in the stats of a run what layout its prompt had."""
     stats = handle.state.stats
     if layout is not None and stats is not None:
-        handle.note(stats=replace(stats, layout=layout.columns))
+        handle.note(stats=replace(stats, layout=on(stats.device, layout.columns)))
 
 
 @lru_cache
@@ -300,7 +305,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 def _is_part(model: nn.Module, generating: Call, kwargs: dict[str, Any]) -> bool:
     """Whether the placeholders of a call are those that the prompt of a running generate() has at these places."""
-    image, length = _placeholders(model, kwargs), caches.length_of(caches.cache_in(kwargs))
+    (image,), length = on_host(_placeholders(model, kwargs)), caches.length_of(caches.cache_in(kwargs))
     return generating.layout is None or torch.equal(image, generating.part(*image.shape, length))
 
 

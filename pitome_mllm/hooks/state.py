@@ -40,7 +40,7 @@ class Call:
     Attributes
     ----------
     kwargs : the arguments, with every per-token tensor shortened.
-    image : (B, S) bool, the placeholders among the tokens of this call.
+    image : (B, S) bool, the placeholders among the tokens of this call; on the host, as ``layout`` and ``sample`` are.
     layout : what every place of the KV cache is after this call; None if the caller's columns are.
     move : visual tokens take their original positions as soon as the tower has run.
     weigh : the LLM is told how many patches they stand for.

@@ -62,9 +62,14 @@ def _encode(handle: Attached, kwargs: dict[str, Any]) -> Any:
 
 
 def _places_of(handle: Attached, kwargs: dict[str, Any]) -> list[Places]:
-    sizes, per_row = kwargs.get("image_sizes"), kwargs.get("batch_num_images")
+    sizes, per_row = (_numbers(kwargs.get(name)) for name in ("image_sizes", "batch_num_images"))
     cut = [True] * len(sizes) if per_row is None else [int(n) == 1 for n in per_row for _ in range(int(n))]
     return [_places(handle, size, alone) for size, alone in zip(sizes, cut)]
+
+
+def _numbers(given: Any) -> Any:
+    """``given`` as numbers of Python, which a device is asked for once."""
+    return given.tolist() if isinstance(given, Tensor) else given
 
 
 def _places(handle: Attached, size: Any, cut: bool) -> Places:

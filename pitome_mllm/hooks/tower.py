@@ -37,8 +37,8 @@ class Inbox(threading.local):
     def __init__(self) -> None:  # for each thread, so that a graph finds the same in all of them
         self.shut()
 
-    def shut(self, wanted: bool = False) -> None:
-        """Empty it, and take from now on what comes if it is ``wanted``."""
+    def shut(self, wanted: tuple[str, ...] = ()) -> None:
+        """Empty it, and take from now on what the clues that are ``wanted`` need."""
         self.wanted = wanted
         self.keys: Tensor | None = None
         self.query: Tensor | None = None  # of the class token
@@ -63,7 +63,7 @@ def catch_keys(module: nn.Module, args: tuple, output: Tensor) -> None:
 
 def catch_query(module: nn.Module, args: tuple, output: Tensor) -> None:
     """Forward hook of the query projection."""
-    if module._pitome.wanted:
+    if "attention" in module._pitome.wanted:
         module._pitome.query = output[:, 0].detach()
 
 
@@ -90,8 +90,10 @@ class Run:
         """Whether what a block tells is asked for after it, in front of the projector."""
         return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
 
-    def read(self, block: int, query: Tensor, keys: Tensor) -> Clues:
-        """The clues that the plan asks for, from the class token's query (B, H, C) and the keys (B, N, H, C)."""
+    def read(self, block: int, query: Tensor | None, keys: Tensor) -> Clues:
+        """The clues that the plan asks for, of the keys (B, N, H, C), and of the class token's query (B, H, C) for
+        attention.
+        """
         made = {
             "keys": lambda: keys.mean(2),
             "attention": lambda: class_attention(query, keys, self.weights(block)),
@@ -108,8 +110,8 @@ class Run:
         if size is None:
             return mask
         if self.log_sizes is None or self.log_sizes[0] is not size:  # the blocks up to the next merge share it
-            self.log_sizes = size, log_sizes(size, x.dtype)
-        bias = self.log_sizes[1].expand(-1, -1, x.shape[1], -1)
+            self.log_sizes = size, log_sizes(size, x.dtype).expand(-1, -1, x.shape[1], -1)
+        bias = self.log_sizes[1]
         return bias if mask is None else mask + bias
 
     def leave(self, block: int, x: Tensor, clues: Clues) -> Tensor:
@@ -150,7 +152,7 @@ def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
     """
     batch, tokens = size.shape[:2]
     row = size.new_zeros(batch, 1, 1, tokens + -tokens % 8, dtype=dtype)[..., :tokens]
-    return row.copy_(size.log().mT[:, None])
+    return row.copy_(size.log().reshape(batch, 1, 1, tokens))
 
 
 class MergingLayer:
@@ -166,7 +168,7 @@ class MergingLayer:
         attention_mask = run.bias(block, attention_mask, hidden_states)
         early = run.plan.place == "mid" and run.plan.removed(block) > 0
         try:
-            inbox.shut(wanted=run.wants_clues(block))
+            inbox.shut(wanted=run.plan.clues if run.wants_clues(block) else ())
             if early:
                 normed = getattr(self, spec.norm1)(hidden_states)
                 x = hidden_states + getattr(self, spec.attention)(normed, attention_mask, *args, **kwargs)[0]
@@ -190,8 +192,8 @@ class MergingLayer:
                 f"block {block} has another key or query projection than at attach: adapters were put on it, or its "
                 "attention was replaced; call handle.remove() and attach again"
             )
-        keys = keys.unflatten(-1, (attention.num_heads, -1))  # (B, N, heads, C / heads)
-        return run.read(block, query.view_as(keys[:, 0]), keys)
+        keys = keys.view(*keys.shape[:2], attention.num_heads, -1)  # (B, N, heads, C / heads)
+        return run.read(block, None if query is None else query.view_as(keys[:, 0]), keys)
 
 
 def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
@@ -251,13 +253,14 @@ def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the tower: merge in front of the projector, and keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
-    handle.note(stats=None)
-    if run is None:
-        return
-    if not run.is_finished:
-        merge_output(run, output, handle.projector)
-        check_merged(run)
-    handle.note(stats=run.stats)
+    stats = None
+    try:
+        if run is not None and not run.is_finished:
+            merge_output(run, output, handle.projector)
+            check_merged(run)
+        stats = None if run is None else run.stats
+    finally:
+        handle.note(stats=stats)
 
 
 def check_merged(run: Run) -> None:

@@ -1,9 +1,9 @@
 """Merges of PiToMe and ToMe in a handful of launches, on CUDA devices with Triton; elsewhere in torch's operations.
 
 The torch path is the reference: the fused one takes the same decisions up to near-ties, and combines with the same
-bits. `fuses` alone decides which of the two a merge takes. The environment variable ``PITOME_KERNELS`` forces either:
-"torch", or "fused", which raises where a merge of these methods cannot be fused; "auto", the default, fuses what it
-can.
+bits, but for features of a single channel, which torch adds in an order of its own. `fuses` alone decides which of the
+two a merge takes. The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
+merge of these methods cannot be fused; "auto", the default, fuses what it can.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import math
 import os
 import subprocess
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def _obstacle(metric: Tensor) -> str:
 
 @lru_cache
 def _device_obstacle(device: torch.device) -> str:
-    """Why nothing can be fused on this device; "" if it can. Compiles the smallest kernel to find out."""
+    """Why nothing can be fused on this device; "" if it can. Merges two tokens to find out."""
     try:
         from . import triton_kernels as device_code
     except (ImportError, AttributeError, TypeError) as error:  # there is none, or one of long ago
@@ -82,7 +81,7 @@ def _device_obstacle(device: torch.device) -> str:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "this is no NVIDIA GPU of compute capability 8.0 or newer"
     try:
-        _prepare(torch.ones(1, 2, 16, device=device), 0)
+        merge(torch.ones(1, 2, 16, device=device), 1, 0)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return f"Triton cannot compile ({error})"
     return ""
@@ -97,205 +96,193 @@ def _say(reason: str) -> None:
         logger.info("merging by fused Triton kernels")
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How many tokens and channels a program looks at. Fixed by dtype and width, never tuned at run time.
+class Energy(NamedTuple):
+    """PiToMe's energy: the options of f, and how many tokens of the highest energy may merge."""
 
-    Attributes
-    ----------
-    side : tokens of both halves of a tile of similarities, for energies.
-    rows, columns : sources and targets of such a tile, for matches.
-    step : channels that are multiplied at once.
-    warps, stages : of the programs that multiply.
-    """
+    candidates: int
+    margin: float
+    alpha: float
+    elu: bool
 
-    side: int = 64
-    rows: int = 32
-    columns: int = 64
-    step: int = 128
-    warps: int = 4
-    stages: int = 3
-
-    @classmethod
-    def of(cls, metric: Tensor) -> Tiles:
-        """The tiles for a metric (B, N, C)."""
-        step = 64 if metric.dtype == torch.float32 else 128
-        return cls(step=min(step, _power(metric.shape[-1])))
+    def scale(self, n: int) -> float:
+        """The largest power of two by which no sum of ``n`` integers overflows: f is at most 1, alpha, 1 - margin."""
+        return 2.0 ** min(40, 62 - math.ceil(math.log2(n * max(1.0, abs(self.alpha), abs(self.margin) + 1.0))))
 
 
-def merge_by_energy(
-    metric: Tensor,
-    r: int,
-    protected: int,
-    candidates: int,
-    *,
-    margin: float,
-    alpha: float,
-    elu: bool,
-    source: Callable[[Tensor], Tensor] | None = None,
-    tiles: Tiles | None = None,
+def merge(
+    metric: Tensor, r: int, protected: int, energy: Energy | None = None, tiles: Tiles | None = None
 ) -> FusedMerge:
-    """PiToMe's merge: ``candidates`` tokens of the highest energy alternate between A and B, and r of A join B.
+    """The merge of r tokens by ``metric`` (B, N, C): PiToMe's with an ``energy``, else ToMe's.
 
-    Parameters
-    ----------
-    metric : (B, N, C).
-    source : makes of all tokens by energy (B, N - protected) what the reference code leaves.
+    Of tokens in the order of their energy, else of their places, those at even places are A and those at odd ones B;
+    the r of A that are most similar to one of B join it. ``protected`` ones are neither.
     """
-    from . import triton_kernels as device_code
-
-    batch, tokens, width = metric.shape
-    n, tiles = tokens - protected, tiles or Tiles.of(metric)
-    # The largest power of two by which no sum of n integers overflows: f is at most 1, or alpha, or 1 - margin.
-    scale = 2.0 ** min(40, 62 - math.ceil(math.log2(n * max(1.0, abs(alpha), abs(margin) + 1.0))))
-    with _on(metric.device):
-        metric, inverse, energy, least = _prepare(metric, protected)
-        shape = (*metric.stride()[:2], tokens, protected)
-        count = -(-n // tiles.side)
-        device_code.add_energies[(count, count // 2 + 1, batch)](
-            metric, inverse, energy, *shape, margin, alpha, scale, WIDTH=width, STEP=tiles.step, SIDE=tiles.side,
-            ELU=elu, PRECISION=_precision(metric), num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        mean = torch.empty(batch, n, device=metric.device)
-        order = torch.empty(batch, n, dtype=torch.int32, device=metric.device)
-        rows = max(1, min(16, 16384 // _all(tokens)))
-        device_code.rank[(-(-n // rows), batch)](
-            energy, mean, order, n, 1.0 / (scale * n), ROWS=rows, ALL=_all(tokens), num_warps=8
-        )
-        halves = (candidates + 1) // 2, candidates // 2
-        merge = _match(metric, inverse, least, order, protected, (protected, protected), halves, r, tiles)
-    merge.energy = mean
-    if source is not None:
-        merge._source = lambda: source(order.long() + protected)
-    return merge
-
-
-def merge_by_position(metric: Tensor, r: int, protected: int, tiles: Tiles | None = None) -> FusedMerge:
-    """ToMe's merge: tokens at even places are A, those at odd ones B, protected ones neither, and r of A join B."""
-    tokens, tiles = metric.shape[1], tiles or Tiles.of(metric)
-    shifts = protected + protected % 2, protected - protected % 2
-    halves = (tokens - shifts[0] + 1) // 2, (tokens - shifts[1]) // 2
-    with _on(metric.device):
-        metric, inverse, _, least = _prepare(metric, protected)
-        return _match(metric, inverse, least, None, protected, shifts, halves, r, tiles)
-
-
-def _prepare(metric: Tensor, protected: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The metric (B, N, C) with whole rows, 1 / length (B, N) of them, and what energies and groups begin with."""
-    from . import triton_kernels as device_code
-
+    metric = metric.detach()
     if metric.stride(-1) != 1:
         metric = metric.contiguous()
-    batch, tokens, width = metric.shape
-    inverse = torch.empty(batch, tokens, device=metric.device)
-    energy = torch.empty(batch, tokens - protected, dtype=torch.int64, device=metric.device)
-    least = torch.empty(batch, tokens, dtype=torch.int32, device=metric.device)
-    step = min(1024, _power(width))
-    rows = max(1, 1024 // step)
-    device_code.prepare[(-(-tokens // rows), batch)](
-        metric, inverse, energy, least, *metric.stride()[:2], tokens, protected, WIDTH=width, STEP=step, ROWS=rows
-    )
-    return metric, inverse, energy, least
+    launches, size = _decision(Rows.of(metric), r, protected, energy, tiles or Tiles.of(metric))
+    with on(metric.device):
+        memory = torch.empty(size, dtype=torch.uint8, device=metric.device)
+        for reads, launch in launches:
+            launch(memory, *((metric,) if reads else ()))
+    batch, tokens = metric.shape[:2]
+    n = tokens - protected
+    return FusedMerge(memory, (batch, tokens, n, r), 1 / (energy.scale(n) * n) if energy else None)
 
 
-def _match(
-    metric: Tensor,
-    inverse: Tensor,
-    least: Tensor,
-    order: Tensor | None,
-    protected: int,
-    shifts: tuple[int, int],
-    halves: tuple[int, int],
-    r: int,
-    tiles: Tiles,
-) -> FusedMerge:
-    """Let the r most similar of the sources, tokens at places 0, 2, ..., join their targets, at 1, 3, ...
-
-    Places are those of ``order`` (B, N - protected), or of the tokens themselves, ``shifts`` further back.
-    """
-    from . import triton_kernels as device_code
-
-    batch, tokens, width = metric.shape
-    (sources, targets), device, ordered = halves, metric.device, order is not None
-    order = inverse if order is None else order  # not read
-    blocks, columns = -(-sources // tiles.rows), -(-targets // tiles.columns)
+@lru_cache(KEPT)
+def _decision(
+    rows: Rows, r: int, protected: int, energy: Energy | None, tiles: Tiles
+) -> tuple[tuple[tuple[bool, Launch], ...], int]:
+    """The launches that decide a merge, each with whether it reads the metric, and the bytes that they take."""
+    batch, tokens, width = rows.shape
+    n, tile, ordered = tokens - protected, tiles.matches, energy is not None
+    shifts = (protected,) * 2 if ordered else (protected + protected % 2, protected - protected % 2)
+    candidates = (energy.candidates,) * 2 if energy else (tokens - shifts[0], tokens - shifts[1])
+    sources, targets = (candidates[0] + 1) // 2, candidates[1] // 2
+    blocks, columns = -(-sources // tile.rows), -(-targets // tile.columns)
     parts = max(1, min(columns, 132 // max(1, blocks * batch)))  # fill a GPU; what is found does not depend on it
-    share = -(-columns // parts) * tiles.columns
+    share = -(-columns // parts) * tile.columns
     parts = -(-targets // share)
-    top = torch.empty(parts, batch, sources, device=device)
-    best = torch.empty(parts, batch, sources, dtype=torch.int32, device=device)
-    device_code.match[(blocks, parts, batch)](
-        metric, inverse, order, top, best, *metric.stride()[:2], tokens, protected, *shifts, sources, targets,
-        share, WIDTH=width, STEP=tiles.step, ROWS=tiles.rows, COLUMNS=tiles.columns, ORDERED=ordered,
-        PRECISION=_precision(metric), num_warps=tiles.warps, num_stages=tiles.stages,
+    places, size = places_of(batch, tokens, n, r, parts, sources)
+    shape = (*rows.stride[:2], tokens, protected)
+
+    def launch(
+        kernel: str, grid: tuple[int, int, int], names: str, numbers: tuple, constants: dict[str, Any], **options: Any
+    ) -> tuple[bool, Launch]:
+        inside = [places[name] for name in names.split() if name != "metric"]
+        return names.startswith("metric "), Launch(kernel, grid, inside, numbers, constants, **options)
+
+    similarity = {"PRECISION": "tf32x3" if rows.dtype == torch.float32 else "ieee"}  # never one product of tf32
+    step = min(1024, power(width))
+    some = max(4, 1024 // step)
+    launches = [
+        launch("prepare", (-(-tokens // some), batch, 1), "metric inverse energy least", shape,
+               {"WIDTH": width, "STEP": step, "ROWS": some})
+    ]  # fmt: skip
+    if energy is not None:
+        launches += _ranking(rows, n, shape, energy, tiles.energies, launch, similarity)
+    launches.append(
+        launch("match", (blocks, parts, batch), "metric inverse order top best",
+               (*shape, *shifts, sources, targets, share),
+               {"WIDTH": width, "STEP": tile.step, "ROWS": tile.rows, "COLUMNS": tile.columns, "ORDERED": ordered,
+                **similarity}, num_warps=tile.warps, num_stages=tile.stages)
     )  # fmt: skip
-    group, leads_then_rest = torch.empty(2, batch, tokens, dtype=torch.int64, device=device)
-    member, slot = torch.empty(2, batch, r, dtype=torch.int32, device=device)
-    half = _all(tokens) // 2
-    device_code.place[(batch,)](
-        top, best, order, least, group, leads_then_rest, member, slot, tokens, protected, *shifts, sources, r,
-        parts, ALL=2 * half, HALF=half, CHUNK=max(8, 16384 // half), ORDERED=ordered, SELECT=r < sources, num_warps=8,
+    half, select = padded(tokens) // 2, r < sources
+    launches.append(
+        launch("place", (batch, 1, 1), "top best order least group leads_then_rest member slot",
+               (tokens, protected, *shifts, sources, r, parts),
+               {"ALL": 2 * half, "HALF": half, "CHUNK": max(8, 16384 // half), "ORDERED": ordered, "SELECT": select},
+               num_warps=16 if select else 8)
     )  # fmt: skip
-    return FusedMerge(group, leads_then_rest, tokens - r, member, slot)
+    return tuple(launches), size
+
+
+def _ranking(
+    rows: Rows,
+    n: int,
+    shape: tuple,
+    energy: Energy,
+    tile: Tile,
+    launch: Callable[..., tuple[bool, Launch]],
+    similarity: dict,
+) -> list[tuple[bool, Launch]]:
+    """The launches that write tokens in the order of their energy."""
+    batch, tokens, width = rows.shape
+    count = -(-n // tile.rows)
+    return [
+        launch("add_energies", (count, count // 2 + 1, batch), "metric inverse energy",
+               (*shape, energy.margin, energy.alpha, energy.scale(n)),
+               {"WIDTH": width, "STEP": tile.step, "SIDE": tile.rows, "ELU": energy.elu, **similarity},
+               num_warps=tile.warps, num_stages=tile.stages),
+        launch("rank", (-(-n // 4), batch, 1), "energy order", (n,), {"ROWS": 4, "ALL": padded(tokens)}, num_warps=4),
+    ]  # fmt: skip
 
 
 class FusedMerge(Merge):
-    """A merge that the kernels decided, and that they apply: every group gathers its tokens in reading order."""
+    """A merge that the kernels decided, and that they apply: every group gathers its tokens in reading order.
 
-    def __init__(self, group: Tensor, leads_then_rest: Tensor, count: int, member: Tensor, slot: Tensor) -> None:
-        """Groups (B, N), the tokens that lead one and then the rest (B, N), and of these also token and group."""
-        self.count = count
-        self.energy = self._weight = self._source = None
-        self.group = group
+    What it says is looked up where it is asked for: most merges only reduce.
+    """
+
+    by_energy: Tensor
+    _slot: Tensor
+
+    def __init__(self, memory: Tensor, shape: tuple[int, int, int, int], unit: float | None) -> None:
+        """What lies in ``memory``, of ``shape`` B, N, n, r; ``unit`` makes means of energies, None = there are none."""
+        batch, tokens, n, r = shape
+        self.count = tokens - r
+        self._memory, self._shape, self._unit = memory, shape, unit
+        self._weight = self._source = None
         self._may_drop = False
-        self._first = leads_then_rest[:, :count]
-        self._rest = leads_then_rest[:, count:]
-        self._member, self._slot = member, slot
+        self._renumbered = False
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        make = _ASKED.get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = make(self)
+        setattr(self, name, value)
+        return value
+
+    def _read(self, name: str) -> Tensor:
+        return places_of(*self._shape, 1, 1)[0][name].of(self._memory)
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()) or is_compiling():
-            return super().reduce(x, size)
-        with _on(x.device):
-            return self._combine(x, size)
+        return self._combine(x, size, True) if self._fused(x) else super().reduce(x, size)
 
-    def _combine(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        from . import triton_kernels as device_code
+    def reduce_evenly(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        return self._combine(x, size, False) if self._fused(x) else super().reduce_evenly(x, size)
 
+    def _fused(self, x: Tensor) -> bool:
+        return x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled()) and not is_compiling()
+
+    def _combine(self, x: Tensor, size: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor]:
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
-        batch, tokens, width = x.shape
-        y = torch.empty(batch, self.count, width, dtype=x.dtype, device=x.device)
-        total = torch.empty(batch, self.count, 1, device=x.device)
-        step = min(1024, _power(width))
-        device_code.combine[(self.count, batch, -(-width // step))](
-            x, total if size is None else size.float().contiguous(), self._first, self._member, self._slot, y, total,
-            *x.stride()[:2], self._first.stride(0), tokens, tokens - self.count,
-            WIDTH=width, STEP=step, REST=_all(tokens) // 2, SIZED=size is not None, num_warps=max(1, step // 256),
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        if size is not None and (size.dtype != torch.float32 or not size.is_contiguous()):
+            size = size.float().contiguous()
+        batch, _, width = x.shape
+        aligned = size is None or size.data_ptr() % 16 == 0
+        launch = _combination(Rows.of(x), self._shape, size is not None, aligned, weighted, self._renumbered)
+        with on(x.device):
+            y = torch.empty((batch, self.count, width), dtype=x.dtype, device=x.device)
+            total = torch.empty((batch, self.count, 1), dtype=torch.float32, device=x.device)
+            own = (self._first, self._member, self._slot) if self._renumbered else ()
+            launch(self._memory, x, total if size is None else size, y, total, *own)
         return y, total
 
     def in_source_order(self) -> FusedMerge:
         merge = super().in_source_order()
         if merge is not self:
             merge._slot = merge._group.gather(1, merge._rest).int()
+            merge._renumbered = True
         return merge
 
 
-def _precision(metric: Tensor) -> str:
-    """How tiles multiply: halves are exact in float32, and float32 takes three products, never one of tf32."""
-    return "tf32x3" if metric.dtype == torch.float32 else "ieee"
+# What a fused merge says, and how it is read.
+_ASKED: dict[str, Callable[[FusedMerge], Tensor | None]] = {
+    "group": lambda merge: merge._read("group"),
+    "_first": lambda merge: merge._read("leads_then_rest")[:, : merge.count],
+    "_rest": lambda merge: merge._read("leads_then_rest")[:, merge.count :],
+    "_member": lambda merge: merge._read("member"),
+    "_slot": lambda merge: merge._read("slot"),
+    "energy": lambda merge: None if merge._unit is None else merge._read("energy").float() * merge._unit,
+    "by_energy": lambda merge: merge._read("order").long(),
+}
 
 
-def _power(width: int) -> int:
-    """The next power of two, at least the 16 that a tensor core takes."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _all(tokens: int) -> int:
-    """How many tokens the kernels count on that look at all of a picture's: few numbers, so that few are compiled."""
-    return max(256, _power(tokens))
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on ``device``: Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@lru_cache(KEPT)
+def _combination(
+    rows: Rows, shape: tuple[int, int, int, int], sized: bool, aligned: bool, weighted: bool, renumbered: bool
+) -> Launch:
+    """The launch that makes of rows what a merge makes of them; ``aligned`` says how their sizes lie."""
+    batch, tokens, width = rows.shape
+    r, step = shape[3], min(1024, power(width))
+    places = places_of(*shape, 1, 1)[0]
+    return Launch(
+        "combine", (tokens - r, batch, -(-width // step)),
+        [] if renumbered else [places[name] for name in ("leads_then_rest", "member", "slot")],
+        (*rows.stride[:2], tokens - r if renumbered else tokens, tokens, r),
+        {"WIDTH": width, "STEP": step, "REST": padded(tokens) // 2, "SIZED": sized, "WEIGHTED": weighted},
+        num_warps=max(1, step // 256), enable_fp_fusion=False,
+    )  # fmt: skip

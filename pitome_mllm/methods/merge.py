@@ -34,8 +34,9 @@ def flat(index: Tensor, tokens: int) -> Tensor:
 def add_rows(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """``total`` (K, ...) with ``values`` (M, ...) added at rows ``index`` (M,), one after the other: in place.
 
-    The order of addition is that of ``values``, so that equal inputs give equal bits. On GPUs ``index_add`` and
-    ``scatter_add`` add in any order, and ``index_put`` sorts first; on processors all keep the order.
+    Equal inputs give equal bits: the order of addition is that of ``values``, on GPUs another but fixed one where rows
+    are single numbers. There ``index_add`` and ``scatter_add`` add in any order, and ``index_put`` sorts first; on
+    processors all keep the order.
     """
     if total.device.type == "cpu":
         return total.index_add_(0, index, values)
@@ -71,6 +72,7 @@ class Merge:
     """
 
     candidates: int | None = None
+    _may_drop: bool = False  # whether groups may be -1
 
     def __init__(
         self,
@@ -192,6 +194,10 @@ class Merge:
         merged = add_rows(merged, slot, joining)
         return merged.view(batch, self.count, channels).to(x.dtype), total.view(batch, self.count, 1)
 
+    def reduce_evenly(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """As `reduce`, with means in which every token counts once, whatever its size."""
+        return self.reduce(x)[0], self.reduce(size, size)[1]
+
     def expand(self, y: Tensor) -> Tensor:
         """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""
         dropped = self._group[..., None] < 0
@@ -227,10 +233,11 @@ class _Chain(Merge):
         self.count = later.count
         self.energy = earlier.energy
         self._source = None
+        self._may_drop = earlier._may_drop or later._may_drop
         self.group = None
         if earlier.group is not None and later.group is not None:
-            group = later.group.gather(1, earlier.group.clamp(min=0))
-            self.group = group.where(earlier.group >= 0, -1)
+            group = later.group.gather(1, earlier.group.clamp(min=0) if earlier._may_drop else earlier.group)
+            self.group = group.where(earlier.group >= 0, -1) if earlier._may_drop else group
 
     @property
     def steps(self) -> tuple[Merge, ...]:

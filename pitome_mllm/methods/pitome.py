@@ -109,20 +109,16 @@ class PiToMe(Reducer):
 
     def _fused(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
         """The same by the fused kernels."""
+        energy = kernels.Energy(candidates, float(self._margin(depth)), float(self.alpha), self.energy == "elu")
+        merge = kernels.merge(metric, r, protected, energy)
 
-        def source(order: Tensor) -> Tensor:
+        def source() -> Tensor:
+            order = merge.by_energy + protected
             return authors_order(protected, order[:, candidates:], order[:, 1:candidates:2])
 
-        return kernels.merge_by_energy(
-            metric,
-            r,
-            protected,
-            candidates,
-            margin=self._margin(depth),
-            alpha=self.alpha,
-            elu=self.energy == "elu",
-            source=source if self.source_order else None,
-        )
+        if self.source_order:
+            merge._source = source
+        return merge
 
     def _margin(self, depth: float) -> float:
         return 0.9 - 0.9 * depth if self.margin is None else self.margin

@@ -41,7 +41,7 @@ class ToMe(Reducer):
         self.check(metric, r, protected)
         tokens = metric.shape[1]
         if r and kernels.fuses(metric):
-            merge = kernels.merge_by_position(metric, r, protected)
+            merge = kernels.merge(metric, r, protected)
             merge._source = lambda: authors_order(tokens, gone(merge, r, protected), protected)
             return merge
         a, b = alternate(metric, protected)

@@ -6,8 +6,11 @@ and nothing waits for the host. Sums whose order is not fixed are sums of intege
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 
 ROUNDING = tl.constexpr(2.0**-24)  # of a cosine in float32; as in `pitome`
 NOTHING = tl.constexpr(-(2**63))
@@ -23,6 +26,13 @@ def token(order, place, shift, ORDERED: tl.constexpr):
 
 # TRITON_INTERPRET=1 was set at import. The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
 INTERPRETED = tl.constexpr(not isinstance(token, triton.JITFunction))
+
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def takes_addresses(launched: Any) -> bool:
+    """Whether what a launch returned can be called with addresses, and all constants: as Triton does since 3.5."""
+    return isinstance(launched, CompiledKernel) and _VERSION >= (3, 5)
 
 
 @triton.jit(do_not_specialize=["tokens", "protected"])
@@ -101,8 +111,8 @@ def add_energies(
         tl.atomic_add(energy + b * n + j, tl.sum(whole, 0), mask=j < n, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "unit"])
-def rank(energy, mean, order, n, unit, ROWS: tl.constexpr, ALL: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def rank(energy, order, n, ROWS: tl.constexpr, ALL: tl.constexpr):
     """Write tokens by energy, highest first, the first of equals first: a token's rank is how many are ahead of it."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -111,7 +121,6 @@ def rank(energy, mean, order, n, unit, ROWS: tl.constexpr, ALL: tl.constexpr):
     other = tl.load(energy + b * n + j, mask=j < n, other=NOTHING)
     ahead = (other[None, :] > own[:, None]) | ((other[None, :] == own[:, None]) & (j[None, :] < i[:, None]))
     tl.store(order + b * n + tl.sum(ahead.to(tl.int32), 1), i, mask=i < n)
-    tl.store(mean + b * n + i, own.to(tl.float32) * unit, mask=i < n)
 
 
 @triton.jit(do_not_specialize=["tokens", "protected", "shift_a", "shift_b", "sources", "targets", "share"])
@@ -201,10 +210,10 @@ def place(
 
 @triton.jit(do_not_specialize=["tokens", "rest"])
 def combine(
-    x, size, lead, member, slot, y, total, x_batch_stride, x_row_stride, lead_stride, tokens, rest,
-    WIDTH: tl.constexpr, STEP: tl.constexpr, REST: tl.constexpr, SIZED: tl.constexpr,
+    x, size, y, total, lead, member, slot, x_batch_stride, x_row_stride, lead_stride, tokens, rest,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, REST: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one group, weighted by size, and their sum: its first token and a share of the others' distance.
+    """The mean of one group, WEIGHTED by size, and their sum: its first token and a share of the others' distance.
 
     In the order, and with the rounding, of `Merge.reduce`.
     """
@@ -219,18 +228,21 @@ def combine(
     start = tl.load(x + first * x_row_stride + c, mask=c < WIDTH, other=0.0).to(tl.float32)
     count = tl.sum(mine.to(tl.int32), 0)
     whole = 1.0 + count.to(tl.float32)
+    sizes = whole
     if SIZED:
-        whole = tl.load(size + first) + tl.sum(tl.load(size + who, mask=mine, other=0.0), 0)
+        sizes = tl.load(size + first) + tl.sum(tl.load(size + who, mask=mine, other=0.0), 0)
+    if WEIGHTED:
+        whole = sizes
     mean = start
     last = -1
     for _ in range(count):
         last = tl.min(tl.where(mine & (who > last), who, tokens), 0)
         weight = 1.0
-        if SIZED:
+        if SIZED and WEIGHTED:
             weight = tl.load(size + last)
         value = tl.load(x + last * x_row_stride + c, mask=c < WIDTH, other=0.0).to(tl.float32)
         mean += (value - start) * tl.div_rn(weight, whole)
     at = b * tl.num_programs(0) + k
     tl.store(y + at * WIDTH + c, mean.to(y.dtype.element_ty), mask=c < WIDTH)
     if tl.program_id(2) == 0:
-        tl.store(total + at, whole)
+        tl.store(total + at, sizes)

@@ -136,8 +136,8 @@ def visit(chromium, served):
     """Visitors by calling it; when the test ends, none of them may have anything to complain about."""
     visitors = []
 
-    def come(size=WIDE):
-        visitors.append(Visitor(chromium, served.url, size))
+    def come(size=WIDE, url=served.url):
+        visitors.append(Visitor(chromium, url, size))
         return visitors[-1]
 
     yield come

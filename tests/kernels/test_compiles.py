@@ -11,14 +11,15 @@ import pytest
 
 COMPILING = """
 import sys
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pitome_mllm.methods import triton_kernels
+from pitome_mllm.methods import launches, triton_kernels
 
-kinds = dict(margin="fp32", alpha="fp32", scale="fp32", unit="fp32", energy="*i64", group="*i64", lead="*i64")
+kinds = dict(margin="fp32", alpha="fp32", scale="fp32", energy="*i64", group="*i64", lead="*i64")
 kinds |= dict(leads_then_rest="*i64", least="*i32", order="*i32", best="*i32", member="*i32", slot="*i32")
-kinds |= dict(inverse="*fp32", mean="*fp32", top="*fp32", size="*fp32", total="*fp32")
+kinds |= dict(inverse="*fp32", top="*fp32", size="*fp32", total="*fp32")
 
 
 def build(kernel, capability, dtype, **constants):
@@ -33,13 +34,17 @@ def build(kernel, capability, dtype, **constants):
 
 
 capability, dtype = int(sys.argv[1]), sys.argv[2]
-wide = dict(WIDTH=1152, STEP=128 if dtype != "*fp32" else 64, PRECISION="ieee" if dtype != "*fp32" else "tf32x3")
-build("prepare", capability, dtype, WIDTH=1152, STEP=1024, ROWS=1)
-build("add_energies", capability, dtype, **wide, SIDE=64, ELU=True)
-build("rank", capability, dtype, ROWS=16, ALL=1024)
-build("match", capability, dtype, **wide, ROWS=32, COLUMNS=64, ORDERED=True)
+precision = "tf32x3" if dtype == "*fp32" else "ieee"
+dtypes = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
+for width in (1152, 72):
+    tiles = launches.Tiles.of(torch.empty(1, 1, width, dtype=dtypes[dtype]))
+    energies, matches = ({"WIDTH": width, "STEP": tile.step, "PRECISION": precision} for tile in tiles)
+    build("add_energies", capability, dtype, **energies, SIDE=tiles.energies.rows, ELU=True)
+    build("match", capability, dtype, **matches, ROWS=tiles.matches.rows, COLUMNS=tiles.matches.columns, ORDERED=True)
+build("prepare", capability, dtype, WIDTH=1152, STEP=1024, ROWS=4)
+build("rank", capability, dtype, ROWS=4, ALL=1024)
 build("place", capability, dtype, ALL=1024, HALF=512, CHUNK=32, ORDERED=False, SELECT=True)
-build("combine", capability, dtype, WIDTH=1152, STEP=1024, REST=512, SIZED=True)
+build("combine", capability, dtype, WIDTH=1152, STEP=1024, REST=512, SIZED=True, WEIGHTED=False)
 """
 
 

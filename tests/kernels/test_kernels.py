@@ -117,7 +117,18 @@ def test_slices_wide_features_and_float64_reduce_too(device):
     wide = torch.randn(2, 97, 2000, device=device)[..., 100:1300]
     for features in (wide, x.double(), x.mT.contiguous().mT, size):
         seen, expected = merge.reduce(features, size), super(FusedMerge, merge).reduce(features, size)
-        assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+        if features is size:  # of single numbers torch adds several at once on a GPU
+            torch.testing.assert_close(seen[0], expected[0])
+        else:
+            assert torch.equal(seen[0], expected[0])
+        assert torch.equal(seen[1], expected[1])
+
+
+def test_means_in_which_tokens_count_once(device):
+    merge, x, size = merged(device)
+    seen, expected = merge.reduce_evenly(x, size), super(FusedMerge, merge).reduce_evenly(x, size)
+    assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+    assert not torch.equal(seen[0], merge.reduce(x, size)[0])
 
 
 def test_a_broken_feature_stays_inside_its_group(device):
@@ -172,7 +183,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["pitome", "pitome-bsm", "tome"])
-def test_a_merge_takes_at_most_eight_launches(monkeypatch, name):
+def test_a_merge_takes_few_launches(monkeypatch, name):
     """From the keys on, with sizes, and counting what torch itself launches."""
     launched = []
     for kernel in ("prepare", "add_energies", "rank", "match", "place", "combine"):
@@ -182,11 +193,10 @@ def test_a_merge_takes_at_most_eight_launches(monkeypatch, name):
     launched.clear()
     with Operations() as torchs:
         merge = get_method(name).match(keys.mean(2), 58, protected=1, size=size)
-        merge.reduce(torch.randn(1, 577, 1024), None)
-        merge.reduce(size, size)  # where means are not weighted, sizes are summed on their own
+        merge.reduce_evenly(torch.randn(1, 577, 1024), size)
     torchs.seen.remove("aten.randn.default")
     assert torchs.seen == ["aten.mean.dim"]
-    assert len(launched) + len(torchs.seen) <= 8, launched
+    assert len(launched) == (4 if name == "tome" else 6)
 
 
 class Noted:
@@ -197,6 +207,41 @@ class Noted:
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launched.append(self.name)
+
+
+def test_later_launches_give_what_was_compiled_the_same_arguments(monkeypatch):
+    given = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: given.append((grid, *args))
+
+    def first(grid):
+        def launch(*args, **more):
+            constants = (value for name, value in more.items() if name.isupper())
+            given.append((grid, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args), *constants))
+            return Compiled()
+
+        return launch
+
+    monkeypatch.setattr(triton_kernels, "takes_addresses", lambda compiled: isinstance(compiled, Compiled))
+    metric, energy = torch.randn(2, 67, 80), kernels.Energy(40, 0.5, 1.0, False)
+    for name in ("prepare", "add_energies", "rank", "match", "place"):
+        kernel = getattr(triton_kernels, name)
+        signature = kernel.arg_names
+        monkeypatch.setattr(triton_kernels, name, type(name, (), {"__getitem__": lambda self, grid: first(grid)})())
+        (reads, launch), size = next_launch(name, metric, energy)
+        memory = torch.empty(size, dtype=torch.uint8)
+        for _ in range(2):
+            launch(memory, *((metric,) if reads else ()))
+        assert given[-1] == given[-2] and len(given[-1]) == 1 + len(signature)
+
+
+def next_launch(name: str, metric: torch.Tensor, energy: kernels.Energy):
+    """The launch of one kernel of a merge, whether it reads the metric, and the memory of the merge."""
+    kernels._decision.cache_clear()
+    launches, size = kernels._decision(kernels.Rows.of(metric), 15, 1, energy, kernels.Tiles.of(metric))
+    return next(pair for pair in launches if pair[1]._kernel == name), size
 
 
 def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):

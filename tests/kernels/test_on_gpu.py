@@ -27,10 +27,13 @@ def deterministic():
 def inputs(metric: str) -> tuple[torch.Tensor, ...]:
     """Metric, features (4, 577, C), sizes and class attention of bfloat16 rows in clusters."""
     random = torch.Generator().manual_seed(1)
-    centre = torch.randn(4, 12, 64, generator=random)
     kind = torch.randint(12, (4, 577, 1), generator=random)
-    rows = centre.gather(1, kind.expand(-1, -1, 64)) + 0.3 * torch.randn(4, 577, 64, generator=random)
-    x = torch.randn(4, 577, 1024, generator=random)
+
+    def clustered(width: int) -> torch.Tensor:
+        centre = torch.randn(4, 12, width, generator=random)
+        return centre.gather(1, kind.expand(-1, -1, width)) + 0.3 * torch.randn(4, 577, width, generator=random)
+
+    rows, x = clustered(64), clustered(1024)
     size = torch.randint(1, 5, (4, 577, 1), generator=random).float()
     attention = torch.rand(4, 577, generator=random)
     features = x.cuda().bfloat16()
@@ -93,13 +96,16 @@ def test_nothing_raises_where_algorithms_must_be_deterministic(switch, determini
 @pytest.mark.parametrize("metric", ["keys", "hidden"])
 @pytest.mark.parametrize("name", ["pitome", "pitome-bsm", "tome"])
 def test_fused_merges_are_nearly_those_of_torch(switch, name, metric):
-    """On data with near-ties some tokens go elsewhere; 95 of 100 do not."""
+    """On data with near-ties some tokens go elsewhere: seven in a thousand even between torch in float32 and float64.
+
+    Without clusters all energies are nearly ties, and it is one in twenty.
+    """
     reducer = get_method(name)
     fused = merge(reducer, metric)[0]
     switch("torch")
     groups = merge(reducer, metric)[0]
     same = [(group[:, :, None] == group[:, None]) for group in (fused, groups)]
-    assert (same[0] == same[1]).all(-1).float().mean() > 0.95
+    assert (same[0] == same[1]).all(-1).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("method", ["pitome", "tome", "pitome-tuned", "mctf"])

@@ -1,0 +1,81 @@
+"""All tables and plots of README and docs that come from what was measured, made anew: ``make report``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .accuracy import costs, curves, gates, search, spectra, tables
+from .documents import marks, put_in, read
+from .provenance import RESULTS
+from .speed import report as speed
+
+COMMAND = "make report"
+GATES = """## What the embedded model and its benchmark must show
+
+From the same results, in per cent or points, by `python -m pitome_mllm_eval.accuracy.gates`, which fails if one of them
+does:"""
+Row = Mapping[str, str]
+
+
+def texts() -> dict[str, dict[str, str]]:
+    """What stands between the marks of each name, by document."""
+    found, spent = curves.results(), tables.spending(costs.stored(costs.RESULTS))
+    timed = speed.results()
+    tuned = read(RESULTS / "finetune.csv", "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
+    everywhere = [tables.table(found, spent, everywhere=True), GATES, gates.table(found)]
+    ablation = tables.ablation(read(search.RESULTS, search.COMMAND, ("sweep", "alternative")))
+    return {
+        "README.md": {
+            "accuracy": tables.table(found, spent),
+            "spectra": spectra.sentence(*spectra.stored(spectra.OUT)),
+            "speed": speed.tables(timed, brief=True),
+            "finetune": finetuned(tuned),
+        },
+        "docs/accuracy.md": {"accuracy": "\n\n".join(everywhere)},
+        "docs/search.md": {"accuracy": ablation},
+        "docs/speed.md": {"speed": speed.tables(timed)},
+    }
+
+
+def plots(docs: Path) -> None:
+    """Draw accuracy, spectra and speed."""
+    tables.plot(curves.results(), docs / "accuracy.png")
+    spectra.plot(*spectra.stored(spectra.OUT), docs / "spectra.png")
+    speed.plots(speed.results(), docs)
+
+
+def finetuned(rows: Sequence[Row]) -> str:
+    """What fine-tuning gained, as a paragraph."""
+    found, about = {row["what"]: row for row in rows}, rows[0]
+
+    def figure(what: str, sign: str = "") -> str:
+        value, low, high = (f"{100 * float(found[what][name]):{sign}.1f}" for name in ("value", "low", "high"))
+        return f"{value} ({low} to {high})"
+
+    return (
+        f"`{about['method']}`, keep={about['keep']}, {about['where']}: {figure('before')} per cent right before, "
+        f"{figure('after')} after {about['steps']} steps, {figure('difference', '+')} points; in brackets 95 % "
+        f"bootstrap intervals over pictures, the last one paired. {about['questions']} {about['split']} questions, "
+        f"adapters of rank {about['rank']}, seed {about['seed']}, trained for {float(about['seconds']):.0f} s of "
+        f"processor time, {about['device']}, torch {about['torch']}, transformers {about['transformers']}, weights "
+        f"{about['weights']}, {about['date']}."
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Put every text into its document, and draw the plots."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the README and of docs/ (%(default)s)")
+    parser.add_argument("--no-plots", action="store_true", help="only the texts")
+    args = parser.parse_args(argv)
+    for name, parts in texts().items():
+        for part, text in parts.items():
+            put_in(args.root / name, text, marks(part, COMMAND))
+    if not args.no_plots:
+        plots(args.root / "docs")
+
+
+if __name__ == "__main__":
+    main()
