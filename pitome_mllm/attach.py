@@ -20,8 +20,9 @@ from torch import nn
 from .families import FAMILIES
 from .families.geometry import geometry
 from .hooks import install
+from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
-from .hooks.state import Attached, refuse_pickling
+from .hooks.state import Attached
 from .methods import Reducer, UserError
 from .plan import Plan, make_plan
 from .settings import Settings

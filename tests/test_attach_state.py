@@ -51,7 +51,7 @@ def tokens(shallow, one):
 
 def left(handle):
     """What the calling task still knows besides its stats."""
-    return handle.state.choices, handle.state.encoded
+    return handle.state.choices, handle.encoded
 
 
 # ---- settings for a block --------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_a_cache_of_several_beams_goes_on_with_one_row(model, told):
     out = model.generate(**inputs, return_dict_in_generate=True, num_return_sequences=2, **options)
     ids = torch.cat([out.sequences[:1], NEXT[:1]], 1)
     past = getattr(out, CACHE)
-    assert len(caches.mark_of(past).index) == 3
+    assert len(caches.layout_of(past).index) == 3
     assert model.generate(input_ids=ids, **{CACHE: past}, **options).shape == (1, ids.shape[1] + 3)
 
 

@@ -10,7 +10,7 @@ from models import CACHE, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.hooks.state import Call
+from pitome_mllm.hooks.call import Call
 from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
 from pitome_mllm_eval import documents

@@ -17,8 +17,8 @@ from pitome_mllm import Attachment
 from pitome_mllm.families.features import read
 from pitome_mllm.families.geometry import family_of, geometry
 from pitome_mllm.hooks.caches import cache_of, name_for
+from pitome_mllm.hooks.call import Call as Prompt
 from pitome_mllm.hooks.capture import Capture, new_pool
-from pitome_mllm.hooks.state import Call as Prompt
 from pitome_mllm.methods.pitome import PiToMe
 
 from ..accuracy.costs import Picture

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .layout import Layout
+from .layout import Layout, unchanged
+from .positions import caller_positions
 
 NAMES = ("past_key_values", "cache")  # of the argument; the latter since transformers 5.24
-MARK = "_pitome_layout"  # the attribute on a cache
+LAYOUT = "_pitome_layout"  # the attribute on a cache
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
@@ -37,14 +38,41 @@ def length_of(past: Any) -> int:
     return 0 if past is None else int(past.get_seq_length())
 
 
-def mark_of(past: Any) -> Layout | None:
+def content_of(kwargs: Mapping[str, Any]) -> tuple[int, Layout | None]:
+    """The places that a call's KV cache holds, and the layout of what it was filled with."""
+    past = cache_in(kwargs)
+    length = length_of(past)
+    if past is not None and not length:
+        forget(past)  # it was emptied layer by layer
+    return length, layout_of(past)
+
+
+def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None, original: bool) -> Layout | None:
+    """The layout of what a KV cache of ``length`` places holds, for the rows of a call; None if it holds nothing.
+
+    Parameters
+    ----------
+    layout : what it was filled with; None = the caller's columns.
+    image : (B, T) the placeholders of the call.
+    mask : (B, T or more), 0 at the caller's padding.
+    original : it is to have positions.
+    """
+    if not length:
+        return None
+    if layout is None:
+        layout = unchanged(len(image), 0, image.device)
+        layout = layout.positioned(caller_positions(layout.real)) if original else layout
+    return layout.on(image.device).repeated(len(image)).fitted_to(length, mask)
+
+
+def layout_of(past: Any) -> Layout | None:
     """The layout that was remembered on a KV cache; what it holds may be longer by now, one to one."""
-    return getattr(past, MARK, None)
+    return getattr(past, LAYOUT, None)
 
 
 def remember(past: Any, layout: Layout) -> None:
     """Keep ``layout`` on a KV cache: it follows the rows and places of the cache from now on."""
-    setattr(past, MARK, layout)
+    setattr(past, LAYOUT, layout)
     for name in _CHANGES:
         if hasattr(type(past), name):
             setattr(past, name, _Followed(past, name))
@@ -52,7 +80,7 @@ def remember(past: Any, layout: Layout) -> None:
 
 def forget(past: Any) -> None:
     """Leave nothing of ours on a KV cache."""
-    for name in (MARK, *_CHANGES):
+    for name in (LAYOUT, *_CHANGES):
         vars(past).pop(name, None)
 
 
@@ -64,13 +92,13 @@ class _Followed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = getattr(type(self.past), self.name)(self.past, *args, **kwargs)
-        layout = mark_of(self.past)
+        layout = layout_of(self.past)
         if layout is not None:
             layout = _CHANGES[self.name](layout, self.past, *args, *kwargs.values())
         if layout is None or not layout.places:
             forget(self.past)
         else:
-            setattr(self.past, MARK, layout)
+            setattr(self.past, LAYOUT, layout)
         return out
 
 

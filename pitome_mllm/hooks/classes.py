@@ -1,15 +1,41 @@
-"""The classes that encoder layers get while an attachment is on them, and how they come off what others derived."""
+"""What attach puts on modules: hooks, and classes for encoder layers, and how those come off what others derived."""
 
 from __future__ import annotations
 
 import copyreg
+import functools
 from collections.abc import Callable
 from functools import lru_cache, reduce
 from typing import Any
 
+import torch
 from torch import nn
 
-from .state import refuse_pickling
+from ..methods import UserError
+
+
+class Hook(functools.partial):
+    """A hook that torch.compile leaves alone, so that what a task or thread chose is asked anew in every call.
+
+    It is a `partial` because torch.compile would look into a method. Copies of a model share it.
+    """
+
+    def __new__(cls, function: Callable[..., Any]) -> Hook:
+        return super().__new__(cls, torch.compiler.disable(function))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return refuse_pickling(type(self))
+
+
+def refuse_pickling(cls: type) -> Any:
+    """What pickle calls for whatever belongs to an attachment: ValueError."""
+    raise UserError(
+        f"a model with merging attached cannot be pickled ({cls.__name__}); call handle.remove() before torch.save or "
+        "handing it to another process, or write it with model.save_pretrained(folder), which saves the plain model"
+    )
 
 
 class Merging(type):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import UserError
+from .arguments import GENERATING, named
 from .layout import restore_prompt
-from .prompt import GENERATING, forget_encoded, names_of, rewrite, tell
+from .prompt import rewrite, tell
 from .state import Attached
 from .validate import check_chunks
 
@@ -19,15 +20,15 @@ from .validate import check_chunks
 def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``plain`` generate on the shortened prompt; the answer starts with the caller's own prompt."""
     handle = model._pitome
-    kwargs = {**dict(zip(names_of(type(model).generate)[1:], args)), **kwargs}
+    kwargs = named(type(model).generate, args, kwargs)
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
         kwargs["input_ids"] = inputs
     outer = GENERATING.get()
     try:
-        forget_encoded(handle)
+        handle.forget_encoded()
         with torch.no_grad():
-            call = rewrite(model, handle, kwargs, whole=True)
+            call = rewrite(handle, kwargs, whole=True)
         if call is None:
             return plain(**kwargs)
         short = {**call.kwargs, **_callbacks(handle, kwargs, _width(call.kwargs))}
@@ -39,7 +40,6 @@ def generate(model: nn.Module, plain: Callable, args: tuple, kwargs: dict[str, A
             out = plain(**short)
     finally:
         GENERATING.set(outer)
-        forget_encoded(handle)
     if call.layout is None:
         return out
     tell(handle, call.layout)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from ..plan import Plan
 from . import tower as towers
 from .capture import Capture, Copies, new_pool
+from .classes import Hook
 from .guards import Watch, look, process_state, unsupported_modules, unsupported_now
 from .lock import captures
-from .state import Attached, Hook
+from .state import Attached
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from ..families import TOWERS, TowerSpec
 from ..methods import UserError
 from ..plan import Plan
 from . import graphs, llava_package, llm, prompt, tiles, tower
-from .classes import author_of_forward, plain_class
+from .classes import Hook, author_of_forward, plain_class
 from .generate import generate as generate_short
 from .lock import drawing
-from .state import Attached, Hook
+from .state import Attached
 
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")  # of a module
 
@@ -56,7 +56,7 @@ def _put_on(handle: Attached) -> None:
     if not handle.family.original:
         for module in dict.fromkeys((handle.model, handle.core)):
             module.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
-            module.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True, always_call=True)
+            module.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True)
         handle.language.register_forward_pre_hook(Hook(llm.before_language), with_kwargs=True)
     if handle.family.tiles == "connector":
         handle.projector.register_forward_hook(Hook(tiles.after_projector))
@@ -174,8 +174,7 @@ def _unhook(module: nn.Module) -> None:
         hooks = getattr(module, table)
         for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) or hook in tower.CATCHING]:
             del hooks[key]
-            for more in ("with_kwargs", "always_called"):
-                getattr(module, f"{table}_{more}", {}).pop(key, None)
+            getattr(module, f"{table}_with_kwargs", {}).pop(key, None)
     vars(module).pop("_pitome", None)
 
 

@@ -17,9 +17,9 @@ from ..families.geometry import PLAIN_BACKENDS, llm_unsupported_reason
 from ..methods import UserError
 from ..stats import Stats
 from . import caches
+from .call import CALL, Call
 from .layout import Layout
 from .positions import at_placeholders, shift_to_first
-from .state import CALL, Call
 from .transfers import on
 
 
@@ -29,9 +29,8 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     kwargs = {name: value for name, value in kwargs.items() if name != CALL}
     embeds = kwargs.get("inputs_embeds")
     tokens = kwargs.get("input_ids") if embeds is None else embeds
-    layout = caches.mark_of(past)
+    layout = caches.layout_of(past)
     if call is not None:
-        call.reached = True
         layout = layout if call.layout is None else _told(call, handle.state.stats, len(tokens))
     if layout is None:
         return args, kwargs
@@ -51,7 +50,7 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
-    """The layout of a call, for ``rows`` rows, with what the LLM is told of its pictures."""
+    """The layout of a call, for ``rows`` rows, with what the LLM is told of its images."""
     if call.told is None:
         layout, image = call.layout.repeated(rows), call.image
         if call.move or call.weigh:

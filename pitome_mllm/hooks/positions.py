@@ -57,27 +57,6 @@ def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
     return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in first])
 
 
-def borders(positions: Tensor, real: Tensor) -> Tensor:
-    """(B, T) how many samples begin up to each column of ``positions`` (B, T), where each is one more than the last.
-
-    A jump between two neighbours begins another sample, packed into the same row; there are 0 before the second one.
-    Padding (False in ``real``) is not looked at.
-    """
-    column = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    last = torch.where(real, column, -1).cummax(1).values  # the last real column up to here
-    before = F.pad(last[:, :-1], (1, 0), value=-1)
-    jump = positions - positions.gather(1, before.clamp(min=0)) != 1
-    return (jump & real & (before >= 0)).long().cumsum(1)
-
-
-def compact_positions(positions: Tensor, sample: Tensor) -> Tensor:
-    """Positions (B, S) that count up in every ``sample`` (B, S) from what its first place has in ``positions``."""
-    place = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
-    begins = sample != F.pad(sample[:, :-1], (1, 0), value=-1)
-    start = torch.where(begins, place, 0).cummax(1).values
-    return positions.gather(1, start) + place - start
-
-
 def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
     """(B, S) with ``values`` (K,) of each picture at its placeholders, 0 elsewhere; see `shift_to_first`."""
     flat = torch.cat(tuple(values))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -23,18 +24,22 @@ from ..methods import Merge
 from ..plan import Plan
 from ..schedule import projector_counts
 from ..stats import Stats
+from .call import Encoded
 from .merging import merge_rounds
-from .state import Attached, Encoded
+from .state import Attached
 
 SIZES = 64  # of pictures whose packing is remembered
 
 
-def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Visual tokens of every picture of a call: of the plain model, and as many as it will have."""
+def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int], Encoded | None]:
+    """Visual tokens of every image of a call, of the plain model and as many as it will have; and the images, if only
+    the tower could tell.
+    """
     full, plan = [len(place) for place in _places_of(handle, kwargs)], handle.plan
     if plan is None or plan.keep == plan.available or plan.where == "packed":
-        return full, at_most(handle, kwargs)
-    return full, [len(features) for features in _encode(handle, kwargs).pooler_output]
+        return full, at_most(handle, kwargs), None
+    encoded = _encode(handle, kwargs)
+    return full, [len(features) for features in encoded.output.pooler_output], encoded
 
 
 def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
@@ -49,16 +54,14 @@ def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
     return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
 
 
-def _encode(handle: Attached, kwargs: dict[str, Any]) -> Any:
-    """The model's own encoding of a call's pictures, which the model will get when it asks for it."""
-    pixels, encoded = kwargs["pixel_values"], handle.state.encoded
-    if encoded is not None and encoded.answers(pixels, handle.plan):
-        return encoded.repeated(pixels)
+def _encode(handle: Attached, kwargs: dict[str, Any]) -> Encoded:
+    """The model's own encoding of a call's images, which the model gets when it asks for it, as long as it is kept."""
     names = inspect.signature(type(handle.core).get_image_features).parameters
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     output = handle.core.get_image_features(**given, return_dict=True)
-    handle.note(encoded=Encoded(pixels, handle.plan, output))
-    return output
+    encoded = Encoded(kwargs["pixel_values"], handle.plan, output)
+    handle.note(encoded=weakref.ref(encoded))
+    return encoded
 
 
 def _places_of(handle: Attached, kwargs: dict[str, Any]) -> list[Places]:
@@ -156,13 +159,11 @@ def encoding_like(core: nn.Module) -> Callable[..., Any]:
     @functools.wraps(type(core).get_image_features)
     def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = self._pitome
-        encoded = handle.state.encoded
-        if encoded is not None:
-            handle.note(encoded=None)
+        encoded = handle.encoded
+        handle.forget_encoded()
         pixels = kwargs.get("pixel_values", args[0] if args else None)
-        if encoded is not None and kwargs.get("return_dict", True) and encoded.answers(pixels, handle.plan):
-            return encoded.repeated(pixels)
-        return type(self).get_image_features(self, *args, **kwargs)
+        output = encoded.take(pixels, handle.plan) if encoded is not None and kwargs.get("return_dict", True) else None
+        return type(self).get_image_features(self, *args, **kwargs) if output is None else output
 
     return get_image_features
 

@@ -14,6 +14,7 @@ from .caches import cache_in, length_of
 from .state import Attached
 
 ADVICE = "use the model's own processor, and pass its whole output"
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # what collators make
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", *PIXELS)
 
 
@@ -53,7 +54,7 @@ def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
     raise UserError(f"got {said}, the model on {own}; move the processor's whole output with inputs.to(model.device)")
 
 
-def check_no_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> None:
+def check_no_images(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     """ValueError if a prompt that starts here has image placeholders; for calls without pictures."""
     ids = kwargs.get("input_ids")
     elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
@@ -64,7 +65,7 @@ def check_no_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> None:
         raise UserError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
 
 
-def check_pictures(handle: Attached, pixels: Tensor, sizes: Any) -> None:
+def check_images(handle: Attached, pixels: Tensor, sizes: Any) -> None:
     """ValueError unless ``pixels`` are pictures as this family's processor makes them.
 
     ``sizes`` : the image_sizes that came with them, or None.
@@ -122,20 +123,30 @@ def check_mask(mask: Any, width: int) -> None:
         raise UserError(f"got attention_mask {got}, which does not fit; pass the processor's (B, T) mask")
 
 
-def check_positions(given: Any, real: Tensor, behind: bool) -> None:
-    """ValueError unless position ids are (B or 1, T); ``behind`` a KV cache other widths are the caller's count."""
+def check_positions(given: Any, real: Tensor, after: bool) -> None:
+    """ValueError unless position ids are (B or 1, T); ``after`` a KV cache other widths are the caller's count."""
     fits = isinstance(given, Tensor) and given.dim() == 2 and len(given) in (1, len(real))
-    if not fits or (given.shape[1] != real.shape[1] and not behind):
+    if not fits or (given.shape[1] != real.shape[1] and not after):
         got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"as {type(given).__name__}"
         raise UserError(f"got position_ids {got}, expected {tuple(real.shape)}, one per column of the prompt; or none")
 
 
-def check_restart(behind: bool) -> None:
-    """ValueError for samples packed into a row ``behind`` a KV cache."""
-    if behind:
+def check_restart(after: bool) -> None:
+    """ValueError for samples packed into a row ``after`` a KV cache."""
+    if after:
         raise UserError(
             "got position_ids that restart, with a KV cache in front of them; give packed samples in one call, or "
             "position_ids that count on"
+        )
+
+
+def check_unpacked(kwargs: Mapping[str, Any]) -> None:
+    """ValueError for arguments that count the columns of packed samples; no merged prompt has those."""
+    given = [name for name in PACKED if kwargs.get(name) is not None]
+    if given:
+        raise UserError(
+            f"got {', '.join(given)}, which count the tokens of the prompt before its images merge; leave them out and "
+            "pass position_ids that restart with every sample"
         )
 
 

@@ -1,0 +1,216 @@
+"""What the arguments of a call say: its images, its placeholders, its padding, and what its KV cache holds."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.features import pixels_in
+from ..methods import UserError
+from ..stats import Stats
+from . import caches, tiles
+from .call import Encoded
+from .layout import Layout
+from .state import Attached
+from .transfers import on_host
+from .validate import check_call, check_images, check_mask, check_no_images
+
+logger = logging.getLogger(__name__)
+
+# Whose generate() runs, innermost last: a draft model gets the images as the model that asks it has encoded them.
+GENERATING: ContextVar[tuple[Attached, ...]] = ContextVar("pitome_generating", default=())
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of a call.
+
+    Attributes
+    ----------
+    full, kept : visual tokens of every image, of the plain model and as many as it will have. -1 where the former are
+        not known.
+    encoded : the images, where only the tower could tell.
+    lent : of features that come without their images, what became of those in the model that encoded them, if its
+        generate() runs.
+    """
+
+    full: list[int]
+    kept: list[int]
+    encoded: Encoded | None = None
+    lent: Stats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as the caller gives it.
+
+    Attributes
+    ----------
+    kwargs : the arguments of the call.
+    images : those that it brings.
+    image : (B, T') bool, the placeholders of all columns that the call brings.
+    fresh : (B, T) bool, those of the columns that the KV cache does not hold.
+    real : (B, T) bool, False at padding. All of these are on the host.
+    seen : what the KV cache holds; None if it holds nothing.
+    continues : what the KV cache holds has a layout of ours.
+    original : visual tokens have the positions of their patches.
+    first : the position id of the first token.
+    """
+
+    kwargs: dict[str, Any]
+    images: Images
+    image: Tensor
+    fresh: Tensor
+    real: Tensor
+    seen: Layout | None
+    continues: bool
+    original: bool
+    first: int
+
+    @property
+    def merges(self) -> bool:
+        """Whether its images have fewer tokens than in the plain model."""
+        return self.images.full != self.images.kept
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it has the placeholders of the plain model, and is to have fewer."""
+        return self.merges and self.placeholders == sum(self.images.full)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it has the placeholders of merged images only."""
+        return self.merges and 0 < self.placeholders == sum(self.images.kept)
+
+    @property
+    def placeholders(self) -> int:
+        return int(self.fresh.sum())
+
+
+def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt | None:
+    """The prompt of a call; None if it has neither images nor merged tokens in its KV cache.
+
+    Parameters
+    ----------
+    whole : ids that come with a KV cache start at the beginning (generate), not after it (forward).
+
+    Raises
+    ------
+    ValueError : what is given does not fit the model.
+    """
+    length, cached = caches.content_of(kwargs)
+    if cached is not None or pixels_in(kwargs) is not None:
+        check_call(handle, kwargs)
+    images = _images(handle, kwargs)
+    if not images.kept and cached is None:
+        check_no_images(handle, kwargs)
+        return None
+    plan = handle.plan
+    original = (plan is not None and plan.positions == "original") if cached is None else cached.position is not None
+    image, mask = placeholders(handle.model, kwargs), kwargs.get("attention_mask")
+    check_mask(mask, image.shape[1])
+    image, real = on_host(image, (_inferred_mask(handle.model, kwargs, image) if mask is None else mask) != 0)
+    mask = None if mask is None else real
+    seen = caches.seen(length, cached, image, mask, original)
+    with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
+    fresh = image[:, seen.width if with_past else 0 :]
+    real = real[:, real.shape[1] - fresh.shape[1] :]
+    first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
+    return Prompt(kwargs, images, image, fresh, real, seen, cached is not None, original, first)
+
+
+def _images(handle: Attached, kwargs: dict[str, Any]) -> Images:
+    pixels, given = pixels_in(kwargs), (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    _tell_videos(handle, kwargs)
+    if pixels is not None:
+        check_images(handle, pixels, kwargs.get("image_sizes"))
+        if handle.family.tiles == "anyres":
+            return Images(*tiles.lengths(handle, kwargs))
+        count = _number(pixels)
+        return Images([handle.geometry.available] * count, [_kept(handle)] * count)
+    return Images([], []) if given is None else _features(handle, given)
+
+
+def _features(handle: Attached, given: Any) -> Images:
+    """Images that come as features."""
+    kept, available = [len(features) for features in given.pooler_output], handle.geometry.available
+    lent = _lent(sum(kept))
+    full = [available] * len(kept)
+    if handle.family.tiles and _kept(handle) == available:
+        full = kept
+    elif handle.family.tiles:  # how many they were is not known without the images
+        packed = () if lent is None else lent.packed
+        full = [len(image.group) for image in packed] if packed else [-1] * len(kept)
+    return Images(full, kept, lent=lent)
+
+
+def _kept(handle: Attached) -> int:
+    return handle.geometry.available if handle.plan is None else handle.plan.keep
+
+
+def _lent(tokens: int) -> Stats | None:
+    """What became of images of ``tokens`` in all, if a model whose generate() runs has encoded them."""
+    for handle in reversed(GENERATING.get()):
+        stats = handle.state.stats
+        if stats is not None and sum(stats.lengths) == tokens:
+            return stats
+    return None
+
+
+def _number(pixels: Tensor) -> int:
+    """Images in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding."""
+    return len(pixels) if pixels.dim() == 4 else int((pixels.flatten(2) != 0).any(-1).sum())
+
+
+def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
+    """Warn, once, that videos pass through as in the plain model."""
+    if handle.family.videos and kwargs.get("pixel_values_videos") is not None and not handle.told_of_videos:
+        handle.told_of_videos = True
+        logger.warning("videos are not merged in %s: %s", type(handle.model).__name__, handle.family.videos)
+
+
+def placeholders(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool, True at image placeholders of the ids, or of the embeddings where there are no ids."""
+    token = model.config.image_token_id
+    if kwargs.get("input_ids") is not None:
+        return kwargs["input_ids"] == token
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        raise UserError("got images but neither input_ids nor inputs_embeds; pass the processor's whole output")
+    placeholder = model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
+    return (embeds == placeholder).all(-1)
+
+
+def _inferred_mask(model: nn.Module, kwargs: Mapping[str, Any], image: Tensor) -> Tensor:
+    """(B, T), 0 at pad tokens, where there is no attention mask: generate() infers it in the same way."""
+    config = kwargs.get("generation_config") or model.generation_config
+    ids = kwargs.get("input_ids")
+    pad, eos = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+    if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return torch.ones_like(image)
+    return ids != pad
+
+
+def pad_id(model: nn.Module) -> int:
+    """The id of padding, 0 where a model has none."""
+    pad = model.generation_config.pad_token_id
+    pad = model.config.get_text_config().pad_token_id if pad is None else pad
+    return 0 if pad is None else pad
+
+
+def named(method: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of an unbound method by their names, self left out."""
+    return {**dict(zip(_parameters(method)[1:], args)), **kwargs}
+
+
+@lru_cache
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)

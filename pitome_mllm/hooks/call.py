@@ -1,0 +1,92 @@
+"""What one call of the model knows, handed down to its LLM as a keyword, so that it ends with the call."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..plan import Plan
+from .columns import Columns
+from .layout import Layout
+
+CALL = "pitome_call"  # the keyword that hands a Call from the model down to its LLM
+
+
+class Call:
+    """One prompt as the model gets it.
+
+    No dataclass: wrappers such as FSDP go through the fields of those that they find among the arguments.
+
+    Attributes
+    ----------
+    kwargs : the arguments, with every per-token tensor shortened.
+    image : (B, S) bool, the placeholders among the tokens of this call; on the host, as ``layout`` and ``sample`` are.
+    layout : what every place of the KV cache is after this call; None if the caller's columns are.
+    move : visual tokens take their original positions as soon as the tower has run.
+    weigh : the LLM is told how many patches they stand for.
+    sample : (B, S) int64, the sample that a token belongs to where several are packed into one row; else None.
+    fresh : the layout of the tokens of this call only; None if they are the caller's.
+    answer : how the output of this call comes to the caller's columns; None if it stays as it is.
+    owner : the module whose call it is, the model or its core.
+    told : the layout with those positions and sizes, for the rows that the LLM had, once it was called.
+    encoded : images of this call that are encoded already; the only place that keeps them.
+    """
+
+    def __init__(
+        self,
+        kwargs: dict[str, Any],
+        image: Tensor,
+        layout: Layout | None = None,
+        move: bool = False,
+        weigh: bool = False,
+        sample: Tensor | None = None,
+        fresh: Layout | None = None,
+    ) -> None:
+        self.kwargs, self.image, self.layout = kwargs, image, layout
+        self.move, self.weigh, self.sample, self.fresh = move, weigh, sample, fresh
+        self.encoded: Encoded | None = None
+        self.answer: Columns | None = None
+        self.owner: nn.Module | None = None
+        self.told: Layout | None = None
+
+    def again(self) -> Call:
+        """The same call with images that are encoded anew."""
+        return Call(self.kwargs, self.image, self.layout, self.move, self.weigh, self.sample)
+
+    def part(self, rows: int, width: int, length: int) -> Tensor:
+        """(``rows``, ``width``) of ``image``, behind ``length`` places of a KV cache.
+
+        generate() may repeat rows, split the prompt into chunks, and bring it again with the tokens that followed.
+        """
+        start = max(length - self.layout.places + self.image.shape[1], 0)
+        image = self.image.repeat_interleave(max(rows // len(self.image), 1), 0)
+        return F.pad(image, (0, max(start + width - image.shape[1], 0)))[:, start : start + width]
+
+
+class Encoded:
+    """Images that a call brought, encoded before the model asks for them, which it does once."""
+
+    def __init__(self, pixels: Tensor, plan: Plan, output: Any) -> None:
+        self.pixels, self.plan, self.output = pixels, plan, output
+
+    def take(self, pixels: Tensor | None, plan: Plan | None) -> Any:
+        """The model's output for ``pixels``: these, or what generate() made of them for beams, each several times.
+
+        None for any others, and a second time.
+        """
+        output, self.output = self.output, None
+        if output is None or pixels is None or plan is not self.plan:
+            return None
+        if pixels is self.pixels:
+            return output
+        times, rest = divmod(len(pixels), len(self.pixels))
+        kind, own = ((x.shape[1:], x.dtype, x.device) for x in (pixels, self.pixels))
+        if kind != own or not times or rest or not torch.equal(pixels[::times], self.pixels):
+            return None
+        output = copy.copy(output)
+        output.pooler_output = [one for one in output.pooler_output for _ in range(times)]
+        return output
