@@ -178,3 +178,22 @@ def test_a_truncated_file(attached):
     with pytest.raises(OSError, match="truncated"):
         LLAVA.process([(QUESTIONS[0], [Image.open(io.BytesIO(file.getvalue()[:1500]))])])
     assert torch.equal(logits(model, good), expected)
+
+
+def test_borders_of_packed_samples_that_merging_moves(attached):
+    _, inputs, _ = attached(LLAVA)
+    length = inputs["input_ids"].shape[1]
+    borders = {"cu_seq_lens_q": torch.tensor([0, length]), "max_length_q": length}
+    assert_refused(attached, LLAVA, {**inputs, **borders}, "cu_seq_lens_q, max_length_q", "position_ids")
+
+
+@pytest.mark.parametrize("family", [LLAVA, NEXT], ids=lambda family: family.title)
+def test_features_of_another_layer(attached, family):
+    """Asked for without the LLM."""
+    model, inputs, expected = attached(family)
+    pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    with pytest.raises(ValueError, match="vision_feature_layer=1, merging is planned for"):
+        model.get_image_features(**pixels, vision_feature_layer=1)
+    with Attachment.of(model).using(None):
+        model.get_image_features(**pixels, vision_feature_layer=1)
+    assert torch.equal(logits(model, inputs), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from by_hand import states
@@ -10,6 +12,7 @@ from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, pi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import picture
+from transformers import LogitsProcessorList
 
 from pitome_mllm import attach, get_method
 from pitome_mllm.families.anyres import Places, of_parts, part_keeps, survivors
@@ -208,6 +211,47 @@ def test_original_positions_are_places_in_the_long_prompt(model, call, where):
         start += full
     expected = torch.cat([*kept, (~image).nonzero()[:, 0]]).sort().values
     assert torch.equal(seen[0][0], expected)
+
+
+@pytest.mark.parametrize("where", ["tower", "packed"])
+def test_features_that_a_model_lends_while_it_generates(model, where):
+    """Another one that gets them, with its own ids of a short prompt, places them where the first one does."""
+    inputs, draft, found = NEXT.process([(TWO_PICTURES, pictures(1, 2))]), copy.deepcopy(model), []
+    settings = {"keep": 36, "positions": "original", "where": where}
+    with attach(model, "tome", **settings), attach(draft, "tome", **settings):
+        with torch.no_grad():
+            features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
+        ids, left = inputs["input_ids"], [len(image) for image in features.pooler_output]
+        starts = [torch.arange(full) < kept for full, kept in zip(NEXT.full(NEXT.build(), inputs), left, strict=True)]
+        stays = torch.ones_like(ids, dtype=torch.bool).masked_scatter(ids == IMAGE, torch.cat(starts))
+        ids = ids[:, stays[0]]
+
+        def ask(seen, scores):
+            found.append(logits(draft, {"input_ids": ids}, mm_encoder_outputs={"image": features})[:, -1].float())
+            found.append(scores)
+            return scores
+
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, logits_processor=LogitsProcessorList([ask]))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def test_an_interrupt_leaves_no_encoded_images(model):
+    inputs = NEXT.process([(QUESTIONS[0], pictures(1))])
+    handle = attach(model, "pitome", keep=36)
+    seen = []
+
+    def interrupt(*_):
+        seen.append(handle.encoded is not None)
+        raise KeyboardInterrupt
+
+    hook = model.get_input_embeddings().register_forward_hook(interrupt)
+    try:
+        model(**inputs)
+    except KeyboardInterrupt:
+        hook.remove()
+    assert seen == [True] and handle.encoded is None
+    logits(model, inputs)
+    assert handle.stats.counts[-1] == 36
 
 
 def test_sizes_weigh_in_the_llm(model):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -204,13 +202,3 @@ def pad_id(model: nn.Module) -> int:
     pad = model.generation_config.pad_token_id
     pad = model.config.get_text_config().pad_token_id if pad is None else pad
     return 0 if pad is None else pad
-
-
-def named(method: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of an unbound method by their names, self left out."""
-    return {**dict(zip(_parameters(method)[1:], args)), **kwargs}
-
-
-@lru_cache
-def _parameters(function: Callable) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)

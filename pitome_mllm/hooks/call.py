@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -90,3 +93,13 @@ class Encoded:
         output = copy.copy(output)
         output.pooler_output = [one for one in output.pooler_output for _ in range(times)]
         return output
+
+
+def named(method: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of an unbound method by their names, self left out."""
+    return {**dict(zip(_parameters(method)[1:], args)), **kwargs}
+
+
+@lru_cache
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)

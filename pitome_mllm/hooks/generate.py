@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import UserError
-from .arguments import GENERATING, named
+from .arguments import GENERATING
+from .call import named
 from .layout import restore_prompt
 from .prompt import rewrite, tell
 from .state import Attached

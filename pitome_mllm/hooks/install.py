@@ -104,10 +104,9 @@ def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
         if handle.family.tiles:
             methods.append((handle.model, llava_package.PREPARE, llava_package.preparing_like))
         return methods
-    methods = [(handle.model, "generate", generate_like)]
+    methods = [(handle.model, "generate", generate_like), (handle.core, "get_image_features", tiles.encoding_like)]
     if handle.family.tiles == "anyres":
         methods.append((handle.core, "pack_image_features", tiles.packing_like))
-        methods.append((handle.core, "get_image_features", tiles.encoding_like))
     for name in handle.family.plain:
         methods.append((handle.core, name, functools.partial(tiles.plain_like, name=name)))
     return methods

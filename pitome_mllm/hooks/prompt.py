@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..families.features import pixels_in
 from . import caches, columns
-from .arguments import Prompt, named, pad_id, placeholders, read_prompt
-from .call import CALL, Call
+from .arguments import Prompt, pad_id, placeholders, read_prompt
+from .call import CALL, Call, named
 from .layout import Layout, shorten, take_all, unchanged
 from .positions import caller_positions, missing_before
 from .samples import and_next, packed, restarting

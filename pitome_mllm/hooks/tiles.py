@@ -24,9 +24,10 @@ from ..methods import Merge
 from ..plan import Plan
 from ..schedule import projector_counts
 from ..stats import Stats
-from .call import Encoded
+from .call import Encoded, named
 from .merging import merge_rounds
 from .state import Attached
+from .validate import check_selection
 
 SIZES = 64  # of pictures whose packing is remembered
 
@@ -154,16 +155,21 @@ def merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, P
 
 
 def encoding_like(core: nn.Module) -> Callable[..., Any]:
-    """A get_image_features() that hands out what was encoded ahead."""
+    """A get_image_features() that refuses features that merging is not planned for, and hands out encoded ones."""
+    own = type(core).get_image_features
 
-    @functools.wraps(type(core).get_image_features)
+    @functools.wraps(own)
     def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = self._pitome
+        if not torch.compiler.is_compiling():
+            check_selection(handle, named(own, args, kwargs))
+        if handle.family.tiles != "anyres":
+            return own(self, *args, **kwargs)
         encoded = handle.encoded
         handle.forget_encoded()
         pixels = kwargs.get("pixel_values", args[0] if args else None)
         output = encoded.take(pixels, handle.plan) if encoded is not None and kwargs.get("return_dict", True) else None
-        return type(self).get_image_features(self, *args, **kwargs) if output is None else output
+        return own(self, *args, **kwargs) if output is None else output
 
     return get_image_features
 

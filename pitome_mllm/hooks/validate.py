@@ -27,12 +27,14 @@ def check_call(handle: Attached, kwargs: Mapping[str, Any]) -> None:
         if name in PIXELS and name != handle.family.pixels:
             raise UserError(f"got {name}, {type(handle.model).__name__} takes {handle.family.pixels}; {ADVICE}")
     _check_devices(handle.model, {name: str(x.device) for name, x in given.items()})
-    if handle.plan is not None and any(name in PIXELS for name in given):
-        _check_features(handle, kwargs)
+    if any(name in PIXELS for name in given):
+        check_selection(handle, kwargs)
 
 
-def _check_features(handle: Attached, kwargs: Mapping[str, Any]) -> None:
+def check_selection(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     """ValueError if a call, or a configuration that was changed, selects other features of the tower than at attach."""
+    if handle.plan is None:
+        return
     asked = {**selected_features(vars(handle.model.config)), **selected_features(kwargs)}
     for name, value in handle.features.items():
         if asked.get(name) != value:
