@@ -100,7 +100,7 @@ class Picture:
             if run.wants_clues(block):
                 keys = self.hidden[block].unflatten(-1, (self.heads, -1))
                 clues = run.read(block, keys[:, 0], keys)
-            made.append(run.leave(block, self.hidden[block], clues))
+            made.append(run.merge_block(block, self.hidden[block], clues))
         return [*made, run.before_projector(self.hidden[-1], self.projector)[0]]
 
     def yardstick(self) -> list[torch.Tensor]:

@@ -114,7 +114,7 @@ class Run:
         bias = self.log_sizes[1]
         return bias if mask is None else mask + bias
 
-    def leave(self, block: int, x: Tensor, clues: Clues) -> Tensor:
+    def merge_block(self, block: int, x: Tensor, clues: Clues) -> Tensor:
         """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
         r = self.plan.removed(block)
         size = self.sizes.get(block)
@@ -177,7 +177,7 @@ class MergingLayer:
             clues = self._clues(run, inbox.keys, inbox.query)
         finally:
             inbox.shut()
-        x = run.leave(block, x, clues)
+        x = run.merge_block(block, x, clues)
         return x + getattr(self, spec.mlp)(getattr(self, spec.norm2)(x)) if early else x
 
     def _clues(self, run: Run, keys: Tensor | None, query: Tensor | None) -> Clues:
