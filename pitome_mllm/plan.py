@@ -64,7 +64,7 @@ class Plan:
         vars(self).update(
             _removed=removed,
             _merging=tuple(block for block, r in enumerate(removed) if r),
-            _clues=tuple(name for name, wanted in needed.items() if wanted),
+            _match_inputs=tuple(name for name, wanted in needed.items() if wanted),
         )
 
     @property
@@ -85,9 +85,9 @@ class Plan:
         return self._removed[block] if block < len(self.counts) else 0
 
     @property
-    def clues(self) -> tuple[str, ...]:
+    def match_inputs(self) -> tuple[str, ...]:
         """What merging needs to know of the attention of a block: "keys", "attention"."""
-        return self._clues
+        return self._match_inputs
 
     @property
     def context(self) -> dict[str, Any]:

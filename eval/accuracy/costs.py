@@ -96,11 +96,11 @@ class Picture:
             made.append(smaller_picture(plan, (self.pixels,), {})[1]["pixel_values"])
         run = Run(plan)
         for block in range(plan.geometry.merging_blocks):
-            clues = {}
-            if run.wants_clues(block):
+            inputs = {}
+            if run.wants_match_inputs(block):
                 keys = self.hidden[block].unflatten(-1, (self.heads, -1))
-                clues = run.read(block, keys[:, 0], keys)
-            made.append(run.merge_block(block, self.hidden[block], clues))
+                inputs = run.read(block, keys[:, 0], keys)
+            made.append(run.merge_block(block, self.hidden[block], inputs))
         return [*made, run.before_projector(self.hidden[-1], self.projector)[0]]
 
     def yardstick(self) -> list[torch.Tensor]:

@@ -131,7 +131,7 @@ class Stages:
 
     def _yardstick(self) -> Any:
         plan = self.contender.plan
-        if plan is None or not isinstance(plan.reducer, PiToMe) or not plan.merging or "keys" not in plan.clues:
+        if plan is None or not isinstance(plan.reducer, PiToMe) or not plan.merging or "keys" not in plan.match_inputs:
             return None
         return self.picture.yardstick
 

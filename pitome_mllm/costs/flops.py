@@ -191,7 +191,7 @@ def _tower(vision: Any, plan: Plan) -> int:
 def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one image, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
-    if "attention" in plan.clues:  # the class token's row of the attention matrix
+    if "attention" in plan.match_inputs:  # the class token's row of the attention matrix
         entering = [plan.input_patches, *plan.counts]
         blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.projector_counts else [])}
         tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
@@ -210,7 +210,7 @@ def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth:
         "hidden": width * max(1, len(plan.geometry.layers)) if depth == 1 else width,
         "projected": getattr(text, "hidden_size", None),
     }
-    attention: dict[str, Any] = {"attention": blank(1, everything)} if "attention" in plan.clues else {}
+    attention: dict[str, Any] = {"attention": blank(1, everything)} if "attention" in plan.match_inputs else {}
     # In inference mode operators arrive whole, so that the counter would see no matrix product.
     with torch.inference_mode(False), torch.no_grad(), _Counter() as counter:
         metric = blank(1, everything, widths[plan.metric])

@@ -12,8 +12,9 @@ from ..plan import Plan
 
 # What a block tells about its tokens: "keys" (B, N, C / heads), mean over heads; "attention" (B, N, 1) that they get
 # from the class token, mean over heads. Merged tokens carry their means.
-Clues = dict[str, Tensor]
-Step = tuple[Merge, Tensor, Tensor, Clues]  # the merge, and features, patches per token and clues of what is left
+MatchInputs = dict[str, Tensor]
+# The merge, and features, patches per token and inputs of what is left.
+Step = tuple[Merge, Tensor, Tensor, MatchInputs]
 
 
 def merge_once(
@@ -23,22 +24,22 @@ def merge_once(
     r: int,
     depth: float,
     size: Tensor | None = None,
-    clues: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     context: Mapping[str, Any] | None = None,
     later: bool = True,
 ) -> Step:
     """Merge ``r`` of the tokens ``x`` (B, N, C) by ``metric`` (B, N, C'); ``context`` in place of the plan's own.
 
-    ``later`` says whether the clues of what is left are asked for again.
+    ``later`` says whether the inputs of what is left are asked for again.
     """
-    clues = clues or {}
+    inputs = inputs or {}
     context = plan.context if context is None else context
-    attention = {"attention": clues["attention"][..., 0]} if "attention" in clues else {}
+    attention = {"attention": inputs["attention"][..., 0]} if "attention" in inputs else {}
     merge = plan.reducer.match(metric, r, size=size, depth=depth, **context, **attention)
     if plan.order == "source":
         merge = merge.in_source_order()
     merged, total = merge.reduce(x, size) if plan.weighted or size is None else merge.reduce_evenly(x, size)
-    kept = {name: merge.reduce(clue, size)[0] for name, clue in clues.items()} if later else {}
+    kept = {name: merge.reduce(value, size)[0] for name, value in inputs.items()} if later else {}
     return merge, merged, total, kept
 
 
@@ -47,19 +48,19 @@ def merge_rounds(
     x: Tensor,
     counts: Sequence[int],
     size: Tensor | None = None,
-    clues: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     measure: Callable[[Tensor], Tensor] | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, list[Merge], Tensor | None]:
     """Merge ``x`` (B, N, C) in rounds of depth 1 to ``counts`` tokens, those that never merge not counted.
 
-    ``measure`` makes the metric of the features; by default it is the keys among the clues, else the features.
+    ``measure`` makes the metric of the features; by default it is the keys among the inputs, else the features.
     """
     context, merges = plan.context if context is None else context, []
     for count in counts:
         r = x.shape[1] - context.get("protected", 0) - count
-        metric = (clues or {}).get("keys", x) if measure is None else measure(x)
+        metric = (inputs or {}).get("keys", x) if measure is None else measure(x)
         later = count != counts[-1]
-        merge, x, size, clues = merge_once(plan, x, metric, r, 1.0, size, clues, context, later)
+        merge, x, size, inputs = merge_once(plan, x, metric, r, 1.0, size, inputs, context, later)
         merges.append(merge)
     return x, merges, size

@@ -26,7 +26,7 @@ from ..methods.pooling import cells
 from ..plan import Plan
 from ..stats import Stats
 from .classes import Merging
-from .merging import Clues, merge_once, merge_rounds
+from .merging import MatchInputs, merge_once, merge_rounds
 
 RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
 
@@ -38,7 +38,7 @@ class Inbox(threading.local):
         self.shut()
 
     def shut(self, wanted: tuple[str, ...] = ()) -> None:
-        """Empty it, and take from now on what the clues that are ``wanted`` need."""
+        """Empty it, and take from now on what the match inputs that are ``wanted`` need."""
         self.wanted = wanted
         self.keys: Tensor | None = None
         self.query: Tensor | None = None  # of the class token
@@ -80,25 +80,25 @@ class Run:
         self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
         self.log_sizes: tuple[Tensor, Tensor] | None = None  # sizes of the last block, and what attention adds
         self.merges: dict[int, Merge] = {}
-        self.clues: dict[int, Clues] = {}  # of the tokens that leave a block
+        self.inputs: dict[int, MatchInputs] = {}  # of the tokens that leave a block
 
-    def wants_clues(self, block: int) -> bool:
+    def wants_match_inputs(self, block: int) -> bool:
         """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
-        return bool(self.plan.clues) and (self.plan.removed(block) > 0 or self._told_later(block))
+        return bool(self.plan.match_inputs) and (self.plan.removed(block) > 0 or self._told_later(block))
 
     def _told_later(self, block: int) -> bool:
         """Whether what a block tells is asked for after it, in front of the projector."""
         return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
 
-    def read(self, block: int, query: Tensor | None, keys: Tensor) -> Clues:
-        """The clues that the plan asks for, of the keys (B, N, H, C), and of the class token's query (B, H, C) for
+    def read(self, block: int, query: Tensor | None, keys: Tensor) -> MatchInputs:
+        """The inputs that the plan asks for, of the keys (B, N, H, C), and of the class token's query (B, H, C) for
         attention.
         """
         made = {
             "keys": lambda: keys.mean(2),
             "attention": lambda: class_attention(query, keys, self.weights(block)),
         }
-        return {name: made[name]() for name in self.plan.clues}
+        return {name: made[name]() for name in self.plan.match_inputs}
 
     def weights(self, block: int) -> Tensor | None:
         """How many tokens each one counts for in the attention of a block (B, N, 1); None = one each."""
@@ -114,18 +114,18 @@ class Run:
         bias = self.log_sizes[1]
         return bias if mask is None else mask + bias
 
-    def merge_block(self, block: int, x: Tensor, clues: Clues) -> Tensor:
+    def merge_block(self, block: int, x: Tensor, inputs: MatchInputs) -> Tensor:
         """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
         r = self.plan.removed(block)
         size = self.sizes.get(block)
         if r:
             depth = block / self.plan.geometry.merging_blocks
-            metric = clues.get("keys", x)
+            metric = inputs.get("keys", x)
             later = self._told_later(block)
-            self.merges[block], x, size, clues = merge_once(self.plan, x, metric, r, depth, size, clues, later=later)
+            self.merges[block], x, size, inputs = merge_once(self.plan, x, metric, r, depth, size, inputs, later=later)
         if size is not None:
             self.sizes[block + 1] = size
-        self.clues[block] = clues
+        self.inputs[block] = inputs
         return x
 
     def pushed(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -140,9 +140,9 @@ class Run:
     def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
         """The rounds in front of the projector: features, merges, and patches per token."""
         feature = self.plan.geometry.merging_blocks
-        size, clues = self.sizes.get(feature), self.clues.get(feature - 1, {})
+        size, inputs = self.sizes.get(feature), self.inputs.get(feature - 1, {})
         measure = projector if self.plan.metric == "projected" else None
-        return merge_rounds(self.plan, x, self.plan.projector_counts, size, clues, measure)
+        return merge_rounds(self.plan, x, self.plan.projector_counts, size, inputs, measure)
 
 
 def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,25 +168,25 @@ class MergingLayer:
         attention_mask = run.bias(block, attention_mask, hidden_states)
         early = run.plan.place == "mid" and run.plan.removed(block) > 0
         try:
-            inbox.shut(wanted=run.plan.clues if run.wants_clues(block) else ())
+            inbox.shut(wanted=run.plan.match_inputs if run.wants_match_inputs(block) else ())
             if early:
                 normed = getattr(self, spec.norm1)(hidden_states)
                 x = hidden_states + getattr(self, spec.attention)(normed, attention_mask, *args, **kwargs)[0]
             else:
                 x = super().forward(hidden_states, attention_mask, *args, **kwargs)
-            clues = self._clues(run, inbox.keys, inbox.query)
+            inputs = self._match_inputs(run, inbox.keys, inbox.query)
         finally:
             inbox.shut()
-        x = run.merge_block(block, x, clues)
+        x = run.merge_block(block, x, inputs)
         return x + getattr(self, spec.mlp)(getattr(self, spec.norm2)(x)) if early else x
 
-    def _clues(self, run: Run, keys: Tensor | None, query: Tensor | None) -> Clues:
+    def _match_inputs(self, run: Run, keys: Tensor | None, query: Tensor | None) -> MatchInputs:
         """What the attention that just ran tells about its tokens, as far as the plan asks for it."""
         block, spec, _ = self._pitome
-        if not run.wants_clues(block):
+        if not run.wants_match_inputs(block):
             return {}
         attention = getattr(self, spec.attention)
-        watched = [(spec.key, catch_keys)] + [(spec.query, catch_query)] * ("attention" in run.plan.clues)
+        watched = [(spec.key, catch_keys)] + [(spec.query, catch_query)] * ("attention" in run.plan.match_inputs)
         if not all(hook in getattr(attention, name)._forward_hooks.values() for name, hook in watched):
             raise RuntimeError(
                 f"block {block} has another key or query projection than at attach: adapters were put on it, or its "
