@@ -26,11 +26,11 @@ def merge_once(
     size: Tensor | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     context: Mapping[str, Any] | None = None,
-    later: bool = True,
+    needed_downstream: bool = True,
 ) -> Step:
     """Merge ``r`` of the tokens ``x`` (B, N, C) by ``metric`` (B, N, C'); ``context`` in place of the plan's own.
 
-    ``later`` says whether the inputs of what is left are asked for again.
+    ``needed_downstream`` says whether the inputs of what is left are asked for again.
     """
     inputs = inputs or {}
     context = plan.context if context is None else context
@@ -39,7 +39,7 @@ def merge_once(
     if plan.order == "source":
         merge = merge.in_source_order()
     merged, total = merge.reduce(x, size) if plan.weighted or size is None else merge.reduce_evenly(x, size)
-    kept = {name: merge.reduce(value, size)[0] for name, value in inputs.items()} if later else {}
+    kept = {name: merge.reduce(value, size)[0] for name, value in inputs.items()} if needed_downstream else {}
     return merge, merged, total, kept
 
 
@@ -60,7 +60,7 @@ def merge_rounds(
     for count in counts:
         r = x.shape[1] - context.get("protected", 0) - count
         metric = (inputs or {}).get("keys", x) if measure is None else measure(x)
-        later = count != counts[-1]
-        merge, x, size, inputs = merge_once(plan, x, metric, r, 1.0, size, inputs, context, later)
+        needed_downstream = count != counts[-1]
+        merge, x, size, inputs = merge_once(plan, x, metric, r, 1.0, size, inputs, context, needed_downstream)
         merges.append(merge)
     return x, merges, size

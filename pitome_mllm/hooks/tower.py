@@ -84,9 +84,9 @@ class Run:
 
     def wants_match_inputs(self, block: int) -> bool:
         """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
-        return bool(self.plan.match_inputs) and (self.plan.removed(block) > 0 or self._told_later(block))
+        return bool(self.plan.match_inputs) and (self.plan.removed(block) > 0 or self.needed_downstream(block))
 
-    def _told_later(self, block: int) -> bool:
+    def needed_downstream(self, block: int) -> bool:
         """Whether what a block tells is asked for after it, in front of the projector."""
         return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
 
@@ -121,8 +121,10 @@ class Run:
         if r:
             depth = block / self.plan.geometry.merging_blocks
             metric = inputs.get("keys", x)
-            later = self._told_later(block)
-            self.merges[block], x, size, inputs = merge_once(self.plan, x, metric, r, depth, size, inputs, later=later)
+            needed_downstream = self.needed_downstream(block)
+            self.merges[block], x, size, inputs = merge_once(
+                self.plan, x, metric, r, depth, size, inputs, needed_downstream=needed_downstream
+            )
         if size is not None:
             self.sizes[block + 1] = size
         self.inputs[block] = inputs
