@@ -130,14 +130,14 @@ class Run:
         self.inputs[block] = inputs
         return x
 
-    def pushed(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def propagate_merges(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The hidden states (B, N, C) with every feature layer sent through the merges of the blocks behind it."""
-        pushed = list(states)
+        made = list(states)
         for layer in self.plan.geometry.layers:
             for block in (b for b in self.plan.merging if b >= layer):
                 size = self.sizes.get(block) if self.plan.weighted else None
-                pushed[layer] = self.merges[block].reduce(pushed[layer], size)[0]
-        return tuple(pushed)
+                made[layer] = self.merges[block].reduce(made[layer], size)[0]
+        return tuple(made)
 
     def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
         """The rounds in front of the projector: features, merges, and patches per token."""
@@ -286,7 +286,7 @@ def merge_output(run: Run, output: Any, projector: nn.Module) -> None:
     merges = [run.merges[block] for block in plan.merging if block in run.merges]
     size = run.sizes.get(plan.geometry.merging_blocks)
     if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
-        output.hidden_states = run.pushed(output.hidden_states)
+        output.hidden_states = run.propagate_merges(output.hidden_states)
     if plan.projector_counts:
         features = read(output, plan.geometry)
         if features is None:  # none for a projector were asked for
