@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pitome_mllm import METHODS, attach
 from pitome_mllm.hooks import graphs, lock
 from pitome_mllm.hooks.capture import Copies, _collect
-from pitome_mllm.hooks.guards import look
+from pitome_mllm.hooks.guards import guard_of
 from pitome_mllm.hooks.lock import captures
 
 
@@ -143,7 +143,7 @@ def test_nothing_of_an_earlier_call_changes(one, pair):
 )
 def test_arguments_that_cannot_be_told_apart_are_no_key(value):
     with pytest.raises(TypeError, match="an argument is a"):
-        look(value)
+        guard_of(value)
 
 
 def test_what_cannot_be_copied_is_no_graph():

@@ -22,7 +22,7 @@ from ..plan import Plan
 from . import tower as towers
 from .capture import Capture, Copies, new_pool
 from .classes import Hook
-from .guards import Watch, look, process_state, unsupported_modules, unsupported_now
+from .guards import Watch, guard_of, process_state, unsupported_modules, unsupported_now
 from .lock import captures
 from .state import Attached
 
@@ -82,14 +82,14 @@ class Graphs:
         if reason is None:
             try:
                 hash(plan)
-                call, modules = tuple((name, look(value)) for name, value in given), self._modules(tower)
+                call, modules = tuple((name, guard_of(value)) for name, value in given), self._modules(tower)
             except TypeError as error:
                 reason = f"what it depends on cannot be compared: {error}"
         if reason is not None:
             self._say(reason, plan)
             return None, inputs
         config = tower.config
-        defaults = config._attn_implementation, look(config.output_hidden_states)
+        defaults = config._attn_implementation, guard_of(config.output_hidden_states)
         return (plan, call, defaults, process_state(inputs[0].device.type), modules), inputs
 
     def _modules(self, tower: nn.Module) -> tuple:

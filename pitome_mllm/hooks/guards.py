@@ -104,14 +104,14 @@ def _simple(value: Any) -> Any:
     return id(value)
 
 
-def look(value: Any) -> Any:
+def guard_of(value: Any) -> Any:
     """What of an argument a graph depends on; TypeError if it is nothing that can be compared."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, _PLAIN):
         return type(value), value  # 1 and True are equal
     if isinstance(value, (list, tuple)) and not any(isinstance(each, Tensor) for each in value):
-        return tuple(map(look, value))
+        return tuple(map(guard_of, value))
     raise TypeError(f"an argument is a {type(value).__name__}")
 
 
