@@ -222,7 +222,7 @@ def _others(tower: nn.Module, plan: Plan) -> list[nn.Module]:
     return [tower._pitome.projector] if plan.metric == "projected" else []
 
 
-def forward_like(tower: nn.Module) -> Callable[..., Any]:
+def make_forward(tower: nn.Module) -> Callable[..., Any]:
     """A forward of the tower, such as its own, that goes through the graphs of its attachment."""
 
     own = type(tower).forward
@@ -248,7 +248,7 @@ def install(handle: Attached) -> None:
     tower = handle.tower
     if not hasattr(tower, "_orig_mod"):  # what torch.compile gives
         handle.replaced[FORWARD] = vars(tower).get("forward")
-        tower.forward = MethodType(forward_like(tower), tower)
+        tower.forward = MethodType(make_forward(tower), tower)
 
 
 def uninstall(handle: Attached) -> None:

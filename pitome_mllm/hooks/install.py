@@ -100,15 +100,18 @@ def _marked(handle: Attached) -> list[nn.Module]:
 def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
     """Methods that instances get in place of their class's: whose, which, and what makes them."""
     if handle.family.original:
-        methods = [(handle.tower, "forward", llava_package.running_like)]
+        methods = [(handle.tower, "forward", llava_package.make_tower_forward)]
         if handle.family.tiles:
-            methods.append((handle.model, llava_package.PREPARE, llava_package.preparing_like))
+            methods.append((handle.model, llava_package.PREPARE, llava_package.make_prepare))
         return methods
-    methods = [(handle.model, "generate", generate_like), (handle.core, "get_image_features", tiles.encoding_like)]
+    methods = [
+        (handle.model, "generate", make_generate),
+        (handle.core, "get_image_features", tiles.make_get_image_features),
+    ]
     if handle.family.tiles == "anyres":
-        methods.append((handle.core, "pack_image_features", tiles.packing_like))
+        methods.append((handle.core, "pack_image_features", tiles.make_pack_image_features))
     for name in handle.family.plain:
-        methods.append((handle.core, name, functools.partial(tiles.plain_like, name=name)))
+        methods.append((handle.core, name, functools.partial(tiles.make_plain, name=name)))
     return methods
 
 
@@ -177,7 +180,7 @@ def _unhook(module: nn.Module) -> None:
     vars(module).pop("_pitome", None)
 
 
-def generate_like(model: nn.Module) -> Callable[..., Any]:
+def make_generate(model: nn.Module) -> Callable[..., Any]:
     """A generate() that looks like the model's own, which callers and transformers inspect."""
 
     @functools.wraps(type(model).generate)

@@ -80,7 +80,7 @@ def merging_class(base: type[nn.Module]) -> type[nn.Module]:
     return Merging(f"Merging{base.__name__}", (_Outside, MergingLayer, _Inside, base), own)
 
 
-def running_like(tower: nn.Module) -> Callable[..., Any]:
+def make_tower_forward(tower: nn.Module) -> Callable[..., Any]:
     """A forward of the tower that starts and finishes a run, as hooks of newer towers do."""
 
     @functools.wraps(type(tower).forward)
@@ -113,7 +113,7 @@ class _View:
         return getattr(self._model, name)
 
 
-def preparing_like(model: nn.Module) -> Callable[..., Any]:
+def make_prepare(model: nn.Module) -> Callable[..., Any]:
     """A prepare_inputs_labels_for_multimodal() whose pictures of several tiles have merged tokens."""
     own = getattr(type(model), PREPARE)
 

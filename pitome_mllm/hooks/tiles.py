@@ -107,7 +107,7 @@ def _learned(core: nn.Module, size: tuple[int, int], cut: bool) -> Places:
     return Places(packed[0][:, 0].long(), patches)
 
 
-def packing_like(core: nn.Module) -> Callable[..., Any]:
+def make_pack_image_features(core: nn.Module) -> Callable[..., Any]:
     """A pack_image_features() in place of the model's own, for merged tiles or for merging what is packed."""
 
     @functools.wraps(type(core).pack_image_features)
@@ -154,7 +154,7 @@ def merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, P
     return torch.cat(merged), of_parts(place, groups, keeps)
 
 
-def encoding_like(core: nn.Module) -> Callable[..., Any]:
+def make_get_image_features(core: nn.Module) -> Callable[..., Any]:
     """A get_image_features() that refuses features that merging is not planned for, and hands out encoded ones."""
     own = type(core).get_image_features
 
@@ -174,7 +174,7 @@ def encoding_like(core: nn.Module) -> Callable[..., Any]:
     return get_image_features
 
 
-def plain_like(core: nn.Module, name: str) -> Callable[..., Any]:
+def make_plain(core: nn.Module, name: str) -> Callable[..., Any]:
     """A method of the model's own that never merges: a later step of it needs the whole grid of patches."""
 
     @functools.wraps(getattr(type(core), name))
