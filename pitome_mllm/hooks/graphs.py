@@ -117,8 +117,8 @@ class Graphs:
             return
         reason = unsupported_modules(tower, *_others(tower, plan), last=_last_hook(tower))
         if reason is None:
-            with captures.exclusive() as alone:
-                if not alone:  # later, and later each time
+            with captures.exclusive() as free:
+                if not free:  # later, and later each time
                     self._rare, self._seen[key] = self._rare + 1, 0
                     return
                 reason = self._capture(key, tower, plan, plain, inputs, args, kwargs)

@@ -60,7 +60,7 @@ def _put_on(handle: Attached) -> None:
         handle.language.register_forward_pre_hook(Hook(llm.before_language), with_kwargs=True)
     if handle.family.tiles == "connector":
         handle.projector.register_forward_hook(Hook(tiles.after_projector))
-    for module in _marked(handle):
+    for module in _attached_modules(handle):
         module._pitome = handle
     for owner, name, make in _methods(handle):
         made = MethodType(make(owner), owner)
@@ -84,11 +84,11 @@ def uninstall(handle: Attached) -> None:
             for part in layer.modules():  # adapters may have come around what we hooked
                 _unhook(part)
             _swap_class(layer, plain_class(type(layer)))
-    for module in _marked(handle):
+    for module in _attached_modules(handle):
         _unhook(module)
 
 
-def _marked(handle: Attached) -> list[nn.Module]:
+def _attached_modules(handle: Attached) -> list[nn.Module]:
     """The modules that know their attachment."""
     if handle.family.original:
         return [handle.model, handle.tower]

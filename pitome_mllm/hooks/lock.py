@@ -21,13 +21,13 @@ class CaptureLock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._inside: dict[int, int] = {}  # how often each thread is inside
-        self._alone: int | None = None
+        self._holder: int | None = None
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._alone in (None, me) or me in self._inside)
+            self._changed.wait_for(lambda: self._holder in (None, me) or me in self._inside)
             self._inside[me] = self._inside.get(me, 0) + 1
         try:
             yield
@@ -43,9 +43,9 @@ class CaptureLock:
         """Whether nobody else is inside; if so, nobody comes in within the block."""
         me = threading.get_ident()
         with self._changed:
-            free = self._alone is None
+            free = self._holder is None
             if free:
-                self._alone = me  # nobody comes in any more
+                self._holder = me  # nobody comes in any more
                 free = self._changed.wait_for(lambda: set(self._inside) <= {me}, 0 if me in self._inside else PATIENCE)
                 if not free:
                     self._open()
@@ -57,7 +57,7 @@ class CaptureLock:
                     self._open()
 
     def _open(self) -> None:
-        self._alone = None
+        self._holder = None
         self._changed.notify_all()
 
 
