@@ -13,7 +13,7 @@ import pytest
 
 from pitome_mllm import METHODS
 from pitome_mllm.families.geometry import Geometry
-from pitome_mllm.hooks.tower import Run
+from pitome_mllm.hooks.run import Run
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
 from pitome_mllm_eval import clocks, documents

@@ -70,11 +70,11 @@ def test_a_prompt_is_shortened_after_one_look_at_it(model, pair, monkeypatch, po
     with torch.no_grad(), pitome_mllm.attach(model, keep=144, positions=positions, llm_size_bias=True) as handle:
         model.get_image_features(pixel_values=pair["pixel_values"])
         stats = handle.state.stats
-        expected = prompt.rewrite(model, handle, kwargs, whole=True)
+        expected = prompt.rewrite(handle, kwargs, whole=True)
         told = llm._told(expected, stats, 2)
         with Device() as device:
             away = {name: x if name == "pixel_values" else Far(x) for name, x in kwargs.items()}
-            call = prompt.rewrite(model, handle, away, whole=True)
+            call = prompt.rewrite(handle, away, whole=True)
             assert len(device.waited) == 1, device.waited
             there = SimpleNamespace(device=ELSEWHERE, first=Far(stats.first), sizes=Far(stats.sizes))
             layout = llm._told(call, there, 2)

@@ -19,7 +19,8 @@ import torch
 from pitome_mllm import METHODS
 from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.geometry import geometry
-from pitome_mllm.hooks.tower import Run, smaller_picture
+from pitome_mllm.hooks.run import Run
+from pitome_mllm.hooks.tower import smaller_picture
 from pitome_mllm.loading import read_config
 from pitome_mllm.methods import UserError
 from pitome_mllm.methods.pitome import pair_means

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Plan
-from . import tower as towers
 from .capture import Capture, Copies, new_pool
 from .classes import Hook
 from .guards import Watch, guard_of, process_state, unsupported_modules, unsupported_now
 from .lock import captures
+from .run import RUN, Run
 from .state import Attached
+from .tower import finish_run
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Graphs:
 
     def run(self, tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """What ``plain`` forward of the tower gives, by a graph where there is one; then `Run.stats` is there too."""
-        run: towers.Run = kwargs[towers.RUN]
+        run: Run = kwargs[RUN]
         reason = unsupported_now()
         if reason is not None:
             self._say(reason, run.plan)
@@ -76,7 +77,7 @@ class Graphs:
 
     def _find(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Key | None, list]:
         """What a graph of such a call is found by, and the tensors that it takes; no key where there can be none."""
-        given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name != towers.RUN)]
+        given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name != RUN)]
         inputs = [value for _, value in given if isinstance(value, Tensor)]
         reason = _unsupported_call(tower, plan, inputs, kwargs)
         if reason is None:
@@ -111,7 +112,7 @@ class Graphs:
 
     def _learn(self, tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
         """Count a call that ran eagerly, and capture it if it came often enough."""
-        plan = kwargs[towers.RUN].plan
+        plan = kwargs[RUN].plan
         key, inputs = self._find(tower, plan, args, kwargs)  # the first call of a tower may have changed its hooks
         if key is None or not self._is_due(key, plan):
             return
@@ -142,12 +143,11 @@ class Graphs:
         """Make the graph of a call; if that fails, why."""
 
         def call(*tensors: Tensor) -> tuple[Any, Any]:
-            given, run = iter(tensors), towers.Run(plan)
+            given, run = iter(tensors), Run(plan)
             fixed = [next(given) if isinstance(value, Tensor) else value for value in args]
             named = {name: next(given) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-            output = plain(*fixed, **{**named, towers.RUN: run})
-            towers.merge_output(run, output, tower._pitome.projector)
-            towers.check_merged(run)
+            output = plain(*fixed, **{**named, RUN: run})
+            run.finish(output, tower._pitome.projector)
             return output, run.stats
 
         with self._lock:
@@ -214,7 +214,7 @@ def _is_dense(x: Tensor) -> bool:
 def _last_hook(tower: nn.Module) -> Any:
     """Our hook at the end of a call."""
     ours = (hook for hook in tower._forward_hooks.values() if isinstance(hook, Hook))
-    return next((hook for hook in ours if inspect.unwrap(hook.func) is towers.finish_run), None)
+    return next((hook for hook in ours if inspect.unwrap(hook.func) is finish_run), None)
 
 
 def _others(tower: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -229,7 +229,7 @@ def make_forward(tower: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle, run = self._pitome, kwargs.get(towers.RUN)
+        handle, run = self._pitome, kwargs.get(RUN)
         plain = handle.replaced[FORWARD] or functools.partial(own, self)
         if run is None or not run.plan.graph or torch.compiler.is_compiling():
             return plain(*args, **kwargs)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..families.anyres import Packed, Places
 from ..methods import UserError
 from ..stats import Stats
-from . import tower as towers
 from .classes import Merging, plain_class
+from .run import RUN, Run
 from .state import Attached
 from .tiles import merged_parts, merged_tiles
-from .tower import RUN, MergingLayer, Run
+from .tower import MergingLayer, finish_run, start_run
 
 IMAGE = -200  # the id that stands for a picture: llava.constants.IMAGE_TOKEN_INDEX
 PREPARE = "prepare_inputs_labels_for_multimodal"
@@ -86,7 +86,7 @@ def make_tower_forward(tower: nn.Module) -> Callable[..., Any]:
     @functools.wraps(type(tower).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         own = self._pitome.replaced["forward"] or MethodType(type(self).forward, self)  # accelerate's, if it has one
-        started = towers.start_run(self, args, kwargs)
+        started = start_run(self, args, kwargs)
         args, given = (args, {**kwargs}) if started is None else started
         run = given.pop(RUN, None)
         token = _current.set(run)
@@ -94,7 +94,7 @@ def make_tower_forward(tower: nn.Module) -> Callable[..., Any]:
             output = own(*args, **given)
         finally:
             _current.reset(token)
-        towers.finish_run(self, args, {**given, RUN: run}, output)
+        finish_run(self, args, {**given, RUN: run}, output)
         return output
 
     return forward

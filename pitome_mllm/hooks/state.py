@@ -1,6 +1,6 @@
 """All that is known while something runs: by one task or thread, and by the hooks of one attachment.
 
-A call of a vision tower has a `tower.Run` and a call of the model a `Call`. Both are handed down as keywords, so that
+A call of a vision tower has a `run.Run` and a call of the model a `Call`. Both are handed down as keywords, so that
 they end with the call, whether it returns or raises. What a task or a thread chose, and what its last run did, is a
 `State`. Nothing else of this package remembers anything between two calls, except what is marked on a KV cache.
 """

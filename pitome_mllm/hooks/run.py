@@ -1,0 +1,162 @@
+"""One call of a vision tower: what its blocks tell and merge, and what merges before the projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.features import read, write
+from ..methods import Merge, UserError
+from ..plan import Plan
+from ..stats import Stats
+from .merging import MatchInputs, merge_once, merge_rounds
+
+RUN = "pitome_run"  # the keyword that hands a Run from the tower down to its layers
+
+
+class Run:
+    """One call of a vision tower: what was merged so far, by block, so that recomputing one changes nothing."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.is_finished = False  # by a graph, which made its stats too
+        self.stats: Stats | None = None
+        self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
+        self.log_sizes: tuple[Tensor, Tensor] | None = None  # sizes of the last block, and what attention adds
+        self.merges: dict[int, Merge] = {}
+        self.inputs: dict[int, MatchInputs] = {}  # of the tokens that leave a block
+
+    def wants_match_inputs(self, block: int) -> bool:
+        """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
+        return bool(self.plan.match_inputs) and (self.plan.removed(block) > 0 or self.needed_downstream(block))
+
+    def needed_downstream(self, block: int) -> bool:
+        """Whether what a block tells is asked for after it, in front of the projector."""
+        return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
+
+    def read(self, block: int, query: Tensor | None, keys: Tensor) -> MatchInputs:
+        """The inputs that the plan asks for, of the keys (B, N, H, C), and of the class token's query (B, H, C) for
+        attention.
+        """
+        made = {
+            "keys": lambda: keys.mean(2),
+            "attention": lambda: class_attention(query, keys, self.weights(block)),
+        }
+        return {name: made[name]() for name in self.plan.match_inputs}
+
+    def weights(self, block: int) -> Tensor | None:
+        """How many tokens each one counts for in the attention of a block (B, N, 1); None = one each."""
+        return self.sizes.get(block) if self.plan.proportional_attention else None
+
+    def bias(self, block: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """The attention mask of a block, with log(size) of every key token added (proportional attention)."""
+        size = self.weights(block)
+        if size is None:
+            return mask
+        if self.log_sizes is None or self.log_sizes[0] is not size:  # the blocks up to the next merge share it
+            self.log_sizes = size, log_sizes(size, x.dtype).expand(-1, -1, x.shape[1], -1)
+        bias = self.log_sizes[1]
+        return bias if mask is None else mask + bias
+
+    def merge_block(self, block: int, x: Tensor, inputs: MatchInputs) -> Tensor:
+        """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
+        r = self.plan.removed(block)
+        size = self.sizes.get(block)
+        if r:
+            depth = block / self.plan.geometry.merging_blocks
+            metric = inputs.get("keys", x)
+            needed_downstream = self.needed_downstream(block)
+            self.merges[block], x, size, inputs = merge_once(
+                self.plan, x, metric, r, depth, size, inputs, needed_downstream=needed_downstream
+            )
+        if size is not None:
+            self.sizes[block + 1] = size
+        self.inputs[block] = inputs
+        return x
+
+    def propagate_merges(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The hidden states (B, N, C) with every feature layer sent through the merges of the blocks behind it."""
+        made = list(states)
+        for layer in self.plan.geometry.layers:
+            for block in (b for b in self.plan.merging if b >= layer):
+                size = self.sizes.get(block) if self.plan.weighted else None
+                made[layer] = self.merges[block].reduce(made[layer], size)[0]
+        return tuple(made)
+
+    def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
+        """The rounds in front of the projector: features, merges, and patches per token."""
+        feature = self.plan.geometry.merging_blocks
+        size, inputs = self.sizes.get(feature), self.inputs.get(feature - 1, {})
+        measure = projector if self.plan.metric == "projected" else None
+        return merge_rounds(self.plan, x, self.plan.projector_counts, size, inputs, measure)
+
+    def finish(self, output: Any, projector: nn.Module) -> None:
+        """Merge the tower's output before the projector, in place, and say what the run did.
+
+        Raises
+        ------
+        RuntimeError : a block did not merge as planned.
+        """
+        self._merge_output(output, projector)
+        missing = [block for block in self.plan.merging if block not in self.merges]
+        if missing:
+            raise RuntimeError(
+                f"blocks {missing} of the vision tower did not merge as planned: something replaced their forward "
+                "after attach; call handle.remove() and attach again"
+            )
+
+    def _merge_output(self, output: Any, projector: nn.Module) -> None:
+        plan = self.plan
+        if isinstance(output, tuple):
+            raise UserError(
+                "the vision tower was called with return_dict=False; leave it at True while merging is attached"
+            )
+        x = output.last_hidden_state
+        merges = [self.merges[block] for block in plan.merging if block in self.merges]
+        size = self.sizes.get(plan.geometry.merging_blocks)
+        if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
+            output.hidden_states = self.propagate_merges(output.hidden_states)
+        if plan.projector_counts:
+            features = read(output, plan.geometry)
+            if features is None:  # none for a projector were asked for
+                return
+            features, late, size = self.before_projector(features, projector)
+            write(output, plan.geometry, features)
+            merges += late
+        if plan.input_patches < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
+            blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)
+            merges = [plan.reducer.match(blank, plan.geometry.patches - plan.input_patches, **plan.context)]
+            size = merges[0].reduce(blank)[1]
+        self.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)
+
+
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(size) of tokens with ``size`` (B, N, 1), as (B, 1, 1, N), in rows that start where a GPU reads whole vectors.
+
+    Attention on a GPU would else copy them to where they do, in every block, for every query.
+    """
+    batch, tokens = size.shape[:2]
+    row = size.new_zeros(batch, 1, 1, tokens + -tokens % 8, dtype=dtype)[..., :tokens]
+    return row.copy_(size.log().reshape(batch, 1, 1, tokens))
+
+
+def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
+    """What every token receives from the class token: its one row of the attention matrix, mean over heads.
+
+    Parameters
+    ----------
+    query : (B, H, C) of the class token.
+    keys : (B, N, H, C).
+    size : (B, N, 1) patches per token, which count as many times (proportional attention); None = one each.
+
+    Returns
+    -------
+    (B, N, 1) float32.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        logits = torch.einsum("bhc,bnhc->bnh", query.float(), keys.float()) * query.shape[-1] ** -0.5
+    if size is not None:
+        logits = logits + size.log()
+    return logits.softmax(1).mean(-1, keepdim=True)
