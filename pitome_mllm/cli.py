@@ -52,12 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Parameters
     ----------
-    arguments : what follows the program's name; default: that of this process.
+    arguments : sequence of str, optional
+        What follows the program's name; default: that of this process.
 
     Returns
     -------
-    The exit code: 0; 2 after a mistake of the user, 1 without enough memory (one line on stderr says which); 130 when
-    interrupted.
+    int
+        The exit code: 0; 2 after a mistake of the user, 1 without enough memory (one line on stderr says which); 130
+        when interrupted.
     """
     options = build_parser().parse_args(arguments)
     _set_up_logging(options.debug)

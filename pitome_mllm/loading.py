@@ -31,17 +31,22 @@ def load(
 
     Parameters
     ----------
-    name_or_path : "tiny" (the embedded model, needs no network), a folder written by ``save_pretrained``, or a
-        checkpoint's name on the Hugging Face hub such as "llava-hf/llava-1.5-7b-hf".
-    bits : 4 or 8 loads the weights quantised with bitsandbytes (4 is nf4); None keeps them as they are.
-    dtype : "float32", "float16", "bfloat16" or the torch dtype. Default: float32 for "tiny", else the checkpoint's own.
+    name_or_path : str or Path
+        "tiny" (the embedded model, needs no network), a folder written by ``save_pretrained``, or a checkpoint's name
+        on the Hugging Face hub such as "llava-hf/llava-1.5-7b-hf".
+    bits : int, optional
+        4 or 8 loads the weights quantised with bitsandbytes (4 is nf4); None keeps them as they are.
+    dtype : torch.dtype or str, optional
+        "float32", "float16", "bfloat16" or the torch dtype. Default: float32 for "tiny", else the checkpoint's own.
         With ``bits`` it is the dtype of everything that is not quantised.
-    device : such as "cpu", "cuda" or "cuda:1"; "auto" spreads the model over what there is. Default: the CPU, or the
-        first GPU where ``bits`` is given and there is one.
+    device : torch.device or str, optional
+        Such as "cpu", "cuda" or "cuda:1"; "auto" spreads the model over what there is. Default: the CPU, or the first
+        GPU where ``bits`` is given and there is one.
 
     Raises
     ------
-    ValueError : no such folder or checkpoint, an unsupported family, a value out of range, a missing extra.
+    ValueError
+        No such folder or checkpoint, an unsupported family, a value out of range, a missing extra.
     """
     source = _source(name_or_path)
     architecture = _original_architecture(source)
@@ -145,8 +150,8 @@ def read_config(name_or_path: str | Path) -> Any:
 
     Raises
     ------
-    ValueError : no such folder or checkpoint, a configuration that cannot be read, or an unsupported family or vision
-        tower.
+    ValueError
+        No such folder or checkpoint, a configuration that cannot be read, or an unsupported family or vision tower.
     """
     source = _source(name_or_path)
     if _original_architecture(source) is not None:
@@ -200,7 +205,8 @@ def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
 
     Raises
     ------
-    ValueError : weights that cannot be read, are missing, or have other shapes than the configuration says.
+    ValueError
+        Weights that cannot be read, are missing, or have other shapes than the configuration says.
     """
     import transformers
 

@@ -21,12 +21,15 @@ def companion(name: str, module: str = "") -> ModuleType:
 
     Parameters
     ----------
-    name : "eval" or "demo".
-    module : dotted name of a module inside it; empty for the package itself.
+    name : str
+        "eval" or "demo".
+    module : str, default ''
+        Dotted name of a module inside it; empty for the package itself.
 
     Raises
     ------
-    ValueError : a package it needs is missing, or it is neither installed nor beside this one; names the extra.
+    ValueError
+        A package it needs is missing, or it is neither installed nor beside this one; names the extra.
     """
     package = f"pitome_mllm_{name}"
     try:

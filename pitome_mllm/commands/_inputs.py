@@ -30,7 +30,8 @@ def read_subject(options: argparse.Namespace) -> Subject:
 
     Raises
     ------
-    ValueError : a picture that cannot be read, a scene that does not exist, both, or a question without a picture.
+    ValueError
+        A picture that cannot be read, a scene that does not exist, both, or a question without a picture.
     """
     picture, takes_question = options.picture, hasattr(options, "question")
     question = options.question if takes_question else None
@@ -59,7 +60,8 @@ def read_picture(path: str | Path) -> Image.Image:
 
     Raises
     ------
-    ValueError : no such file, or not a whole picture in a format that Pillow knows.
+    ValueError
+        No such file, or not a whole picture in a format that Pillow knows.
     """
     if not Path(path).is_file():
         hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
@@ -72,8 +74,9 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
 
     Raises
     ------
-    ValueError : the question holds words that the tokenizer does not know or the picture's own placeholder, or is too
-        long together with the picture and ``new_tokens`` of answer.
+    ValueError
+        The question holds words that the tokenizer does not know or the picture's own placeholder, or is too long
+        together with the picture and ``new_tokens`` of answer.
     """
     check_question(processor, question)
     inputs = processor(

@@ -26,8 +26,10 @@ class Run(AnswerCost):
 
     Attributes
     ----------
-    mode : "plain" or "merged".
-    answer : the answer's text.
+    mode : str
+        "plain" or "merged".
+    answer : str
+        The answer's text.
     """
 
     mode: str = "merged"
@@ -53,10 +55,14 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
 
     Parameters
     ----------
-    runs : to be completed.
-    model : attached.
-    inputs : of one picture and prompt.
-    handle : of the attached model.
+    runs : list of Run
+        To be completed.
+    model : object
+        Attached.
+    inputs : object
+        Of one picture and prompt.
+    handle : object
+        Of the attached model.
     """
     from ..costs.flops import measure
 

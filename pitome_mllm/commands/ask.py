@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     from ..attach import attach
     from ..visualize import check_drawable

@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     from ..costs.published import SHAPES, get_shape
     from ._cost_tables import Costs, section

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     port = free_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
@@ -60,7 +61,8 @@ def free_port(host: str, port: int | None) -> int:
 
     Raises
     ------
-    ValueError : it is taken, or there is no such address here.
+    ValueError
+        It is taken, or there is no such address here.
     """
     for number in PORTS if port is None else [port]:
         try:

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     from ..visualize import below, captioned, like, side_by_side, tiles_seen_by
 
@@ -98,7 +99,8 @@ def step_rows(
 
     Raises
     ------
-    ValueError : nothing merged; a method without groups or, where ``options`` ask for them, without energies.
+    ValueError
+        Nothing merged; a method without groups or, where ``options`` ask for them, without energies.
     """
     from ..visualize import draw_counts, draw_step_energies, draw_steps, energy_range, like, token_counts
 
@@ -124,7 +126,8 @@ def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outl
 
     Raises
     ------
-    ValueError : the method forms no groups.
+    ValueError
+        The method forms no groups.
     """
     from ..visualize import draw_run, side_by_side, tiles_seen_by
 
@@ -145,7 +148,8 @@ def write_picture(picture: Image.Image, path: str) -> None:
 
     Raises
     ------
-    ValueError : the file cannot be written.
+    ValueError
+        The file cannot be written.
     """
     try:
         picture.save(path)

@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     tables = companion("eval", "lmms.tables")
     table = tables.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)

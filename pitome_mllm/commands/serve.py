@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     from transformers.utils.import_utils import is_serve_available
 

@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
     Raises
     ------
-    ValueError : a mistake the user can mend, in one sentence.
+    ValueError
+        A mistake the user can mend, in one sentence.
     """
     from ..families.features import pixel_values
     from ..methods import METHODS
@@ -94,13 +95,17 @@ def compare(
 
     Parameters
     ----------
-    model : not attached.
-    pixels : (I, 3, H, W); distances are means over the pictures.
-    methods, keeps, where : as for `attach`.
+    model : object
+        Not attached.
+    pixels : object
+        (I, 3, H, W); distances are means over the pictures.
+    methods, keeps, where
+        As for `attach`.
 
     Raises
     ------
-    ValueError : a keep out of range, or settings of which none is possible.
+    ValueError
+        A keep out of range, or settings of which none is possible.
     """
     from ..families.features import tower_features
     from ..families.geometry import geometry

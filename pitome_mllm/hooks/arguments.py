@@ -33,10 +33,12 @@ class Images:
 
     Attributes
     ----------
-    full, kept : visual tokens of every image, of the plain model and as many as it will have. -1 where the former are
-        not known.
-    encoded : the images, where only the tower could tell.
-    lent : of features that come without their images, what became of those in the model that encoded them, if its
+    full, kept : list of int
+        Visual tokens of every image, of the plain model and as many as it will have. -1 where the former are not known.
+    encoded : Encoded or None
+        The images, where only the tower could tell.
+    lent : Stats or None
+        Of features that come without their images, what became of those in the model that encoded them, if its
         generate() runs.
     """
 
@@ -52,15 +54,24 @@ class Prompt:
 
     Attributes
     ----------
-    kwargs : the arguments of the call.
-    images : those that it brings.
-    image : (B, T') bool, the placeholders of all columns that the call brings.
-    fresh : (B, T) bool, those of the columns that the KV cache does not hold.
-    real : (B, T) bool, False at padding. All of these are on the host.
-    seen : what the KV cache holds; None if it holds nothing.
-    continues : what the KV cache holds has a layout of ours.
-    original : visual tokens have the positions of their patches.
-    first : the position id of the first token.
+    kwargs : dict
+        The arguments of the call.
+    images : Images
+        Those that it brings.
+    image : Tensor
+        (B, T') bool, the placeholders of all columns that the call brings.
+    fresh : Tensor
+        (B, T) bool, those of the columns that the KV cache does not hold.
+    real : Tensor
+        (B, T) bool, False at padding. All of these are on the host.
+    seen : Layout or None
+        What the KV cache holds; None if it holds nothing.
+    continues : bool
+        What the KV cache holds has a layout of ours.
+    original : bool
+        Visual tokens have the positions of their patches.
+    first : int
+        The position id of the first token.
     """
 
     kwargs: dict[str, Any]
@@ -98,11 +109,13 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
 
     Parameters
     ----------
-    whole : ids that come with a KV cache start at the beginning (generate), not after it (forward).
+    whole : bool
+        Ids that come with a KV cache start at the beginning (generate), not after it (forward).
 
     Raises
     ------
-    ValueError : what is given does not fit the model.
+    ValueError
+        What is given does not fit the model.
     """
     length, cached = caches.content_of(kwargs)
     if cached is not None or pixels_in(kwargs) is not None:

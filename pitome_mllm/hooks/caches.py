@@ -52,10 +52,14 @@ def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None,
 
     Parameters
     ----------
-    layout : what it was filled with; None = the caller's columns.
-    image : (B, T) the placeholders of the call.
-    mask : (B, T or more), 0 at the caller's padding.
-    original : it is to have positions.
+    layout : Layout or None
+        What it was filled with; None = the caller's columns.
+    image : Tensor
+        (B, T) the placeholders of the call.
+    mask : Tensor or None
+        (B, T or more), 0 at the caller's padding.
+    original : bool
+        It is to have positions.
     """
     if not length:
         return None

@@ -26,17 +26,28 @@ class Call:
 
     Attributes
     ----------
-    kwargs : the arguments, with every per-token tensor shortened.
-    image : (B, S) bool, the placeholders among the tokens of this call; on the host, as ``layout`` and ``sample`` are.
-    layout : what every place of the KV cache is after this call; None if the caller's columns are.
-    move : visual tokens take their original positions as soon as the tower has run.
-    weigh : the LLM is told how many patches they stand for.
-    sample : (B, S) int64, the sample that a token belongs to where several are packed into one row; else None.
-    fresh : the layout of the tokens of this call only; None if they are the caller's.
-    answer : how the output of this call comes to the caller's columns; None if it stays as it is.
-    owner : the module whose call it is, the model or its core.
-    told : the layout with those positions and sizes, for the rows that the LLM had, once it was called.
-    encoded : images of this call that are encoded already; the only place that keeps them.
+    kwargs : dict
+        The arguments, with every per-token tensor shortened.
+    image : Tensor
+        (B, S) bool, the placeholders among the tokens of this call; on the host, as ``layout`` and ``sample`` are.
+    layout : Layout, optional
+        What every place of the KV cache is after this call; None if the caller's columns are.
+    move : bool, default False
+        Visual tokens take their original positions as soon as the tower has run.
+    weigh : bool, default False
+        The LLM is told how many patches they stand for.
+    sample : Tensor, optional
+        (B, S) int64, the sample that a token belongs to where several are packed into one row; else None.
+    fresh : Layout, optional
+        The layout of the tokens of this call only; None if they are the caller's.
+    answer : Columns or None
+        How the output of this call comes to the caller's columns; None if it stays as it is.
+    owner : nn.Module or None
+        The module whose call it is, the model or its core.
+    told : Layout or None
+        The layout with those positions and sizes, for the rows that the LLM had, once it was called.
+    encoded : Encoded or None
+        Images of this call that are encoded already; the only place that keeps them.
     """
 
     def __init__(

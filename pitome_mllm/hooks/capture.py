@@ -37,14 +37,19 @@ class Capture:
 
     Parameters
     ----------
-    call : takes as many tensors as there are ``inputs``; it ran before, with tensors like these.
-    inputs : on ``device``.
-    pool : of memory, shared by graphs of which only one runs at a time, from `new_pool`.
-    device : a CUDA device.
+    call : callable
+        Takes as many tensors as there are ``inputs``; it ran before, with tensors like these.
+    inputs : sequence of Tensor
+        On ``device``.
+    pool : object
+        Of memory, shared by graphs of which only one runs at a time, from `new_pool`.
+    device : torch.device
+        A CUDA device.
 
     Raises
     ------
-    Exception : whatever ``call`` raises while it is captured. The process is as before.
+    Exception
+        Whatever ``call`` raises while it is captured. The process is as before.
     """
 
     def __init__(self, call: Callable[..., Any], inputs: Sequence[Tensor], pool: Any, device: torch.device) -> None:
@@ -138,7 +143,8 @@ class Copies:
 
     Raises
     ------
-    TypeError : something in it is of a kind that is not known here, so that its tensors would not be copied.
+    TypeError
+        Something in it is of a kind that is not known here, so that its tensors would not be copied.
     """
 
     def __init__(self, made: Any) -> None:

@@ -24,10 +24,14 @@ class Columns:
 
     Attributes
     ----------
-    logits : (B, n) int64, for every column that the caller gets its place among the logits (B, S', V) of the model.
-    predicting : (B, T) int64, the place that predicts the token behind every column; None = only logits move.
-    labelled : (B, T) bool, whether that token has a label; None = no labels.
-    places : how many places the model has, S.
+    logits : Tensor
+        (B, n) int64, for every column that the caller gets its place among the logits (B, S', V) of the model.
+    predicting : Tensor or None
+        (B, T) int64, the place that predicts the token behind every column; None = only logits move.
+    labelled : Tensor or None
+        (B, T) bool, whether that token has a label; None = no labels.
+    places : int
+        How many places the model has, S.
     """
 
     logits: Tensor

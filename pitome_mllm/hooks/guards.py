@@ -134,8 +134,10 @@ def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str 
 
     Parameters
     ----------
-    tower : its own hooks run around its graph, those after ``last`` (a hook of ours) with what it made.
-    others : modules that the graph runs too.
+    tower : nn.Module
+        Its own hooks run around its graph, those after ``last`` (a hook of ours) with what it made.
+    others
+        Modules that the graph runs too.
     """
     for root in (tower, *others):
         for name, module in root.named_modules():

@@ -26,7 +26,8 @@ def install(handle: Attached) -> None:
 
     Raises
     ------
-    ValueError : its tower is not what family and plan say.
+    ValueError
+        Its tower is not what family and plan say.
     """
     check(handle, handle.plan)
     try:

@@ -33,12 +33,18 @@ class Layout:
 
     Attributes
     ----------
-    index : (B, S) int64, the caller's column at each place.
-    real : (B, S) bool, False at padding places.
-    width : number of columns of the caller, T.
-    position : (B, S) int64, positions that count the caller's columns; None if the LLM counts the places itself.
-    follows : (B, 1) int64, the position of the column behind them; with ``position`` only.
-    log_size : (B, S) float32, log of the patches that stand at a place; None if the LLM is told of none.
+    index : Tensor
+        (B, S) int64, the caller's column at each place.
+    real : Tensor
+        (B, S) bool, False at padding places.
+    width : int
+        Number of columns of the caller, T.
+    position : Tensor or None
+        (B, S) int64, positions that count the caller's columns; None if the LLM counts the places itself.
+    follows : Tensor or None
+        (B, 1) int64, the position of the column behind them; with ``position`` only.
+    log_size : Tensor or None
+        (B, S) float32, log of the patches that stand at a place; None if the LLM is told of none.
     """
 
     index: Tensor
@@ -105,7 +111,8 @@ class Layout:
 
         Raises
         ------
-        ValueError : neither ``rows`` nor the layout's rows repeat the other.
+        ValueError
+            Neither ``rows`` nor the layout's rows repeat the other.
         """
         have = len(self.index)
         times, rest = divmod(rows, have)
@@ -142,8 +149,10 @@ class Layout:
 
         Parameters
         ----------
-        shift : (B, S') what positions there grow by.
-        log_size : (B, S') float32.
+        shift : Tensor or None
+            (B, S') what positions there grow by.
+        log_size : Tensor or None
+            (B, S') float32.
         """
         position, size = self.position, self.log_size
         old = self.places - image.shape[1]
@@ -182,13 +191,17 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
 
     Parameters
     ----------
-    image : (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
-    mask : (B, T), 0 at the caller's padding.
-    full, kept : placeholders of every picture before and after.
+    image : Tensor
+        (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
+    mask : Tensor
+        (B, T), 0 at the caller's padding.
+    full, kept : sequence of int
+        Placeholders of every picture before and after.
 
     Raises
     ------
-    ValueError : the placeholders of a row are not those of whole pictures.
+    ValueError
+        The placeholders of a row are not those of whole pictures.
     """
     counts = image.sum(1)
     ends = torch.tensor([0, *full], device=image.device).cumsum(0)
@@ -232,7 +245,8 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
 
     Raises
     ------
-    ValueError : an attention mask that is not (B, T), or of a width that no layout has.
+    ValueError
+        An attention mask that is not (B, T), or of a width that no layout has.
     """
     by_width = {layout.width: layout for layout in layouts}
     taken = dict(kwargs)

@@ -252,7 +252,8 @@ def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[n
 
     Raises
     ------
-    ValueError : the package is missing, or weights are.
+    ValueError
+        The package is missing, or weights are.
     """
     if importlib.util.find_spec("llava") is None:
         raise UserError(

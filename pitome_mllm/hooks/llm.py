@@ -131,16 +131,22 @@ def biased_mask(
 
     Parameters
     ----------
-    log_size : (B, T) of all keys, those in the cache included.
-    queries : how many of the last columns ask.
-    past : the KV cache or None; a static one has room for more keys than there are.
-    mask : (B, T or more), 0 at padding; or (B, 1, queries, keys), True or 0 where a query sees a key, as generate()
+    log_size : Tensor
+        (B, T) of all keys, those in the cache included.
+    queries : int
+        How many of the last columns ask.
+    past : object
+        The KV cache or None; a static one has room for more keys than there are.
+    mask : Tensor or None
+        (B, T or more), 0 at padding; or (B, 1, queries, keys), True or 0 where a query sees a key, as generate()
         prepares it for static caches; None = no padding.
-    sample : (B, T), the same number for tokens that see each other; None = all do.
+    sample : Tensor, optional
+        (B, T), the same number for tokens that see each other; None = all do.
 
     Returns
     -------
-    (B, 1, queries, keys) in ``dtype``.
+    Tensor
+        (B, 1, queries, keys) in ``dtype``.
     """
     lowest = torch.finfo(dtype).min
     keys = log_size.shape[1]

@@ -16,12 +16,15 @@ def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
     Parameters
     ----------
-    image : (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
-    lengths : placeholders of every picture.
+    image : Tensor
+        (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
+    lengths : sequence of int
+        Placeholders of every picture.
 
     Returns
     -------
-    picture, rank : (B, T) int64 each; elsewhere they mean nothing.
+    picture, rank
+        (B, T) int64 each; elsewhere they mean nothing.
     """
     ends = torch.tensor(lengths, device=image.device).cumsum(0)
     flat = (image.flatten().cumsum(0) - 1).view_as(image)
@@ -49,10 +52,12 @@ def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
 
     Parameters
     ----------
-    image : (B, S) bool, True at placeholders, on the host; row by row they are the pictures in order. Positions of a
+    image : Tensor
+        (B, S) bool, True at placeholders, on the host; row by row they are the pictures in order. Positions of a
         picture's placeholders count up. B may be a multiple of the rows that the pictures were given for (beams): then
         every row is repeated in place.
-    first : per picture (K,) the first patch of every visual token, counted within its picture.
+    first : sequence of Tensor
+        Per picture (K,) the first patch of every visual token, counted within its picture.
     """
     return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in first])
 

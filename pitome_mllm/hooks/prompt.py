@@ -48,8 +48,9 @@ def _told(handle: Attached, prompt: Prompt) -> tuple[bool, bool]:
 
     Raises
     ------
-    ValueError : the placeholders are not those of the images; features without their images that no generate() around
-        this call has encoded, where the plan asks for what only images tell.
+    ValueError
+        The placeholders are not those of the images; features without their images that no generate() around this call
+        has encoded, where the plan asks for what only images tell.
     """
     plan, kwargs, images, count = handle.plan, prompt.kwargs, prompt.images, prompt.placeholders
     told = count > 0 and prompt.merges

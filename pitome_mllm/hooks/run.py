@@ -97,7 +97,8 @@ class Run:
 
         Raises
         ------
-        RuntimeError : a block did not merge as planned.
+        RuntimeError
+            A block did not merge as planned.
         """
         self._merge_output(output, projector)
         missing = [block for block in self.plan.merging if block not in self.merges]
@@ -147,13 +148,17 @@ def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
 
     Parameters
     ----------
-    query : (B, H, C) of the class token.
-    keys : (B, N, H, C).
-    size : (B, N, 1) patches per token, which count as many times (proportional attention); None = one each.
+    query : Tensor
+        (B, H, C) of the class token.
+    keys : Tensor
+        (B, N, H, C).
+    size : Tensor or None
+        (B, N, 1) patches per token, which count as many times (proportional attention); None = one each.
 
     Returns
     -------
-    (B, N, 1) float32.
+    Tensor
+        (B, N, 1) float32.
     """
     with torch.autocast(query.device.type, enabled=False):
         logits = torch.einsum("bhc,bnhc->bnh", query.float(), keys.float()) * query.shape[-1] ** -0.5

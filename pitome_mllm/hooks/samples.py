@@ -32,9 +32,12 @@ def packed(new: Layout, real: Tensor, restart: Tensor, original: bool) -> tuple[
 
     Parameters
     ----------
-    real : (B, T), 0 at padding.
-    restart : (B, T) the caller's position ids.
-    original : the layout has positions, and there are no others.
+    real : Tensor
+        (B, T), 0 at padding.
+    restart : Tensor
+        (B, T) the caller's position ids.
+    original : bool
+        The layout has positions, and there are no others.
     """
     begin = restart.gather(1, (real != 0).to(torch.int8).argmax(1, keepdim=True))
     positions = restart.where(real != 0, begin)  # of padding such that no neighbour follows on it

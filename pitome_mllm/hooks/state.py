@@ -30,10 +30,14 @@ class Choice:
 
     Attributes
     ----------
-    plan : what to do; None = the plain model.
-    call : the prompt of the generate() that runs with it; None if it is of `using`.
-    outside : a generate() calls a function of its caller's, which is no part of it.
-    closed : it counts no more, wherever it is still listed.
+    plan : Plan or None
+        What to do; None = the plain model.
+    call : Call, optional
+        The prompt of the generate() that runs with it; None if it is of `using`.
+    outside : bool, default False
+        A generate() calls a function of its caller's, which is no part of it.
+    closed
+        It counts no more, wherever it is still listed.
     """
 
     def __init__(self, plan: Plan | None, call: Call | None = None, outside: bool = False) -> None:
@@ -49,9 +53,12 @@ class State:
 
     Attributes
     ----------
-    choices : of `using` and generate(), innermost last.
-    stats : of its last run, None before it or if the plain model ran.
-    encoded : images that the model has not asked for yet; they end with the call that brought them.
+    choices : tuple of Choice
+        Of `using` and generate(), innermost last.
+    stats : Stats or None
+        Of its last run, None before it or if the plain model ran.
+    encoded : ref[Encoded] or None
+        Images that the model has not asked for yet; they end with the call that brought them.
     """
 
     choices: tuple[Choice, ...] = ()

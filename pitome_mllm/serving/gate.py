@@ -32,9 +32,12 @@ class Gate:
 
     Parameters
     ----------
-    app : transformers' server.
-    model : the name of the model that it serves.
-    allow_urls : pictures may be http(s) addresses, which are fetched from here.
+    app : object
+        Transformers' server.
+    model : str
+        The name of the model that it serves.
+    allow_urls : bool, default False
+        Pictures may be http(s) addresses, which are fetched from here.
     """
 
     def __init__(self, app: Any, model: str, allow_urls: bool = False) -> None:
@@ -66,7 +69,8 @@ class Gate:
 
         Raises
         ------
-        ValueError : no JSON object; a picture that cannot be, or too many; something in `REFUSED`.
+        ValueError
+            No JSON object; a picture that cannot be, or too many; something in `REFUSED`.
         """
         try:
             request = json.loads(body)

@@ -23,8 +23,10 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
 
     Parameters
     ----------
-    messages : turns of "user" and "assistant".
-    system : said before all of them.
+    messages : sequence of Message
+        Turns of "user" and "assistant".
+    system : str, default ''
+        Said before all of them.
     """
     if getattr(processor, "chat_template", None):
         first = [message(system, role="system")] if system else []

@@ -22,12 +22,15 @@ def read_upload(source: Path | bytes, name: str) -> Image.Image:
 
     Parameters
     ----------
-    source : a file that exists, or its content.
-    name : what messages call it.
+    source : Path or bytes
+        A file that exists, or its content.
+    name : str
+        What messages call it.
 
     Raises
     ------
-    ValueError : not a whole picture in one of `FORMATS`, or more bytes or pixels than allowed.
+    ValueError
+        Not a whole picture in one of `FORMATS`, or more bytes or pixels than allowed.
     """
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:
