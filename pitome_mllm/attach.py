@@ -1,7 +1,7 @@
 """Attach merging to a model, change it, and take it off again without a trace.
 
 Read next: `settings` for what may be asked, `plan` for what it means, `hooks.state` for what is remembered and where,
-`hooks.install` for what is put on a model, `hooks.tower` for merging inside the blocks, `hooks.tiles` for pictures cut
+`hooks.install` for what is put on a model, `hooks.tower` for merging inside the blocks, `hooks.tiles` for images cut
 into tiles, `hooks.prompt` and `hooks.generate` for the placeholders, `hooks.llm` for what the LLM is told.
 """
 
@@ -39,10 +39,14 @@ class Attachment(Attached):
 
     Attributes
     ----------
-    model : the model.
-    settings : what was asked for, of all tasks and threads.
-    plan : what happens to every picture; within ``using(keep=72)`` what that asks for, None within ``using(None)``.
-    stats : the last run, None before it or if the plain model ran.
+    model : nn.Module
+        The model.
+    settings : Settings
+        What was asked for, of all tasks and threads.
+    plan : Plan or None
+        What happens to every image; within ``using(keep=72)`` what that asks for, None within ``using(None)``.
+    stats : Stats or None
+        The last run, None before it or if the plain model ran.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -127,45 +131,71 @@ class Attachment(Attached):
 def attach(model: nn.Module, method: str | Reducer | None = None, **settings: Any) -> Attachment:
     """Merge the visual tokens of a model, in place, until the returned handle is removed.
 
-    Important
-    ---------
-    model : a transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
         without; put adapters on first, then attach.
-    method : a name in `METHODS` or a `Reducer`; None = "pitome-tuned".
-    keep : visual tokens per picture, or per tile of one, that reach the LLM; an int is a count, a float in (0, 1] a
-        fraction.
-    ratio : instead of keep: the share of its tokens that every block keeps (the paper's rho).
-    counts : instead of keep: the patch tokens left after each merging block.
+    method : str or Reducer, optional
+        A name in `METHODS` or a `Reducer`; default "pitome-tuned".
+    keep : int or float, optional
+        Visual tokens per image, or per tile of one, that reach the LLM: a count, or a fraction in (0, 1].
+    ratio : float, optional
+        Instead of keep: the share of its tokens that every block keeps (the paper's rho).
+    counts : sequence of int, optional
+        Instead of keep: the patch tokens left after each merging block.
+    merges : int or "every", optional
+        How many blocks of the tower merge.
+    schedule : {"equal", "early", "delayed", "last"}, optional
+        The part of the blocks that merges: all (or see merges), the first or last two thirds, or as late as possible.
+    where : {"tower", "projector", "both", "packed"}, optional
+        Inside the blocks; before the projector; or both, and then ``tower_keep`` tokens leave the tower. Where images
+        are cut into tiles also after the projector, overview and tiles apart, without newlines.
+    tower_keep : int or float, optional
+        With where="both"; default: the geometric mean of all and keep.
+    metric : {"keys", "hidden", "projected"}, optional
+        Keys of the block's attention; hidden states; or, before the projector, what it projected.
+    place : {"mid", "end"}, optional
+        Between attention and MLP of a block, or at its end.
+    weighted : bool, optional
+        Mean weighted by the patches that tokens stand for.
+    proportional_attention : bool, optional
+        Add log(size) to the attention logits of merged tokens.
+    order : {"reading", "source"}, optional
+        The order of tokens: as in the image, or as the authors' code of ToMe and of the paper's PiToMe leaves them.
+    positions : {"compact", "original"}, optional
+        Position ids of visual tokens in the LLM: counted, or that of each one's first patch.
+    llm_size_bias : bool, optional
+        Add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
+    logits : {"merged", "caller"}, default "merged"
+        A call returns the logits of the tokens that there are; or of all columns of the caller's prompt, as training
+        loops want them, where a column that was dropped repeats the one before it.
+    energies : bool, default False
+        Keep the energy of every token in ``handle.stats``.
+    graph : "auto" or bool, default "auto"
+        "auto": on a CUDA device, without gradients, the vision tower with its merging runs as one CUDA graph for each
+        setting and shape of images, made on the second equal call; True: on the first; False: never. What no graph can
+        hold runs as it is, and the log says why. A few graphs are kept, until `remove`.
+    **settings
+        Anything else is an option of the method, such as ``margin=0.45``.
 
-    If you want to tinker
-    ---------------------
-    These are the method's own choice unless given; `METHODS` says which.
-    merges : how many blocks of the tower merge until keep are left, each an equal share, at equal distances over
-        the first three quarters of them, or where schedule puts them; in a tower of fewer than 12 over all. More do
-        where one would remove over 40 %, and so it is before the projector; "every" = all of them.
-    schedule : the part of the blocks that merges: "equal" (all, or see merges), "early" or "delayed" (the first or last
-        two thirds), "last" (as late as possible).
-    where : "tower" (inside the blocks), "projector" (in front of it), or "both" (then ``tower_keep`` tokens leave the
-        tower, by default the geometric mean of all and keep); where pictures are cut into tiles also "packed" (behind
-        the projector, overview and tiles apart, without newlines).
-    metric : "keys" of the block's attention; "hidden" states; or, in front of the projector, what it "projected".
-    place : "mid" (between attention and MLP) or "end" of a block.
-    weighted : mean weighted by the patches that tokens stand for.
-    proportional_attention : add log(size) to the attention logits of merged tokens.
-    order : "reading", or "source" as the authors' code of ToMe and of the paper's PiToMe leaves the tokens.
-    positions : "compact", or "original": visual tokens keep the position id of their first patch in the LLM.
-    llm_size_bias : add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
-    logits : "merged": a call returns the logits of the tokens that there are; or "caller": of all columns of the
-        caller's prompt, as training loops want them, where a column that was dropped repeats the one in front of it.
-    energies : keep the energy of every token in ``handle.stats``.
-    graph : "auto": on a CUDA device, without gradients, the vision tower with its merging runs as one CUDA graph of its
-        own kernels for each setting and shape of pictures, made on the second equal call; True: on the first; False:
-        never. What no graph can hold runs as it is, and the log says why. A few graphs are kept, until `remove`.
-    Anything else is an option of the method, such as ``margin=0.45``.
+    Returns
+    -------
+    Attachment
+        The handle.
 
     Raises
     ------
-    ValueError : an unsupported model, one that carries an attachment already, or settings that cannot be reached.
+    ValueError
+        An unsupported model, one that carries an attachment already, or settings that cannot be reached.
+
+    Notes
+    -----
+    What is left out is the method's own choice; `METHODS` says which.
+
+    With a number of merges each block removes an equal share, at equal distances over the first three quarters of the
+    blocks, or where schedule puts them; in a tower of fewer than 12 over all. More blocks merge where one would remove
+    over 40 %, and the same holds for merging before the projector, which takes several steps then.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
