@@ -17,7 +17,7 @@ STEPS = 200  # ratios are looked for in steps of 1 / 200
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table, for one picture; None where a tower alone has no such figure."""
+    """One line of a table, for one image; None where a tower alone has no such figure."""
 
     setting: str
     tokens: int
@@ -40,7 +40,7 @@ class Section:
 
 @dataclass
 class Costs:
-    """A model's costs for one picture, each calculated once."""
+    """A model's costs for one image, each calculated once."""
 
     shape: Shape
     method: str
@@ -70,7 +70,7 @@ class Costs:
         return 1 - self(**given).flops / self().flops
 
     def batch(self, **given: Any) -> int:
-        """The most pictures that fit in memory at once."""
+        """The most images that fit in memory at once."""
         method = self.method if given else None
         return largest_batch(self.config, self.memory, method, bits=self.bits, **self._counts, **given)
 

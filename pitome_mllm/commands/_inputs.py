@@ -1,4 +1,4 @@
-"""From what the user gave to what the model takes: the picture, the question, the prompt and its checks."""
+"""From what the user gave to what the model takes: the image, the question, the prompt and its checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._companion import companion
 
 @dataclass(frozen=True)
 class Subject:
-    """A picture, what it is called, and a question with its true answer (None: not known)."""
+    """An image, what it is called, and a question with its true answer (None: not known)."""
 
     picture: Image.Image
     name: str
@@ -26,12 +26,12 @@ class Subject:
 
 
 def read_subject(options: argparse.Namespace) -> Subject:
-    """The picture and question that the command line names; without any, held-out test scene 0.
+    """The image and question that the command line names; without any, held-out test scene 0.
 
     Raises
     ------
     ValueError
-        A picture that cannot be read, a scene that does not exist, both, or a question without a picture.
+        An image that cannot be read, a scene that does not exist, both, or a question without an image.
     """
     picture, takes_question = options.picture, hasattr(options, "question")
     question = options.question if takes_question else None
@@ -56,12 +56,12 @@ def _scene(number: int, question: str | None = None) -> Subject:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """A picture file as RGB, turned as its camera says, transparency on white.
+    """An image file as RGB, turned as its camera says, transparency on white.
 
     Raises
     ------
     ValueError
-        No such file, or not a whole picture in a format that Pillow knows.
+        No such file, or not a whole image in a format that Pillow knows.
     """
     if not Path(path).is_file():
         hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
@@ -70,13 +70,13 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
-    """Model inputs for one picture and one question, on the model's device.
+    """Model inputs for one image and one question, on the model's device.
 
     Raises
     ------
     ValueError
-        The question holds words that the tokenizer does not know or the picture's own placeholder, or is too long
-        together with the picture and ``new_tokens`` of answer.
+        The question holds words that the tokenizer does not know or the image's own placeholder, or is too long
+        together with the image and ``new_tokens`` of answer.
     """
     check_question(processor, question)
     inputs = processor(

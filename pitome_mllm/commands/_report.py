@@ -60,7 +60,7 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
     model : object
         Attached.
     inputs : object
-        Of one picture and prompt.
+        Of one image and prompt.
     handle : object
         Of the attached model.
     """
@@ -81,7 +81,7 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
 def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model).
 
-    The FLOPs of an LLM that `accounting` does not know stay None, as those of pictures cut into tiles.
+    The FLOPs of an LLM that `accounting` does not know stay None, as those of images cut into tiles.
     """
     from ..costs.flops import MLP_MATRICES, estimate, kv_bytes_per_token
     from ..families.geometry import geometry

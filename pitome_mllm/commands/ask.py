@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
     """Answer with (mode "merged") or without (mode "plain") merging."""
     plan, full = handle.plan, int((inputs["input_ids"] == model.config.image_token_id).sum())
-    known = mode == "plain" or not plan.geometry.family.tiles  # with tiles it depends on the picture
+    known = mode == "plain" or not plan.geometry.family.tiles  # with tiles it depends on the image
     visual = full if mode == "plain" else plan.keep
     if not options.json:
         sys.stdout.write(f"{mode}, {visual if known else 'some'} of {full} visual tokens: ")

@@ -1,4 +1,4 @@
-"""``pitome-mllm groups``: draw which patches of a picture were merged."""
+"""``pitome-mllm groups``: draw which patches of an image were merged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write one picture: what the tower saw, then one panel for each method, or one for each of its merges.
+    """Write one image: what the tower saw, then one panel for each method, or one for each of its merges.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def _columns(panels: int) -> int:
 
 
 def _merged(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
-    """What one method did to the picture."""
+    """What one method did to the image."""
     from ..attach import attach
     from ..visualize import check_drawable
 
@@ -122,7 +122,7 @@ def step_rows(
 
 
 def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outline", side: int | None = None) -> Any:
-    """The groups of the last run's only picture, drawn on what the tower saw of it: one view, or its tiles.
+    """The groups of the last run's only image, drawn on what the tower saw of it: one view, or its tiles.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def check_picture_file(path: str) -> None:
 
 
 def write_picture(picture: Image.Image, path: str) -> None:
-    """Save the picture.
+    """Save the image.
 
     Raises
     ------

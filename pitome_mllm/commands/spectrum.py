@@ -1,4 +1,4 @@
-"""``pitome-mllm spectrum``: how far merging changes the graph of a picture's tokens, by method and keep."""
+"""``pitome-mllm spectrum``: how far merging changes the graph of an image's tokens, by method and keep."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compare methods on one picture.
+    """Compare methods on one image.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def compare(
     model : object
         Not attached.
     pixels : object
-        (I, 3, H, W); distances are means over the pictures.
+        (I, 3, H, W); distances are means over the images.
     methods, keeps, where
         As for `attach`.
 

@@ -72,7 +72,7 @@ class Call:
         return Call(self.kwargs, self.image, self.layout, self.move, self.weigh, self.sample)
 
     def part(self, rows: int, width: int, length: int) -> Tensor:
-        """(``rows``, ``width``) of ``image``, behind ``length`` places of a KV cache.
+        """(``rows``, ``width``) of ``image``, after ``length`` places of a KV cache.
 
         generate() may repeat rows, split the prompt into chunks, and bring it again with the tokens that followed.
         """

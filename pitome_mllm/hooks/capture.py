@@ -26,7 +26,7 @@ class _Turn:
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(device)  # where all are captured
-        self.last = torch.cuda.Event()  # behind the last one, and the copies of what it made
+        self.last = torch.cuda.Event()  # after the last one, and the copies of what it made
 
 
 _turn = lru_cache(_Turn)
@@ -95,7 +95,7 @@ def new_pool() -> Any:
 
 @contextmanager
 def _own_stream(turn: _Turn) -> Iterator[None]:
-    """Within it the stream where graphs are captured, behind all that was asked of the current one, and back."""
+    """Within it the stream where graphs are captured, after all that was asked of the current one, and back."""
     current = torch.cuda.current_stream()
     turn.stream.wait_stream(current)
     turn.stream.wait_event(turn.last)

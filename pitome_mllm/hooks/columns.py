@@ -27,7 +27,7 @@ class Columns:
     logits : Tensor
         (B, n) int64, for every column that the caller gets its place among the logits (B, S', V) of the model.
     predicting : Tensor or None
-        (B, T) int64, the place that predicts the token behind every column; None = only logits move.
+        (B, T) int64, the place that predicts the token after every column; None = only logits move.
     labelled : Tensor or None
         (B, T) bool, whether that token has a label; None = no labels.
     places : int
@@ -91,7 +91,7 @@ def columns_of(layout: Layout, kwargs: Mapping[str, Any], at_caller: bool) -> tu
 
 
 def places(layout: Layout) -> Tensor:
-    """(B, T) int64: the place of every column of the caller; that of the token in front of it, if it was dropped."""
+    """(B, T) int64: the place of every column of the caller; that of the token before it, if it was dropped."""
     rows, count = layout.index.shape
     place = torch.arange(count, device=layout.index.device).expand(rows, -1)
     column = layout.index.where(layout.real, layout.width)
@@ -100,7 +100,7 @@ def places(layout: Layout) -> Tensor:
 
 
 def _following(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The label behind every column: (B, T) where the caller shifted them, else (B, T - 1); None without labels."""
+    """The label after every column: (B, T) where the caller shifted them, else (B, T - 1); None without labels."""
     labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
     if shifted is not None:
         return shifted

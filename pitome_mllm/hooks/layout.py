@@ -1,6 +1,6 @@
 """Image placeholders in the caller's prompt, and in the shorter one that the LLM gets: pure functions.
 
-The processor writes as many placeholders per picture as the plain model needs. Callers keep that prompt; the model
+The processor writes as many placeholders per image as the plain model needs. Callers keep that prompt; the model
 gets a shorter one. A `Layout` says which of the caller's columns stands at each place of the shorter prompt, so
 everything with a column per token (ids, mask, labels, embeddings, positions) moves by one rule.
 
@@ -42,7 +42,7 @@ class Layout:
     position : Tensor or None
         (B, S) int64, positions that count the caller's columns; None if the LLM counts the places itself.
     follows : Tensor or None
-        (B, 1) int64, the position of the column behind them; with ``position`` only.
+        (B, 1) int64, the position of the column after them; with ``position`` only.
     log_size : Tensor or None
         (B, S) float32, log of the patches that stand at a place; None if the LLM is told of none.
     """
@@ -71,12 +71,12 @@ class Layout:
         return self.index.where(self.real, -1)
 
     def take_shifted(self, labels: Tensor) -> Tensor:
-        """``labels`` (B, T) of the tokens behind every column, as labels of those behind every place."""
+        """``labels`` (B, T) of the tokens after every column, as labels of those after every place."""
         own = self.take(F.pad(labels[:, :-1], (1, 0), value=IGNORED), IGNORED)
         return torch.cat([own[:, 1:], labels[:, -1:].masked_fill(~on(labels.device, self.real[:, -1:]), IGNORED)], 1)
 
     def then(self, later: Layout) -> Layout:
-        """This layout, and ``later`` behind it for the columns that follow; positions of ``later`` start at 0."""
+        """This layout, and ``later`` after it for the columns that follow; positions of ``later`` start at 0."""
         position, follows, log_size = self.position, self.follows, self.log_size
         if position is not None:
             later = later if later.position is not None else later.positioned(caller_positions(later.real))
@@ -94,7 +94,7 @@ class Layout:
         )
 
     def positioned(self, positions: Tensor) -> Layout:
-        """This layout with ``positions`` (B, T + 1) of the caller's columns, and of the one behind them."""
+        """This layout with ``positions`` (B, T + 1) of the caller's columns, and of the one after them."""
         return replace(self, position=self.take(positions, 0), follows=positions[:, -1:])
 
     def on(self, device: torch.device) -> Layout:
@@ -184,24 +184,24 @@ def _or_zeros(log_size: Tensor | None, like: Tensor) -> Tensor:
 
 
 def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int]) -> Layout:
-    """Keep the first placeholders of every picture, and drop padding that is not needed any more.
+    """Keep the first placeholders of every image, and drop padding that is not needed any more.
 
-    The columns behind the last picture of every row stay the last columns, padding included: a slice from the end has
-    the tokens that it has in the caller's prompt. In front of them padding stays on the side where a row has it.
+    The columns after the last image of every row stay the last columns, padding included: a slice from the end has
+    the tokens that it has in the caller's prompt. Before them padding stays on the side where a row has it.
 
     Parameters
     ----------
     image : Tensor
-        (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
+        (B, T) bool, True at placeholders; row by row they are the images in order, which may adjoin.
     mask : Tensor
         (B, T), 0 at the caller's padding.
     full, kept : sequence of int
-        Placeholders of every picture before and after.
+        Placeholders of every image before and after.
 
     Raises
     ------
     ValueError
-        The placeholders of a row are not those of whole pictures.
+        The placeholders of a row are not those of whole images.
     """
     counts = image.sum(1)
     ends = torch.tensor([0, *full], device=image.device).cumsum(0)
@@ -211,10 +211,10 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
             f"rows hold {counts.tolist()} image placeholders, expected {expected}: "
             "use the model's own processor, one placeholder text per picture"
         )
-    picture, rank = ranks(image, full)
-    stays = (mask != 0) & (~image | (rank < torch.tensor(kept, device=image.device)[picture]))
+    number, rank = ranks(image, full)
+    stays = (mask != 0) & (~image | (rank < torch.tensor(kept, device=image.device)[number]))
     column = torch.arange(image.shape[1], device=image.device)
-    tail = int(torch.where(image, column, -1).max()) + 1  # the first of the columns that all rows have behind pictures
+    tail = int(torch.where(image, column, -1).max()) + 1  # the first of the columns that all rows have after images
     return _packed(stays, mask != 0, tail)
 
 
@@ -265,6 +265,6 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
 
 
 def restore_prompt(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:
-    """Put ``prompt`` (B, T) in front of ``sequences`` (B * n, S + new) in place of their own (S = ``short``)."""
+    """Put ``prompt`` (B, T) before ``sequences`` (B * n, S + new) in place of their own (S = ``short``)."""
     repeated = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
     return torch.cat([repeated, sequences[:, short:]], dim=1)

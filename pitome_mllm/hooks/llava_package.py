@@ -1,6 +1,6 @@
 """Models of the original llava package (PyPI llava-torch 1.2.2), and all that its old torch and transformers ask for.
 
-They write pictures into the prompt themselves, in place of one id each, so prompts stay as they are. The encoder layers
+They write images into the prompt themselves, in place of one id each, so prompts stay as they are. The encoder layers
 of transformers 4.36 take no keyword of ours and return tuples; and tiles are packed in the middle of one long method,
 which is made to work on what we give it by running it on a `_View` of the model.
 """
@@ -28,7 +28,7 @@ from .state import Attached
 from .tiles import merged_parts, merged_tiles
 from .tower import MergingLayer, finish_run, start_run
 
-IMAGE = -200  # the id that stands for a picture: llava.constants.IMAGE_TOKEN_INDEX
+IMAGE = -200  # the id that stands for an image: llava.constants.IMAGE_TOKEN_INDEX
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
 # What this module relies on: the parameters of these methods, self left out.
@@ -57,7 +57,7 @@ _current: ContextVar[Run | None] = ContextVar("pitome_run", default=None)
 
 
 class _Outside:
-    """Mixin in front of `MergingLayer`: finds the run, and returns a tuple."""
+    """Mixin before `MergingLayer`: finds the run, and returns a tuple."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         run = _current.get()
@@ -114,7 +114,7 @@ class _View:
 
 
 def make_prepare(model: nn.Module) -> Callable[..., Any]:
-    """A prepare_inputs_labels_for_multimodal() whose pictures of several tiles have merged tokens."""
+    """A prepare_inputs_labels_for_multimodal() whose images of several tiles have merged tokens."""
     own = getattr(type(model), PREPARE)
 
     @functools.wraps(own)
@@ -130,7 +130,7 @@ def make_prepare(model: nn.Module) -> Callable[..., Any]:
     ) -> tuple:
         prompt = (input_ids, position_ids, attention_mask, past_key_values, labels)
         handle, plan = self._pitome, self._pitome.plan
-        if images is None or input_ids.shape[1] == 1:  # no pictures, or decoding
+        if images is None or input_ids.shape[1] == 1:  # no images, or decoding
             return own(self, *prompt, images, image_sizes)
         if plan is None or plan.keep == plan.available:
             made = own(self, *prompt, images, image_sizes)
@@ -147,7 +147,7 @@ def make_prepare(model: nn.Module) -> Callable[..., Any]:
 
 
 def _merged(model: nn.Module, images: Any, sizes: Any) -> list[tuple[Tensor, Packed]]:
-    """Every picture's merged features (K, C), and what became of its tokens."""
+    """Every image's merged features (K, C), and what became of its tokens."""
     plan = model._pitome.plan
     places = _places(model, images, sizes)
     if plan.where == "packed":
@@ -168,17 +168,17 @@ def _stats_of(handle: Attached, packed: tuple[Packed, ...], device: torch.device
 
 
 def _whole(images: Any) -> bool:
-    """Whether pictures come as one tensor (I, 3, H, W), of which the model packs nothing."""
+    """Whether images come as one tensor (I, 3, H, W), of which the model packs nothing."""
     return isinstance(images, Tensor) and images.dim() == 4
 
 
 def _tiles(images: Any) -> list[int]:
-    """Tiles of every picture."""
+    """Tiles of every image."""
     return [1 if image.dim() == 3 else len(image) for image in images]
 
 
 def _places(model: nn.Module, images: Any, sizes: Any) -> list[Places]:
-    """How the model packs every picture: its own packing of the indices of patches, with -1 for newlines."""
+    """How the model packs every image: its own packing of the indices of patches, with -1 for newlines."""
     patches = model._pitome.geometry.patches
     blank = SimpleNamespace(embed_tokens=lambda ids: torch.empty(0, 1), image_newline=torch.tensor([-1.0]))
 
@@ -197,9 +197,9 @@ def _places(model: nn.Module, images: Any, sizes: Any) -> list[Places]:
 
 
 def pack(model: Any, images: Any, sizes: Any, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Every picture's features (L, C) as the model packs them, from what ``encode`` makes of all tiles.
+    """Every image's features (L, C) as the model packs them, from what ``encode`` makes of all tiles.
 
-    The model writes each picture into a prompt of its own, which holds nothing else: the second id is masked out, since
+    The model writes each image into a prompt of its own, which holds nothing else: the second id is masked out, since
     prompts of one id count as decoding.
     """
     ids = torch.full((len(images), 2), IMAGE, device=model.device)
@@ -223,14 +223,14 @@ def _changed(config: Any, **values: Any) -> Any:
 class Processor:
     """What a loaded model reads: ``processor(images=[...], text="USER: <image> what is this? ASSISTANT:")``.
 
-    Pictures and ids are made by the package's own functions; the result goes to ``model.generate(**inputs)``.
+    Images and ids are made by the package's own functions; the result goes to ``model.generate(**inputs)``.
     """
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: Any) -> None:
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
 
     def __call__(self, images: Any, text: str) -> dict[str, Any]:
-        """The ids (1, T), the pictures, and their sizes (width, height)."""
+        """The ids (1, T), the images, and their sizes (width, height)."""
         from llava.mm_utils import process_images, tokenizer_image_token
 
         images = images if isinstance(images, (list, tuple)) else [images]

@@ -1,4 +1,4 @@
-"""What merged tokens are to the LLM: where they were in the picture, and how many patches each stands for.
+"""What merged tokens are to the LLM: where they were in the image, and how many patches each stands for.
 
 With ``positions="original"`` a visual token has the position id of its group's first patch. With ``llm_size_bias``
 every query adds log(size) to its logit for a visual token (proportional attention): one that stands for ten patches
@@ -63,7 +63,7 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
 
 
 def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
-    """Position ids (B, S) of the ``tokens`` (B, S) or (B, S, C) behind what a KV cache holds."""
+    """Position ids (B, S) of the ``tokens`` (B, S) or (B, S, C) after what a KV cache holds."""
     width = tokens.shape[1]
     return on(tokens.device, layout.fitted_to(caches.length_of(past) + width).position[:, -width:])
 

@@ -12,38 +12,38 @@ from .transfers import on
 
 
 def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which picture every placeholder belongs to, and its rank within that picture.
+    """Which image every placeholder belongs to, and its rank within that image.
 
     Parameters
     ----------
     image : Tensor
-        (B, T) bool, True at placeholders; row by row they are the pictures in order, which may adjoin.
+        (B, T) bool, True at placeholders; row by row they are the images in order, which may adjoin.
     lengths : sequence of int
-        Placeholders of every picture.
+        Placeholders of every image.
 
     Returns
     -------
-    picture, rank
+    number, rank : Tensor
         (B, T) int64 each; elsewhere they mean nothing.
     """
     ends = torch.tensor(lengths, device=image.device).cumsum(0)
     flat = (image.flatten().cumsum(0) - 1).view_as(image)
-    picture = torch.bucketize(flat, ends, right=True).clamp(max=len(lengths) - 1)
-    return picture, flat - (ends - torch.tensor(lengths, device=image.device))[picture]
+    number = torch.bucketize(flat, ends, right=True).clamp(max=len(lengths) - 1)
+    return number, flat - (ends - torch.tensor(lengths, device=image.device))[number]
 
 
 def caller_positions(mask: Tensor) -> Tensor:
-    """Position ids (B, T + 1) of the columns of a prompt, and of the one behind it; padding (0 in ``mask``) does not
+    """Position ids (B, T + 1) of the columns of a prompt, and of the one after it; padding (0 in ``mask``) does not
     count.
     """
     return (F.pad(mask.long(), (0, 1), value=1).cumsum(1) - 1).clamp(min=0)
 
 
 def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> Tensor:
-    """(B, T) how many placeholders are missing in front of each column of a short prompt, of pictures in its row."""
-    picture, rank = ranks(image, kept)
+    """(B, T) how many placeholders are missing before each column of a short prompt, of images in its row."""
+    number, rank = ranks(image, kept)
     kept, full = (torch.tensor(lengths, device=image.device) for lengths in (kept, full))
-    gap = (full - kept)[picture].masked_fill(~image | (rank != kept[picture] - 1), 0)
+    gap = (full - kept)[number].masked_fill(~image | (rank != kept[number] - 1), 0)
     return gap.cumsum(1) - gap
 
 
@@ -53,17 +53,17 @@ def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
     Parameters
     ----------
     image : Tensor
-        (B, S) bool, True at placeholders, on the host; row by row they are the pictures in order. Positions of a
-        picture's placeholders count up. B may be a multiple of the rows that the pictures were given for (beams): then
+        (B, S) bool, True at placeholders, on the host; row by row they are the images in order. Positions of an
+        image's placeholders count up. B may be a multiple of the rows that the images were given for (beams): then
         every row is repeated in place.
     first : sequence of Tensor
-        Per picture (K,) the first patch of every visual token, counted within its picture.
+        Per image (K,) the first patch of every visual token, counted within its image.
     """
     return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in first])
 
 
 def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """(B, S) with ``values`` (K,) of each picture at its placeholders, 0 elsewhere; see `shift_to_first`."""
+    """(B, S) with ``values`` (K,) of each image at its placeholders, 0 elsewhere; see `shift_to_first`."""
     flat = torch.cat(tuple(values))
     counts = image.sum(1)
     repeats = max(1, int(counts.sum()) // len(flat))

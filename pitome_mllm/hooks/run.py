@@ -29,11 +29,11 @@ class Run:
         self.inputs: dict[int, MatchInputs] = {}  # of the tokens that leave a block
 
     def wants_match_inputs(self, block: int) -> bool:
-        """Whether keys or attention of this block decide anything: in it, or in front of the projector."""
+        """Whether keys or attention of this block decide anything: in it, or before the projector."""
         return bool(self.plan.match_inputs) and (self.plan.removed(block) > 0 or self.needed_downstream(block))
 
     def needed_downstream(self, block: int) -> bool:
-        """Whether what a block tells is asked for after it, in front of the projector."""
+        """Whether what a block tells is asked for after it, before the projector."""
         return block == self.plan.geometry.merging_blocks - 1 and len(self.plan.projector_counts) > 0
 
     def read(self, block: int, query: Tensor | None, keys: Tensor) -> MatchInputs:
@@ -77,7 +77,7 @@ class Run:
         return x
 
     def propagate_merges(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The hidden states (B, N, C) with every feature layer sent through the merges of the blocks behind it."""
+        """The hidden states (B, N, C) with every feature layer sent through the merges of the blocks after it."""
         made = list(states)
         for layer in self.plan.geometry.layers:
             for block in (b for b in self.plan.merging if b >= layer):
@@ -86,7 +86,7 @@ class Run:
         return tuple(made)
 
     def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
-        """The rounds in front of the projector: features, merges, and patches per token."""
+        """The rounds before the projector: features, merges, and patches per token."""
         feature = self.plan.geometry.merging_blocks
         size, inputs = self.sizes.get(feature), self.inputs.get(feature - 1, {})
         measure = projector if self.plan.metric == "projected" else None
@@ -126,7 +126,7 @@ class Run:
             features, late, size = self.before_projector(features, projector)
             write(output, plan.geometry, features)
             merges += late
-        if plan.input_patches < plan.geometry.patches:  # say which patches lie under each one of the smaller picture
+        if plan.input_patches < plan.geometry.patches:  # say which patches lie under each one of the smaller image
             blank = x.new_zeros(x.shape[0], plan.geometry.class_tokens + plan.geometry.patches, 1)
             merges = [plan.reducer.match(blank, plan.geometry.patches - plan.input_patches, **plan.context)]
             size = merges[0].reduce(blank)[1]

@@ -1,8 +1,8 @@
-"""Pictures cut into tiles (anyres): how many visual tokens each one has, and how merged ones are packed.
+"""Images cut into tiles (anyres): how many visual tokens each one has, and how merged ones are packed.
 
-Where whole tiles merge, how many of a picture's tokens hold nothing but padding, and are left out, is known only once
-the tower has run. So the pictures are encoded first, the prompt is shortened by the real lengths, and the model finds
-its pictures encoded already.
+Where whole tiles merge, how many of an image's tokens hold nothing but padding, and are left out, is known only once
+the tower has run. So the images are encoded first, the prompt is shortened by the real lengths, and the model finds
+its images encoded already.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .merging import merge_rounds
 from .state import Attached
 from .validate import check_selection
 
-SIZES = 64  # of pictures whose packing is remembered
+SIZES = 64  # of images whose packing is remembered
 
 
 def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int], Encoded | None]:
@@ -44,7 +44,7 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
 
 
 def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
-    """Visual tokens that each picture of a call can have, found without running the tower, which alone knows how many
+    """Visual tokens that each image of a call can have, found without running the tower, which alone knows how many
     of them hold nothing but padding.
     """
     places, plan = _places_of(handle, kwargs), handle.plan
@@ -77,7 +77,7 @@ def _numbers(given: Any) -> Any:
 
 
 def _places(handle: Attached, size: Any, cut: bool) -> Places:
-    """The model's own packing of a picture of ``size`` (height, width), cut into tiles or not; found once for
+    """The model's own packing of an image of ``size`` (height, width), cut into tiles or not; found once for
     the last sizes.
     """
     key = (*(int(side) for side in size), cut)

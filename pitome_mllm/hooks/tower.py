@@ -67,7 +67,7 @@ CATCHING = (catch_keys, catch_query)
 
 
 class MergingLayer:
-    """Mixin in front of an encoder layer's own class."""
+    """Mixin before an encoder layer's own class."""
 
     _pitome: Block
 
@@ -142,7 +142,7 @@ def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the tower: merge in front of the projector, and keep the stats."""
+    """Forward hook of the tower: merge before the projector, and keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
     stats = None
     try:

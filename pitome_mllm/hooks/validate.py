@@ -19,7 +19,7 @@ TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", *PIXELS)
 
 
 def check_call(handle: Attached, kwargs: Mapping[str, Any]) -> None:
-    """ValueError unless a call brings tensors, its pictures by this family's name, and all where the model is."""
+    """ValueError unless a call brings tensors, its images by this family's name, and all where the model is."""
     given = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
     for name, x in given.items():
         if not isinstance(x, Tensor):
@@ -57,7 +57,7 @@ def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
 
 
 def check_no_images(handle: Attached, kwargs: Mapping[str, Any]) -> None:
-    """ValueError if a prompt that starts here has image placeholders; for calls without pictures."""
+    """ValueError if a prompt that starts here has image placeholders; for calls without images."""
     ids = kwargs.get("input_ids")
     elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
     if handle.plan is None or ids is None or elsewhere or length_of(cache_in(kwargs)):
@@ -68,7 +68,7 @@ def check_no_images(handle: Attached, kwargs: Mapping[str, Any]) -> None:
 
 
 def check_images(handle: Attached, pixels: Tensor, sizes: Any) -> None:
-    """ValueError unless ``pixels`` are pictures as this family's processor makes them.
+    """ValueError unless ``pixels`` are images as this family's processor makes them.
 
     ``sizes`` : the image_sizes that came with them, or None.
     """
@@ -91,7 +91,7 @@ def check_images(handle: Attached, pixels: Tensor, sizes: Any) -> None:
 
 
 def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequence[int]) -> None:
-    """ValueError unless ``count`` placeholders are those of pictures with ``full`` or ``kept`` tokens each."""
+    """ValueError unless ``count`` placeholders are those of images with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
     one = "tile" if handle.family.tiles == "connector" else "picture"
@@ -105,7 +105,7 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
 
 
 def check_features_alone(plan: Plan, kwargs: Mapping[str, Any], move: bool, short: bool) -> None:
-    """ValueError where features come in place of pictures and the plan asks for what only pictures tell."""
+    """ValueError where features come in place of images and the plan asks for what only images tell."""
     if move and (kwargs.get("position_ids") is None or not short):  # which patch a token started at is not known
         raise UserError(
             "positions='original' with mm_encoder_outputs needs a short prompt and its position_ids; "

@@ -1,7 +1,7 @@
-"""What clients of ``pitome-mllm serve`` may ask for: answers, with pictures that are decoded here within limits.
+"""What clients of ``pitome-mllm serve`` may ask for: answers, with images that are decoded here within limits.
 
-transformers' server opens whatever a request names as a picture, files of this machine included. So every request
-passes `Gate` first, which hands on pictures only as PNG data that it wrote itself.
+transformers' server opens whatever a request names as an image, files of this machine included. So every request
+passes `Gate` first, which hands on images only as PNG data that it wrote itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SECONDS = 10  # that another server may keep us waiting
 
 
 class Gate:
-    """An ASGI application in front of another one.
+    """An ASGI application before another one.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class Gate:
     model : str
         The name of the model that it serves.
     allow_urls : bool, default False
-        Pictures may be http(s) addresses, which are fetched from here.
+        Images may be http(s) addresses, which are fetched from here.
     """
 
     def __init__(self, app: Any, model: str, allow_urls: bool = False) -> None:
@@ -65,12 +65,12 @@ class Gate:
         return await self.app({**scope, "headers": headers}, _replay(body, receive), send)
 
     def checked(self, body: bytes) -> bytes:
-        """A request with all of its pictures decoded and written anew.
+        """A request with all of its images decoded and written anew.
 
         Raises
         ------
         ValueError
-            No JSON object; a picture that cannot be, or too many; something in `REFUSED`.
+            No JSON object; an image that cannot be, or too many; something in `REFUSED`.
         """
         try:
             request = json.loads(body)
@@ -86,7 +86,7 @@ class Gate:
         return json.dumps(request).encode()
 
     def _written(self, url: Any, name: str) -> str:
-        """The picture at an address, as data."""
+        """The image at an address, as data."""
         image = read_upload(self._content(url, name), name)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
@@ -117,7 +117,7 @@ def _fetch(url: str, name: str) -> bytes:
 
 
 def _pictures(part: Any, depth: int = 0) -> list[tuple[dict[str, Any], str]]:
-    """Where the addresses of pictures stand in a request: the object and the key in it, in their order."""
+    """Where the addresses of images stand in a request: the object and the key in it, in their order."""
     if depth > MAX_DEPTH:
         raise UserError(f"the request is nested more than {MAX_DEPTH} levels deep")
     if isinstance(part, list):

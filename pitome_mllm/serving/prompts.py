@@ -1,4 +1,4 @@
-"""From questions and pictures to a prompt: the one way of command line, chat and benchmarks."""
+"""From questions and images to a prompt: the one way of command line, chat and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Message = Mapping[str, Any]  # "role", and as "content" parts {"type": "image"} 
 
 
 def message(text: str, pictures: int = 0, role: str = "user") -> Message:
-    """One turn: so many pictures, and a text."""
+    """One turn: so many images, and a text."""
     return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
 
 
@@ -41,7 +41,7 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
 
 
 def check_question(processor: Any, question: str) -> None:
-    """Refuse an empty question, one with the picture's placeholder, and words the tokenizer does not know."""
+    """Refuse an empty question, one with the image's placeholder, and words the tokenizer does not know."""
     if not question.strip():
         raise UserError("the question is empty; ask something about the picture")
     if processor.image_token in question:

@@ -1,4 +1,4 @@
-"""Pictures that strangers send, decoded within limits."""
+"""Images that strangers send, decoded within limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_upload(source: Path | bytes, name: str) -> Image.Image:
     Raises
     ------
     ValueError
-        Not a whole picture in one of `FORMATS`, or more bytes or pixels than allowed.
+        Not a whole image in one of `FORMATS`, or more bytes or pixels than allowed.
     """
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:
@@ -63,9 +63,9 @@ def _check_header(data: bytes, name: str) -> None:
 
 
 def decode(source: str | Path | BinaryIO, name: str) -> Image.Image:
-    """The picture in a file, open or not; RGB, turned as its camera says, transparency on white.
+    """The image in a file, open or not; RGB, turned as its camera says, transparency on white.
 
-    ``name`` is what messages call it. ValueError where it is not a whole picture in a format that Pillow knows.
+    ``name`` is what messages call it. ValueError where it is not a whole image in a format that Pillow knows.
     """
     try:
         with Image.open(source) as file:
