@@ -55,7 +55,7 @@ class Plan:
     gentle: bool = False
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _clues: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Work out at once what every block asks for; torch.compile knows no `cached_property` of a frozen class."""
