@@ -155,7 +155,8 @@ def test_what_cannot_be_copied_is_no_graph():
 
 
 def weights_moved(model, one):
-    model.model.vision_tower.encoder.layers[0].mlp.fc1.float().double()
+    weight = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    weight.data = weight.data + 1  # made while the old one is there, so that it lies elsewhere
 
 
 def weight_replaced(model, one):

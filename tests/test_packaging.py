@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -150,3 +151,26 @@ def test_wheel_holds_model_and_data(wheel):
 
 def test_the_wheel_is_small(built):
     assert built.stat().st_size < 5_500_000
+
+
+def test_the_page_of_the_architecture_names_what_there_is():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`(\.?[\w./]+(?:\.py|/))`", page.replace("methods/NAME", "methods/tome").replace("NAME", "ask"))
+    assert len(named) > 30 and all((PACKAGE / name).exists() or (ROOT / name).exists() for name in named)
+    hooks = {path.stem for path in (PACKAGE / "hooks").glob("*.py")} | {"hooks/"}
+    assert {*re.findall(r"hooks/(\w+)", page)} <= hooks
+    assert {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")} <= {*re.findall(r"\w+/", page)}
+    assert len(page.splitlines()) <= 120
+
+
+def test_files_and_functions_are_short():
+    """As CONTRIBUTING says: 300 lines a file, 60 a function, its docstring aside."""
+    long = []
+    for path in sorted((ROOT / "pitome_mllm").rglob("*.py")):
+        source = path.read_text()
+        long += [path.name] * (len(source.splitlines()) > 300)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                said = node.body[0].end_lineno - node.lineno if ast.get_docstring(node) else 0
+                long += [f"{path.name}: {node.name}"] * (node.end_lineno - node.lineno + 1 - said > 60)
+    assert not long
