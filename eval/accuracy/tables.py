@@ -123,11 +123,10 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
         f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, commit "
         f"{plain['commit']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
         f"{plain['date']}{_elsewhere(results)}; per cent right, in brackets the paired 95 % bootstrap interval, over "
-        f"pictures, of the difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). "
-        "Without looking (the most "
-        f"common answer to the same text in training data): {points(results.blind)[0]:.1f}. Spectral: its paper "
-        f"proves that it keeps the spectrum. All runs took {sum(seconds) / 3600:.1f} hours of CPU time, the longest "
-        f"{max(seconds):.0f} s."
+        f"pictures, of the difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without "
+        f"looking (the most common answer to the same text in training data): {points(results.blind)[0]:.1f}. "
+        "Spectral: its paper proves that it keeps the spectrum. All runs took "
+        f"{sum(seconds) / 3600:.1f} hours of CPU time, the longest {max(seconds):.0f} s."
     )
     if spent:
         row = next(iter(spent.values()))

@@ -54,7 +54,7 @@ def wordy_url(wordy, tmp_path, monkeypatch):
     page.blocks.close()
 
 
-def test_a_reply_streams_and_can_be_stopped(visit, files, wordy_url):
+def test_a_reply_streams_and_can_be_stopped(wordy_url, visit, files):
     visitor = visit(url=wordy_url)
     page, seen = visitor.page, []
 
