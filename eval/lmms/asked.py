@@ -61,6 +61,8 @@ def naming(requests: Sequence[Any]) -> Iterator[None]:
     """
     try:
         yield
+    except UserError as error:
+        raise EvaluationError(f"{place(requests)}: {error}") from error
     except Exception as error:
         raise EvaluationError(f"{place(requests)}: {type(error).__name__}: {error}") from error
 

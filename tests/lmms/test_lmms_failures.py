@@ -36,7 +36,7 @@ import json, os, signal, sys
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from pitome_mllm_eval.lmms.model import PitomeLlavaChat
-from pitome_mllm_eval.scene_tasks import TASKS
+from pitome_mllm_eval.lmms.scene_tasks import TASKS
 plain, calls = PitomeLlavaChat._generate, []
 def answer(self, asked):
     if len(calls) == int(sys.argv[2]):
