@@ -149,20 +149,6 @@ def test_step_counts_can_be_given(command, tmp_path):
     assert [(row["phase"], row["step"]) for row in outcome(tmp_path)[1]] == [("ask-small", "1")] * 2
 
 
-def test_two_processes_train_like_one(command, monkeypatch, tmp_path):
-    """Auxiliary losses are left out: each process takes their means over its own pictures."""
-    phases = tuple(replace(phase, auxiliary=0.0, pictures=2) for phase in PHASES[1:])
-    monkeypatch.setattr(train_tiny, "PHASES", phases)
-    weights = {}
-    for processes in (1, 2):
-        command(tmp_path / str(processes), "--validation", "0", "--processes", str(processes))
-        state = torch.load(tmp_path / str(processes) / "checkpoint.pt")
-        weights[processes] = torch.cat([value.flatten() for value in state["model"].values()])
-        assert state["progress"][:2] == (3, 6)
-    start = torch.cat([value.flatten() for value in Trainer(phases).model.state_dict().values()])
-    assert (weights[2] - weights[1]).norm() < 1e-3 * (weights[1] - start).norm()
-
-
 def test_a_step_learns():
     trainer = Trainer((Phase("see", 8, 4, 0, side=96, ask=False, warmup=1),))
     batch = trainer.batch(0)
@@ -174,8 +160,6 @@ def test_batches_depend_on_seed_phase_and_step_alone():
     one, two = (training_batch(0, 1, PHASES[1], 7) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["pixels"], training_batch(0, 1, PHASES[1], 8)["pixels"])
-    parts = [training_batch(0, 1, PHASES[1], 7, part, 2) for part in range(2)]
-    assert torch.equal(one["tokens"], torch.cat([part["tokens"] for part in parts]))
 
 
 def test_every_patch_is_trained_on():
@@ -253,7 +237,7 @@ def test_every_patch_takes_part_in_the_answers(model, index, monkeypatch):
 
 
 def test_conversations_depend_on_no_picture(monkeypatch):
-    """Whether a batch holds conversations is drawn apart from its pictures, and the same in all of its parts."""
+    """Whether a batch holds conversations is drawn apart from its pictures."""
 
     def item(rng, phase, turns):
         return {"draw": np.array(rng.random()), "turns": np.array(turns)}
@@ -265,8 +249,6 @@ def test_conversations_depend_on_no_picture(monkeypatch):
     low = torch.stack([batch["draw"] for batch in drawn]) < 0.5
     assert abs(chat[:, 0].double().mean() - 0.5) < 4 * 0.5 / len(steps) ** 0.5
     assert ((chat == low).double().mean(0) - 0.5).abs().max() < 4 * 0.5 / len(steps) ** 0.5  # of each picture
-    parts = [torch.stack([training_batch(0, 1, phase, s, n, 4)["turns"][0] for s in steps]) for n in range(4)]
-    assert torch.equal(torch.stack(parts, 1) == 4, chat)
 
 
 def test_labels_sit_where_the_answer_is_predicted():

@@ -145,15 +145,12 @@ def _training_item(rng: np.random.Generator, phase: Phase, turns: int) -> dict[s
     return encode_scene(scene, grouped, row_length(turns))
 
 
-def training_batch(
-    seed: int, phase_index: int, phase: Phase, step: int, part: int = 0, parts: int = 1
-) -> dict[str, torch.Tensor]:
-    """Part `part` of `parts` of batch number `step` of a phase.
+def training_batch(seed: int, phase_index: int, phase: Phase, step: int) -> dict[str, torch.Tensor]:
+    """Batch number `step` of a phase.
 
-    A picture depends on the seed, the phase, the step and its number alone, which is what makes resuming exact and the
-    batch the same for any number of processes.
+    A picture depends on the seed, the phase, the step and its number alone, which is what makes resuming exact.
     """
     coin = np.random.default_rng((seed, phase_index, step, phase.pictures))  # one past the pictures' own streams
     turns = 4 if coin.random() < phase.chat_share else 1
-    generators = (np.random.default_rng((seed, phase_index, step, n)) for n in range(part, phase.pictures, parts))
+    generators = (np.random.default_rng((seed, phase_index, step, n)) for n in range(phase.pictures))
     return stack([_training_item(rng, phase, turns) for rng in generators])

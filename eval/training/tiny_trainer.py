@@ -30,14 +30,9 @@ class Trainer:
         Of the initial weights and of every picture.
     device : str
         Where to train.
-    rank, world : int
-        This process and how many share each batch (`torch.distributed` is set up by the caller).
     """
 
-    def __init__(
-        self, phases: tuple[Phase, ...] = PHASES, seed: int = 0, device: str = "cpu", rank: int = 0, world: int = 1
-    ):
-        self.rank, self.world = rank, world
+    def __init__(self, phases: tuple[Phase, ...] = PHASES, seed: int = 0, device: str = "cpu"):
         self.phases, self.seed, self.device = phases, seed, torch.device(device)
         self.model = build_model(seed).to(self.device)
         self.heads = Heads(self.model.config.vision_config.hidden_size).to(self.device)
@@ -80,7 +75,7 @@ class Trainer:
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of a step."""
         index, number = self.locate(step)
-        return training_batch(self.seed, index, self.phases[index], number, self.rank, self.world)
+        return training_batch(self.seed, index, self.phases[index], number)
 
     def advance(self, batch: dict[str, torch.Tensor]) -> dict:
         """Learn from one batch; returns what the log keeps."""
@@ -99,23 +94,14 @@ class Trainer:
         if phase.ask:
             loss = loss + out["answer"] + phase.auxiliary * (out["mention"] + out["comparison"])
         loss.backward()
-        if self.world > 1:
-            self._average_gradients()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimiser, _ in self.optimisers.values():
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        self.step, self.pictures = self.step + 1, self.pictures + len(batch["pixels"]) * self.world
+        self.step, self.pictures = self.step + 1, self.pictures + len(batch["pixels"])
         self.seconds += time.perf_counter() - start
         values = {name: out[name].item() for name in ("patch", "answer", "mention", "comparison") if name in out}
         return {"phase": phase.name, "loss": loss.item(), "rate": rate, **values, "hits": tally(out, batch)}
-
-    def _average_gradients(self) -> None:
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for g, mean in zip(grads, (flat / self.world).split([g.numel() for g in grads]), strict=True):
-            g.copy_(mean.view_as(g))
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, torch.Tensor]]) -> dict:

@@ -9,7 +9,6 @@ import argparse
 import csv
 import os
 import re
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..benchmark.questions import CATEGORIES
-from .tiny_batch import Phase, encode_scene, row_length, stack, training_batch
+from .tiny_batch import Phase, encode_scene, row_length, stack
 from .tiny_trainer import PHASES, Trainer, accuracies
 
 COLUMNS = "time split phase step pictures loss answer patch mention comparison rate accuracy".split()
@@ -70,29 +69,10 @@ class Log:
             csv.DictWriter(file, self.fields).writerow(row)
 
 
-def batches(trainer: Trainer, workers: int):
-    """Batches from the trainer's step on, made by `workers` processes or, with none, in this one."""
-    steps = range(trainer.step, trainer.total)
-    if not workers:
-        return (trainer.batch(step) for step in steps)
-    plan = (trainer.seed, trainer.phases, trainer.rank, trainer.world)
-    dataset = [(*plan, *trainer.locate(step)) for step in steps]
-    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_make_batch)
-
-
-def _make_batch(plan: tuple) -> dict[str, torch.Tensor]:
-    seed, phases, rank, world, index, number = plan
-    return training_batch(seed, index, phases[index], number, rank, world)
-
-
 def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
     """Train to the end, logging, evaluating and saving on the way."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if trainer.rank:  # another process keeps the records
-        for batch in batches(trainer, args.workers):
-            trainer.advance(batch)
-        return
     log, checkpoint = Log(out / "log.csv", trainer.step), out / "checkpoint.pt"
     held_out = validation_batches(args.validation)
     saved = evaluated = time.monotonic()
@@ -100,8 +80,8 @@ def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=trainer.total, completed=trainer.step)
-        for batch in batches(trainer, args.workers):
-            result = trainer.advance(batch)
+        while trainer.step < trainer.total:
+            result = trainer.advance(trainer.batch(trainer.step))
             phase, last = result.pop("phase"), trainer.step == trainer.total
             phase_ends = not last and trainer.locate(trainer.step)[1] == 0
             hits += result.pop("hits")
@@ -138,14 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--phases", nargs="*", default=[], metavar="NAME=STEPS", help="other numbers of steps")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2, help="processor threads in all")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="share each batch; auxiliary losses are then means over each share, so other weights come out",
-    )
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches (16 for a GPU)")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=512, help="validation questions per evaluation")
     parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
@@ -153,32 +126,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--evaluate-seconds", type=float, default=300)
     args = parser.parse_args(argv)
     phases = _phases(args.phases)
-    if uneven := [phase.name for phase in phases if phase.pictures % args.processes]:
-        parser.error(f"--processes {args.processes} does not divide the pictures of {', '.join(uneven)}; choose 1 or 2")
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
     if args.resume and not checkpoint.exists():
         parser.error(f"{checkpoint} does not exist: there is nothing to resume")
     if checkpoint.exists() and not args.resume:
         parser.error(f"{checkpoint} exists; add --resume to continue it, or choose another --out")
-    if args.processes == 1:
-        train(0, args, phases)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(train, (args, phases, f"file://{folder}/meeting"), nprocs=args.processes)
-
-
-def train(rank: int, args: argparse.Namespace, phases: tuple[Phase, ...], meeting: str | None = None) -> None:
-    """Body of one process; several meet at the file `meeting` and share every batch."""
-    torch.set_num_threads(max(1, args.threads // args.processes))
-    if meeting:
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.processes)
-    trainer = Trainer(phases, args.seed, args.device, rank, args.processes)
+    torch.set_num_threads(args.threads)
+    trainer = Trainer(phases, args.seed, args.device)
     if args.resume:
-        trainer.load(torch.load(args.out / "checkpoint.pt", map_location=args.device))
+        trainer.load(torch.load(checkpoint, map_location=args.device))
     run(trainer, args.out, args)
-    if meeting:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
