@@ -118,8 +118,8 @@ def measure(
         tower_ms = _tower_ms(tower, pixels)
         clock = _answered(model, inputs, new_tokens)
         taken.append((tower_ms, clock.prefill_ms, clock.per_token_ms))
-    parts = [Timing(times) for times in zip(*taken[warmup:], strict=True)]
-    return Latency(*parts, new_tokens, str(device))
+    towers, prefills, others = (Timing(times) for times in zip(*taken[warmup:], strict=True))
+    return Latency(towers, prefills, others, new_tokens, str(device))
 
 
 @torch.no_grad()
