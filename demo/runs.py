@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteriaList, TextStreamer
 
-from pitome_mllm.costs.latency import now, timed_tower
+from pitome_mllm.costs.latency import TokenClock, spent_ms, timed_tower
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
@@ -54,17 +54,6 @@ class Event:
 
 class Stopped(Exception):
     """A visitor stopped a run before it began."""
-
-
-class _Clock(StoppingCriteria):
-    """Notes when every new token was known, and ends the run when asked to."""
-
-    def __init__(self, device: torch.device, stop: threading.Event) -> None:
-        self.device, self.stop, self.ticks = device, stop, []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.ticks.append(now(self.device))
-        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
 
 
 class _Words(TextStreamer):
@@ -130,9 +119,8 @@ def answer(
     plain = int((inputs["input_ids"] == engine.model.config.image_token_id).sum())
 
     def work(say: Callable[[str], None]) -> Outcome:
-        clock = _Clock(engine.model.device, stop)
         with _using(engine, controls), timed_tower(engine.model) as tower:
-            start = now(engine.model.device)
+            clock = TokenClock(engine.model.device, stop.is_set)
             engine.model.generate(
                 **inputs,
                 do_sample=False,
@@ -143,7 +131,7 @@ def answer(
             )
             stats = engine.handle.stats
         visual = plain if stats is None else sum(stats.lengths)
-        times = _tower_ms(tower), *_speed(start, clock.ticks)
+        times = spent_ms(tower), clock.prefill_ms, clock.per_token_ms
         seen = () if stats is None else tuple(looks(engine.processor, pictures, stats, title))
         return Outcome(visual, plain, inputs["input_ids"].shape[1] - plain, *times, looks=seen)
 
@@ -169,9 +157,9 @@ def look_only(
             stats = engine.handle.stats
         seen = tuple(looks(engine.processor, pictures, stats, title))
         if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
-            return Outcome(None, None, tower_ms=_tower_ms(tower), looks=seen)
+            return Outcome(None, None, tower_ms=spent_ms(tower), looks=seen)
         each = len(pictures) * plan.keep, len(pictures) * plan.available
-        return Outcome(*each, tower_ms=_tower_ms(tower), looks=seen)
+        return Outcome(*each, tower_ms=spent_ms(tower), looks=seen)
 
     return stream(engine, work, stop)
 
@@ -180,16 +168,3 @@ def _using(engine: Engine, controls: Controls | None) -> Any:
     if controls is None:
         return engine.handle.using(None)
     return engine.handle.using(**controls.settings(), energies=True)
-
-
-def _tower_ms(ticks: list[float]) -> float | None:
-    """Milliseconds of all calls together."""
-    return 1000 * sum(end - start for start, end in zip(ticks[::2], ticks[1::2])) if ticks else None
-
-
-def _speed(start: float, ticks: list[float]) -> tuple[float | None, float | None]:
-    """Milliseconds to the first new token, and for each one after it."""
-    if not ticks:
-        return None, None
-    rest = 1000 * (ticks[-1] - ticks[0])
-    return 1000 * (ticks[0] - start), rest / (len(ticks) - 1) if len(ticks) > 1 else None

@@ -14,7 +14,7 @@ from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
-from pitome_mllm.costs.latency import now, timed_tower
+from pitome_mllm.costs.latency import now, spent_ms, timed_tower
 from pitome_mllm.families.geometry import geometry
 
 
@@ -72,7 +72,7 @@ class Meter:
                 yield lap
         finally:
             hook.remove()
-        lap.tower = sum(ticks[1::2]) - sum(ticks[::2])
+        lap.tower = (spent_ms(ticks) or 0.0) / 1000
         lap.total = now(self.model.device) - start
 
     def add(self, lap: Lap, rows: Sequence[Row]) -> None:

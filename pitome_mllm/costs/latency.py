@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,15 +113,13 @@ def measure(
     geometry(model.config)
     tower = model.get_submodule(family_of(model.config).tower)
     device = pixels.device
-    towers, firsts, others = [], [], []
-    for run in range(warmup + repeats):
+    taken: list[Any] = []
+    for _ in range(warmup + repeats):
         tower_ms = _tower_ms(tower, pixels)
-        ticks = _ticks(model, inputs, new_tokens)
-        if run >= warmup:
-            towers.append(tower_ms)
-            firsts.append(ticks[0])
-            others.append((ticks[-1] - ticks[0]) / (len(ticks) - 1))
-    return Latency(Timing(tuple(towers)), Timing(tuple(firsts)), Timing(tuple(others)), new_tokens, str(device))
+        clock = _answered(model, inputs, new_tokens)
+        taken.append((tower_ms, clock.prefill_ms, clock.per_token_ms))
+    towers, prefills, others = (Timing(times) for times in zip(*taken[warmup:], strict=True))
+    return Latency(towers, prefills, others, new_tokens, str(device))
 
 
 @torch.no_grad()
@@ -131,17 +129,11 @@ def _tower_ms(tower: Any, pixels: torch.Tensor) -> float:
     return 1000 * (now(pixels.device) - start)
 
 
-def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float]:
-    """Milliseconds from the start until each new token was known."""
+def _answered(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> TokenClock:
+    """A clock that has timed one answer of so many tokens."""
     from transformers import StoppingCriteriaList
 
-    device, ticks = pixels_of(inputs).device, []
-
-    def clock(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        ticks.append(now(device))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    start = now(device)
+    clock = TokenClock(pixels_of(inputs).device)
     model.generate(
         **inputs,
         do_sample=False,
@@ -151,7 +143,39 @@ def _ticks(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> list[float
         max_new_tokens=new_tokens,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
-    return [1000 * (tick - start) for tick in ticks]
+    return clock
+
+
+class TokenClock:
+    """Notes when every new token of ``generate`` is known, as one of its stopping criteria.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the model is; the clock starts here and now.
+    ended : callable
+        Whether the answer is to end with this token.
+    """
+
+    def __init__(self, device: torch.device, ended: Callable[[], bool] = lambda: False) -> None:
+        self.device, self.ended = device, ended
+        self.ticks: list[float] = []
+        self.start = now(device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.ticks.append(now(self.device))
+        return torch.full((len(input_ids),), self.ended(), device=input_ids.device)
+
+    @property
+    def prefill_ms(self) -> float | None:
+        """Milliseconds until the first new token; None without any."""
+        return 1000 * (self.ticks[0] - self.start) if self.ticks else None
+
+    @property
+    def per_token_ms(self) -> float | None:
+        """Milliseconds of each token after the first; None without any."""
+        count = len(self.ticks) - 1
+        return 1000 * (self.ticks[-1] - self.ticks[0]) / count if count > 0 else None
 
 
 @contextmanager
@@ -168,6 +192,11 @@ def timed_tower(model: Any) -> Iterator[list[float]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def spent_ms(ticks: list[float]) -> float | None:
+    """Milliseconds of all calls that `timed_tower` noted; None without any."""
+    return 1000 * (sum(ticks[1::2]) - sum(ticks[: len(ticks) // 2 * 2 : 2])) if len(ticks) > 1 else None
 
 
 def now(device: torch.device) -> float:
