@@ -268,7 +268,7 @@ def test_an_llm_that_is_not_called_as_merging_needs_it_is_noticed(shallow, one):
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 STEPS = [(nn.Module, "register_forward_hook"), (nn.Module, "register_forward_pre_hook"), (install, "_swap_class")]
-STEPS += [(install, "make_generate"), (install, "_marked"), (graphs, "install")]
+STEPS += [(install, "make_generate"), (install, "_attached_modules"), (graphs, "install")]
 
 
 @pytest.mark.parametrize("owner, name", STEPS)
