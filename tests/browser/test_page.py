@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import NARROW, WIDE
@@ -12,9 +14,8 @@ from PIL import Image
 from pitome_mllm import load
 from pitome_mllm_demo.app import serve
 from pitome_mllm_demo.engine import Engine
+from pitome_mllm_demo.session import Conversation
 from pitome_mllm_eval.benchmark.sets import scene
-
-WORDS = 1000  # of an answer that takes longer than a browser needs for a click
 
 
 def truth(number):
@@ -43,19 +44,31 @@ def test_several_turns_and_pictures(visitor, files):
 
 
 @pytest.fixture
-def wordy_url(wordy, tmp_path, monkeypatch):
-    """The address of a page whose model gives long answers."""
+def wordy_page(wordy, tmp_path, monkeypatch):
+    """A page whose model gives long answers, as ``url``; after ``hold()`` it writes 20 words, then waits for Stop."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # put back at the end
     model, processor = load(wordy)
-    model.generation_config.max_new_tokens = WORDS
+    stop, pressed, words = Conversation.stop, threading.Event(), []
+
+    def wait(*_):
+        if words and not next(words[0], False):
+            pressed.wait(90)
+
+    def noted(chat):
+        stop(chat)
+        pressed.set()
+
+    model.register_forward_pre_hook(wait)
+    monkeypatch.setattr(Conversation, "stop", noted)
     engine = Engine("wordy", model, processor)
     page = serve(engine, tmp_path, "127.0.0.1", None, False, prevent_thread_lock=True, quiet=True)
-    yield page.blocks.local_url
+    yield SimpleNamespace(url=page.blocks.local_url, hold=lambda: words.append(iter([True] * 20)))
+    pressed.set()
     page.blocks.close()
 
 
-def test_a_reply_streams_and_can_be_stopped(wordy_url, visit, files):
-    visitor = visit(url=wordy_url)
+def test_a_reply_streams_and_can_be_stopped(wordy_page, visit, files):
+    visitor = visit(url=wordy_page.url)
     page, seen = visitor.page, []
 
     def done():
@@ -67,12 +80,15 @@ def test_a_reply_streams_and_can_be_stopped(wordy_url, visit, files):
     visitor.send("what colour is the star", files[0])
     visitor.until(done)
     words = [text for text in seen if not text.startswith(("Looking", "Waiting"))]
-    assert len(words) > 5 and all(words[-1].startswith(text.strip()) for text in words), words[:3]
+    assert len(words) > 1 and all(words[-1].startswith(text.strip()) for text in words), words[:3]
+    wordy_page.hold()
     visitor.send("what shape is the thing")
-    visitor.until(lambda: page.locator(".pm-merged.pm-writing").count() > 0)
+    visitor.until(
+        lambda: page.locator(".pm-merged").count() == 2 and page.locator(".pm-merged.pm-writing").count() == 1
+    )
     page.locator("#pm-stop").click()
     visitor.until(lambda: page.locator(".pm-merged.pm-stopped").count() == 1)
-    assert len(visitor.last(".pm-merged.pm-stopped .pm-text").split()) < WORDS
+    assert 1 < len(visitor.last(".pm-merged.pm-stopped .pm-text").split()) < 30
 
 
 def test_retry_clear_and_json(visitor, files):
