@@ -126,6 +126,7 @@ def about(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, str]:
 
 
 def often(call: Callable[[], Any], times: int) -> None:
+    """Make a call several times."""
     for _ in range(times):
         call()
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from pitome_mllm import METHODS
 
+from ..accuracy.tables import NOT_MEASURED
+from ..documents import markdown
+
 BATCHES, LLM_BATCHES = (1, 4, 16), (1, 16)
 
 
@@ -49,16 +52,42 @@ def promises() -> Iterator[Promise]:
 def table(rows: list[dict[str, str]]) -> str:
     """A Markdown table of every promise: what was measured, and whether it is kept."""
     last = {(row["phase"], row["what"], row["mode"], int(row["batch"])): row for row in rows}
-    lines = ["| | batch | promised | measured | kept |", "|---|---|---|---|---|"]
+    lines = [["", "batch", "at most", "measured", "kept"]]
     for each in promises():
         found = last.get((each.phase, each.what, each.mode, each.batch))
         modes = (each.mode, "eager")  # memory of the plain model is that of its eager calls
         other = next((last[key] for m in modes if (key := (each.phase, each.over, m, each.batch)) in last), None)
         title = f"{each.phase}, {each.mode}: {each.what}" + (f" / {each.over}" if each.over else "")
         if found is None or (each.over and other is None):
-            lines.append(f"| {title} | {each.batch} | {each.most:.3g} | not measured | - |")
+            lines.append([title, str(each.batch), f"{each.most:.3g}", NOT_MEASURED, ""])
             continue
         value = float(found[each.column]) / ((float(other[each.column]) or 1.0) if each.over else 1.0)
         kept = "yes" if value <= each.most else "no"
-        lines.append(f"| {title} | {each.batch} | {each.most:.3g} | {value:.3g} | {kept} |")
-    return "\n".join(lines)
+        lines.append([title, str(each.batch), f"{each.most:.3g}", f"{value:.3g}", kept])
+    return markdown(lines, numbers=1)
+
+
+def about(rows: list[dict[str, str]]) -> str:
+    """Where the rows come from, and what the numbers are."""
+    row = rows[0]
+    return (
+        f"`make bench-gpu` on one {row['device']}: {row['shape']}, random weights, {row['dtype']}, 40 text tokens, torch "
+        f"{row['torch']}, transformers {row['transformers']}, commit {row['commit']}, {row['date']}. Medians, as shares "
+        "of the plain model's in the same turns; bits: how many different results 20 runs give; memory: peaks."
+    )
+
+
+def brief(rows: list[dict[str, str]]) -> str:
+    """What attaching with nothing said does to the first token, in a paragraph."""
+    found = {(row["what"], row["mode"], row["batch"]): row for row in rows if row["phase"] == "first token"}
+    times = [
+        f"{float(found['plain', 'graph', batch]['ms']):.1f} to {float(found['default', 'graph', batch]['ms']):.1f} ms at "
+        f"batch {batch}"
+        for batch in map(str, LLM_BATCHES)
+    ]
+    row = rows[0]
+    return (
+        f"GPU: on one {row['device']} the first token of {row['shape']} (random weights, {row['dtype']}, one image, 40 text "
+        f"tokens, 64 visual tokens in place of 576, the tower as a graph) goes from {' and from '.join(times)} "
+        f"(`make bench-gpu`, commit {row['commit']}, {row['date']}); more in [docs/speed.md](docs/speed.md)."
+    )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pitome_mllm.methods import UserError
 
-from ..accuracy.tables import NOT_MEASURED
 from ..documents import markdown, panels, read, save, style, ticks
+from . import promises
 from .contenders import PLAIN
-from .rows import RESULTS, RUN, SERIES, name
+from .rows import GPU_RESULTS, RESULTS, RUN, SERIES, name
 from .stages import STAGES
 
 Found = dict[str, str]
@@ -27,6 +27,12 @@ def results(path: Path = RESULTS) -> list[Found]:
     return read(path, "pitome-mllm bench, as docs/speed.md says", RUN)
 
 
+def on_gpu() -> tuple[str, str]:
+    """What was measured on a GPU: as a paragraph, and beside what was promised."""
+    rows = read(GPU_RESULTS, "make bench-gpu", ("phase", "share"))
+    return promises.brief(rows), f"{promises.about(rows)}\n\n{promises.table(rows)}"
+
+
 def tables(rows: list[Found], brief: bool = False) -> str:
     """A table for each run; ``brief``: only of what the README shows."""
     if brief:
@@ -34,7 +40,7 @@ def tables(rows: list[Found], brief: bool = False) -> str:
         shown = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
     else:
         shown = rows
-    return "\n\n".join([*map(table, runs(shown)), devices(rows)])
+    return "\n\n".join(map(table, runs(shown)))
 
 
 def table(rows: list[Found]) -> str:
@@ -83,12 +89,6 @@ def about(row: Found) -> str:
 def blocks(row: Found) -> str:
     """How much of the LLM there was, as a part of a sentence."""
     return {"none": ", the tower alone", "all": ""}.get(row["llm_layers"], f", {row['llm_layers']} LLM blocks")
-
-
-def devices(rows: list[Found]) -> str:
-    """Which kinds of device there are numbers from."""
-    cuda = sorted({row["device"] for row in rows if row["clock"] == "CUDA events"})
-    return f"GPU: {', '.join(cuda) or NOT_MEASURED}."
 
 
 def runs(rows: list[Found], columns: Sequence[str] = RUN) -> list[list[Found]]:

@@ -8,6 +8,7 @@ from typing import Any
 from .. import provenance
 
 RESULTS = provenance.RESULTS / "bench.csv"
+GPU_RESULTS = provenance.RESULTS / "bench-gpu.csv"
 # Columns whose values make one line of a plot over batch, and with the batch one table.
 SERIES = (
     "model llm_layers device threads dtype mode attention clock images text_tokens new_tokens repeats warmup torch "

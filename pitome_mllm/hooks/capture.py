@@ -55,7 +55,7 @@ class Capture:
     def __init__(self, call: Callable[..., Any], inputs: Sequence[Tensor], pool: Any, device: torch.device) -> None:
         self._device = device
         self._turn = turn = _turn(self._device)
-        self.made: Any = None
+        self._freed = False
         with turn.lock, torch.cuda.device(self._device), _own_stream(turn):
             self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
             with _without_autocast_cache(self._device.type):  # which holds casts of weights for a while only
@@ -69,7 +69,7 @@ class Capture:
         """
         turn = self._turn
         with turn.lock, torch.cuda.device(self._device):
-            if self.made is None:
+            if self._freed:
                 return None
             stream = torch.cuda.current_stream()
             stream.wait_event(turn.last)
@@ -84,7 +84,7 @@ class Capture:
         """Give the memory back, once nothing runs in it any more."""
         with self._turn.lock:
             self._turn.last.synchronize()
-            self.made = None
+            self._freed, self.made = True, None
             self._graph.reset()
 
 
