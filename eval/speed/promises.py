@@ -71,23 +71,23 @@ def about(rows: list[dict[str, str]]) -> str:
     """Where the rows come from, and what the numbers are."""
     row = rows[0]
     return (
-        f"`make bench-gpu` on one {row['device']}: {row['shape']}, random weights, {row['dtype']}, 40 text tokens, torch "
-        f"{row['torch']}, transformers {row['transformers']}, commit {row['commit']}, {row['date']}. Medians, as shares "
-        "of the plain model's in the same turns; bits: how many different results 20 runs give; memory: peaks."
+        f"`make bench-gpu` on one {row['device']}: {row['shape']}, random weights, {row['dtype']}, 40 text tokens, "
+        f"torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}, {row['date']}. Medians, as "
+        "shares of the plain model's in the same turns; bits: how many different results 20 runs give; memory: peaks."
     )
 
 
 def brief(rows: list[dict[str, str]]) -> str:
     """What attaching with nothing said does to the first token, in a paragraph."""
     found = {(row["what"], row["mode"], row["batch"]): row for row in rows if row["phase"] == "first token"}
-    times = [
-        f"{float(found['plain', 'graph', batch]['ms']):.1f} to {float(found['default', 'graph', batch]['ms']):.1f} ms at "
-        f"batch {batch}"
-        for batch in map(str, LLM_BATCHES)
-    ]
+
+    def took(what: str, batch: int) -> str:
+        return f"{float(found[what, 'graph', str(batch)]['ms']):.1f}"
+
+    times = [f"{took('plain', batch)} to {took('default', batch)} ms at batch {batch}" for batch in LLM_BATCHES]
     row = rows[0]
     return (
-        f"GPU: on one {row['device']} the first token of {row['shape']} (random weights, {row['dtype']}, one image, 40 text "
-        f"tokens, 64 visual tokens in place of 576, the tower as a graph) goes from {' and from '.join(times)} "
+        f"GPU: on one {row['device']} the first token of {row['shape']} (random weights, {row['dtype']}, one image, 40 "
+        f"text tokens, 64 visual tokens in place of 576, the tower as a graph) goes from {' and from '.join(times)} "
         f"(`make bench-gpu`, commit {row['commit']}, {row['date']}); more in [docs/speed.md](docs/speed.md)."
     )
