@@ -100,6 +100,12 @@ class Prompt:
         return self.merges and 0 < self.placeholders == sum(self.images.kept)
 
     @property
+    def is_parted(self) -> bool:
+        """Whether it is short and padding stands between its tokens, where prompt tuning put virtual ones in front."""
+        after = self.real.cummax(1).values
+        return self.is_short and bool((~self.real & after & self.real.flip(1).cummax(1).values.flip(1)).any())
+
+    @property
     def placeholders(self) -> int:
         return int(self.fresh.sum())
 

@@ -31,7 +31,7 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
         return None
     move, weigh = _told(handle, prompt)
     restart = restarting(kwargs, prompt.real, prompt.seen)
-    told = move or weigh or (prompt.original and kwargs.get("position_ids") is not None)
+    told = move or weigh or (prompt.is_parted if kwargs.get("position_ids") is None else prompt.original)
     if prompt.is_long or prompt.continues or (prompt.is_short and told):
         check_unpacked(kwargs)
         new, sample, ids = _layout(prompt, move, restart)
@@ -90,7 +90,8 @@ def _layout(prompt: Prompt, move: bool, restart: Tensor | None) -> tuple[Layout,
     if restart is not None:
         check_restart(after=prompt.seen is not None)
         return packed(new, real, restart - first, prompt.original)
-    return (new.positioned(positions) if prompt.original else new), None, None
+    counted = prompt.original or prompt.is_parted  # as in a whole prompt, which closes up
+    return (new.positioned(positions) if counted else new), None, None
 
 
 def _shortened(model: nn.Module, prompt: Prompt, new: Layout, sample: Tensor | None, ids: Tensor | None) -> Call:
