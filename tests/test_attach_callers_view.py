@@ -82,7 +82,7 @@ def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process
 def test_a_cache_goes_on_in_the_positions_it_was_filled_with(model, one, change):
     mask = torch.ones(1, one["input_ids"].shape[1] + 3, dtype=torch.long)
     with attach(model, "pitome", keep=144, positions="original") as handle, torch.no_grad():
-        cache = model(**one, use_cache=True).past_key_values
+        cache = model(**one, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache)
         expected = model(input_ids=NEXT, **{CACHE: cache}, attention_mask=mask).logits
         settings = {"all": {"keep": 1.0}, "compact": {"positions": "compact"}}.get(change)
@@ -94,7 +94,7 @@ def test_a_cache_goes_on_in_the_positions_it_was_filled_with(model, one, change)
 def test_a_repeated_cache_goes_on(model, one):
     mask = torch.ones(1, one["input_ids"].shape[1] + 3, dtype=torch.long)
     with attach(model, "pitome", keep=144), torch.no_grad():
-        cache = model(**one, use_cache=True).past_key_values
+        cache = model(**one, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache)
         expected = model(input_ids=NEXT, **{CACHE: twin}, attention_mask=mask).logits
         cache.batch_repeat_interleave(2)

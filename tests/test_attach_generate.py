@@ -279,7 +279,7 @@ def test_return_dict(model, plain, one, handle):
     assert out.sequences[0, -5:].tolist() == expected.greedy(0, 5)
     assert_row(out.logits[0], expected.logits()[-1:])
     short = one["input_ids"].shape[1] - PATCHES + KEEP
-    assert out.past_key_values.get_seq_length() == short + 4  # the saving is real
+    assert out[CACHE].get_seq_length() == short + 4  # the saving is real
     beams = model.generate(**one, max_new_tokens=5, num_beams=2, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(beams.sequences[:, :-5], one["input_ids"])
 
@@ -424,7 +424,7 @@ def test_three_turns_on_one_picture(model, plain, one, process, handle):
     assert said.tolist() == expected.greedy(0, 4)
     for question in ("USER: how many are there ASSISTANT:", "USER: is it red ASSISTANT:"):
         text, _ = follow_up(process, question)
-        out = say(model, out.sequences, text, out.past_key_values)
+        out = say(model, out.sequences, text, out[CACHE])
         said = torch.cat([said, text[0]])
         answer = out.sequences[0, -4:]
         assert answer.tolist() == expected.greedy(0, 4, said)
@@ -449,9 +449,9 @@ def test_a_cropped_cache(model, plain, one, process, handle, words):
     short = {key: one[key][:, : one[key].shape[1] - words] for key in ("input_ids", "attention_mask")}
     expected = reference(plain, {**one, **short}, handle.plan.counts)
     out = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    out.past_key_values.crop(-3 - words)  # of the four new ids the last was never fed back
+    out[CACHE].crop(-3 - words)  # of the four new ids the last was never fed back
     text, _ = follow_up(process, "USER: is it red ASSISTANT:")
-    second = say(model, short["input_ids"], text, out.past_key_values)
+    second = say(model, short["input_ids"], text, out[CACHE])
     assert second.sequences[0, -4:].tolist() == expected.greedy(0, 4, text[0])
 
 
@@ -461,14 +461,14 @@ def test_a_plain_first_turn_stays_plain(model, plain, one, process, handle):
     for asked in (plain, model):
         with handle.using(None):
             out = asked.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        answers.append(say(asked, out.sequences, text, out.past_key_values).sequences)
+        answers.append(say(asked, out.sequences, text, out[CACHE]).sequences)
     assert torch.equal(*answers)
 
 
 def test_a_new_picture_in_the_second_turn(model, plain, one, process, handle):
     out = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     text, pixels = follow_up(process, "USER: <image> how many now? ASSISTANT:", [picture(1)])
-    second = say(model, out.sequences, text, out.past_key_values, pixel_values=pixels)
+    second = say(model, out.sequences, text, out[CACHE], pixel_values=pixels)
     whole = {
         "input_ids": torch.cat([out.sequences, text], 1),
         "attention_mask": torch.ones(1, out.sequences.shape[1] + text.shape[1], dtype=torch.long),
@@ -484,7 +484,7 @@ def test_two_turns_of_a_padded_batch(model, plain, process, handle):
     text, _ = follow_up(process, "USER: and the circle ASSISTANT:")
     added = torch.ones(len(inputs["input_ids"]), 4 + text.shape[1], dtype=torch.long)
     mask = torch.cat([inputs["attention_mask"], added], 1)
-    second = say(model, out.sequences, text, out.past_key_values, mask=mask)
+    second = say(model, out.sequences, text, out[CACHE], mask=mask)
     width = inputs["input_ids"].shape[1]
     for row in range(len(mask)):
         said = torch.cat([out.sequences[row, width:], text[0]])
@@ -502,5 +502,5 @@ def test_a_decoding_loop_written_by_hand(model, plain, handle, with_mask, rows):
             said.append(out.logits[:, -1].argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(said[-1])], 1)
             options = {"attention_mask": mask} if with_mask else {}
-            out = model(input_ids=said[-1], **{CACHE: out.past_key_values}, use_cache=True, **options)
+            out = model(input_ids=said[-1], **{CACHE: out[CACHE]}, use_cache=True, **options)
     assert torch.cat(said, 1).tolist() == [expected.greedy(row) for row in range(len(rows))]

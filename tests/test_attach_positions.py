@@ -103,7 +103,7 @@ def test_several_turns_continue_from_the_last_position(model, plain, one, proces
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            **{CACHE: out.past_key_values},
+            **{CACHE: out[CACHE]},
             max_new_tokens=4,
             do_sample=False,
             return_dict_in_generate=True,
@@ -122,7 +122,7 @@ def test_several_turns_of_a_padded_batch(model, plain, process, handle):
     ids = torch.cat([out.sequences, text.expand(2, -1)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4 + text.shape[1], dtype=torch.long)], 1)
     second = model.generate(
-        input_ids=ids, attention_mask=mask, **{CACHE: out.past_key_values}, max_new_tokens=4, do_sample=False
+        input_ids=ids, attention_mask=mask, **{CACHE: out[CACHE]}, max_new_tokens=4, do_sample=False
     )
     for row in range(2):
         said = torch.cat([out.sequences[row, inputs["input_ids"].shape[1] :], text[0]])
@@ -137,7 +137,7 @@ def test_a_decoding_loop_written_by_hand(model, plain, one, handle):
         for _ in range(6):
             said.append(out.logits[:, -1].argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(said[-1])], 1)
-            out = model(input_ids=said[-1], **{CACHE: out.past_key_values}, attention_mask=mask, use_cache=True)
+            out = model(input_ids=said[-1], **{CACHE: out[CACHE]}, attention_mask=mask, use_cache=True)
     assert torch.cat(said, 1)[0].tolist() == expect(plain, one, handle).greedy()
 
 
@@ -153,13 +153,13 @@ def test_a_cropped_cache(model, plain, one, process, handle, words):
     short = {key: one[key][:, : one[key].shape[1] - words] for key in ("input_ids", "attention_mask")}
     expected = expect(plain, {**one, **short}, handle)
     out = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    out.past_key_values.crop(-3 - words)  # of the four new ids the last was never fed back
+    out[CACHE].crop(-3 - words)  # of the four new ids the last was never fed back
     text = process(text="USER: is it red ASSISTANT:", return_tensors="pt")["input_ids"][:, 1:]
     ids = torch.cat([short["input_ids"], text], 1)
     second = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        **{CACHE: out.past_key_values},
+        **{CACHE: out[CACHE]},
         max_new_tokens=4,
         do_sample=False,
     )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from checks import TOLERANCE, logits
 from families import BY_TITLE, QUESTIONS, pictures
-from models import BOS, IMAGE, PAD, QUESTION, build, picture, processor
+from models import BOS, CACHE, IMAGE, PAD, QUESTION, build, picture, processor
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import LogitsProcessorList, Trainer, TrainingArguments
 
@@ -188,9 +188,9 @@ def test_a_second_turn_at_the_columns_of_the_caller(model):
     }
     with attach(model, **DEFAULT, logits="caller") as handle:
         whole, layout = logits(model, both), handle.stats.layout
-        cache = model(**first, use_cache=True).past_key_values
+        cache = model(**first, use_cache=True)[CACHE]
         ids = second["input_ids"]
-        seen = logits(model, {"input_ids": ids, "pixel_values": second["pixel_values"]}, past_key_values=cache)
+        seen = logits(model, {"input_ids": ids, "pixel_values": second["pixel_values"]}, **{CACHE: cache})
         assert seen.shape[1] == ids.shape[1] and torch.equal(handle.stats.layout, layout)
         torch.testing.assert_close(seen, whole[:, -ids.shape[1] :], atol=TOLERANCE, rtol=0)
 

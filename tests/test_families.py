@@ -133,7 +133,7 @@ def test_turns_continue_the_cache(family, where, made):
         if "token_type_ids" in inputs:
             added = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
             more["token_type_ids"] = torch.cat([inputs["token_type_ids"], added], 1)
-        second = model.generate(**more, **{CACHE: first.past_key_values}, max_new_tokens=4, do_sample=False)
+        second = model.generate(**more, **{CACHE: first[CACHE]}, max_new_tokens=4, do_sample=False)
         assert torch.equal(second[:, : ids.shape[1]], ids)
         anew = new_ids(model, {**inputs, **more}, 4)
         assert second[:, ids.shape[1] :].tolist() == anew

@@ -118,7 +118,7 @@ def test_a_decoding_step_of_generate_can_be_compiled(one, settings):
     torch.compiler.reset()
     with attach(model, **settings) as handle:
         out = model(**one, use_cache=True)
-        past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        past, token = out[CACHE], out.logits[:, -1:].argmax(-1)
         mask = torch.ones(1, past.get_seq_length() + 1, dtype=torch.long)
 
         def step(token, past, mask):

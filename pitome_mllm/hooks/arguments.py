@@ -100,6 +100,12 @@ class Prompt:
         return self.merges and 0 < self.placeholders == sum(self.images.kept)
 
     @property
+    def is_parted(self) -> bool:
+        """Whether it is short and padding stands between its tokens, where prompt tuning put virtual ones in front."""
+        after = self.real.cummax(1).values
+        return self.is_short and bool((~self.real & after & self.real.flip(1).cummax(1).values.flip(1)).any())
+
+    @property
     def placeholders(self) -> int:
         return int(self.fresh.sum())
 
@@ -128,7 +134,11 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
     original = (plan is not None and plan.positions == "original") if cached is None else cached.position is not None
     image, mask = placeholders(handle.model, kwargs), kwargs.get("attention_mask")
     check_mask(mask, image.shape[1])
-    image, real = on_host(image, (_inferred_mask(handle.model, kwargs, image) if mask is None else mask) != 0)
+    if mask is None:  # forward() takes every token for one, generate() infers which are padding
+        real = _inferred_mask(handle.model, kwargs, image) if whole else torch.ones_like(image)
+    else:
+        real = mask != 0
+    image, real = on_host(image, real)
     mask = None if mask is None else real
     seen = caches.seen(length, cached, image, mask, original)
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
@@ -177,8 +187,11 @@ def _lent(tokens: int) -> Stats | None:
 
 
 def _number(pixels: Tensor) -> int:
-    """Images in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding."""
-    return len(pixels) if pixels.dim() == 4 else int((pixels.flatten(2) != 0).any(-1).sum())
+    """Images in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding.
+
+    Where all are, the model encodes the first.
+    """
+    return len(pixels) if pixels.dim() == 4 else max(1, int((pixels.flatten(2) != 0).any(-1).sum()))
 
 
 def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
@@ -201,7 +214,7 @@ def placeholders(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _inferred_mask(model: nn.Module, kwargs: Mapping[str, Any], image: Tensor) -> Tensor:
-    """(B, T), 0 at pad tokens, where there is no attention mask: generate() infers it in the same way."""
+    """(B, T) bool, False at pad tokens, where there is no attention mask: generate() infers it in the same way."""
     config = kwargs.get("generation_config") or model.generation_config
     ids = kwargs.get("input_ids")
     pad, eos = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))

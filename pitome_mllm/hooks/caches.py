@@ -34,8 +34,13 @@ def name_for(module: nn.Module) -> str:
 
 
 def length_of(past: Any) -> int:
-    """The places that a KV cache holds."""
-    return 0 if past is None else int(past.get_seq_length())
+    """The places that a KV cache holds; 0 of one that holds no rows of prompts, see `is_paged`."""
+    return 0 if past is None or is_paged(past) else int(past.get_seq_length())
+
+
+def is_paged(past: Any) -> bool:
+    """Whether a KV cache holds pieces of many requests, as continuous batching (generate_batch) has it."""
+    return past is not None and not hasattr(past, "get_seq_length")
 
 
 def content_of(kwargs: Mapping[str, Any]) -> tuple[int, Layout | None]:

@@ -248,18 +248,19 @@ def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str,
     ValueError
         An attention mask that is not (B, T), or of a width that no layout has.
     """
-    by_width = {layout.width: layout for layout in layouts}
+    by_width = {int(layout.width): layout for layout in layouts}
     taken = dict(kwargs)
     for name, fill in {"input_ids": pad, **FILL, "shift_labels": IGNORED}.items():
         x = kwargs.get(name)
         if x is None:
             continue
-        if not isinstance(x, Tensor) or x.dim() != (3 if name == "inputs_embeds" else 2) or x.shape[1] not in by_width:
+        fits = isinstance(x, Tensor) and x.dim() == (3 if name == "inputs_embeds" else 2)
+        if not fits or (width := int(x.shape[1])) not in by_width:  # torch.jit.trace has tensors for sizes
             raise UserError(
-                f"{name} of shape {tuple(getattr(x, 'shape', ())) or type(x).__name__} cannot be shortened; "
+                f"{name} of shape {tuple(map(int, getattr(x, 'shape', ()))) or type(x).__name__} cannot be shortened; "
                 f"pass the processor's, with {' or '.join(map(str, by_width))} columns"
             )
-        layout = by_width[x.shape[1]] = by_width[x.shape[1]].on(x.device)
+        layout = by_width[width] = by_width[width].on(x.device)
         taken[name] = layout.take_shifted(x) if name == "shift_labels" else layout.take(x, fill)
     return taken
 

@@ -36,7 +36,8 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         return args, kwargs
     changed: dict[str, Any] = {}
     if layout.position is not None and (kwargs.get("position_ids") is None or (call is not None and call.move)):
-        _check_gaps(language.config)
+        if tokens.shape[1] > 1:
+            _check_gaps(language.config)
         changed["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
     sample = None
     if call is not None and call.sample is not None and not _fills_cache(language, kwargs):

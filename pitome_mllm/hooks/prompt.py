@@ -18,7 +18,7 @@ from .positions import caller_positions, missing_before
 from .samples import and_next, packed, restarting
 from .state import Attached
 from .transfers import on, on_host
-from .validate import check_count, check_features_alone, check_unpacked, check_whole
+from .validate import check_count, check_features_alone, check_restart, check_unpacked, check_whole
 
 
 def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | None:
@@ -31,7 +31,7 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
         return None
     move, weigh = _told(handle, prompt)
     restart = restarting(kwargs, prompt.real, prompt.seen)
-    told = move or weigh or (prompt.original and kwargs.get("position_ids") is not None)
+    told = move or weigh or (prompt.is_parted if kwargs.get("position_ids") is None else prompt.original)
     if prompt.is_long or prompt.continues or (prompt.is_short and told):
         check_unpacked(kwargs)
         new, sample, ids = _layout(prompt, move, restart)
@@ -79,16 +79,19 @@ def _layout(prompt: Prompt, move: bool, restart: Tensor | None) -> tuple[Layout,
     positions = caller_positions(real)
     if prompt.is_short and prompt.original:
         check_whole(restart)
+        restart = None  # they leave gaps behind images, and begin no sample
         given = prompt.kwargs.get("position_ids")
         if move and (pixels_in(prompt.kwargs) is not None or given is None):
             positions = positions + missing_before(F.pad(fresh, (0, 1)), prompt.images.full, prompt.images.kept)
         elif given is not None:  # features alone: of their places only the caller knows
             given = given[:, -fresh.shape[1] :].expand(len(fresh), -1).to(fresh.device)
             follows = 0 if prompt.seen is None else prompt.seen.follows
-            positions, restart = and_next(given - first - follows), None
+            positions = and_next(given - first - follows)
     if restart is not None:
+        check_restart(after=prompt.seen is not None)
         return packed(new, real, restart - first, prompt.original)
-    return (new.positioned(positions) if prompt.original else new), None, None
+    counted = prompt.original or prompt.is_parted  # as in a whole prompt, which closes up
+    return (new.positioned(positions) if counted else new), None, None
 
 
 def _shortened(model: nn.Module, prompt: Prompt, new: Layout, sample: Tensor | None, ids: Tensor | None) -> Call:
@@ -106,7 +109,7 @@ def _shortened(model: nn.Module, prompt: Prompt, new: Layout, sample: Tensor | N
         sample = None  # it says all
     elif sample is None and not bool(layout.real.all()):
         short["attention_mask"] = on(device, layout.real.long())
-    image = (layout if prompt.image.shape[1] == layout.width else new).take(prompt.image, False)
+    image = (layout if prompt.image.shape[1] == layout.width else new).take(prompt.image, 0)
     ids = ids if layout.position is None else layout.position
     if ids is not None:
         short["position_ids"] = on(device, ids[:, ids.shape[1] - image.shape[1] :] + prompt.first)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..families.features import PIXELS, selected_features
 from ..methods import UserError
 from ..plan import Plan
-from .caches import cache_in, length_of
+from .caches import cache_in, is_paged, length_of
 from .state import Attached
 
 ADVICE = "use the model's own processor, and pass its whole output"
@@ -29,6 +30,7 @@ def check_call(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     _check_devices(handle.model, {name: str(x.device) for name, x in given.items()})
     if any(name in PIXELS for name in given):
         check_selection(handle, kwargs)
+        _check_rows(handle, kwargs)
 
 
 def check_selection(handle: Attached, kwargs: Mapping[str, Any]) -> None:
@@ -42,6 +44,16 @@ def check_selection(handle: Attached, kwargs: Mapping[str, Any]) -> None:
                 f"got {name}={asked.get(name)!r}, merging is planned for {value!r}; call handle.remove(), set it in "
                 "model.config and attach again, or use the plain model within handle.using(None)"
             )
+
+
+def _check_rows(handle: Attached, kwargs: Mapping[str, Any]) -> None:
+    """ValueError for images in continuous batching, whose KV cache has no rows that merged prompts could fill."""
+    past = cache_in(kwargs)
+    if handle.plan is not None and is_paged(past):
+        raise UserError(
+            f"got pictures with a {type(past).__name__}, as generate_batch() has it, which merging does not know; "
+            "use generate() with a batch of prompts, or the plain model within handle.using(None)"
+        )
 
 
 def _check_devices(model: nn.Module, given: Mapping[str, str]) -> None:
@@ -62,8 +74,11 @@ def check_no_images(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
     if handle.plan is None or ids is None or elsewhere or length_of(cache_in(kwargs)):
         return
+    if is_paged(cache_in(kwargs)) and ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     count = int((ids == handle.model.config.image_token_id).sum())
     if count:
+        _check_rows(handle, kwargs)
         raise UserError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
 
 
