@@ -151,6 +151,16 @@ def test_batch_without_attention_mask(model, batch, handle):
     assert new_ids(model, bare) == new_ids(model, batch)
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "pitome"}, {"keep": 1.0}], ids=str)
+def test_forward_without_attention_mask_takes_every_token_for_one(model, batch, settings):
+    """forward() infers none, as it does not on the plain model."""
+    bare = {key: value for key, value in batch.items() if key != "attention_mask"}
+    with attach(model, **{"keep": KEEP, **settings}):
+        seen = logits(model, bare)
+        expected = logits(model, {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])})
+    torch.testing.assert_close(seen[:, -4:], expected[:, -4:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("said_in", ["call", "config"])
 def test_a_pad_token_that_also_ends_answers_is_no_padding(model, plain, one, handle, said_in):
     """Where the pad token may be part of a prompt, transformers infers no mask from it, and neither do we."""

@@ -329,6 +329,22 @@ def test_prompt_learning(model, kind):
         assert losses[-1] < losses[0] and handle.stats.tokens_after == KEEP
 
 
+@pytest.mark.parametrize("settings", [DEFAULT, COMPACT], ids=str)
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_prompt_learning_generates(model, kind, settings):
+    """As forward says, token by token; with prompt tuning in padded rows too, where padding follows virtual tokens."""
+    inputs = prompts(QUESTION, QUESTION if kind is PrefixTuningConfig else LONG)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).double()
+    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    with attach(wrapped, **settings), torch.no_grad():
+        out = wrapped.generate(**inputs, **options)
+        mask = F.pad(inputs["attention_mask"], (0, 3), value=1)
+        seen = wrapped(input_ids=out.sequences, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
+        expected = torch.stack(out.logits, 1)
+        torch.testing.assert_close(seen[:, -4:-1], expected, atol=TOLERANCE, rtol=0, check_dtype=False)
+
+
 def descend(wrapped, inputs, steps=4):
     """The losses of a few steps."""
     learning = [w for w in wrapped.parameters() if w.requires_grad]

@@ -11,7 +11,7 @@ import torch
 from checks import logits, new_ids
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, pictures
 from models import CACHE, IMAGE, PAD, QUESTION, picture, processor
-from transformers import DynamicCache, LogitsProcessorList, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, LogitsProcessorList, StaticCache
 
 from pitome_mllm import attach
 from pitome_mllm.hooks import caches
@@ -208,6 +208,25 @@ def test_text_goes_on_behind_a_picture(model, handle, with_mask):
     mask = {"attention_mask": inputs["attention_mask"]} if with_mask else {}
     seen = model(input_ids=inputs["input_ids"][:, end:], **{CACHE: past}, **mask).logits
     close(seen, logits(model, inputs)[:, -seen.shape[1] :])
+
+
+def test_continuous_batching(model, one):
+    """Its KV cache holds pieces of many requests: text goes as on the plain model, pictures are refused by name."""
+    model = model.float()
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens, config.do_sample, config.eos_token_id = 3, False, -1
+
+    def say(ids):
+        (out,) = model.generate_batch([ids], config, small, warmup=False).values()
+        return out.generated_tokens, out.error
+
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=1024)
+    expected = say([1, 10, 11, 12])
+    with attach(model, keep=KEEP):
+        assert say([1, 10, 11, 12]) == expected and len(expected[0]) == 3
+        assert "PagedAttentionCache" in say(one["input_ids"][0].tolist())[1]
+    with pytest.raises(ValueError, match="generate_batch"), attach(model, keep=KEEP):
+        model(**one, **{CACHE: object()})
 
 
 def test_a_cache_of_several_beams_goes_on_with_one_row(model, told):

@@ -52,6 +52,20 @@ def test_onevision_cuts_only_pictures_that_stand_alone():
 
 
 @torch.no_grad()
+def test_a_blank_tile_alone_is_a_picture():
+    """Tiles that are all zero are padding, but where all are the model encodes the first."""
+    family = BY_TITLE["SmolVLM"]
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
+    image = inputs["input_ids"][0] == model.config.image_token_id
+    ids = inputs["input_ids"][:, ~image | (image.cumsum(0) <= PATCHES // 4)]
+    blank = {"input_ids": ids, "pixel_values": torch.zeros_like(inputs["pixel_values"][:, :1])}
+    width = logits(model, blank).shape[1]
+    with attach(model, keep=0.25) as handle:
+        seen = logits(model, blank)
+        assert seen.shape[1] == width - PATCHES // 4 + handle.stats.lengths[0] < width
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("title", ["Idefics3", "SmolVLM"])
 def test_shuffled_patches_merge_behind_the_projector(title):
     family = BY_TITLE[title]

@@ -47,7 +47,7 @@ def content_of(kwargs: Mapping[str, Any]) -> tuple[int, Layout | None]:
     """The places that a call's KV cache holds, and the layout of what it was filled with."""
     past = cache_in(kwargs)
     length = length_of(past)
-    if past is not None and not length:
+    if past is not None and not length and not is_paged(past):
         forget(past)  # it was emptied layer by layer
     return length, layout_of(past)
 
