@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pitome_mllm import METHODS
@@ -26,7 +26,8 @@ class Promise:
     over: str = ""
 
 
-def promises() -> Iterator[Promise]:
+def promises(methods: Iterable[str]) -> Iterator[Promise]:
+    """All that is promised, of the bits of ``methods``."""
     for name, most in (("5 points", (0.86, 0.56, 0.40)), ("6 points", (0.97, 0.76, 0.66))):
         for batch, share in zip(BATCHES, most):
             yield Promise("tower", name, "captured", batch, share)
@@ -42,7 +43,7 @@ def promises() -> Iterator[Promise]:
     for mode, share in (("eager", 1.15), ("graph", 0.85)):
         yield Promise("first token", "default", mode, 1, share)
         yield Promise("first token", "default", mode, 16, 0.25)
-    for method in METHODS:
+    for method in methods:
         yield Promise("bits", method, "graph and eager", 2, 1, "value")
     for batch in LLM_BATCHES:
         for stage in ("tower", "first token"):
@@ -53,7 +54,8 @@ def table(rows: list[dict[str, str]]) -> str:
     """A Markdown table of every promise: what was measured, and whether it is kept."""
     last = {(row["phase"], row["what"], row["mode"], int(row["batch"])): row for row in rows}
     lines = [["", "batch", "at most", "measured", "kept"]]
-    for each in promises():
+    methods = dict.fromkeys(row["what"] for row in rows if row["phase"] == "bits") or METHODS
+    for each in promises(methods):
         found = last.get((each.phase, each.what, each.mode, each.batch))
         modes = (each.mode, "eager")  # memory of the plain model is that of its eager calls
         other = next((last[key] for m in modes if (key := (each.phase, each.over, m, each.batch)) in last), None)
