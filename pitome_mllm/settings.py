@@ -95,7 +95,8 @@ class Settings:
         place, forgotten = changed.place_of_merging, set[str]()
         if place != self.place_of_merging:
             forgotten.add("tower_keep")
-        if changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
+        once = isinstance(changed.method, str) and changed.method in METHODS and METHODS[changed.method].reducer.once
+        if once or changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
             forgotten.add("merges")
         none: dict[str, Any] = dict.fromkeys(forgotten - given.keys())
         return replace(changed, **none)

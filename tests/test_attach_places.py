@@ -109,6 +109,7 @@ def test_a_number_of_merges_gives_way_to_what_says_more():
     assert merging(settings.changed(method="tome")) == tuple(range(23))  # a paper's: every block
     asked = settings.changed(merges=4)
     assert len(merging(asked)) == len(merging(asked.changed(method="tome"))) == 4
+    assert merging(asked.changed(where="tower").changed(method="visionzip")) == (22,)  # which reduces in one step
     for away in ({"ratio": 0.9}, {"where": "projector"}):  # and back: the method's own
         assert merging(asked.changed(**away).changed(where="both", keep=144)) == few
     assert merging(asked.changed(merges=None)) == few

@@ -65,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
             PHASES[options.within].run(phases.Bench(options, PHASES[options.within].llm))
         return 0
     failed = [name for name in options.phases if not run_phase(name, argv or sys.argv[1:])]
-    with options.out.open(newline="") as file:
-        print(table(list(csv.DictReader(file))))
+    if options.out.exists():
+        with options.out.open(newline="") as file:
+            print(table(list(csv.DictReader(file))))
     for name in failed:
         print(f"failed: {name}")
     return len(failed)

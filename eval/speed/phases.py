@@ -255,14 +255,15 @@ def memory(bench: Bench) -> None:
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> float:
-    """MiB in use at most during a call, beside what was there before the first: a graph's own memory counts."""
+    """MiB that torch takes from the device at most, beside what it held before the first call: graphs' pools too."""
     if device.type != "cuda":
         call()
         return 0.0
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
     for _ in range(3):
-        torch.cuda.reset_peak_memory_stats()
         call()
-        torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_reserved() - before) / 2**20, 1)

@@ -3,7 +3,8 @@
 The torch path is the reference: the fused one takes the same decisions up to near-ties, and combines with the same
 bits, but for features of a single channel, which torch adds in an order of its own. `fuses` alone decides which of the
 two a merge takes. The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
-merge of these methods cannot be fused; "auto", the default, fuses what it can.
+merge of these methods cannot be fused; "auto", the default, fuses what it can. Within torch.compile merges are always
+torch's operations.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def fuses(metric: Tensor) -> bool:
     """
     if is_compiling():
         return False
-    choice = os.environ.get(SWITCH, CHOICES[0])
+    choice = os.environ.get(SWITCH) or CHOICES[0]
     if choice not in CHOICES:
         raise UserError(f"{SWITCH}={choice!r} is not possible; choose one of {', '.join(CHOICES)}")
     if choice == "torch" or (choice == "auto" and metric.device.type != "cuda"):
@@ -82,6 +83,8 @@ def _device_obstacle(device: torch.device) -> str:
         return "this is no NVIDIA GPU of compute capability 8.0 or newer"
     try:
         merge(torch.ones(1, 2, 16, device=device), 1, 0)
+    except torch.cuda.OutOfMemoryError:  # says nothing about later merges, and is not remembered
+        raise
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return f"Triton cannot compile ({error})"
     return ""
@@ -224,6 +227,12 @@ class FusedMerge(Merge):
         value = make(self)
         setattr(self, name, value)
         return value
+
+    def without_source(self) -> FusedMerge:
+        """The same merge, for the recipe of its order to hold: a recipe that held the merge would keep its memory."""
+        same = object.__new__(type(self))
+        same.__dict__.update(self.__dict__)
+        return same
 
     def _read(self, name: str) -> Tensor:
         return places_of(*self._shape, 1, 1)[0][name].of(self._memory)

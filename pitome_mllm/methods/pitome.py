@@ -111,9 +111,10 @@ class PiToMe(Reducer):
         """The same by the fused kernels."""
         energy = kernels.Energy(candidates, float(self._margin(depth)), float(self.alpha), self.energy == "elu")
         merge = kernels.merge(metric, r, protected, energy)
+        same = merge.without_source()
 
         def source() -> Tensor:
-            order = merge.by_energy + protected
+            order = same.by_energy + protected
             return authors_order(protected, order[:, candidates:], order[:, 1:candidates:2])
 
         if self.source_order:

@@ -42,7 +42,8 @@ class ToMe(Reducer):
         tokens = metric.shape[1]
         if r and kernels.fuses(metric):
             merge = kernels.merge(metric, r, protected)
-            merge._source = lambda: authors_order(tokens, gone(merge, r, protected), protected)
+            same = merge.without_source()
+            merge._source = lambda: authors_order(tokens, gone(same, r, protected), protected)
             return merge
         a, b = alternate(metric, protected)
         if r == 0:

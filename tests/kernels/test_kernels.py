@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -45,6 +47,20 @@ def test_clear_decisions_are_those_of_the_reference(device, switch, name, option
     reducer, given = get_method(name, **options), {"protected": protected, "depth": depth}
     metric = clear(reducer, 2, 41 + protected, 24, r, dtype, **given)
     assert_same(reducer.match(metric.to(device), r, **given), reference(switch, reducer, metric, r, **given))
+
+
+@pytest.mark.parametrize("name", ["pitome", "tome"])
+def test_a_merge_goes_with_the_last_who_asks_for_it(device, name):
+    """Without the garbage collector, which comes late: a merge holds memory of the GPU."""
+    gc.disable()
+    try:
+        merge = get_method(name).match(exact(1, 66, 16, 9, 0).to(device), 9)
+        memory = weakref.ref(merge._memory)
+        assert merge.in_source_order().count == 57
+        del merge
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 SIZES = [
