@@ -227,6 +227,7 @@ def trainer(model, folder, **options):
     metrics = options.pop("compute_metrics", None)
     arguments = TrainingArguments(folder, **{**settings, **options})
     rows = [LONG, QUESTION]
+    model.config.keys_to_ignore_at_inference = [CACHE, "image_outputs"]  # those that transformers 5.24 brings, too
     return Trainer(
         model, arguments, data_collator=collate, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics
     )
@@ -236,7 +237,9 @@ def test_label_smoothing_and_metrics_of_trainers(model, tmp_path):
     seen = []
 
     def metrics(prediction):
-        guess, truth = prediction.predictions[0].argmax(-1)[:, :-1], prediction.label_ids[:, 1:]
+        said = prediction.predictions  # alone, or with what else the model returned
+        said = said[0] if isinstance(said, tuple) else said
+        guess, truth = said.argmax(-1)[:, :-1], prediction.label_ids[:, 1:]
         seen.append((guess == truth)[truth != IGNORE])
         return {"right": float(seen[-1].mean())}
 
@@ -319,6 +322,7 @@ def test_features_that_a_model_lends_while_it_generates(model):
 # ---- peft ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft passes the cache by its old name
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
 def test_prompt_learning(model, kind):
     """Virtual tokens in front of the prompt learn: the loss falls, and is that of the shorter prompt with them."""
@@ -329,6 +333,7 @@ def test_prompt_learning(model, kind):
         assert losses[-1] < losses[0] and handle.stats.tokens_after == KEEP
 
 
+@pytest.mark.skipif(CACHE == "cache", reason="peft 0.21 looks for the cache's old name: the plain model disagrees, too")
 @pytest.mark.parametrize("settings", [DEFAULT, COMPACT], ids=str)
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
 def test_prompt_learning_generates(model, kind, settings):

@@ -210,6 +210,15 @@ def test_text_goes_on_behind_a_picture(model, handle, with_mask):
     close(seen, logits(model, inputs)[:, -seen.shape[1] :])
 
 
+def test_gaps_in_the_positions_of_a_short_prompt_part_no_samples(model, told, one):
+    """They are those that images leave, as its caller may count them."""
+    image = one["input_ids"][0] == IMAGE
+    stays = ~image | (image.cumsum(0) <= KEEP)
+    short = {"input_ids": one["input_ids"][:, stays], "pixel_values": one["pixel_values"]}
+    counted = {**short, "position_ids": stays.nonzero().T}
+    close(logits(model, counted, use_cache=False), logits(model, short))
+
+
 def test_continuous_batching(model, one):
     """Its KV cache holds pieces of many requests: text goes as on the plain model, pictures are refused by name."""
     model = model.float()
