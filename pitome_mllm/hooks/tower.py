@@ -22,6 +22,7 @@ from ..families.geometry import PLAIN_BACKENDS
 from ..methods import UserError
 from ..methods.pooling import cells
 from ..plan import Plan
+from .call import CALL
 from .classes import Merging
 from .merging import MatchInputs
 from .run import RUN, Run
@@ -128,6 +129,7 @@ def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         )
     if plan.input_patches < plan.geometry.patches:
         args, kwargs = smaller_picture(plan, args, kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name != CALL}  # transformers 5.24 hands it down here too
     return args, {**kwargs, RUN: Run(plan)}
 
 
