@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from checks import TOLERANCE, logits
 from families import BY_TITLE, QUESTIONS, pictures
-from models import BOS, CACHE, IMAGE, PAD, QUESTION, build, picture, processor
+from models import BOS, CACHE, IMAGE, PAD, QUESTION, build, picture, processor, since_518
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import LogitsProcessorList, Trainer, TrainingArguments
 
@@ -283,6 +283,7 @@ def test_another_default_dtype_changes_nothing(title, dtype, method):
     assert torch.equal(*found)
 
 
+@since_518
 @pytest.mark.parametrize("title", ["LLaVA-1.5", "LLaVA-NeXT (1.6)", "Idefics3"])
 @pytest.mark.parametrize("asks", [{"keep": 0.25}, None], ids=str)
 @pytest.mark.parametrize("drafts", [{"keep": 0.25}, {"keep": 0.5}], ids=str)
@@ -298,6 +299,7 @@ def test_a_draft_model_changes_no_answer(title, asks, drafts):
         assert torch.equal(model.generate(**inputs, assistant_model=draft, **options), expected)
 
 
+@since_518
 def test_features_that_a_model_lends_while_it_generates(model):
     """Another one that gets them knows how they merged: a copy finds the same."""
     inputs, draft, found = prompts(QUESTION), copy.deepcopy(model), []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checks import logits, new_ids
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, pictures
-from models import CACHE, IMAGE, PAD, QUESTION, picture, processor
+from models import CACHE, IMAGE, PAD, QUESTION, picture, processor, since_518
 from transformers import ContinuousBatchingConfig, DynamicCache, LogitsProcessorList, StaticCache
 
 from pitome_mllm import attach
@@ -78,6 +78,7 @@ def go_on(model, past, mask=None, rows=(0, 1, 2), ids=NEXT):
 # ---- a prompt in chunks ----------------------------------------------------------------------------------------------
 
 
+@since_518
 @pytest.mark.parametrize("title", ["LLaVA-1.5", "LLaVA-NeXT (1.6)", "LLaVA-OneVision", "SmolVLM"])
 def test_a_prompt_in_chunks(title):
     family = BY_TITLE[title]
@@ -86,12 +87,14 @@ def test_a_prompt_in_chunks(title):
         close(step_logits(model, inputs, prefill_chunk_size=20), step_logits(model, inputs))
 
 
+@since_518
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_chunks_of_a_batch(model, handle, options):
     inputs = make(ROWS)
     assert new_ids(model, inputs, prefill_chunk_size=50, **options) == new_ids(model, inputs, **options)
 
 
+@since_518
 def test_chunks_are_refused_where_tokens_see_both_ways():
     family = BY_TITLE["PaliGemma"]
     model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])

@@ -11,7 +11,7 @@ from checks import logits, new_ids, positions_of
 from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import picture
+from models import picture, since_518
 from transformers import LogitsProcessorList
 
 from pitome_mllm import attach, get_method
@@ -213,6 +213,7 @@ def test_original_positions_are_places_in_the_long_prompt(model, call, where):
     assert torch.equal(seen[0][0], expected)
 
 
+@since_518
 @pytest.mark.parametrize("where", ["tower", "packed"])
 def test_features_that_a_model_lends_while_it_generates(model, where):
     """Another one that gets them, with its own ids of a short prompt, places them where the first one does."""
