@@ -45,8 +45,9 @@ LONG = 120  # words of every answer of a model that never ends by itself
 # What a call names its cache: before transformers 5.24, and from it on.
 _TAKES = signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"
+BEFORE_518 = Version(transformers.__version__) < Version("5.18")
 since_518 = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"),
+    BEFORE_518,
     reason="before 5.18 transformers itself goes wrong with images in chunks of a prompt and in drafts",
 )
 QUESTION = "USER: <image> what colour is the star ASSISTANT:"

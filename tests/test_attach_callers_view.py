@@ -7,17 +7,13 @@ import threading
 
 import pytest
 import torch
-import transformers
 from checks import logits, new_ids
-from models import CACHE, QUESTION, build, picture
-from packaging.version import Version
+from models import BEFORE_518, CACHE, QUESTION, build, picture
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from pitome_mllm import attach, get_method
 
-NEEDS_FEATURES = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="before 5.18 forward() takes no encoded features"
-)
+NEEDS_FEATURES = pytest.mark.skipif(BEFORE_518, reason="before 5.18 forward() takes no encoded features")
 NEXT = torch.tensor([[7, 8, 9]])
 
 

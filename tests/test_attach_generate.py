@@ -6,10 +6,21 @@ import threading
 
 import pytest
 import torch
-import transformers
 from checks import assert_merged_like, assert_row, assert_wide_gaps, assert_works, logits, new_ids, reference
-from models import BOS, CACHE, EOS, IMAGE, PAD, PATCHES, QUESTION, build, build_text_model, picture, processor
-from packaging.version import Version
+from models import (
+    BEFORE_518,
+    BOS,
+    CACHE,
+    EOS,
+    IMAGE,
+    PAD,
+    PATCHES,
+    QUESTION,
+    build,
+    build_text_model,
+    picture,
+    processor,
+)
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
 from pitome_mllm import attach
@@ -23,7 +34,7 @@ ROWS = [  # pictures and text of each row: 1, 0, 2 adjacent, 2 apart, 1 again
     ([5], "USER: tell me how many big red digit are in the <image> picture here? ASSISTANT:"),
 ]
 # Before 5.18 transformers repeats pictures one by one for beams, so that rows with several get each other's.
-REPEATS_PICTURES = Version(transformers.__version__) < Version("5.18")
+REPEATS_PICTURES = BEFORE_518
 PLACES = ["tower", "projector", "both"]
 
 
