@@ -11,7 +11,7 @@ from typing import Any
 
 from ._options import check_method, keep, progress
 
-RATIOS, KEEPS = (0.975, 0.95, 0.925, 0.9), (0.5, 0.25, 0.125)
+RATIOS, KEEPS = (0.95, 0.9), (0.5, 0.25, 0.125)
 COLUMNS = {  # field of Row: its heading and how it is written; columns without any figure are left out
     "setting": ("setting", "{}"),
     "tokens": ("visual tokens", "{}"),
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         A mistake the user can mend, in one sentence.
     """
     from ..costs.published import SHAPES, get_shape
-    from ._cost_tables import Costs, section
+    from ._cost_tables import Costs
 
     check_method(options.method)
     asked = {name: getattr(options, name) for name in ("method", "text_tokens", "new_tokens", "bits")}
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     sections = {}
     with progress("Calculating", total=len(shapes)) as advance:
         for name, shape in shapes.items():
-            sections[name] = section(Costs(shape, memory=1e9 * options.memory, **asked), options.ratio, options.keep)
+            sections[name] = Costs(shape, memory=1e9 * options.memory, **asked).section(options.ratio, options.keep)
             advance()
     about = ABOUT.format(**vars(options), weights=f"{options.bits}-bit" if options.bits else "float16")
     if options.json:
