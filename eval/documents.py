@@ -58,11 +58,19 @@ def append(path: Path, made: Iterable[Any], about: Mapping[str, Any]) -> None:
     rows = [asdict(row) | dict(about) for row in made]
     if not path.exists():
         return write_csv(path, made, about)
-    with path.open("r+", newline="") as file:
-        if next(csv.reader(file), None) != list(rows[0]):
-            raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
-        file.seek(0, 2)
+    check_appends(path, list(rows[0]))
+    with path.open("a", newline="") as file:
         csv.DictWriter(file, list(rows[0])).writerows(rows)
+
+
+def check_appends(path: Path, columns: Sequence[str]) -> None:
+    """ValueError where rows with these columns cannot be appended: a file of others, or no folder."""
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r}; make it, or choose another --out")
+    if path.exists():
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != list(columns):
+                raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
 
 
 def markdown(lines: Sequence[Sequence[str]], numbers: int | None = None) -> str:
