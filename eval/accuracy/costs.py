@@ -48,6 +48,7 @@ class Cost:
     method: str
     where: str
     keep: int
+    published: bool
     merges: int
     ms: float
     p20: float
@@ -119,7 +120,7 @@ def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
         merge = partial(milliseconds, Picture(plan, config).merge, torch.device("cpu"))
         taken = in_turns({0: merge}, repeats)[0]
         low, middle, high = (round(q, 3) for q in np.quantile(taken, (0.2, 0.5, 0.8)).tolist())
-        yield Cost(shape, setting.method, setting.where, setting.keep, len(plan.steps), middle, low, high, repeats)
+        yield Cost(shape, **asdict(setting), merges=len(plan.steps), ms=middle, p20=low, p80=high, repeats=repeats)
 
 
 def main(argv: list[str] | None = None) -> None:

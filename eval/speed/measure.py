@@ -23,7 +23,8 @@ from ..accuracy.costs import Picture
 from .models import configuration, find_shape, prompt, random_model, slice_like, twin
 from .sheet import Row, Sheet, timing
 
-PLAIN, ORACLE, METRICS = "plain", "oracle", ("keys", "hidden")
+PLAIN, ORACLE = "plain", "oracle"
+VARIANTS = {"published": {"published": True}, "keys": {"metric": "keys"}, "hidden": {"metric": "hidden"}}
 PHASES = {"tower": "tower_ms", "first token": "prefill_ms", "decode": "per_token_ms"}  # field of AnswerCost
 NEW_TOKENS = 8
 
@@ -82,14 +83,14 @@ def _check(options: argparse.Namespace) -> torch.device:
     return device
 
 
-def split(name: str) -> tuple[str, dict[str, str]]:
-    """A method, and the settings that "METHOD:keys" or "METHOD:hidden" has beyond its name; ValueError for others."""
-    method, _, metric = name.partition(":")
+def split(name: str) -> tuple[str, dict[str, Any]]:
+    """A method, and the settings that "METHOD:VARIANT" has beyond its name; ValueError for what there is not."""
+    method, _, variant = name.partition(":")
     if method not in METHODS:
         raise UserError(unknown("method", method, METHODS))
-    if metric and metric not in METRICS:
-        raise UserError(f"unknown metric {metric!r} of {method}; choose {' or '.join(METRICS)}")
-    return method, {"metric": metric} if metric else {}
+    if variant and variant not in VARIANTS:
+        raise UserError(unknown(f"variant of {method}", variant, VARIANTS))
+    return method, VARIANTS.get(variant, {})
 
 
 def _title(options: argparse.Namespace) -> str:
@@ -132,6 +133,10 @@ def contenders(model: Any, methods: list[str], amounts: list[dict[str, Any]]) ->
         for name in methods:
             own = twin(model)
             if name == ORACLE:
+                if not made[0].handle.plan.merging:
+                    raise UserError(
+                        f"the oracle slices like {methods[0]}, which does not merge in the tower; leave it out"
+                    )
                 slice_like(own, made[0].handle)
             else:
                 method, more = split(name)

@@ -57,7 +57,7 @@ class Bench:
             vision = self.model.config.vision_config
             patches = (vision.image_size // vision.patch_size) ** 2
             way = counts(points, patches, left, vision.num_hidden_layers - 1)
-            handle = attach(made, "pitome", counts=way, metric=metric, graph=False)
+            handle = attach(made, "pitome", published=True, counts=way, metric=metric, graph=False)
             if like.startswith("oracle"):
                 handle.remove()
                 slice_like(made, handle)

@@ -41,6 +41,7 @@ class Costs:
 
     shape: Shape
     method: str
+    published: bool = False
     text_tokens: int = 40
     new_tokens: int = 1
     memory: float = 24e9
@@ -60,12 +61,13 @@ class Costs:
 
     def row(self, **given: Any) -> Row:
         """With ``ratio=``, ``keep=``, or nothing: the plain model."""
-        alone, method = self.shape.text is None, self.method if given else None
-        cost = estimate(self.config, method, **self._counts, **given) if given else self.plain
-        keep = f"keep {cost.visual_tokens}" if "keep" in given else "plain"
-        most = (
-            None if alone else largest_batch(self.config, self.memory, method, bits=self.bits, **self._counts, **given)
-        )
+        alone, keep = self.shape.text is None, "plain"
+        settings = {"method": self.method, "published": self.published, **given, **self._counts}
+        if not given:
+            settings = self._counts
+        cost = estimate(self.config, **settings) if given else self.plain
+        if "keep" in given:
+            keep = f"keep {cost.visual_tokens}"
         return Row(
             setting=f"ratio {given['ratio']:g}" if "ratio" in given else keep,
             tokens=self.shape.images * cost.visual_tokens,
@@ -74,7 +76,7 @@ class Costs:
             gflops=cost.flops / 1e9,
             saved=1 - cost.flops / self.plain.flops,
             kv_mb=None if alone else cost.kv_bytes / 1e6,
-            batch=most,
+            batch=None if alone else largest_batch(self.config, self.memory, bits=self.bits, **settings),
         )
 
     def section(self, ratios: Sequence[float], keeps: Sequence[int | float]) -> Section:

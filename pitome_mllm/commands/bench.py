@@ -11,8 +11,8 @@ from ._options import keep
 
 METHODS = ["pitome", "tome", "visionzip", "downsample", "oracle"]
 ABOUT = """Vision tower, first token and each further one are timed, what is compared in turns, on random pictures and
-40 tokens of text; merging alone too. METHOD:keys and METHOD:hidden compare tokens by these. The oracle removes as many
-tokens from the tower as the first method does, by slicing: the floor of any merging."""
+40 tokens of text; merging alone too. METHOD:published is what its paper does; METHOD:keys and METHOD:hidden compare
+tokens by these. The oracle removes as many tokens from the tower as the first method does, by slicing: the floor."""
 
 
 def register(commands: Any) -> None:
