@@ -38,6 +38,21 @@ PHASES: dict[str, tuple[Callable[[phases.Bench], None], int | None, int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run every phase, or those that are named, and print the table; the number of phases that failed."""
+    options = parse(argv)
+    start = next((method for method in ("fork", "spawn") if run_in(method, 60, probe, options.device)), None)
+    if start is None:
+        print(f"there is no {options.device} device here; --device cpu --shape tiny rehearses without", file=sys.stderr)
+        return 2
+    failed = [name for name in options.phases if not run_phase(start, name, options)]
+    if options.out.exists():
+        print(gpu_table(read(options.out, "make bench-gpu")))
+    for name in failed:
+        print(f"failed: {name}")
+    return len(failed)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--shape", default="llava-1.5-7b", choices=("llava-1.5-7b", "tiny"))
@@ -49,15 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         check_commit(options.out, commit())
     except UserError as error:
         parser.error(str(error))
-    start = next((method for method in ("fork", "spawn") if run_in(method, 60, probe, options.device)), None)
-    if start is None:
-        parser.error(f"there is no {options.device} device here; --device cpu --shape tiny rehearses without one")
-    failed = [name for name in options.phases if not run_phase(start, name, options)]
-    if options.out.exists():
-        print(gpu_table(read(options.out, "make bench-gpu")))
-    for name in failed:
-        print(f"failed: {name}")
-    return len(failed)
+    return options
 
 
 def run_phase(start: str, name: str, options: argparse.Namespace) -> bool:

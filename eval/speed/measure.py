@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pitome_mllm import METHODS, Attachment, attach
-from pitome_mllm.commands._options import progress
+from pitome_mllm.commands._options import open_model, progress
 from pitome_mllm.costs.latency import in_turns, measure, milliseconds, runs_alone, timed
 from pitome_mllm.families.features import tower_features
 from pitome_mllm.families.geometry import geometry
@@ -107,9 +107,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, int]
     if options.shape is not None:
         shape = find_shape(options.shape)
         return random_model(configuration(shape, options.layers), DTYPES[options.dtype], device), shape.images
-    from pitome_mllm import load
-
-    model, _ = load(options.model, dtype=options.dtype, device=device)
+    model, _ = open_model(options)
     check_family(model.config)
     return model, 1
 

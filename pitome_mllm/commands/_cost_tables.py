@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -88,6 +88,6 @@ class Costs:
             sizes = [f"{weight_bytes(self.config, bits=bits) / 1e9:.2f} GB in {name}" for name, bits in kinds.items()]
             notes.append(f"Weights: {', '.join(sizes)}.")
         if (ratio := self.shape.paper_ratio) is not None:
-            saved = self.row(ratio=ratio).saved
+            saved = replace(self, published=True).row(ratio=ratio).saved
             notes.append(f"The paper's results for this model are at ratio {ratio:g}, which saves {saved:.1%}.")
         return Section(self.shape.title, [self.row(**given) for given in settings], notes)

@@ -32,7 +32,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="rows, one or more sizes (1)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="CSV", help="also append the rows to this file")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, bits=None)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -109,13 +109,14 @@ def _line(cells: Sequence[str]) -> str:
 
 def show(sections: Sequence[Any], about: str) -> None:
     """All of it in the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     for found in sections:
         heading, *body = _cells(found.rows)
-        table = Table(title=found.title, title_justify="left")
+        table = Table(title=found.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for number, text in enumerate(heading):
             table.add_column(text, justify="right" if number else "left", no_wrap=not number)
         for cells in body:
