@@ -153,7 +153,7 @@ def test_the_embedded_model_costs_what_torch_counts(keep, embedded):
 
 def test_a_tower_alone_costs_what_it_costs_in_a_model_that_reads_its_last_block():
     whole = config(feature_layer=-1)
-    for settings in ({}, {"keep": 100, "method": "pitome"}, {"ratio": 0.9, "method": "tome"}):
+    for settings in ({}, {"keep": 100, "where": "tower"}, {"ratio": 0.9, "method": "tome"}):
         alone, within = estimate(whole.vision_config, images=3, **settings), estimate(whole, images=3, **settings)
         assert (alone.tower_flops, alone.merging_flops) == (within.tower_flops, within.merging_flops)
         assert alone.flops == alone.tower_flops + alone.merging_flops and alone.kv_bytes == 0
