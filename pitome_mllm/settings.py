@@ -25,7 +25,7 @@ CHOICES = {
 # What a setting is when neither the caller nor the method's preset says anything. How tokens merge goes with the
 # method: choosing another one resets it. Where they merge does not.
 HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
-WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "calibration": "distance"}
+WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "calibration": "none"}
 DEFAULTS: dict[str, Any] = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
 GRAPHS = (True, False, "auto")

@@ -187,7 +187,7 @@ def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
     plan, like = made.plan, " ".join(dict.fromkeys(each.method for each in alike))
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
     preset = METHODS[made.method].settings if plan.where == "both" else {}
-    told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
+    told = {"calibration": "none", "proportional_attention": False, "metric": "hidden"}
     told |= {name: preset.get(name) for name in ("schedule", "merges")}
     handle = attach(own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, graph=False, **told)
     if _way(handle.plan) != _way(plan):

@@ -74,6 +74,7 @@ METHODS: dict[str, Method] = {
         {
             "where": "both",
             "merges": 6,
+            "calibration": "distance",
             "metric": "hidden",
             "weighted": False,
         },
