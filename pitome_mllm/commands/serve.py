@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..methods import UserError
+from ..errors import UserError
 from ..serving.gate import Gate
 from ._options import add_merging, add_model, check_method, merging, open_model
 

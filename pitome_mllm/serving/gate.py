@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from ..methods import UserError
+from ..errors import UserError
 from .uploads import MAX_BYTES, read_upload
 
 MODELS = "/v1/models"

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..methods import UserError
+from ..errors import UserError
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 40_000_000  # a phone's camera; more would take over 160 MB once decoded
