@@ -30,7 +30,6 @@ LAYERS = (
     "pitome_mllm_eval.provenance",
     "pitome_mllm_eval.documents",
     "pitome_mllm_eval.benchmark",
-    "pitome_mllm_eval.clocks",
     "pitome_mllm_eval.accuracy",
     "pitome_mllm_eval.training",
     "pitome_mllm_eval.speed",
