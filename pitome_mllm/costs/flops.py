@@ -70,7 +70,7 @@ class Estimate:
 
 def estimate(
     model_or_config: Any,
-    method: str | Reducer | None = None,
+    method: str | Reducer | Plan | None = None,
     *,
     keep: int | float | None = None,
     ratio: float | None = None,
@@ -97,7 +97,7 @@ def estimate(
         A LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there is no text,
         and nothing but the tower costs); nothing runs and no weights are needed.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings
-        As for `attach`.
+        As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
         Rows.
     images : int, default 1
@@ -140,7 +140,7 @@ def estimate(
     )
 
 
-def resolve(model_or_config: Any, method: str | Reducer | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
+def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
     """The configurations of vision tower and LLM (None: a tower alone), and what the settings of `attach` mean there.
 
     Raises
@@ -153,7 +153,7 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
     shape = geometry(config)
     if text is None:  # whatever the place of the method's preset
         settings["where"] = settings.get("where") or "tower"
-    plan = make_plan(Settings().changed(method=method, **settings), shape)
+    plan = method if isinstance(method, Plan) else make_plan(Settings().changed(method=method, **settings), shape)
     if text is None and plan.where != "tower":
         raise UserError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
     return vision, text, plan
