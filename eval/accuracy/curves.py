@@ -92,10 +92,17 @@ def summary(path: Path = FOLDER / SUMMARY) -> list[dict[str, str]]:
     return read(path, COMMAND, ("published", "change", "group_a"))
 
 
+def called(method: str, published: bool) -> str:
+    """What tables call a method."""
+    return f"{method}, published" if published else method
+
+
 def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[Setting, Plan]:
     """Every run that is possible, and its plan."""
     found = {}
     for setting in (Setting(m, p, k) for m in methods for p in (True, False) for k in sorted(keeps, reverse=True)):
+        if METHODS[setting.method].variant and not setting.published:
+            continue  # always runs as published
         try:
             found[setting] = make_plan(Settings().changed(**asdict(setting)), geometry(model.config))
         except UserError:
@@ -119,7 +126,9 @@ def measured(
 
 def row(name: dict[str, Any], where: str, found: Answers, code: str) -> Row:
     """The row of a run."""
-    return Row(**name, where=where, questions=len(found.right), seconds=found.seconds, right=packed(found.right), code=code)
+    return Row(
+        **name, where=where, questions=len(found.right), seconds=found.seconds, right=packed(found.right), code=code
+    )
 
 
 def controls(args: argparse.Namespace) -> Iterator[Row]:

@@ -28,11 +28,6 @@ cdpruner runs without the question, as LLaVA has no text encoder for it; of the 
 takes the first. random is one draw."""
 
 
-def called(method: str, published: bool) -> str:
-    """What tables call a method."""
-    return f"{method}, published" if published else method
-
-
 @dataclass(frozen=True)
 class Results:
     """The figures of `curves`: of the plain model, without looking, and of every line and keep."""
@@ -119,17 +114,38 @@ tower, merging and projector of {SHAPE} at keep {COST_KEEP}. Group A: per cent r
 def leaders(found: list[Row]) -> str:
     """Who has the most right answers at each keep of both tables, and how PiToMe compares."""
     results = Results.of(found)
-    return " ".join(f"{TABLES[published].capitalize()}: {'; '.join(_leads(results, published))}." for published in TABLES)
+    return " ".join(
+        f"{TABLES[published].capitalize()}: {'; '.join(_leads(results, published))}." for published in TABLES
+    )
 
 
 def _leads(results: Results, published: bool) -> Iterator[str]:
     ours = "pitome" if published else DEFAULT_METHOD
     for keep in results.keeps:
-        cells = {line[0]: points(row)[0] for (line, k), row in results.cells.items() if (line[1], k) == (published, keep)}
+        cells = {
+            line[0]: points(row)[0] for (line, k), row in results.cells.items() if (line[1], k) == (published, keep)
+        }
         first, *others = sorted(cells, key=lambda name: -cells[name])
         beside = next(iter(others), None) if first == ours else ours
         said = f" ({beside} {cells[beside]:.1f})" if beside in cells else ""
         yield f"keep {keep} {first} {cells[first]:.1f}{said}"
+
+
+def ablation(rows: list[Row]) -> str:
+    """A Markdown table of the search: what every alternative gains and costs in each round, and the last front."""
+    heads = ["round", "factor", "alternative", "taken", "front", "right, %", "at each keep", "gain", "interval"]
+    lines, last = [[*heads, "TFLOPs", "launches"]], rows[-1]["round"]
+    for row in rows:
+        value, gain, low, high = (100 * float(row[name]) for name in ("value", "gain", "low", "high"))
+        said = ["yes" if row[name] == "True" else "" for name in ("taken", "front")]
+        figures = [f"{value:.1f}", row["each"], f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+        costs = [f"{float(row['teraflops']):.2f}", f"{float(row['launches']):.0f}"]
+        lines.append([row["round"], row["factor"], row["alternative"], said[0], said[1], *figures, *costs])
+    return f"""{documents.markdown(lines)}
+
+{rows[0]["questions"]} {rows[0]["split"]} questions, mean over keeps {rows[0]["keeps"]}, embedded model (weights
+{rows[0]["weights"]}), {rows[0]["device"]}, torch {rows[0]["torch"]}, transformers {rows[0]["transformers"]}, commit
+{rows[0]["commit"]}, {rows[0]["date"]}. The settings at the end of round {last}: `{next(row for row in rows[::-1] if row["taken"] == "True")["settings"]}`."""
 
 
 def plot(found: list[Row], path: Path) -> None:

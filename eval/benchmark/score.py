@@ -77,7 +77,9 @@ def prompts(processor, image_token: int, length: int, picture, texts: Sequence[s
     at = asked[0].index(image_token)
     pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
     prefix = asked[0][:at] + [image_token] * length
-    return Prompts(pixels, prefix, [ids[ids.index(image_token) + 1 :] for ids in asked], processor.tokenizer.pad_token_id)
+    return Prompts(
+        pixels, prefix, [ids[ids.index(image_token) + 1 :] for ids in asked], processor.tokenizer.pad_token_id
+    )
 
 
 @torch.inference_mode()
@@ -129,9 +131,7 @@ def predicted(model, processor, split: str = "test", limit: int | None = None) -
     """Scene, question and answer, of the first ``limit`` questions of a split (all by default)."""
     left, batch = SCENES * PER_SCENE if limit is None else limit, []
     for number in range(SCENES):
-        made, asked = _of_scene(
-            processor, model.config.image_token_id, model.config.image_seq_length, number, split
-        )
+        made, asked = _of_scene(processor, model.config.image_token_id, model.config.image_seq_length, number, split)
         batch.append((number, Prompts(made.pixels, made.prefix, made.rest[:left], made.pad), asked[:left]))
         left -= len(asked)
         if len(batch) == BATCH or left <= 0 or number == SCENES - 1:
