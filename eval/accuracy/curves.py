@@ -31,7 +31,7 @@ from ..documents import append, read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .figures import BLIND, figures
-from .runs import PLAIN, Answers, Asked, code_of, load, measure, provenance
+from .runs import PLAIN, Answers, Asked, code, load, measure, provenance
 
 KEEPS = (288, 192, 144, 128, 72, 64, 36, 16)
 SUMMARY = "accuracy.csv"  # of the two files the one that is installed
@@ -56,10 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What a run answered: ``right`` holds one bit for each question, in the benchmark's order, as hexadecimal digits.
-
-    ``code`` is a hash of all files that decide about it.
-    """
+    """What a run answered: ``right`` holds one bit for each question, in the benchmark's order, as hexadecimal digits."""
 
     method: str
     published: bool
@@ -68,7 +65,6 @@ class Row:
     questions: int
     seconds: float
     right: str
-    code: str
 
 
 def packed(right: np.ndarray) -> str:
@@ -110,25 +106,14 @@ def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[S
     return found
 
 
-def measured(
-    args: argparse.Namespace, wanted: dict[Setting, Plan], known: set[Setting], codes: dict[str, str]
-) -> Iterator[Row]:
-    """A row for everything that is ``wanted`` and not ``known``, as it comes; runs of one plan run once."""
-    asked = Asked(args.model, args.split, args.questions)
+def measured(args: argparse.Namespace, wanted: dict[Setting, Plan], seconds: float | None) -> Iterator[Row]:
+    """The rows of everything that is ``wanted``, as they come; runs of one plan run once."""
     runs: dict[Plan, list[Setting]] = {}
     for setting, plan in sorted(wanted.items(), key=lambda item: -item[0].keep):  # the longest first
-        if setting not in known:
-            runs.setdefault(replace(plan, published=False), []).append(setting)
-    for number, found in measure(asked, [asdict(same[0]) for same in runs.values()], args.jobs, args.seconds):
-        for setting in list(runs.values())[number]:
-            yield row(asdict(setting), wanted[setting].where, found, codes[setting.method])
-
-
-def row(name: dict[str, Any], where: str, found: Answers, code: str) -> Row:
-    """The row of a run."""
-    return Row(
-        **name, where=where, questions=len(found.right), seconds=found.seconds, right=packed(found.right), code=code
-    )
+        runs.setdefault(replace(plan, published=False), []).append(setting)
+    asked, alike = Asked(args.model, args.split, args.questions), list(runs.values())
+    for number, found in measure(asked, [asdict(same[0]) for same in alike], args.jobs, seconds):
+        yield from (_row(setting, wanted[setting].where, found) for setting in alike[number])
 
 
 def controls(args: argparse.Namespace) -> Iterator[Row]:
@@ -136,13 +121,18 @@ def controls(args: argparse.Namespace) -> Iterator[Row]:
     ((_, plain),) = measure(Asked(args.model, args.split, args.questions), [None])
     asked = questions(args.split)[: args.questions]
     blind = np.array([blind_answer(question) == question.answer for _, question in asked])
-    code = code_of(None)
-    yield row({"method": PLAIN, "published": False, "keep": GRID * GRID}, "none", plain, code)
-    yield row({"method": BLIND, "published": False, "keep": 0}, "none", Answers(blind, 0), code)
+    yield _row(Setting(PLAIN, False, GRID * GRID), "none", plain)
+    yield _row(Setting(BLIND, False, 0), "none", Answers(blind, 0))
 
 
-def usable(args: argparse.Namespace, about: dict[str, str], codes: dict[str, str]) -> list[dict[str, str]]:
-    """The rows of ``--out`` that today's code would measure again in the same way, or that are not asked for.
+def _row(setting: Setting, where: str, found: Answers) -> Row:
+    return Row(
+        **asdict(setting), where=where, questions=len(found.right), seconds=found.seconds, right=packed(found.right)
+    )
+
+
+def usable(args: argparse.Namespace, about: dict[str, str]) -> list[dict[str, str]]:
+    """The rows of ``--out`` that today's code made, or that are not asked for.
 
     Raises
     ------
@@ -151,10 +141,11 @@ def usable(args: argparse.Namespace, about: dict[str, str], codes: dict[str, str
     if not args.out.exists():
         return []
     found, count = results(args.out), len(questions(args.split)[: args.questions])
-    if other := [r for r in found if any(r[n] != about[n] for n in SAME) or r["questions"] != str(count)]:
+    if other := [row for row in found if any(row[n] != about[n] for n in SAME) or row["questions"] != str(count)]:
         got = ", ".join(other[0][name] for name in (*SAME, "questions"))
         raise UserError(f"{str(args.out)!r} holds rows of {got}; choose another --out, or move that file away")
-    return [r for r in found if r["code"] == codes.get(r["method"], r["code"])]
+    asked = {PLAIN, BLIND, *args.methods}
+    return [row for row in found if row["code"] == about["code"] or row["method"] not in asked]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -163,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     made.add_argument("--split", default="test", choices=SPLITS[1:])
     made.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    made.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
+    made.add_argument("--keeps", nargs="+", type=int, default=list(KEEPS))
     made.add_argument("--questions", type=int, help="only the first so many")
     made.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (%(default)s)")
     made.add_argument("--seconds", type=float, help="after which no more is run; what is done is written")
@@ -177,24 +168,23 @@ def main(argv: list[str] | None = None) -> None:
 
     args, began = parser().parse_args(argv), time.monotonic()
     torch.set_num_threads(1)
-    about = provenance(args.model, args.split)
-    codes = {name: code_of(None if name in (PLAIN, BLIND) else name) for name in (PLAIN, BLIND, *args.methods)}
+    about = provenance(args.model, args.split) | {"code": code()}
     try:
         check_out(args.out, RESULTS, (args.model, args.split, args.questions) == ("tiny", "test", None))
-        rows = usable(args, about, codes)
+        rows = usable(args, about)
     except UserError as error:
         parser().error(str(error))
+    known = {Setting.of(row) for row in rows}
     if rows:
         write_csv(args.out, rows)
-    wanted = settings(args.methods, args.keep, load(args.model)[0])
-    known = {Setting.of(r) for r in rows}
+    else:
+        args.out.unlink(missing_ok=True)
+    wanted = {s: plan for s, plan in settings(args.methods, args.keeps, load(args.model)[0]).items() if s not in known}
     with Progress() as bar:
-        task = bar.add_task("runs", total=len(wanted.keys() - known))
+        task = bar.add_task("runs", total=len(wanted))
         if PLAIN not in {setting.method for setting in known}:
             append(args.out, controls(args), about)
-        if args.seconds is not None:
-            args.seconds -= time.monotonic() - began
-        for made in measured(args, wanted, known, codes):
+        for made in measured(args, wanted, args.seconds and args.seconds - (time.monotonic() - began)):
             append(args.out, [made], about)
             bar.update(task, advance=1, description=f"{made.method} {made.keep}")
     write_csv(args.out, in_order(results(args.out)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,39 +93,15 @@ def _numbered(call: tuple[Asked, int, Settings | None]) -> tuple[int, Answers]:
     return number, answers(asked, settings)
 
 
-def sources(method: str | None) -> list[Path]:
-    """The files that decide what is answered under a method (None: by the plain model); none of another method's."""
+def code() -> str:
+    """A hash of all files that decide what is answered."""
     import pitome_mllm
 
     package, here = Path(pitome_mllm.__file__).parent, Path(__file__).parent
-    beside = [package / name for name in ("methods", "commands", "serving", "visualize", "cli.py")]
-    shared = [path for path in package.rglob("*.py") if not any(path.is_relative_to(folder) for folder in beside)]
-    return sorted({*shared, *(here.parent / "benchmark").glob("*.py"), here / "runs.py", *_files_of(method)})
-
-
-def _files_of(method: str | None) -> set[Path]:
-    """The file of a method's reducer, and those of what it takes from others."""
-    from pitome_mllm import METHODS
-
-    found: set[str] = set()
-    todo = [] if method is None else [METHODS[method].reducer.__module__]
-    while todo:
-        found.add(name := todo.pop())
-        owners = {getattr(thing, "__module__", None) for thing in vars(sys.modules[name]).values()}
-        todo += [owner for owner in owners - found if owner and owner.startswith("pitome_mllm.methods.")]
-    return {Path(sys.modules[name].__file__) for name in found}
-
-
-@cache
-def code_of(method: str | None) -> str:
-    """A hash of the `sources` of a method, and of its row in METHODS."""
-    from pitome_mllm import METHODS
-
-    sha = hashlib.sha256(b"".join(path.read_bytes() for path in sources(method)))
-    if method is not None:
-        row = METHODS[method]
-        sha.update(json.dumps([dict(row.options), dict(row.settings)], sort_keys=True, default=str).encode())
-    return sha.hexdigest()[:16]
+    beside = [package / name for name in ("commands", "serving", "visualize", "cli.py")]
+    files = [path for path in package.rglob("*.py") if not any(path.is_relative_to(folder) for folder in beside)]
+    files += [*(here.parent / "benchmark").glob("*.py"), here / "runs.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
 
 
 @cache

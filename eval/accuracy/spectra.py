@@ -132,8 +132,8 @@ def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
     """
     if len(found) < LEAST_POINTS:
         raise UserError(
-            f"a rank correlation of {len(found)} settings says little; at least {LEAST_POINTS} are needed: measure more "
-            f"methods or keeps with {CURVES}"
+            f"a rank correlation of {len(found)} settings says little; at least {LEAST_POINTS} are needed: measure "
+            f"more methods or keeps with {CURVES}"
         )
     distance, loss, keep = (np.array([getattr(p, name) for p in found], float) for name in ("distance", "loss", "keep"))
     methods = [p.name for p in found]

@@ -107,8 +107,9 @@ def about(found: list[Row]) -> str:
 right, in brackets the paired 95 % bootstrap interval, over pictures, of the difference to the plain model, which has
 {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most common answer to the same text in training data):
 {points(results.blind)[0]:.1f}. Spectral: its paper proves that it keeps the spectrum. TFLOPs: counted for one picture,
-tower, merging and projector of {SHAPE} at keep {COST_KEEP}. Group A: per cent right at keep {GROUP_A_KEEP} of the
-{" or ".join(sorted(filter(None, hard))) or "no"} questions that the plain model answers right and `downsample` wrong."""
+tower, merging and projector of {SHAPE} at keep {COST_KEEP}. Group A: per cent right, at keep {GROUP_A_KEEP}, of
+the {" or ".join(sorted(filter(None, hard))) or "no"} questions that the plain model answers right and `downsample`
+wrong."""
 
 
 def leaders(found: list[Row]) -> str:
@@ -134,18 +135,19 @@ def _leads(results: Results, published: bool) -> Iterator[str]:
 def ablation(rows: list[Row]) -> str:
     """A Markdown table of the search: what every alternative gains and costs in each round, and the last front."""
     heads = ["round", "factor", "alternative", "taken", "front", "right, %", "at each keep", "gain", "interval"]
-    lines, last = [[*heads, "TFLOPs", "launches"]], rows[-1]["round"]
+    lines = [[*heads, "TFLOPs", "launches"]]
     for row in rows:
         value, gain, low, high = (100 * float(row[name]) for name in ("value", "gain", "low", "high"))
         said = ["yes" if row[name] == "True" else "" for name in ("taken", "front")]
         figures = [f"{value:.1f}", row["each"], f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}"]
         costs = [f"{float(row['teraflops']):.2f}", f"{float(row['launches']):.0f}"]
         lines.append([row["round"], row["factor"], row["alternative"], said[0], said[1], *figures, *costs])
+    first, final = rows[0], next(row for row in reversed(rows) if row["taken"] == "True")
     return f"""{documents.markdown(lines)}
 
-{rows[0]["questions"]} {rows[0]["split"]} questions, mean over keeps {rows[0]["keeps"]}, embedded model (weights
-{rows[0]["weights"]}), {rows[0]["device"]}, torch {rows[0]["torch"]}, transformers {rows[0]["transformers"]}, commit
-{rows[0]["commit"]}, {rows[0]["date"]}. The settings at the end of round {last}: `{next(row for row in rows[::-1] if row["taken"] == "True")["settings"]}`."""
+{first["questions"]} {first["split"]} questions, mean over keep {first["keeps"]}, and at each; embedded model (weights
+{first["weights"]}), {first["device"]}, torch {first["torch"]}, transformers {first["transformers"]}, commit
+{first["commit"]}, {first["date"]}. What is left in the end, in place of the defaults: `{final["settings"]}`."""
 
 
 def plot(found: list[Row], path: Path) -> None:
