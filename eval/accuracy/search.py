@@ -43,6 +43,7 @@ SAID = ", ".join(map(str, KEEPS))
 
 # What is tried in place of the library's defaults, factor by factor; None of an option is the paper's.
 FACTORS: dict[str, list[dict[str, Any]]] = {
+    "what the LLM is told": [{"calibration": told} for told in ("distance", "size", "none")],
     "where": [{"where": "tower"}, {"where": "projector"}],
     "tokens out of the tower": [{"tower_keep": count} for count in (160, 192, 240, 288)],
     "merge points": [{"merges": points} for points in (3, 4, 5, 6, "every")],
