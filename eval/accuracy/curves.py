@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What a run answered: ``right`` holds one bit for each question, in the benchmark's order, as hexadecimal digits."""
+    """What a run answered: ``right`` holds a bit for each question, in the benchmark's order, as hexadecimal digits."""
 
     method: str
     published: bool
@@ -107,13 +107,10 @@ def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[S
 
 
 def measured(args: argparse.Namespace, wanted: dict[Setting, Plan], seconds: float | None) -> Iterator[Row]:
-    """The rows of everything that is ``wanted``, as they come; runs of one plan run once."""
-    runs: dict[Plan, list[Setting]] = {}
-    for setting, plan in sorted(wanted.items(), key=lambda item: -item[0].keep):  # the longest first
-        runs.setdefault(replace(plan, published=False), []).append(setting)
-    asked, alike = Asked(args.model, args.split, args.questions), list(runs.values())
-    for number, found in measure(asked, [asdict(same[0]) for same in alike], args.jobs, seconds):
-        yield from (_row(setting, wanted[setting].where, found) for setting in alike[number])
+    """The rows of everything that is ``wanted``, as they come."""
+    longest, asked = sorted(wanted, key=lambda setting: -setting.keep), Asked(args.model, args.split, args.questions)
+    for number, found in measure(asked, [asdict(setting) for setting in longest], args.jobs, seconds):
+        yield _row(longest[number], wanted[longest[number]].where, found)
 
 
 def controls(args: argparse.Namespace) -> Iterator[Row]:
