@@ -339,8 +339,8 @@ def test_the_processors_table_has_a_line_for_each_contender():
         row("decode", "pitome, 144", 1, 1.2),
     ]
     *_, plain, pitome = report.cpu_table(rows).splitlines()
-    assert plain == "| tiny | plain | 30 |  |  |  | 60 |  |  |"
-    assert pitome == "| tiny | pitome, 144 | 33 | **1.1** (<= 1) | 1.1 | 0.1 |  |  | 1.2 |"
+    assert plain == "| embedded model | plain | 30 |  |  |  | 60 |  |  |"
+    assert pitome == "| embedded model | pitome, 144 | 33 | **1.1** (<= 1) | 1.1 | 0.1 |  |  | 1.2 |"
 
 
 @pytest.mark.parametrize("column", ["device", "torch", "commit"])
