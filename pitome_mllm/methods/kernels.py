@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power
+from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power, stream_of
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,9 @@ def merge(
     launches, size = _decision(Rows.of(metric), r, protected, energy, tiles or Tiles.of(metric))
     with on(metric.device):
         memory = torch.empty(size, dtype=torch.uint8, device=metric.device)
+        stream = stream_of(metric.device)
         for reads, launch in launches:
-            launch(memory, *((metric,) if reads else ()))
+            launch(stream, memory, *((metric,) if reads else ()))
     batch, tokens = metric.shape[:2]
     n = tokens - protected
     return FusedMerge(memory, (batch, tokens, n, r), 1 / (energy.scale(n) * n) if energy else None)
@@ -257,7 +258,7 @@ class FusedMerge(Merge):
             y = torch.empty((batch, self.count, width), dtype=x.dtype, device=x.device)
             total = torch.empty((batch, self.count, 1), dtype=torch.float32, device=x.device)
             own = (self._first, self._member, self._slot) if self._renumbered else ()
-            launch(self._memory, x, total if size is None else size, y, total, *own)
+            launch(stream_of(x.device), self._memory, x, total if size is None else size, y, total, *own)
         return y, total
 
     def in_source_order(self) -> FusedMerge:
