@@ -46,8 +46,7 @@ class Plan:
     weighted: bool
     proportional_attention: bool
     order: str
-    positions: str
-    llm_size_bias: bool
+    calibration: str
     energies: bool
     logits: str
     graph: bool | str
@@ -147,7 +146,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         energies=settings.energies,
         logits=settings.logits,
         graph=settings.graph,
-        **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
+        **{name: getattr(settings, name) for name in (*HOW, "where", "calibration")},
     )
 
 

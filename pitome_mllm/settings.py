@@ -18,18 +18,24 @@ CHOICES = {
     "metric": ("keys", "hidden", "projected"),
     "place": ("mid", "end"),
     "order": ("reading", "source"),
-    "positions": ("compact", "original"),
+    "calibration": ("distance", "size", "none"),
     "schedule": tuple(SHAPES),
     "logits": ("merged", "caller"),
 }
 # What a setting is when neither the caller nor the method's preset says anything. How tokens merge goes with the
 # method: choosing another one resets it. Where they merge does not.
 HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
-WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "positions": "compact", "llm_size_bias": False}
+WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "calibration": "distance"}
 DEFAULTS: dict[str, Any] = {**HOW, **WHERE}
 DEFAULT_METHOD = "pitome-tuned"
 GRAPHS = (True, False, "auto")
-SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
+SWITCHES = ("weighted", "proportional_attention", "energies")
+GONE = {
+    "compiled": "graph=True runs the vision tower as CUDA graphs without a compiler; to use one, leave it out and call "
+    "torch.compile on the tower yourself",
+    "positions": "write calibration='distance' or 'size' for original positions, calibration='none' for compact ones",
+    "llm_size_bias": "write calibration='distance' or 'size' for True, calibration='none' for False",
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,7 @@ class Settings:
     weighted: bool | None = None
     proportional_attention: bool | None = None
     order: str | None = None
-    positions: str | None = None
-    llm_size_bias: bool | None = None
+    calibration: str | None = None
     energies: bool = False
     logits: str = "merged"
     graph: bool | str = "auto"
@@ -75,11 +80,8 @@ class Settings:
         A new method starts from its own preset, a new keep, ratio or counts replaces the old one, a new place forgets
         tower_keep, and what leaves no choice of blocks forgets merges.
         """
-        if "compiled" in given:
-            raise UserError(
-                f"compiled={given['compiled']!r} is gone: graph=True runs the vision tower as CUDA graphs without a "
-                "compiler; to use one, leave it out and call torch.compile on the tower yourself"
-            )
+        for name in GONE.keys() & given.keys():
+            raise UserError(f"{name}={given[name]!r} is gone: {GONE[name]}")
         if given.get("method", "") is None:
             given["method"] = DEFAULT_METHOD
         known = {f.name for f in fields(Settings)} - {"options"}
@@ -121,7 +123,7 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
     if not any(settings.graph is choice or settings.graph == choice == "auto" for choice in GRAPHS):  # 1 is not True
         raise UserError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
     reducer, name = _resolve(settings)
-    merges, settings = settings.merges, _complete(settings, name, geometry)
+    merges, settings = settings.merges, _complete(settings, reducer, name, geometry)
     _check_needs(settings, reducer, name, geometry)
     _check_merges(merges, settings, reducer, name)
     return settings, reducer, name
@@ -145,7 +147,7 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
     return get_method(name, **settings.options), name
 
 
-def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
+def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> Settings:
     """Every setting that the caller left open, by the method's preset, else by default.
 
     A preset gives way where it cannot hold: its place where ratio or counts say what every block of the tower keeps, a
@@ -153,13 +155,9 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
     """
     chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
     left = {k: v for k, v in settings.preset.items() if k not in chosen}
-    for setting in ("positions", "llm_size_bias"):
-        if geometry.llm_unsupported_reason and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
-            value = left.pop(setting)
-            logger.warning(
-                "%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_unsupported_reason
-            )
     complete = {**DEFAULTS, **left, **chosen}
+    if "calibration" not in chosen:
+        complete["calibration"] = _best_calibration(complete["calibration"], reducer, geometry)
     if "where" not in chosen and complete["where"] not in geometry.family.places:
         complete["where"] = geometry.family.places[0]
     if "metric" not in chosen and complete["where"] == "packed":
@@ -167,6 +165,27 @@ def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
     if left.get("metric") == "projected" and complete["where"] != "projector":
         complete["metric"] = "hidden"
     return replace(settings, **complete)
+
+
+def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
+    """The calibration ``wanted``, or the best that method and LLM take; a warning where the LLM takes none."""
+    if wanted == "none" or not reducer.forms_groups:
+        return "none"
+    if geometry.llm_unsupported_reason:
+        logger.warning("calibration='none', which costs accuracy: %s", geometry.llm_unsupported_reason)
+        return "none"
+    return wanted if geometry.llm_rotary else "size"
+
+
+def _check_calibration(kind: str, reducer: Reducer, name: str, geometry: Geometry) -> None:
+    """UserError where the method or the LLM does not take a calibration that is asked for."""
+    reason = geometry.llm_unsupported_reason
+    if kind != "none" and not reducer.forms_groups:
+        reason = f"{name} has no groups, so nobody knows where its tokens stand"
+    if kind == "distance" and not geometry.llm_rotary:
+        reason = reason or "the LLM has no rotary embedding; calibration='size' is possible"
+    if kind != "none" and reason:
+        raise UserError(f"calibration={kind!r} is not possible: {reason}; or choose calibration='none'")
 
 
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
@@ -188,11 +207,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
-    if settings.positions == "original" and not reducer.forms_groups:
-        raise UserError(
-            f"{name} has no groups, so its tokens have no original position; choose positions='compact', "
-            "or a method that merges or drops tokens"
-        )
+    _check_calibration(settings.calibration, reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
             f"order='source' is known for ToMe and for PiToMe with protect=1 and steps=1, got {name}; "
@@ -216,8 +231,6 @@ def _check_merges(merges: int | str | None, settings: Settings, reducer: Reducer
 def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
     """ValueError for what models of the original llava package do not take."""
     asked = {
-        "positions='original'": settings.positions == "original",
-        "llm_size_bias=True": settings.llm_size_bias,
         f"method={name!r}": reducer.shrinks_picture,
         "logits='caller'": settings.logits == "caller",
     }

@@ -74,8 +74,6 @@ METHODS: dict[str, Method] = {
         {
             "where": "both",
             "merges": 6,
-            "positions": "original",
-            "llm_size_bias": True,
             "metric": "hidden",
             "weighted": False,
         },
