@@ -53,7 +53,7 @@ class Attachment(Attached):
         found = geometry(model)
         super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
-        self.graphs = Graphs()
+        self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
 
@@ -74,6 +74,7 @@ class Attachment(Attached):
             self._plan, self.settings = self._planned(changed), changed
         if not self._plan.graph:
             self.graphs.clear()
+            self.prefills.clear()
 
     @contextmanager
     def using(self, *plain: None, **settings: Any) -> Iterator[Attachment]:
@@ -120,7 +121,7 @@ class Attachment(Attached):
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""
         twin = memo[id(self)] = object.__new__(type(self))
-        own = {"graphs": Graphs(), "_updating": threading.Lock()}
+        own = {"graphs": Graphs(), "prefills": Graphs(), "_updating": threading.Lock()}
         vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
         return twin
 

@@ -155,6 +155,12 @@ def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str 
     return None
 
 
+def foreign_module(root: nn.Module) -> str | None:
+    """A module within, of whose class it is not known what it does; said as a reason."""
+    foreign = (name for name, module in root.named_modules() if not type(module).__module__.startswith(_KNOWN))
+    return next((f"{name!r} is neither torch's nor transformers'" for name in foreign), None)
+
+
 def _hooks_inside(module: nn.Module, tower: nn.Module, last: Any) -> list[Any]:
     """The forward hooks of a module that would be inside a graph."""
     after = module._forward_hooks.values()
