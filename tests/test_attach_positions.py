@@ -23,7 +23,7 @@ SETTINGS = [{"calibration": "size"}, {"calibration": "distance"}]
 
 @pytest.fixture(params=SETTINGS, ids=str)
 def handle(model, request):
-    with attach(model, "pitome", keep=144, **request.param) as handle:
+    with attach(model, "pitome", published=True, keep=144, **request.param) as handle:
         yield handle
 
 
