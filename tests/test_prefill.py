@@ -132,13 +132,16 @@ def test_what_no_graph_can_hold_runs_eagerly_and_is_said_once(case, one, caplog)
 
 def test_without_a_calibration_masks_must_be_the_same_within_a_graph(one):
     """Before transformers 5.24 they are not; from it on a prompt without padding has none."""
-    model = build(layers=2)
+    model, masks = build(layers=2), []
     with attach(model, keep=144, calibration="none", graph=True) as handle:
+        model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
         with handle.using(graph=False):
             expected = answer(model, one)
         for _ in range(3):
             assert_same(answer(model, one), expected)
-    assert replays() == (0 if BEFORE_524 else 2)
+    assert replays() == (0 if BEFORE_524 else 2) and masks[0] is None
 
 
 def test_two_models_and_a_copy_have_graphs_of_their_own(one):

@@ -33,6 +33,11 @@ MOST = 2048  # tokens of a picture, whose groups one program numbers
 is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def fuses(metric: Tensor) -> bool:
     """Whether a merge by ``metric`` (B, N, C) takes the fused kernels. Never within torch.compile.
 
@@ -59,6 +64,8 @@ def _obstacle(metric: Tensor) -> str:
     """Why this merge cannot be fused; "" if it can."""
     if torch.jit.is_tracing():
         return "a trace holds torch's operations"
+    if is_transformed():
+        return "transforms of torch.func, such as vmap, know torch's operations"
     if type(metric) not in (Tensor, torch.nn.Parameter):
         return f"a {type(metric).__name__} has no memory of its own"
     if metric.requires_grad:
@@ -245,7 +252,8 @@ class FusedMerge(Merge):
         return self._combine(x, size, False) if self._fused(x) else super().reduce_evenly(x, size)
 
     def _fused(self, x: Tensor) -> bool:
-        return x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled()) and not is_compiling()
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        return x.dtype in DTYPES and not (differentiated or is_compiling() or is_transformed())
 
     def _combine(self, x: Tensor, size: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor]:
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()

@@ -258,6 +258,19 @@ def next_launch(name: str, metric: torch.Tensor, energy: kernels.Energy):
     return next(pair for pair in launches if pair[1]._kernel == name), size
 
 
+def test_transforms_of_torch_take_the_torch_path(switch):
+    switch("auto")
+    reducer, x = get_method("pitome"), torch.randn(3, 1, 9, 16)
+
+    def merged(x):
+        return reducer.match(x, 3).reduce(x)[0]
+
+    fused = kernels.merge(x[0], 3, 0)
+    kernels_used = torch.vmap(lambda x: fused.reduce(x)[0])(x)
+    assert torch.equal(torch.vmap(merged)(x), torch.stack([merged(each) for each in x]))
+    assert torch.equal(kernels_used, torch.stack([fused.reduce(each)[0] for each in x]))
+
+
 def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
     reducer, metric = get_method("pitome"), torch.randn(1, 9, 16)
     for impossible in (metric.double(), metric.clone().requires_grad_(), torch.randn(1, 2100, 16)):
