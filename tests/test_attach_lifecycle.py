@@ -40,9 +40,9 @@ def test_keeping_all_is_bit_identical_with_every_method(model, plain, pair, meth
 
 
 @pytest.mark.parametrize("where", ["tower", "projector", "both"])
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_keeping_all_is_bit_identical_at_every_place(model, plain, pair, where, positions):
-    with attach(model, keep=PATCHES, where=where, positions=positions):
+@pytest.mark.parametrize("calibration", ["none", "size", "distance"])
+def test_keeping_all_is_bit_identical_at_every_place(model, plain, pair, where, calibration):
+    with attach(model, keep=PATCHES, where=where, calibration=calibration):
         assert torch.equal(logits(model, pair), logits(plain, pair))
         assert new_ids(model, pair) == new_ids(plain, pair)
 
@@ -321,7 +321,9 @@ WRONG = [  # settings, words that the message must contain
     ({"method": "crossget", "keep": 144, "order": "source"}, ["source", "crossget", "reading"]),
     ({"method": "pitome", "keep": 144, "order": "source", "steps": 2}, ["source", "steps", "reading"]),
     ({"method": "pitome-bsm", "keep": 144, "order": "source"}, ["source", "protect", "reading"]),
-    ({"keep": 144, "positions": "old"}, ["old", "compact", "original"]),
+    ({"keep": 144, "calibration": "old"}, ["old", "distance", "size", "none"]),
+    ({"keep": 144, "positions": "original"}, ["positions", "calibration='distance'"]),
+    ({"keep": 144, "llm_size_bias": True}, ["llm_size_bias", "calibration='distance'"]),
     ({"keep": 144, "schedule": "linear"}, ["linear", "equal", "early", "delayed", "last"]),
     ({"keep": 144, "metric": "history"}, ["history", "keys", "hidden", "projected"]),
     ({"method": "pitome", "keep": 144, "smooth": 0.5}, ["smooth", "margin", "protect"]),

@@ -195,11 +195,12 @@ def test_the_default_goes_without_what_the_llm_does_not_take(model, caplog, text
     for name, value in text.items():
         setattr(model.config.text_config, name, value)
     with caplog.at_level("WARNING"), attach(model, keep=144) as handle:
-        assert (handle.plan.positions, handle.plan.llm_size_bias) == ("compact", False)
+        assert handle.plan.calibration == "none"
         assert handle.plan.keep == 144
-    assert "pitome goes without calibration in this LLM" in caplog.text
-    handle = attach(model, keep=144, llm_size_bias=True)  # what the caller asks for is not taken away in silence
-    assert handle.plan.llm_size_bias
+    assert caplog.text.count("calibration='none', which costs accuracy: the LLM") == 1
+    for calibration in ("size", "distance"):  # what the caller asks for is not taken away in silence
+        with pytest.raises(ValueError, match=f"calibration='{calibration}' is not possible: the LLM.*'none'"):
+            attach(model, keep=144, calibration=calibration)
 
 
 def test_a_reducer_instance_is_a_method(model, plain, one):
@@ -295,16 +296,10 @@ def test_settings_differ_from_each_other(model, one):
         assert all((a - b).abs().max() > 1e-3 for b in seen[i + 1 :])
 
 
-def test_llm_size_bias_weighs_tokens(model, one):
-    plan, stats, seen = run(model, one, "pitome", published=True, keep=72, llm_size_bias=True)
-    assert_consistent(plan, stats, images=1, keep=72)
-    assert (seen - run(model, one, "pitome", published=True, keep=72)[2]).abs().max() > 1e-3
-
-
-def test_llm_size_bias_is_refused_where_attention_takes_no_mask(model, one):
-    with attach(model, "pitome", published=True, keep=72, llm_size_bias=True):
+def test_an_llm_that_takes_no_mask_any_more(model, one):
+    with attach(model, "pitome", keep=72, calibration="size"):
         model.model.language_model.config._attn_implementation = "flash_attention_2"
-        with pytest.raises(ValueError, match="llm_size_bias=True is not possible.*flash_attention_2"):
+        with pytest.raises(ValueError, match="calibration='size' is not possible.*flash_attention_2"):
             logits(model, one)
         model.model.language_model.config._attn_implementation = "sdpa"
         model.model.language_model.config.layer_types = ["sliding_attention", "full_attention"]
