@@ -121,6 +121,7 @@ def config(
     tower: str = "clip",
     width: int = 64,
     attention: str = "sdpa",
+    text: dict[str, Any] | None = None,
 ) -> LlavaConfig:
     """A LLaVA-1.5 configuration with 24 x 24 patches and ``layers`` encoder blocks."""
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
@@ -135,7 +136,7 @@ def config(
     )
     return LlavaConfig(
         vision_config=vision,
-        text_config=llama_config(width),
+        text_config=text or llama_config(width),
         image_token_id=IMAGE,
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy=strategy,
