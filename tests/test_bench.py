@@ -100,6 +100,7 @@ def test_rows_hold_times_and_shares_of_the_same_rounds(field, monkeypatch):
     assert found["decode", "pitome, 144"].ms == found["decode", "plain"].ms == 8000
     assert found["merge", "pitome, 144"].share == round(0.5 / 9, 4) and ("merge", "plain") not in found
     assert [phase for phase, what in found if what.startswith("oracle")] == ["tower"]
+    assert found["over slicing", "pitome, 144"].share == 1.5  # 9 over 6
 
 
 @torch.inference_mode()
@@ -135,7 +136,7 @@ def test_a_bare_checkout_runs_it(tmp_path):
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     every = {("tower", "plain"), ("first token", "plain"), ("decode", "plain"), ("tower", "oracle of tome, 144")}
-    every |= {(phase, "tome, 144") for phase in ("tower", "merge", "first token", "decode")}
+    every |= {(phase, "tome, 144") for phase in ("tower", "over slicing", "merge", "first token", "decode")}
     assert {(row["phase"], row["what"]) for row in rows} == every
     assert all(row["torch"] and row["date"] and "its own time" in row["device"] for row in rows)
     assert "tome, 144" in done.stdout and "…" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80

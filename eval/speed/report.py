@@ -46,7 +46,7 @@ LIMITS = {
     ("tiny", "pitome, 144", "tower"): 1.0,
     ("LLaVA-1.5-7B, the tower alone", "pitome, 144", "tower"): 0.68,
     **{
-        ("LLaVA-1.5-7B, the tower alone", f"pitome:published, ratio {r}", "slicing"): 1.03
+        ("LLaVA-1.5-7B, the tower alone", f"pitome:published, ratio {r}", "over slicing"): 1.03
         for r in ("0.9", "0.95", "0.975")
     },
     ("LLaVA-1.5-7B, the tower alone", "pitome:keys, 144", "merge"): 0.01,
@@ -147,20 +147,22 @@ def cpu_table(rows: Iterable[Found]) -> str:
     for (shape, what), found in cells.items():
         if what.startswith("oracle"):
             continue
-        method, _, amount = what.partition(", ")
-        slicing = cells.get((shape, f"oracle of {method}, {amount}"), {}).get("tower")
-        tower, plain = found["tower"], what == "plain"
-        over = float(tower["ms"]) / float(slicing["ms"]) if slicing else None
+
+        def share(phase: str, found: dict[str, Found] = found, key: tuple[str, str] = (shape, what)) -> str:
+            if phase not in found or key[1] == "plain":
+                return ""
+            return judged(float(found[phase]["share"]), LIMITS.get((*key, phase)))
+
         lines.append([
             EMBEDDED if shape == "tiny" else shape,
             what,
-            shown(tower["ms"]),
-            "" if plain else judged(float(tower["share"]), LIMITS.get((shape, what, "tower"))),
-            "" if over is None else judged(over, LIMITS.get((shape, what, "slicing"))),
-            judged(float(found["merge"]["share"]), LIMITS.get((shape, what, "merge"))) if "merge" in found else "",
+            shown(found["tower"]["ms"]),
+            share("tower"),
+            share("over slicing"),
+            share("merge"),
             shown(found["first token"]["ms"]) if "first token" in found else "",
-            *("" if plain or name not in found else f"{float(found[name]['share']):.3g}"
-              for name in ("first token", "decode")),
+            share("first token"),
+            share("decode"),
         ])  # fmt: skip
     return markdown(lines, numbers=2)
 
