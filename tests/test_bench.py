@@ -336,7 +336,7 @@ def test_the_processors_table_has_a_line_for_each_contender():
     rows = [row("tower", "plain", 30, 1.0), row("first token", "plain", 60, 1.0), row("tower", "pitome, 144", 33, 1.1)]
     rows += [
         row("merge", "pitome, 144", 3, 0.1),
-        row("tower", "oracle of pitome, 144", 30),
+        row("over slicing", "pitome, 144", 33, 1.1),
         row("decode", "pitome, 144", 1, 1.2),
     ]
     *_, plain, pitome = report.cpu_table(rows).splitlines()
