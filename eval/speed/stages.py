@@ -21,9 +21,9 @@ from pitome_mllm.hooks.call import Call as Prompt
 from pitome_mllm.hooks.capture import Capture, new_pool
 from pitome_mllm.methods.pitome import PiToMe
 
-from ..accuracy.costs import Picture
 from ..clocks import Call
 from .contenders import Contender
+from .picture import Picture
 
 # Stage -> what it is. Those of `EAGER` run through transformers' own loops, which no graph holds.
 STAGES = {
