@@ -20,6 +20,7 @@ from pitome_mllm import METHODS, __version__, attach, cli
 from pitome_mllm.commands import _options
 from pitome_mllm.commands.groups import drawing
 from pitome_mllm.costs.flops import MLP_MATRICES
+from pitome_mllm.settings import DEFAULT_METHOD
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")
@@ -220,7 +221,7 @@ def test_ask_saves_the_groups_too(run, tmp_path):
 
 def test_methods_lists_every_method(run):
     code, out, _ = run("methods")
-    assert code == 0 and all(name in out for name in METHODS)
+    assert code == 0 and all(name in out for name in METHODS) and f"{DEFAULT_METHOD} (default)" in out
     rows = json.loads(run("methods", "--json")[1])
     assert list(rows) == list(METHODS) and rows["tome"]["reference"] == METHODS["tome"].reference
 
