@@ -22,7 +22,7 @@ Row = Mapping[str, str]
 def texts() -> dict[str, dict[str, str]]:
     """What stands between the marks of each name, by document."""
     found, spent = curves.results(), tables.spending(costs.stored(costs.RESULTS))
-    timed, (gpu, promised) = speed.results(), speed.on_gpu()
+    timed = speed.texts()
     tuned = read(RESULTS / "finetune.csv", "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
     everywhere = [tables.table(found, spent, everywhere=True), GATES, gates.table(found)]
     ablation = tables.ablation(read(search.RESULTS, search.COMMAND, ("sweep", "alternative")))
@@ -30,20 +30,19 @@ def texts() -> dict[str, dict[str, str]]:
         "README.md": {
             "accuracy": tables.table(found, spent),
             "spectra": spectra.sentence(*spectra.stored(spectra.OUT)),
-            "speed": f"{speed.tables(timed, brief=True)}\n\n{gpu}",
+            "speed": timed.pop("brief"),
             "finetune": finetuned(tuned),
         },
         "docs/accuracy.md": {"accuracy": "\n\n".join(everywhere)},
         "docs/search.md": {"accuracy": ablation},
-        "docs/speed.md": {"gpu": promised, "speed": speed.tables(timed)},
+        "docs/speed.md": timed,
     }
 
 
 def plots(docs: Path) -> None:
-    """Draw accuracy, spectra and speed."""
+    """Draw accuracy and spectra."""
     tables.plot(curves.results(), docs / "accuracy.png")
     spectra.plot(*spectra.stored(spectra.OUT), docs / "spectra.png")
-    speed.plots(speed.results(), docs)
 
 
 def finetuned(rows: Sequence[Row]) -> str:
