@@ -52,7 +52,7 @@ class Reply:
 
 @dataclass
 class Turn:
-    """A question ("" = only look), the pictures that came with it, and the replies by lane: "plain", "merged"."""
+    """A question ("" = only look), the pictures that came with it, and the replies by lane: "plain" or "other", "merged"."""
 
     question: str
     pictures: list[Picture]
