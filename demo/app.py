@@ -107,7 +107,7 @@ class Page:
 
     def _lay_out_look(self) -> None:
         gr.HTML("<h2>Look inside</h2>")
-        shown = {"show_label": False, "interactive": False, "buttons": [], "format": "png", "height": 300}
+        shown = {"show_label": False, "interactive": False, "buttons": [], "format": "jpeg", "height": 300}
         with gr.Tabs():
             with gr.Tab("Groups"):
                 self.groups = gr.Image(elem_id="pm-groups", alt_text="which patches became one token", **shown)
@@ -124,7 +124,7 @@ class Page:
             with gr.Tab("Accuracy"):
                 self.accuracy = gr.HTML(elem_id="pm-accuracy")
         self.which = gr.Dropdown([], label="Picture", elem_id="pm-which")
-        self.inside = [self.groups, self.token, self.picked, self.step, self.energy, self.energy_note, self.tokens]
+        self.inside = [self.groups, self.token, self.picked]
         for slider in (self.keep, self.ratio, self.token, self.step):
             slider.preprocess = lambda value: value  # what is out of range, or cleared, is said in our words
 
@@ -159,28 +159,36 @@ class Page:
         do = self.handlers
         asked = [self.box, *self.controls, self.compare]
         shown, inside = [self.chat, self.notice, self.box], [self.which, *self.inside]
-        look = {"fn": do.newest_look, "outputs": inside, "trigger_mode": "multiple", **QUIET}
         last = {"trigger_mode": "always_last", **QUIET}
-        redraw = {"fn": do.redraw, "inputs": [self.which, *self.controls], "outputs": inside, **last}
-        self.box.submit(do.send, asked, shown, trigger_mode="multiple", **QUIET).then(**look)
-        self.retry.click(do.ask_again, asked[1:], shown, **QUIET).then(**look)
-        self.examples.load_input_event.then(do.begin, asked, shown, trigger_mode="multiple", **QUIET).then(**look)
+        changed = [self.blocks.load, *(control.change for control in self.controls)]
+        cleared = gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET)
+        for said in (
+            self.box.submit(do.send, asked, shown, trigger_mode="multiple", **QUIET),
+            self.retry.click(do.ask_again, asked[1:], shown, **QUIET),
+            self.examples.load_input_event.then(do.begin, asked, shown, trigger_mode="multiple", **QUIET),
+        ):
+            self._look_again(said.then(do.newest_look, None, inside, trigger_mode="multiple", **QUIET))
+        settings = [self.which, *self.controls]
+        self._look_again(gr.on(changed, do.redraw, settings, inside, **last))
+        self._look_again(cleared.then(do.redraw, settings, inside, **last))
+        self._look_again(self.which.input(do.show_groups, self.which, self.inside, **QUIET))
         gr.on([self.examples.dataset.click, self.box.submit], None, None, None, js=SHOW)
         self.stop.click(do.end, None, None, queue=False, **QUIET)
-        gr.on([self.clear.click, self.chat.clear], do.forget, None, shown, **QUIET).then(**redraw)
         self.save.click(do.to_json, None, self.told, **QUIET).then(None, self.told, None, js=DOWNLOAD)
         self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
-        changed = [self.blocks.load, *(control.change for control in self.controls)]
         planned = [self.plan, self.accuracy, self.keep, self.ratio]
         gr.on(changed, do.show_plan, self.controls, planned, **last)
-        gr.on(changed, **redraw)
         self.blocks.load(do.show_model, None, self.about, **QUIET)
-        self.which.input(do.show_look, self.which, self.inside, **QUIET)
         self.groups.select(do.pick, self.which, [self.groups, self.picked, self.token], **QUIET)
         self.token.input(do.light, [self.which, self.token], [self.groups, self.picked], **last)
         self.step.input(do.show_energy, [self.which, self.step], [self.energy, self.energy_note], **last)
         self.blocks.unload(self._leave)
         uploads_only(self.box, self.camera)
+
+    def _look_again(self, shown: Any) -> None:
+        """Once other groups are shown, the tabs beside them follow."""
+        steps = [self.step, self.energy, self.energy_note, self.tokens]
+        shown.then(self.handlers.show_steps, self.which, steps, trigger_mode="always_last", **QUIET)
 
     def _leave(self, request: gr.Request) -> None:
         """A visitor closed the page. Gradio would keep what their parts showed, some 100 kB, in case they come back."""

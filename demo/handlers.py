@@ -110,7 +110,7 @@ class Handlers:
         found = _looks(chat)
         if not found:
             return gr.skip()
-        shown = self._choices(chat, [*found][-1]), *self.show_look(request, [*found][-1])
+        shown = _choices(chat, [*found][-1]), *self.show_groups(request, [*found][-1])
         return shown if _looks(chat) == found else gr.skip()  # cleared or asked again while this was drawn
 
     def redraw(self, request: gr.Request, value: str, *values: Any) -> tuple[Any, ...]:
@@ -124,40 +124,39 @@ class Handlers:
         try:
             chat.live = chat.preview(self.first if look is None else look.picture, controls)
         except UserError as error:
-            return gr.skip(), None, gr.update(visible=False), view.notice(str(error), "info"), *_NO_ENERGY, ""
-        return self._choices(chat, NOW), *self.show_look(request, NOW)
-
-    def _choices(self, chat: Conversation, value: str) -> Any:
-        named = {name: f"{int(name.split('/')[0]) + 1}. {_title(look)}" for name, look in _looks(chat).items()}
-        if chat.live is not None:
-            named = {NOW: f"As set above: {_title(chat.live)}", **named}
-        return gr.update(choices=[(title, name) for name, title in named.items()], value=value)
+            return gr.skip(), None, gr.update(visible=False), view.notice(str(error), "info")
+        return _choices(chat, NOW), *self.show_groups(request, NOW)
 
     def _look(self, request: gr.Request, value: str | None) -> Look | None:
         chat = self.of(request)
         return chat.live if value == NOW else _looks(chat).get(value or "")
 
-    def show_look(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
+    def show_groups(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
         look = self._look(request, value)
         if look is None:
-            return None, gr.update(visible=False), "", *_NO_ENERGY, ""
+            return None, gr.update(visible=False), ""
         try:
             groups, most = look.draw(), int(look.groups.max())
-            picked = _note(LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else ""))
         except UserError as error:
-            groups, most, picked = None, 0, view.notice(str(error), "info")
-        token = gr.update(visible=most > 0, maximum=max(most, 1), value=0)
+            return None, gr.update(visible=False), view.notice(str(error), "info")
+        words = LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else "")
+        return groups, gr.update(visible=most > 0, maximum=max(most, 1), value=0), _note(words)
+
+    def show_steps(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
+        """What the tabs beside the groups show."""
+        look = self._look(request, value)
+        if look is None:
+            return gr.update(visible=False), None, "", ""
         steps = look.energy_steps
         first = steps[0] if steps else 0
         slider = gr.update(visible=len(steps) > 1, minimum=first, maximum=max([first + 1, *steps]), value=first)
         title = _note(f"{look.name}: patch tokens after every merge")
-        energy = self.show_energy(request, value, first)
-        return groups, token, picked, slider, *energy, title + charts.bars(look)
+        return slider, *self.show_energy(request, value, first), title + charts.bars(look)
 
     def show_energy(self, request: gr.Request, value: str | None, step: float | None) -> tuple[Any, ...]:
         look = self._look(request, value)
         if look is None or step is None:
-            return None, ""
+            return gr.skip()
         try:
             drawing, text = look.draw_energy(int(step))
         except UserError as error:
@@ -209,9 +208,6 @@ class Handlers:
         return Controls.of(named, self.visitors.engine.available)
 
 
-_NO_ENERGY = gr.update(visible=False), None, ""
-
-
 def _looks(chat: Conversation) -> dict[str, Look]:
     """Every picture of the turns that can be looked into, by turn, lane and number."""
     return {
@@ -220,6 +216,13 @@ def _looks(chat: Conversation) -> dict[str, Look]:
         for lane, reply in list(turn.replies.items())
         for place, look in enumerate(reply.looks)
     }
+
+
+def _choices(chat: Conversation, value: str) -> Any:
+    named = {name: f"{int(name.split('/')[0]) + 1}. {_title(look)}" for name, look in _looks(chat).items()}
+    if chat.live is not None:
+        named = {NOW: f"As set above: {_title(chat.live)}", **named}
+    return gr.update(choices=[(title, name) for name, title in named.items()], value=value)
 
 
 def _title(look: Look) -> str:
