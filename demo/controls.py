@@ -29,23 +29,14 @@ KINDS = ("PiToMe", "merging", "selecting", "control")
 
 @dataclass(frozen=True)
 class Controls:
-    """Settings of one turn.
-
-    Attributes
-    ----------
-    amount : "tokens" = ``keep`` counts, "ratio" = ``ratio`` counts.
-    keep : visual tokens left per picture; None = a quarter.
-    ratio : share of its tokens that every block of the tower keeps.
-    where : one of `PLACES`.
-    merges : how many blocks of the tower merge, or one of `MERGES`; where ``keep`` counts.
-    """
+    """Settings of one turn."""
 
     method: str = DEFAULT_METHOD
-    amount: str = "tokens"
-    keep: int | None = None
-    ratio: float = 0.9
-    where: str = OWN
-    merges: int | str = OWN
+    amount: str = "tokens"  # that ``keep`` says; or "ratio", which ``ratio`` says
+    keep: int | None = None  # visual tokens left per picture; None = a quarter
+    ratio: float = 0.9  # share of its tokens that every block of the tower keeps
+    where: str = OWN  # one of `PLACES`
+    merges: int | str = OWN  # how many blocks of the tower merge, or one of `MERGES`; where ``keep`` counts
 
     def settings(self) -> dict[str, Any]:
         """The keywords of ``handle.using`` and of `estimate`."""
@@ -89,7 +80,7 @@ def menu() -> list[tuple[str, str]]:
 
 def label(plan: Plan | None, geometry: Geometry, pictures: int = 1) -> str:
     """One line that says what a turn was asked with; None = the plain model."""
-    many = f"{pictures} pictures × " if pictures > 1 else ""
+    many = f"{pictures} pictures {'of' if geometry.family.tiles else '×'} " if pictures > 1 else ""
     tokens = "tokens per tile" if geometry.family.tiles else "tokens"
     if plan is None:
         return f"plain · {many}all {geometry.available} {tokens}"

@@ -56,10 +56,7 @@ class Engine:
         return make_plan(Settings().changed(**controls.settings()), self.geometry)
 
     def prepare(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Do something short that takes much memory for a moment, such as decoding, on one thread for all visitors.
-
-        The C library keeps what every thread once needed, and a page has dozens of threads.
-        """
+        """Do something short that takes much memory, such as decoding, on one thread; threads keep what they had."""
         return self._desk.submit(work, *given).result()
 
     def submit(self, run: Callable[[], Any]) -> Future:

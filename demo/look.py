@@ -30,31 +30,18 @@ DIM = 0.45  # share of its light that a patch keeps outside the group that was p
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """One picture (or tile) of one run; N patches in reading order.
-
-    Attributes
-    ----------
-    picture, name : which picture, and what it or its tile is called.
-    title : with which settings.
-    seen : the picture as the vision tower got it.
-    grid : rows and columns of patches.
-    groups : (N,) int, the token of each patch, -1 = dropped; None for methods without groups.
-    protected : (N,) bool, patches that the method keeps out of merging.
-    counts : patch tokens before the first merge and after each one.
-    steps : what the merges are called.
-    energies : per merge (N,) float, the energy of each patch's token before it, NaN = dropped; None = has no energies.
-    """
+    """One picture (or tile) of one run; N patches in reading order."""
 
     picture: Picture
-    name: str
-    title: str
-    seen: Image.Image
-    grid: tuple[int, int]
-    groups: np.ndarray | None
-    protected: np.ndarray
-    counts: tuple[int, ...]
-    steps: tuple[str, ...]
-    energies: tuple[np.ndarray | None, ...]
+    name: str  # of the picture or its tile
+    title: str  # with which settings
+    seen: Image.Image  # the picture as the vision tower got it
+    grid: tuple[int, int]  # rows and columns of patches
+    groups: np.ndarray | None  # (N,) the token of each patch, -1 = dropped; None for methods without groups
+    protected: np.ndarray  # (N,) patches that the method keeps out of merging
+    counts: tuple[int, ...]  # patch tokens before the first merge and after each one
+    steps: tuple[str, ...]  # what the merges are called
+    energies: tuple[np.ndarray | None, ...]  # per merge (N,) of each patch's token before it, NaN = dropped
 
     def pick(self, x: float, y: float) -> int | None:
         """The group under a point, given as shares of width and height; None where a patch was dropped."""
@@ -82,20 +69,15 @@ class Look:
         text = f"Token {group}: {size}"
         if len(patches) == 1 and self.protected[patches[0]]:
             text += ", protected from merging"
-        step = self.first_energies
-        if step is None:
+        if not self.energy_steps:
             return f"{text}. {self.title.split(' ')[0]} has no energies."
+        step = self.energy_steps[0]
         values = self.energies[step]
         mean, low, high = values[patches].mean(), np.nanmin(values), np.nanmax(values)
         return (
             f"{text}. Mean energy before the merge in {self.steps[step]}: {mean:.2f} "
             f"(all patches: {low:.2f} to {high:.2f}; high ones merge first)."
         )
-
-    @property
-    def first_energies(self) -> int | None:
-        """The first merge that has energies."""
-        return next((step for step, values in enumerate(self.energies) if values is not None), None)
 
     @property
     def energy_steps(self) -> list[int]:

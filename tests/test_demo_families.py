@@ -86,7 +86,7 @@ def test_figures_of_tiles_are_counted_not_multiplied(chat_of, paths):
     assert reply.figures.visual_tokens == sum(map(len, features)) not in (3 * 10, 0)
     assert reply.plain.visual_tokens == full != 3 * engine.available
     assert reply.figures.gflops is None and reply.plain.gflops is None  # not known; not wrong
-    assert reply.label == "tome · 10 of 144 tokens per tile (7%) · inside the vision tower"
+    assert reply.label == "tome · 3 pictures of 10 of 144 tokens per tile (7%) · inside the vision tower"
 
 
 def test_every_tile_can_be_looked_into(chat_of, paths):

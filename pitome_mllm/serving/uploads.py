@@ -67,7 +67,8 @@ def _check_header(data: bytes, name: str) -> None:
 def decode(source: str | Path | BinaryIO, name: str, side: int | None = None) -> Image.Image:
     """The image in a file, open or not; RGB, turned as its camera says, transparency on white.
 
-    ``name`` is what messages call it. A JPEG need not be larger than ``side`` x ``side``. ValueError where it is not a whole image in a format that Pillow knows.
+    ``name`` is what messages call it; a JPEG is scaled down on the way, to no less than ``side`` x ``side``. ValueError
+    where it is not a whole image in a format that Pillow knows.
     """
     try:
         with Image.open(source) as file:
