@@ -103,7 +103,9 @@ class Page:
                 self.amount = gr.Dropdown(_turned(AMOUNTS), value="tokens", label="How much", elem_id="pm-amount")
                 self.where = gr.Dropdown(_turned(PLACES), value=OWN, label="Where", elem_id="pm-where")
                 self.merges = gr.Dropdown(MERGES, value=OWN, label="Merging blocks", elem_id="pm-merges")
-        self.controls = [self.method, self.amount, self.keep, self.ratio, self.where, self.merges]
+                self.published = gr.Checkbox(label="As published: what the method's paper does", elem_id="pm-published")
+        amounts = [self.amount, self.keep, self.ratio]
+        self.controls = [self.method, *amounts, self.where, self.merges, self.published]
 
     def _lay_out_look(self) -> None:
         gr.HTML("<h2>Look inside</h2>")

@@ -14,7 +14,7 @@ from pitome_mllm.schedule import EVERY
 from pitome_mllm.settings import DEFAULT_METHOD
 
 AMOUNTS = {"tokens": "tokens left", "ratio": "ratio per block"}
-OWN = "the method's own"
+OWN = "default"
 PLACES = {
     OWN: OWN,
     "tower": "inside the vision tower",
@@ -37,6 +37,7 @@ class Controls:
     ratio: float = 0.9  # share of its tokens that every block of the tower keeps
     where: str = OWN  # one of `PLACES`
     merges: int | str = OWN  # how many blocks of the tower merge, or one of `MERGES`; where ``keep`` counts
+    published: bool = False  # what the method's paper does
 
     def settings(self) -> dict[str, Any]:
         """The keywords of ``handle.using`` and of `estimate`."""
@@ -46,7 +47,8 @@ class Controls:
         merges = None if self.merges == OWN else self.merges
         merges = int(merges) if isinstance(merges, str) and merges.isdigit() else merges
         much = {"keep": keep, "merges": merges} if self.amount == "tokens" else {"ratio": self.ratio}
-        return {"method": self.method, "where": None if self.where == OWN else self.where, **much}
+        where = None if self.where == OWN else self.where
+        return {"method": self.method, "published": self.published, "where": where, **much}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,7 +87,7 @@ def label(plan: Plan | None, geometry: Geometry, pictures: int = 1) -> str:
     if plan is None:
         return f"plain · {many}all {geometry.available} {tokens}"
     share = f"{plan.keep} of {plan.available} {tokens} ({plan.keep / plan.available:.0%})"
-    return f"{plan.method} · {many}{share} · {PLACES[plan.where]}"
+    return f"{plan.method}{', published' if plan.published else ''} · {many}{share} · {PLACES[plan.where]}"
 
 
 def describe(plan: Plan) -> str:

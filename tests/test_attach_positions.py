@@ -9,6 +9,7 @@ from checks import assert_row, logits, new_ids, reference
 from models import CACHE, PATCHES, QUESTION, picture, processor
 
 from pitome_mllm import attach
+from pitome_mllm.hooks import llm
 
 ROWS = [
     ([0], QUESTION),
@@ -18,16 +19,12 @@ ROWS = [
 ]
 
 
-SETTINGS = [
-    {"positions": "original"},
-    {"llm_size_bias": True},
-    {"positions": "original", "llm_size_bias": True},
-]
+SETTINGS = [{"calibration": "size"}, {"calibration": "distance"}]
 
 
 @pytest.fixture(params=SETTINGS, ids=str)
 def handle(model, request):
-    with attach(model, "pitome", keep=144, **request.param) as handle:
+    with attach(model, "pitome", published=True, keep=144, **request.param) as handle:
         yield handle
 
 
@@ -39,10 +36,11 @@ def make(rows, side="left"):
 
 def expect(plain, inputs, handle):
     plan = handle.plan
-    return reference(plain, inputs, plan.counts, positions=plan.positions, llm_size_bias=plan.llm_size_bias)
+    return reference(plain, inputs, plan.counts, calibration=plan.calibration)
 
 
-def test_forward_and_generate(model, plain, one, handle):
+def test_forward_and_generate(model, plain, one, handle, monkeypatch):
+    monkeypatch.setattr(llm, "TABLE", 1)  # every step looks further than the one before
     expected = expect(plain, one, handle)
     assert_row(logits(model, one)[0], expected.logits())
     assert new_ids(model, one, 8) == [expected.greedy(0, 8)]

@@ -294,7 +294,7 @@ def tiny():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"positions": "original"}, {"positions": "compact"}, {"where": "projector"}], ids=str
+    "settings", [{"calibration": "distance"}, {"calibration": "none"}, {"where": "projector"}], ids=str
 )
 def test_scoring_follows_an_attached_reducer(tiny, settings):
     model, processor = tiny

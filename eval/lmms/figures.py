@@ -8,6 +8,7 @@ from typing import Any
 
 from pitome_mllm.methods import UserError
 
+from ..accuracy.curves import called
 from .intervals import FIGURES
 from .results_files import Results
 
@@ -63,7 +64,9 @@ def rows(results: Results) -> list[Row]:
     ValueError : another model wrote the file.
     """
     said, cost, content = results.about, results.about["cost"], results.content
-    settings = " ".join(f"{k}={v}" for k, v in said["asked"].items() if k != "method") or "all tokens"
+    settings = (
+        " ".join(f"{k}={v}" for k, v in said["asked"].items() if k not in ("method", "published")) or "all tokens"
+    )
     timed = {name: cost.get(name, "") for name in ("visual_tokens", "prompt_tokens", "tower_ms", "prefill_ms")}
     timed |= {name: cost.get(name, "") for name in ("decode_ms", "tokens_per_second", "peak_memory_mb", "gflops")}
     timed = {name: round(value, 3) if value != "" else value for name, value in timed.items()}
@@ -78,7 +81,7 @@ def rows(results: Results) -> list[Row]:
             found.append(
                 Row(
                     model=said["pretrained"],
-                    method=said["method"],
+                    method=called(said["method"], said["asked"].get("published", False)),
                     asked=settings,
                     task=task,
                     metric=metric,

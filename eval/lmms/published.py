@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pitome_mllm import METHODS
 
-from ..accuracy.curves import PLAIN, SUMMARY, own_place, results
+from ..accuracy.curves import PLAIN, SUMMARY, called, own_place, results
 from ..documents import read
 from ..provenance import RESULTS
+from .tables import PLAIN as NONE
 
 FIGURES = Path(__file__).parents[1] / "data" / "published.csv"
 
-Published = dict[tuple[str, str, str, str], tuple[float, str]]  # (model, method, amount, task): figure and source
+Published = dict[tuple[str, str, str, str], tuple[float, str]]  # (model, name, amount, task): figure and source
 
 
 def published(table: str) -> Published:
@@ -21,7 +22,11 @@ def published(table: str) -> Published:
         return _measured()
     rows = [row for row in read(FIGURES, "pip install again", ("table", "value")) if row["table"] == table]
     return {
-        (row["model"], row["method"], row["amount"], row["task"]): (float(row["value"]), row["source"]) for row in rows
+        (row["model"], called(row["method"], row["method"] != NONE), row["amount"], row["task"]): (
+            float(row["value"]),
+            row["source"],
+        )
+        for row in rows
     }
 
 
@@ -34,10 +39,11 @@ def _measured() -> Published:
     for row in results(path):
         if row["against"] or row["method"] not in (PLAIN, *METHODS):
             continue
-        key = ("tiny", row["method"], f"keep={row['keep']}", "pitome_scenes")
+        published = row["published"] == "True"
+        key = ("tiny", called(row["method"], published), f"keep={row['keep']}", "pitome_scenes")
         if row["method"] == PLAIN:
-            key = ("tiny", "none", "", "pitome_scenes")
-        elif row["where"] != own_place(row["method"]):
+            key = ("tiny", NONE, "", "pitome_scenes")
+        elif row["where"] != own_place(row["method"], published):
             continue
         found[key] = (100 * float(row["value"]), f"eval/results/{SUMMARY}, {row['questions']} questions")
     return found

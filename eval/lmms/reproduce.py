@@ -216,12 +216,12 @@ def compare(name: str, table: Table, found: dict[Run, Results]) -> Iterator[Row]
         for task_name in table.tasks:
             task = KNOWN[task_name]
             figure = results.figure(task.task, task.metric, task.scale)
-            theirs = known.get((run.model, run.method, run.amount, task_name), (None, ""))
+            theirs = known.get((run.model, run.name, run.amount, task_name), (None, ""))
             yield Row(run, task_name, figure.questions, figure.value, figure.low, figure.high, *theirs)
         if run.method == PLAIN:
             plain[run.model] = results
         elif run.model in plain and (share := _share(table, results, plain[run.model])):
-            theirs = known.get((run.model, run.method, run.amount, RELATIVE), (None, ""))
+            theirs = known.get((run.model, run.name, run.amount, RELATIVE), (None, ""))
             yield Row(run, RELATIVE, 0, *share, *theirs)
 
 

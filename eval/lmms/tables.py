@@ -10,6 +10,8 @@ from pitome_mllm import METHODS, estimate
 from pitome_mllm.costs.memory import weight_bytes
 from pitome_mllm.methods import UserError
 
+from ..accuracy.curves import called
+
 PLAIN = "none"
 RELATIVE = "relative"  # mean over a table's tasks of what a run keeps of the plain model's figure, in per cent
 VICUNA = (
@@ -82,6 +84,7 @@ class Run:
     method: str = PLAIN
     keep: int | None = None
     ratio: float | None = None
+    published: bool = False
 
     @property
     def amount(self) -> str:
@@ -92,11 +95,15 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """Keywords of the plug-in."""
-        given = {"method": self.method, "keep": self.keep, "ratio": self.ratio}
+        given = {"method": self.method, "keep": self.keep, "ratio": self.ratio, "published": self.published or None}
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def name(self) -> str:
+        return called(self.method, self.published)
+
     def __str__(self) -> str:
-        return " ".join(filter(None, [self.model.split("/")[-1], self.method, self.amount]))
+        return " ".join(filter(None, [self.model.split("/")[-1], self.name, self.amount]))
 
 
 @dataclass(frozen=True)
@@ -111,16 +118,16 @@ class Table:
 
 _PAPER = ("pitome", "pitome-llava", "tome", "tofu", "dct", "diffrate")
 _KEEPS = (192, 128, 64, 32)
-_TINY = ("pitome-tuned", "pitome", "tome")
+_TINY = (("pitome", False), ("tome", False), ("pitome", True), ("tome", True))
 TABLES = {
     "pitome-paper": Table(
         "PiToMe (NeurIPS 2024) on LLaVA-1.5: 7B at ratio 0.9, 13B at 0.925, TextVQA without OCR hint",
         ("vqav2_val", "gqa", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "mme"),
         (
             Run(LLAVA_7B),
-            *(Run(LLAVA_7B, method, ratio=0.9) for method in _PAPER),
+            *(Run(LLAVA_7B, method, ratio=0.9, published=True) for method in _PAPER),
             Run(LLAVA_13B),
-            *(Run(LLAVA_13B, method, ratio=0.925) for method in _PAPER),
+            *(Run(LLAVA_13B, method, ratio=0.925, published=True) for method in _PAPER),
         ),
         VICUNA,
     ),
@@ -129,16 +136,19 @@ TABLES = {
         ("gqa", "mmbench", "mme", "pope", "scienceqa_img", "textvqa_ocr"),
         (
             Run(LLAVA_7B),
-            *(Run(LLAVA_7B, method, keep=keep) for method in METHODS for keep in _KEEPS),
-            Run(LLAVA_7B, "tome", keep=94),
-            Run(LLAVA_7B, "tome", ratio=0.9),
+            *(Run(LLAVA_7B, method, keep=keep, published=True) for method in METHODS for keep in _KEEPS),
+            Run(LLAVA_7B, "tome", keep=94, published=True),
+            Run(LLAVA_7B, "tome", ratio=0.9, published=True),
         ),
         VICUNA,
     ),
     "embedded": Table(
         "the embedded model and benchmark, beside what `pitome_mllm_eval.accuracy.curves` measured of all questions",
         ("pitome_scenes",),
-        (Run("tiny"), *(Run("tiny", method, keep=keep) for method in _TINY for keep in (144, 72, 36))),
+        (
+            Run("tiny"),
+            *(Run("tiny", method, keep=keep, published=said) for method, said in _TINY for keep in (144, 72, 36)),
+        ),
     ),
 }
 

@@ -420,7 +420,7 @@ def test_no_address_is_fetched_for_a_client(served, monkeypatch):
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", note)
     file = {"path": "https://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
-    settings = ("pitome", "tokens", 144, 0.9, "the method's own", "the method's own", "nothing")
+    settings = ("pitome", "tokens", 144, 0.9, "default", "default", False, "nothing")
     with pytest.raises(Exception, match="addresses are not fetched here; send the picture itself"):
         Client(served.url, verbose=False).predict("is there a star?", file, *settings, api_name="/ask")
     assert fetched == []
