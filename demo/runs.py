@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextStreamer
 
-from pitome_mllm.costs.latency import TokenClock, spent_ms, timed_tower
+from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
@@ -101,22 +101,26 @@ def answer(
     engine: Engine, inputs: Any, room: int, pictures: Any, controls: Controls | None, title: str, stop: threading.Event
 ) -> Iterator[Event]:
     """Generate greedily; yields as `stream`, at last an `Outcome`. ``controls`` None = the plain model."""
+
+    def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
     plain = int((inputs["input_ids"] == engine.model.config.image_token_id).sum())
 
     def work(say: Callable[[str], None]) -> Outcome:
-        with _using(engine, controls), timed_tower(engine.model) as tower:
-            clock = TokenClock(engine.model.device, stop.is_set)
+        with _using(engine, controls), timed(engine.model) as clock:
             engine.model.generate(
                 **inputs,
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=room,
                 streamer=_Words(engine.processor.tokenizer, say),
-                stopping_criteria=StoppingCriteriaList([clock]),
+                stopping_criteria=StoppingCriteriaList([stopped]),
             )
             stats = engine.handle.stats
         visual = plain if stats is None else sum(stats.lengths)
-        times = spent_ms(tower), clock.prefill_ms, clock.per_token_ms
+        cost = clock.cost()
+        times = cost.tower_ms, cost.prefill_ms, cost.per_token_ms
         seen = () if stats is None else tuple(looks(engine.processor, pictures, stats, title))
         return Outcome(visual, plain, inputs["input_ids"].shape[1] - plain, *times, looks=seen)
 
@@ -132,14 +136,14 @@ def look_only(
 
     def work(say: Callable[[str], None]) -> Outcome:
         pixels = torch.cat([pixel_values(engine.processor, picture.image) for picture in pictures])
-        with _using(engine, controls), timed_tower(engine.model) as tower:
+        with _using(engine, controls), timed(engine.model) as clock:
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
         seen = tuple(looks(engine.processor, pictures, stats, title))
         counts = len(pictures) * plan.keep, len(pictures) * plan.available
         if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
             counts = None, None
-        return Outcome(*counts, tower_ms=spent_ms(tower), looks=seen)
+        return Outcome(*counts, tower_ms=clock.cost().tower_ms, looks=seen)
 
     return stream(engine, work, stop)
 

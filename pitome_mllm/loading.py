@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerFast
 
+from .errors import UserError, missing_package
 from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
 from .families.geometry import family_of, geometry
 from .hooks import llava_package
-from .methods import UserError
 
 TINY = Path(__file__).with_name("tiny")
 BITS = (4, 8)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class TokenizersBackend(PreTrainedTokenizerFast):  # save_pretrained writes this name, and transformers knows it
+    """The embedded model's tokenizer, which warns once per process of words that it does not know."""
+
+    purpose = "the embedded model answers one-word questions about drawn shapes and handwritten digits"
+    examples = ("how many circles are there?", "is there a red star?", "what shape is in the top left?")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().__call__(*args, **kwargs)
+        if any(self.unk_token_id in encoding.ids for encoding in found.encodings or ()):
+            _warn_of_unknown_words()
+        return found
+
+
+@cache
+def _warn_of_unknown_words() -> None:
+    examples = " or ".join(map(repr, TokenizersBackend.examples))
+    said = f"the question holds words that it does not know, so its answer means nothing; ask such as {examples}"
+    warnings.warn(f"{TokenizersBackend.purpose}; {said}", stacklevel=4)
 
 
 def load(
@@ -76,7 +99,7 @@ def check_bits(bits: int | None) -> None:
     if isinstance(bits, bool) or bits not in BITS:
         raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"bits={bits} needs bitsandbytes; install it with: pip install 'pitome-mllm[bnb]'")
+        raise missing_package(f"bits={bits} needs bitsandbytes", "bnb")
 
 
 def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
@@ -259,6 +282,8 @@ def _processor(source: str, config: Any) -> Any:
             f"cannot load the processor of {source!r} ({_first_line(error)}); "
             f"expected tokenizer and image processor files beside config.json"
         ) from error
+    if source == str(TINY):
+        processor.tokenizer.__class__ = TokenizersBackend
     if getattr(processor, "patch_size", 0) is None:
         processor.patch_size = config.vision_config.patch_size
         processor.num_additional_image_tokens = geometry(config).class_tokens

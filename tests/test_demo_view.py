@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pitome_mllm import cli
-from pitome_mllm.commands import demo
+from pitome_mllm.commands import _server, demo
 from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm_demo import view
 from pitome_mllm_demo.pictures import Picture
@@ -154,13 +154,14 @@ def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(started
         taken.listen()
         port, free = taken.getsockname()[1], other.getsockname()[1]
         other.close()
-        for given in (["--port", str(port)], ["--port", "70000"], ["--host", "192.0.2.1"]):
+        for given in (["--port", str(port)], ["--host", "192.0.2.1"]):
             capsys.readouterr()
             assert cli.main(["demo", *given]) == 2
             said = capsys.readouterr()
             assert said.out == "" and said.err.startswith("pitome-mllm: cannot listen on ")
-        monkeypatch.setattr(demo, "PORTS", (port, free))
-        assert demo.free_port("127.0.0.1", None) == free
+        monkeypatch.setattr(_server, "PORTS", (port, free))
+        with _server.bound("127.0.0.1", None) as found:
+            assert found.getsockname()[1] == free
 
 
 def test_a_chromium_is_installed_only_where_nothing_is_upgraded(tmp_path):
@@ -190,4 +191,4 @@ def test_without_gradio_the_command_says_how_to_get_it(capsys, monkeypatch):
     assert cli.main(["demo"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert "needs 'gradio', which is not installed; install it with: pip install 'pitome-mllm[demo]'" in said.err
+    assert "needs 'gradio', which is not installed; in a checkout of pitome-mllm: pip install '.[demo]'" in said.err

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from pitome_mllm import METHODS
+from pitome_mllm.costs import latency
 from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.hooks.run import Run
 from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import DEFAULT_METHOD, DEFAULTS, Settings
-from pitome_mllm_eval import clocks, documents
+from pitome_mllm_eval import documents
 from pitome_mllm_eval.accuracy import costs, runs, search, tables
 from pitome_mllm_eval.accuracy.curves import Setting, settings
 from pitome_mllm_eval.accuracy.gates import every_setting
@@ -209,7 +210,7 @@ class Clock:
 
 
 def test_costs_name_what_was_timed(monkeypatch):
-    monkeypatch.setattr(clocks.time, "thread_time", Clock([]))
+    monkeypatch.setattr(latency.time, "thread_time", Clock([]))
     wanted = [
         Setting("tome", "tower", 144),
         Setting("visionzip", "projector", 144),

@@ -11,23 +11,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pitome_mllm import METHODS
+from pitome_mllm.costs.latency import in_turns, milliseconds
 from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks.run import Run
 from pitome_mllm.hooks.tower import smaller_picture
 from pitome_mllm.loading import read_config
 from pitome_mllm.methods import UserError
-from pitome_mllm.methods.pitome import pair_means
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
-from ..clocks import Call, in_turns, quantiles
 from ..documents import read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import about_machine, check_out
@@ -105,20 +106,6 @@ class Picture:
             made.append(run.merge_block(block, self.hidden[block], inputs))
         return [*made, run.before_projector(self.hidden[-1], self.projector)[0]]
 
-    def yardstick(self) -> list[torch.Tensor]:
-        """`yardstick` for every merge in a block."""
-        blocks = ((self.hidden[block], self.hidden[block + 1].shape[1]) for block in self.plan.merging)
-        return [made for x, left in blocks for made in yardstick(x, self.width // self.heads, left)]
-
-
-def yardstick(x: torch.Tensor, keys: int, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What merging tokens ``x`` (B, N, C) by energies of their keys comes down to, without deciding anything.
-
-    The mean of keys of width ``keys`` over heads, one exp of the product of every pair of tokens, summed up for each
-    token, and a copy of ``left`` rows.
-    """
-    return pair_means(x.unflatten(-1, (-1, keys)).mean(2).float(), torch.exp_), x[:, :left].clone()
-
 
 def stored(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV of this command; ValueError as `read`."""
@@ -130,8 +117,9 @@ def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
     config = config_of(shape)
     for setting in wanted:
         plan = make_plan(Settings().changed(**asdict(setting)), geometry(config))
-        taken = in_turns({0: Call(Picture(plan, config).merge)}, torch.device("cpu"), repeats, warmup=1)[0]
-        low, middle, high = (round(q, 3) for q in quantiles(taken))
+        merge = partial(milliseconds, Picture(plan, config).merge, torch.device("cpu"))
+        taken = in_turns({0: merge}, repeats)[0]
+        low, middle, high = (round(q, 3) for q in np.quantile(taken, (0.2, 0.5, 0.8)).tolist())
         yield Cost(shape, **asdict(setting), merges=len(plan.steps), ms=middle, p20=low, p80=high, repeats=repeats)
 
 

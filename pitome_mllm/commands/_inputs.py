@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..methods import UserError
+from ..errors import UserError
 from ..serving.prompts import check_question, message, write
 from ..serving.uploads import decode
 from ._companion import companion
@@ -17,12 +17,13 @@ from ._companion import companion
 
 @dataclass(frozen=True)
 class Subject:
-    """An image, what it is called, and a question with its true answer (None: not known)."""
+    """An image, what it is called, a question with its true answer (None: not known), and others about it."""
 
     picture: Image.Image
     name: str
     question: str | None = None
     truth: str | None = None
+    examples: tuple[str, ...] = ()
 
 
 def read_subject(options: argparse.Namespace) -> Subject:
@@ -52,7 +53,7 @@ def _scene(number: int, question: str | None = None) -> Subject:
     else:
         asked = question
         truth = next((q.answer for q in questions if q.text.lower() == question.strip().lower()), None)
-    return Subject(picture, f"test scene {number}", asked, truth)
+    return Subject(picture, f"test scene {number}", asked, truth, tuple(q.text for q in questions[:3]))
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -78,7 +79,7 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
         The question holds words that the tokenizer does not know or the image's own placeholder, or is too long
         together with the image and ``new_tokens`` of answer.
     """
-    check_question(processor, question)
+    check_question(processor, question, subject.examples)
     inputs = processor(
         images=subject.picture, text=write(processor, [message(question, pictures=1)]), return_tensors="pt"
     )

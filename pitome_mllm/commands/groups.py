@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..methods import UserError
+from ..errors import UserError
 from ._inputs import encode, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, progress
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..methods import UserError
+from ..errors import UserError, missing_package
 from ._inputs import read_subject
 from ._options import add_model, add_published, add_subject, check_method, keep, open_model, progress
 from .groups import check_picture_file
@@ -169,7 +169,7 @@ def show(found: Comparison, title: str) -> None:
 def check_matplotlib() -> None:
     """ValueError without matplotlib, which draws the plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
+        raise missing_package("plots need matplotlib", "eval")
 
 
 def plot(found: Comparison, path: str, title: str) -> None:

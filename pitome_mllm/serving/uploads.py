@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..methods import UserError
+from ..errors import UserError
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 64_000_000  # decoded at a time, 256 MB; a JPEG is scaled down while it is decoded, so it may have more
@@ -37,7 +38,7 @@ def read_upload(source: Path | bytes, name: str) -> Image.Image:
         raise UserError(f"{name!r} has {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB are possible")
     data = source if isinstance(source, bytes) else source.read_bytes()
     _check_header(data, name)
-    image = decode(io.BytesIO(data), name, MAX_SIDE)
+    image = decode(io.BytesIO(data), name, FORMATS, MAX_SIDE)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 
@@ -64,14 +65,16 @@ def _check_header(data: bytes, name: str) -> None:
         )
 
 
-def decode(source: str | Path | BinaryIO, name: str, side: int | None = None) -> Image.Image:
+def decode(
+    source: str | Path | BinaryIO, name: str, formats: Sequence[str] | None = None, side: int | None = None
+) -> Image.Image:
     """The image in a file, open or not; RGB, turned as its camera says, transparency on white.
 
     ``name`` is what messages call it; a JPEG is scaled down on the way, to no less than ``side`` x ``side``. ValueError
-    where it is not a whole image in a format that Pillow knows.
+    where it is not a whole image in one of the formats (None: those that Pillow knows).
     """
     try:
-        with Image.open(source) as file:
+        with Image.open(source, formats=formats) as file:
             if side is not None:
                 file.draft("RGB", (side, side))
             picture = ImageOps.exif_transpose(file)

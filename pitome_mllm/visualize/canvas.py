@@ -16,6 +16,7 @@ from ..methods import UserError
 
 DROPPED = -1  # the label of patches that belong to no token
 DPI = 100  # of what matplotlib draws
+MOST = 4096  # pixels a side; drawing takes some 75 bytes for each pixel, so 1.3 GB
 CELL = 28  # default pixels per patch: a single patch stays readable, and 24 x 24 of them fill 672 pixels
 
 
@@ -52,9 +53,11 @@ def canvas(grid: tuple[int, ...], size: tuple[int, int], side: int | None) -> tu
     """Height and width of the drawing in pixels."""
     longer = max(grid)
     if side is None:
-        side = max(max(size), CELL * longer)
+        side = max(min(max(size), MOST), CELL * longer)
     if side < 4 * longer:
         raise UserError(f"side={side} leaves less than 4 pixels for a patch; pass at least {4 * longer}")
+    if side > max(MOST, CELL * longer):
+        raise UserError(f"side={side} is more than {MOST} pixels, and drawing takes 75 bytes for each; pass fewer")
     return max(1, round(side * grid[0] / longer)), max(1, round(side * grid[1] / longer))
 
 

@@ -14,7 +14,15 @@ from record import record
 from pitome_mllm_eval.benchmark.sets import scene
 
 OWN = "default"
-SETTINGS = {"method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": OWN, "merges": OWN, "published": False}
+SETTINGS = {
+    "method": "pitome",
+    "amount": "tokens",
+    "keep": 144,
+    "ratio": 0.9,
+    "where": OWN,
+    "merges": OWN,
+    "published": False,
+}
 FIRST_ANSWER = 30  # seconds from the command to the first answer, with the embedded model on two cores
 
 
