@@ -37,6 +37,13 @@ class Phase:
     chat_share: float = 0.2
 
 
+PHASES = (
+    Phase("see", steps=700, pictures=24, rows=0, side=96, ask=False, warmup=60, auxiliary=1.0, chat_share=0.0),
+    Phase("ask-small", steps=960, pictures=24, rows=16, side=96, warmup=60),
+    Phase("ask-full", steps=2000, pictures=12, rows=20, rate=(0.7, 0.01)),
+)
+
+
 def patch_ids(window: tuple[int, int, int]) -> np.ndarray:
     """Canvas-wide index (row * GRID + column) of each patch in the window, in reading order."""
     column, row, count = (v // PATCH for v in window)
@@ -68,17 +75,11 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         area = high[:, None] * wide
         mine = area > most
         most[mine], kind[mine], colour[mine] = area[mine], _KIND[o.kind], _COLOUR[o.colour]
-        middle = edges + PATCH / 2
-        offset[mine] = np.stack(np.broadcast_arrays(x + o.size / 2 - middle, (y + o.size / 2 - middle)[:, None]), -1)[
-            mine
-        ]
+        middle = o.size / 2 - edges - PATCH / 2
+        offset[mine] = np.stack(np.broadcast_arrays(x + middle, (y + middle)[:, None]), -1)[mine] / PATCH
         centre[cell(o)[1] - row, cell(o)[0] - column] = 1
-    return {
-        "kind": kind.reshape(-1),
-        "colour": colour.reshape(-1),
-        "centre": centre.reshape(-1),
-        "offset": offset.reshape(-1, 2) / PATCH,
-    }
+    found = {"kind": kind, "colour": colour, "centre": centre}
+    return {name: labels.reshape(-1) for name, labels in found.items()} | {"offset": offset.reshape(-1, 2)}
 
 
 def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
