@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
 
 
 def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None = None) -> None:
-    """Write dataclass rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
-    rows = [asdict(row) | dict(about or {}) for row in made]
+    """Write dataclasses or mappings, each with what holds ``about`` all; a crash leaves the old file or the new one."""
+    rows = [(asdict(row) if is_dataclass(row) else dict(row)) | dict(about or {}) for row in made]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
