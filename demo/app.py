@@ -119,9 +119,13 @@ class Page:
             self.ratio = gr.Slider(
                 0.5, 1, 0.9, step=0.005, label="Share that every block keeps", elem_id="pm-ratio", visible=False
             )
+            self.published = gr.Checkbox(
+                False, label="As published: what the method's paper does", elem_id="pm-published"
+            )
             self.compare = gr.Checkbox(False, label="Compare: the plain model answers too", elem_id="pm-compare")
             self.plan = gr.HTML(elem_id="pm-plan")
-        self.controls = [self.method, self.amount, self.keep, self.ratio, self.where, self.merges]
+        amounts = [self.amount, self.keep, self.ratio]
+        self.controls = [self.method, *amounts, self.where, self.merges, self.published]
 
     def _lay_out_look(self) -> None:
         gr.Markdown("### Look inside")

@@ -64,11 +64,11 @@ class Curve:
         return f"keep {keep}: {between}"
 
 
-def curve(method: str, where: str) -> Curve | None:
+def curve(method: str, where: str, published: bool = False) -> Curve | None:
     """What the benchmark's record says about a method in a place; None = not measured."""
     record = _record()
     plain, blind = record.plain, record.blind
-    found = {keep: row for (m, w, keep), row in record.cells.items() if (m, w) == (method, where)}
+    found = {keep: row for (line, keep), row in record.cells.items() if line == (method, published, where)}
     if not found:
         return None
     values = {name: {keep: float(row[name]) for keep, row in found.items()} for name in ("value", "low", "high")}

@@ -13,9 +13,9 @@ from pitome_mllm.schedule import EVERY
 from pitome_mllm.settings import DEFAULT_METHOD
 
 AMOUNTS = ("tokens", "ratio")
-OWN_PLACE = "the method's own"
+OWN_PLACE = "default"
 PLACES = (OWN_PLACE, "tower", "projector", "both", "packed")
-OWN_MERGES = "the method's own"
+OWN_MERGES = "default"
 MERGES = (OWN_MERGES, EVERY, *map(str, (3, 4, 5, 6, 8, 12)))
 
 
@@ -30,6 +30,7 @@ class Controls:
     ratio : share of its tokens that every block of the tower keeps.
     where : one of `PLACES`.
     merges : how many blocks of the tower merge, or one of `MERGES`; where ``keep`` counts.
+    published : what the method's paper does.
     """
 
     method: str = DEFAULT_METHOD
@@ -38,6 +39,7 @@ class Controls:
     ratio: float = 0.9
     where: str = OWN_PLACE
     merges: int | str = OWN_MERGES
+    published: bool = False
 
     def settings(self) -> dict[str, Any]:
         """The keywords of ``handle.using`` and of `estimate`.
@@ -52,7 +54,8 @@ class Controls:
         merges = None if self.merges == OWN_MERGES else self.merges
         merges = int(merges) if isinstance(merges, str) and merges.isdigit() else merges
         much = {"keep": keep, "merges": merges} if self.amount == "tokens" else {"ratio": self.ratio}
-        return {"method": self.method, "where": None if self.where == OWN_PLACE else self.where, **much}
+        place = None if self.where == OWN_PLACE else self.where
+        return {"method": self.method, "published": self.published, "where": place, **much}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,7 +82,8 @@ def label(plan: Plan | None, geometry: Geometry) -> str:
     tokens = "tokens per tile" if geometry.family.tiles else "tokens"
     if plan is None:
         return f"plain · all {geometry.available} {tokens}"
-    return f"{plan.method} · {plan.keep} of {plan.available} {tokens} ({plan.keep / plan.available:.0%}) · {plan.where}"
+    share = f"{plan.keep} of {plan.available} {tokens} ({plan.keep / plan.available:.0%})"
+    return f"{plan.method}{', published' if plan.published else ''} · {share} · {plan.where}"
 
 
 def describe(plan: Plan) -> str:

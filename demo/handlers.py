@@ -195,7 +195,7 @@ def _looks(chat: Conversation) -> list[tuple[int, int, Look]]:
 
 
 def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
-    found = charts.curve(plan.method, plan.where)
+    found = charts.curve(plan.method, plan.where, plan.published)
     if found is None:
         return _note(f"{plan.method} was not measured with where={plan.where}.")
     text = f"{plan.method}, {plan.where}: right answers of the embedded model ({found.about}). {found.at(plan.keep)}"

@@ -137,7 +137,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         A transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
         without; put adapters on first, then attach.
     method : str or Reducer, optional
-        A name in `METHODS` or a `Reducer`; default "pitome-tuned".
+        Which tokens join: a name in `METHODS` or a `Reducer`; default "pitome".
+    published : bool, default False
+        What the method's paper does, in place of what the library does with every method of its kind.
     keep : int or float, optional
         Visual tokens per image, or per tile of one, that reach the LLM: a count, or a fraction in (0, 1].
     ratio : float, optional
@@ -191,7 +193,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
 
     Notes
     -----
-    What is left out is the method's own choice; `METHODS` says which.
+    What is left out is the library's choice, the same for every method that goes in steps, and for every one that does
+    not, as `settings.STEPS` and `ONE_STEP` have it; with ``published=True`` that of `settings.PUBLISHED`. What a method
+    itself needs goes before, as its row in `METHODS` says, and what the caller gives before all.
 
     With a number of merges each block removes an equal share, at equal distances over the first three quarters of the
     blocks, or where schedule puts them; in a tower of fewer than 12 over all. More blocks merge where one would remove
@@ -226,7 +230,8 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def _describe(plan: Plan) -> str:
-    return f"{plan.method} (keep={plan.keep} of {plan.available}, {plan.where})"
+    published = ", published" if plan.published else ""
+    return f"{plan.method} (keep={plan.keep} of {plan.available}, {plan.where}{published})"
 
 
 def _carried(model: nn.Module) -> Attachment | None:

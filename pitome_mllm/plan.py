@@ -9,7 +9,9 @@ from typing import Any
 from .families.geometry import Geometry
 from .methods import Reducer, UserError
 from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
-from .settings import DEFAULTS, HOW, Settings, resolve_settings
+from .settings import HOW, Settings, resolve_settings
+
+_AS_ASKED = ("where", "positions", "llm_size_bias", "energies", "logits", "graph", "published")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Plan:
         No merge removes over 40 % of the tokens, if there is another way.
     logits : str
         "merged" or "caller", whose columns a call's logits have.
+    published : bool
+        What the method's paper does was asked for.
     graph : bool or str
         Whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
     """
@@ -51,6 +55,7 @@ class Plan:
     energies: bool
     logits: str
     graph: bool | str
+    published: bool = False
     packed: tuple[int, ...] = ()
     gentle: bool = False
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -137,10 +142,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         projector_counts=() if settings.where == "packed" else tuple(steps),
         packed=tuple(steps) if settings.where == "packed" else (),
         gentle=settings.merges != EVERY,
-        energies=settings.energies,
-        logits=settings.logits,
-        graph=settings.graph,
-        **{name: getattr(settings, name) for name in (*HOW, "where", "positions", "llm_size_bias")},
+        **{name: getattr(settings, name) for name in (*HOW, *_AS_ASKED)},
     )
 
 
@@ -162,7 +164,7 @@ def _token_counts(
         raise UserError(
             f"{name} scales the picture, which the tower gets; choose where='tower', got {settings.where!r}"
         )
-    shape = "last" if reducer.once else settings.schedule or DEFAULTS["schedule"]
+    shape = "last" if reducer.once else settings.schedule or "equal"
     if settings.where == "tower":
         if settings.keep is None:
             return patches, Schedule(None, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []

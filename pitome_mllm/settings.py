@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .families.geometry import Geometry
-from .methods import METHODS, Reducer, UserError, get_method, unknown
+from .methods import METHODS, Method, Reducer, UserError, get_method, unknown
 from .schedule import EVERY, SHAPES, check_merges
 
 logger = logging.getLogger(__name__)
@@ -22,21 +22,34 @@ CHOICES = {
     "schedule": tuple(SHAPES),
     "logits": ("merged", "caller"),
 }
-# What a setting is when neither the caller nor the method's preset says anything. How tokens merge goes with the
-# method: choosing another one resets it. Where they merge does not.
-HOW = {"metric": "keys", "place": "mid", "weighted": True, "proportional_attention": True, "order": "reading"}
-WHERE = {"where": "tower", "schedule": "equal", "merges": EVERY, "positions": "compact", "llm_size_bias": False}
-DEFAULTS: dict[str, Any] = {**HOW, **WHERE}
-DEFAULT_METHOD = "pitome-tuned"
+# What a setting is where neither the caller nor the method's row says anything: what papers did, or what the library
+# does with methods that reduce in one step, or in several.
+PUBLISHED: dict[str, Any] = {
+    "where": "tower",
+    "schedule": "equal",
+    "merges": EVERY,
+    "metric": "keys",
+    "place": "mid",
+    "weighted": True,
+    "proportional_attention": True,
+    "order": "reading",
+    "positions": "compact",
+    "llm_size_bias": False,
+}
+ONE_STEP = {**PUBLISHED, "positions": "original", "llm_size_bias": True}
+STEPS = {**ONE_STEP, "where": "both", "merges": 6, "metric": "hidden", "weighted": False}
+DEFAULT_METHOD = "pitome"
+HOW = ("metric", "place", "weighted", "proportional_attention", "order")  # goes with the method: another one resets it
 GRAPHS = (True, False, "auto")
-SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies")
+SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies", "published")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `attach` was asked for; see there. None = the preset's choice, else `DEFAULTS`."""
+    """What `attach` was asked for; see there. None = as `defaults` has it."""
 
     method: str | Reducer = DEFAULT_METHOD
+    published: bool = False
     keep: int | float | None = None
     ratio: float | None = None
     counts: Sequence[int] | None = None
@@ -57,22 +70,33 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def preset(self) -> Mapping[str, Any]:
-        """What the method's preset brings; not its place where ratio or counts say what the tower's blocks keep."""
-        preset = METHODS[self.method].settings if isinstance(self.method, str) and self.method in METHODS else {}
-        if self.ratio is None and self.counts is None:
-            return preset
-        return {k: v for k, v in preset.items() if k not in ("where", "schedule", "merges")}
+    def row(self) -> Method | None:
+        """The method's row; None for a `Reducer` or an unknown name."""
+        return METHODS.get(self.method) if isinstance(self.method, str) else None
 
     @property
-    def place_of_merging(self) -> str:
-        """The ``where`` that these settings come to."""
-        return self.where or self.preset.get("where", DEFAULTS["where"])
+    def as_published(self) -> bool:
+        """Whether the caller, or the method's row, asks for what was published."""
+        return self.published or (self.row is not None and self.row.variant)
+
+    @property
+    def once(self) -> bool:
+        """Whether the method reduces in one step."""
+        return getattr(self.row.reducer if self.row else self.method, "once", False)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What is left open, for any model: by the method's kind, and its row; ratio and counts are of the tower."""
+        found = PUBLISHED if self.as_published else ONE_STEP if self.once else STEPS
+        found = {**found, **(self.row.settings if self.row else {})}
+        if self.ratio is not None or self.counts is not None:
+            found |= {name: PUBLISHED[name] for name in ("where", "schedule", "merges")}
+        return found
 
     def changed(self, **given: Any) -> Settings:
         """These settings with ``given`` in place; what is no setting counts as an option of the method.
 
-        A new method starts from its own preset, a new keep, ratio or counts replaces the old one, a new place forgets
+        A new method starts from its own defaults, a new keep, ratio or counts replaces the old one, a new place forgets
         tower_keep, and what leaves no choice of blocks forgets merges.
         """
         if "compiled" in given:
@@ -92,11 +116,10 @@ class Settings:
         if any(settings.get(k) is not None for k in ("keep", "ratio", "counts")):
             settings = {**dict.fromkeys(("keep", "ratio", "counts")), **settings}
         changed = replace(self, **settings)
-        place, forgotten = changed.place_of_merging, set[str]()
-        if place != self.place_of_merging:
+        place, forgotten = changed.where or changed.defaults["where"], set[str]()
+        if place != (self.where or self.defaults["where"]):
             forgotten.add("tower_keep")
-        once = isinstance(changed.method, str) and changed.method in METHODS and METHODS[changed.method].reducer.once
-        if once or changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
+        if changed.once or changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
             forgotten.add("merges")
         none: dict[str, Any] = dict.fromkeys(forgotten - given.keys())
         return replace(changed, **none)
@@ -112,16 +135,16 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
     """
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
-        if value not in choices and not (value is None and name in DEFAULTS):
+        if value not in choices and not (value is None and name in PUBLISHED):
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
     for name in SWITCHES:
         value = getattr(settings, name)
-        if not isinstance(value, bool) and not (value is None and name in DEFAULTS):
+        if not isinstance(value, bool) and not (value is None and name in PUBLISHED):
             raise UserError(f"{name}={value!r} is not possible; choose True or False")
     if not any(settings.graph is choice or settings.graph == choice == "auto" for choice in GRAPHS):  # 1 is not True
         raise UserError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
     reducer, name = _resolve(settings)
-    merges, settings = settings.merges, _complete(settings, name, geometry)
+    merges, settings = settings.merges, _complete(settings, reducer, name, geometry)
     _check_needs(settings, reducer, name, geometry)
     _check_merges(merges, settings, reducer, name)
     return settings, reducer, name
@@ -131,6 +154,8 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
     """The reducer and its name."""
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
+        if settings.published:
+            raise UserError("published=True is what a method's paper does, and a Reducer has no paper; leave it out")
         for option in settings.options:
             raise UserError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
         return settings.method, type(settings.method).__name__
@@ -142,31 +167,31 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
         for option in settings.options:
             if option not in known:
                 raise UserError(unknown(f"setting or option of {name}", option, known))
-    return get_method(name, **settings.options), name
+    library = {} if settings.row is None or settings.as_published else settings.row.library
+    return get_method(name, **{**library, **settings.options}), name
 
 
-def _complete(settings: Settings, name: str, geometry: Geometry) -> Settings:
-    """Every setting that the caller left open, by the method's preset, else by default.
-
-    A preset gives way where it cannot hold: its place where ratio or counts say what every block of the tower keeps, a
-    metric that exists in another place than the caller's only, and what this LLM does not take (with a warning).
-    """
-    chosen = {k: getattr(settings, k) for k in DEFAULTS if getattr(settings, k) is not None}
-    left = {k: v for k, v in settings.preset.items() if k not in chosen}
-    for setting in ("positions", "llm_size_bias"):
-        if geometry.llm_unsupported_reason and left.get(setting, DEFAULTS[setting]) != DEFAULTS[setting]:
-            value = left.pop(setting)
-            logger.warning(
-                "%s goes without %s=%r in this LLM: %s", name, setting, value, geometry.llm_unsupported_reason
+def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> Settings:
+    """Every setting that the caller left open: its default, unless method, model or place leave no such choice."""
+    chosen = {k: getattr(settings, k) for k in PUBLISHED if getattr(settings, k) is not None}
+    left, places = settings.defaults, geometry.family.places
+    none = {k: PUBLISHED[k] for k in ("positions", "llm_size_bias")}
+    if not reducer.forms_groups:
+        left |= none
+    elif geometry.llm_unsupported_reason and none != {k: left[k] for k in none}:
+        logger.warning("%s goes without calibration in this LLM: %s", name, geometry.llm_unsupported_reason)
+        left |= none
+    if "where" not in chosen and left["where"] not in places:
+        if settings.published:
+            raise UserError(
+                f"{name} as published merges where={left['where']!r}, which is not possible in this family: "
+                f"{geometry.family.unsupported_reason}; leave published out, or give where={places[0]!r} too"
             )
-    complete = {**DEFAULTS, **left, **chosen}
-    if "where" not in chosen and complete["where"] not in geometry.family.places:
-        complete["where"] = geometry.family.places[0]
-    if "metric" not in chosen and complete["where"] == "packed":
-        complete["metric"] = "hidden"
-    if left.get("metric") == "projected" and complete["where"] != "projector":
-        complete["metric"] = "hidden"
-    return replace(settings, **complete)
+        left["where"] = places[0]
+    where = chosen.get("where", left["where"])
+    if where == "packed" or (left["metric"] == "projected" and where != "projector"):
+        left["metric"] = "hidden"
+    return replace(settings, **{**left, **chosen})
 
 
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
@@ -195,7 +220,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         )
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
-            f"order='source' is known for ToMe and for PiToMe with protect=1 and steps=1, got {name}; "
+            f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "
             "choose order='reading'"
         )
     if "attention" in reducer.needs and not geometry.class_tokens:

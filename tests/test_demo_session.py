@@ -103,7 +103,7 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
     labels = [turn.replies["merged"].label for turn in chat.turns]
     assert labels[0] == "pitome · 144 of 576 tokens (25%) · tower"
     assert labels[1] == "tome · 72 of 576 tokens (12%) · projector"
-    assert labels[3] == "pitome-tuned · 144 of 576 tokens (25%) · both"
+    assert labels[3] == "pitome · 144 of 576 tokens (25%) · both"
     expected = chat.engine.plan(Controls("pitome", amount="ratio")).keep
     assert merges == [144, 72, expected, 144, 144] and chat.engine.model is model
 
@@ -248,8 +248,8 @@ def test_the_conversation_as_json(chat, files):
     assert turn["pictures"] == [{"name": "scene0.png", "width": side, "height": side}]
     merged = turn["replies"]["merged"]
     assert merged["settings"] == {
-        "method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "the method's own",
-        "merges": "the method's own",
+        "method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "default",
+        "merges": "default",
     }  # fmt: skip
     assert merged["answer"] in ("yes", "no") and merged["figures"]["visual_tokens"] == 144
     assert merged["of_plain"]["visual_tokens"] == 0.25 and turn["replies"]["plain"]["settings"] is None

@@ -11,13 +11,13 @@ from drawn import NAMES, each, members
 
 from pitome_mllm.methods import METHODS, Reducer, get_method
 from pitome_mllm.methods.reducer import check_number
-from pitome_mllm.settings import DEFAULTS
+from pitome_mllm.settings import PUBLISHED
 
 # The table of methods.
 
 
 def test_the_first_methods_are_there():
-    first = {"pitome", "pitome-bsm", "pitome-llava", "pitome-tuned", "tome", "random", "pool"}
+    first = {"pitome", "pitome-bsm", "pitome-llava", "tome", "random", "pool"}
     assert first <= set(METHODS)
 
 
@@ -29,7 +29,7 @@ def test_every_method_is_described(name):
     known = {field.name for field in dataclasses.fields(method.reducer)}
     assert set(method.options) <= known
     assert method.reducer.needs <= {"attention", "query", "grid"}
-    assert {*method.settings} <= {*DEFAULTS}
+    assert {*method.settings} <= {*PUBLISHED}
     assert method.reducer.__doc__
 
 

@@ -47,6 +47,7 @@ class Cost:
     method: str
     where: str
     keep: int
+    published: bool
     merges: int
     ms: float
     p20: float
@@ -131,7 +132,7 @@ def costs(shape: str, wanted: list[Setting], repeats: int) -> Iterator[Cost]:
         plan = make_plan(Settings().changed(**asdict(setting)), geometry(config))
         taken = in_turns({0: Call(Picture(plan, config).merge)}, torch.device("cpu"), repeats, warmup=1)[0]
         low, middle, high = (round(q, 3) for q in quantiles(taken))
-        yield Cost(shape, setting.method, setting.where, setting.keep, len(plan.steps), middle, low, high, repeats)
+        yield Cost(shape, **asdict(setting), merges=len(plan.steps), ms=middle, p20=low, p80=high, repeats=repeats)
 
 
 def main(argv: list[str] | None = None) -> None:

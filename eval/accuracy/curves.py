@@ -20,7 +20,7 @@ import torch
 from pitome_mllm import METHODS
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
-from pitome_mllm.settings import DEFAULTS, Settings
+from pitome_mllm.settings import Settings
 
 from ..benchmark.bootstrap import Bootstrap, groups
 from ..benchmark.glyphs import SPLITS
@@ -42,19 +42,20 @@ COMMAND = "python -m pitome_mllm_eval.accuracy.curves"
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a method at a place, keeping so many tokens."""
+    """One run: a method at a place, keeping so many tokens, as published or under the library's defaults."""
 
     method: str
     where: str
     keep: int
+    published: bool = False
 
     def __str__(self) -> str:
-        return f"{self.method}-{self.where}-{self.keep}"
+        return f"{self.method}-{self.where}-{self.keep}{'-published' if self.published else ''}"
 
     @classmethod
     def of(cls, row: dict[str, str]) -> Setting:
         """That of a row of a CSV."""
-        return cls(row["method"], row["where"], int(row["keep"]))
+        return cls(row["method"], row["where"], int(row["keep"]), row["published"] == "True")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Row:
     method: str
     where: str
     keep: int
+    published: bool
     group: str
     against: str
     questions: int
@@ -78,15 +80,22 @@ def results(path: Path = RESULTS) -> list[dict[str, str]]:
     return read(path, COMMAND, ("against", "seconds"))
 
 
-def own_place(method: str) -> str:
+def called(method: str, published: bool) -> str:
+    """What tables call a method."""
+    return f"{method}, published" if published else method
+
+
+def own_place(method: str, published: bool) -> str:
     """Where a method merges if nobody says."""
-    return METHODS[method].settings.get("where", DEFAULTS["where"])
+    return Settings(method=method, published=published).defaults["where"]
 
 
 def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
-    """Every combination that exists."""
-    for setting in (Setting(*parts) for parts in product(methods, places, keeps)):
+    """Every combination that exists; what always runs as published once."""
+    for setting in (Setting(*parts) for parts in product(methods, places, keeps, (True, False))):
         try:
+            if METHODS[setting.method].variant and not setting.published:
+                continue
             make_plan(Settings().changed(**asdict(setting)), geometry)
         except UserError:
             continue

@@ -22,7 +22,7 @@ from ..benchmark.sets import SCENES, scene
 from ..documents import panels, read, save, style, write_csv
 from .correlation import Correlation, correlation
 from .curves import COMMAND as CURVES
-from .curves import RESULTS, Setting, results
+from .curves import RESULTS, Setting, called, results
 from .runs import PLAIN, load, provenance
 
 LEAST_POINTS = 40
@@ -48,10 +48,15 @@ class Point:
     method: str
     where: str
     keep: int
+    published: bool
     distance: float
     loss: float
     loss_low: float
     loss_high: float
+
+    @property
+    def name(self) -> str:
+        return called(self.method, self.published)
 
 
 def losses(found: list[dict[str, str]]) -> dict[Setting, Loss]:
@@ -96,11 +101,11 @@ def points(distance: dict[Setting, float], lost: dict[Setting, Loss]) -> list[Po
             f"a rank correlation of {len(both)} settings says little; at least {LEAST_POINTS} are needed: measure more "
             f"methods or keeps with {CURVES}"
         )
-    if len({setting.method for setting in both}) < 2:
+    if len({(setting.method, setting.published) for setting in both}) < 2:
         raise UserError(
             "all settings are of one method; measure others too with python -m pitome_mllm_eval.accuracy.curves"
         )
-    return [Point(s.method, s.where, s.keep, distance[s], **asdict(lost[s])) for s in both]
+    return [Point(**asdict(s), distance=distance[s], **asdict(lost[s])) for s in both]
 
 
 def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
@@ -110,7 +115,7 @@ def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
     of the pictures is in neither interval.
     """
     distance, loss, keep = (np.array([getattr(p, name) for p in found], float) for name in ("distance", "loss", "keep"))
-    methods = [p.method for p in found]
+    methods = [p.name for p in found]
     return correlation(distance, loss, methods), correlation(distance, loss, methods, strata=keep)
 
 
@@ -118,13 +123,13 @@ def plot(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     """Loss over spectral distance: a colour and marker for each method, one panel for each place."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    methods = list(dict.fromkeys(p.method for p in found))
+    methods = list(dict.fromkeys(p.name for p in found))
     places = list(dict.fromkeys(p.where for p in found))
     figure, axes = panels(places, "loss against the plain model, points", xscale="log", xlabel="spectral distance")
     lines = {}
     for axis, where in zip(axes, places, strict=True):
         for number, method in enumerate(methods):
-            own = [p for p in found if (p.method, p.where) == (method, where)]
+            own = [p for p in found if (p.name, p.where) == (method, where)]
             looks = {**style(number), "marker": MARKERS[number % len(MARKERS)], "linewidth": 0.6}
             if own:
                 (lines[method],) = axis.plot([p.distance for p in own], [100 * p.loss for p in own], **looks)
@@ -169,13 +174,12 @@ def stored(path: Path) -> tuple[list[Point], dict[str, Any]]:
     """The points of a CSV of this command, and where they come from."""
     rows = read(path, COMMAND, ("distance", "loss"))
     figures = ("distance", "loss", "loss_low", "loss_high")
-    names = ((row["method"], row["where"], int(row["keep"])) for row in rows)
-    return [Point(*name, *(float(row[f]) for f in figures)) for name, row in zip(names, rows, strict=True)], rows[0]
+    return [Point(**asdict(Setting.of(row)), **{name: float(row[name]) for name in figures}) for row in rows], rows[0]
 
 
 def sentence(found: Sequence[Point], about: dict[str, Any]) -> str:
     """Both `correlations`, of what, and what their intervals leave out."""
-    methods, (whole, within) = len({p.method for p in found}), correlations(found)
+    methods, (whole, within) = len({p.name for p in found}), correlations(found)
     return (
         f"Over {len(found)} settings of {methods} methods Spearman's correlation between spectral distance and loss of "
         f"accuracy is {whole}; between methods at the same number of tokens it is {within}. In brackets 95 % bootstrap "

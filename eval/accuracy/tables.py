@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from pitome_mllm import METHODS
 from pitome_mllm.settings import DEFAULT_METHOD
 
 from .. import documents
-from .curves import BLIND, own_place
+from .curves import BLIND, called, own_place
 from .runs import PLAIN
 
 Row = dict[str, str]
-Key = tuple[str, str, int]  # method, where, keep
-Spent = dict[tuple[str, str], Row]  # by method and place
+Line = tuple[str, bool, str]  # method, whether as published, where
+Spent = dict[Line, Row]
 COST_SHAPE, COST_KEEP = "llava-1.5-7b", 144  # of which costs the tables speak
 NOT_MEASURED = "not measured"
 LOOKING = [name for name, method in METHODS.items() if "attention" in method.reducer.needs]
@@ -33,14 +34,14 @@ class Results:
     Attributes
     ----------
     plain, blind : of the plain model, and without looking.
-    cells : of every (method, where, keep).
+    cells : of every line and keep.
     change : what each of them differs by from the plain model.
     """
 
     plain: Row
     blind: Row
-    cells: dict[Key, Row]
-    change: dict[Key, Row]
+    cells: dict[tuple[Line, int], Row]
+    change: dict[tuple[Line, int], Row]
 
     @classmethod
     def of(cls, found: list[Row]) -> Results:
@@ -49,7 +50,7 @@ class Results:
         plain, blind = (next(r for r in chosen if r["method"] == name and not r["against"]) for name in (PLAIN, BLIND))
         methods = [row for row in chosen if row["method"] not in (PLAIN, BLIND)]
         cells, change = (
-            {(row["method"], row["where"], int(row["keep"])): row for row in methods if row["against"] == against}
+            {(line_of(row), int(row["keep"])): row for row in methods if row["against"] == against}
             for against in ("", PLAIN)
         )
         return cls(plain, blind, cells, change)
@@ -57,17 +58,22 @@ class Results:
     @property
     def keeps(self) -> list[int]:
         """All numbers of tokens, the largest first."""
-        return sorted({keep for _, _, keep in self.cells}, reverse=True)
+        return sorted({keep for _, keep in self.cells}, reverse=True)
 
     @property
-    def lines(self) -> list[tuple[str, str]]:
-        """Every (method, where)."""
-        return list(dict.fromkeys((method, where) for method, where, _ in self.cells))
+    def lines(self) -> list[Line]:
+        """Every method at every place."""
+        return list(dict.fromkeys(line for line, _ in self.cells))
 
-    def shown(self, method: str, where: str, keeps: Iterable[int]) -> list[str]:
+    def shown(self, line: Line, keeps: Iterable[int]) -> list[str]:
         """Accuracies in per cent, each with the paired interval of its difference to the plain model."""
-        keys = [(method, where, keep) for keep in keeps]
+        keys = [(line, keep) for keep in keeps]
         return [_cell(self.cells[key], self.change[key]) if key in self.cells else NOT_MEASURED for key in keys]
+
+
+def line_of(row: Row) -> Line:
+    """The line of tables that a row of a CSV belongs to."""
+    return row["method"], row["published"] == "True", row["where"]
 
 
 def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
@@ -78,13 +84,14 @@ def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
     results = Results.of(found)
     heads = ["method", "where", "spectral", "ms", *(f"keep {keep}" for keep in results.keeps)]
     lines = [heads, [PLAIN, "-", "-", "-", *[f"{points(results.plain)[0]:.1f}"] * len(results.keeps)]]
-    for method, where in results.lines:
-        if everywhere or where == own_place(method):
+    for method, published, where in results.lines:
+        if everywhere or where == own_place(method, published):
             spectral = "yes" if METHODS[method].spectral else "no"
-            cost = spent.get((method, where))
+            cost = spent.get((method, published, where))
             milliseconds = f"{float(cost['ms']):.1f}" if cost else NOT_MEASURED
-            name = f"{method} \\*" if method in LOOKING else method
-            lines.append([name, where, spectral, milliseconds, *results.shown(method, where, results.keeps)])
+            name = called(method, published) + " \\*" * (method in LOOKING)
+            figures = results.shown((method, published, where), results.keeps)
+            lines.append([name, where, spectral, milliseconds, *figures])
     return "\n\n".join([documents.markdown(lines), CAUTION, _about(found, results, spent)])
 
 
@@ -112,7 +119,7 @@ def ablation(rows: list[Row]) -> str:
 def spending(rows: list[Row]) -> Spent:
     """What merging costs by method and place, as far as the tables speak of it."""
     chosen = [row for row in rows if (row["shape"], row["keep"]) == (COST_SHAPE, str(COST_KEEP))]
-    return {(row["method"], row["where"]): row for row in chosen}
+    return {line_of(row): row for row in chosen}
 
 
 def _about(found: list[Row], results: Results, spent: Spent) -> str:
@@ -142,10 +149,10 @@ def _about(found: list[Row], results: Results, spent: Spent) -> str:
 def _elsewhere(results: Results) -> str:
     """Which methods were measured at another commit, on another machine or another day than the plain model."""
     origins: dict[str, list[str]] = {}
-    for (method, _, _), row in results.cells.items():
+    for ((method, published, _), _), row in results.cells.items():
         said = ", ".join(["commit " + row["commit"], row["device"], row["date"]])
         if any(row[name] != results.plain[name] for name in ("commit", "device", "date")):
-            origins.setdefault(said, []).append(method)
+            origins.setdefault(said, []).append(called(method, published))
     return "".join(f" ({', '.join(dict.fromkeys(who))}: {said})" for said, who in origins.items())
 
 
@@ -162,16 +169,20 @@ def _cell(row: Row, change: Row) -> str:
 def plot(found: list[Row], path: Path) -> None:
     """Accuracy over visual tokens, one line per method, in a panel for each place."""
     results = Results.of(found)
-    places = list(dict.fromkeys(where for _, where in results.lines))
-    methods = list(dict.fromkeys(method for method, _ in results.lines))
+    places = list(dict.fromkeys(where for _, _, where in results.lines))
+    methods = list(dict.fromkeys((method, published) for method, published, _ in results.lines))
     figure, axes = documents.panels(places, "right answers, %", xlabel="visual tokens")
     lines = {}
     for axis, place in zip(axes, places, strict=True):
         lines["plain, 576 tokens"] = axis.axhline(points(results.plain)[0], color="black", linestyle=":")
         for number, method in enumerate(methods):
-            measured = sorted((keep, row) for (m, w, keep), row in results.cells.items() if (m, w) == (method, place))
+            cells = results.cells.items()
+            measured = sorted(
+                ((keep, row) for (line, keep), row in cells if line == (*method, place)), key=itemgetter(0)
+            )
             if measured:
-                lines[method] = _line(axis, measured, number, 3 if method == DEFAULT_METHOD else 1.2)
+                width = 3 if method == (DEFAULT_METHOD, False) else 1.2
+                lines[called(*method)] = _line(axis, measured, number, width)
         documents.ticks(axis, results.keeps)
     documents.save(figure, path, lines)
 

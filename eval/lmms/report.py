@@ -14,6 +14,7 @@ from typing import Any
 
 from pitome_mllm.methods import UserError
 
+from ..accuracy.curves import called
 from ..documents import markdown, marks, panels, put_in, save, style, write_csv
 from .results import FIGURES, EvaluationError, Results, read
 
@@ -46,7 +47,8 @@ def rows(results: Results) -> Iterator[Row]:
     Other times are means per question of batches; what was read from lmms-eval's cache cost nothing.
     """
     said, cost, content = results.about, results.about["cost"], results.content
-    settings = " ".join(f"{k}={v}" for k, v in said["asked"].items() if k != "method") or "all tokens"
+    asked = " ".join(f"{k}={v}" for k, v in said["asked"].items() if k not in ("method", "published")) or "all tokens"
+    method = called(said["method"], said["asked"].get("published", False))
     spent = {name: round(cost[name], 3) if name in cost else "" for name in (*COSTS, *TIMES)}
     spent["latency_ms"] = round(cost["prefill_ms"] + cost["decode_ms"], 3) if cost else ""
     inside = {task for tasks in content["group_subtasks"].values() for task in tasks}
@@ -56,7 +58,7 @@ def rows(results: Results) -> Iterator[Row]:
             figure = results.figure(task, metric)
             bounds = {"low": figure.low, "high": figure.high}
             yield {
-                **{"model": said["pretrained"], "method": said["method"], "asked": settings},
+                **{"model": said["pretrained"], "method": method, "asked": asked},
                 **{"task": task, "metric": metric, "value": round(figure.value, 6)},
                 **{name: "" if bound is None else round(bound, 6) for name, bound in bounds.items()},
                 **{"resampled": "images" if known else "questions", "questions": figure.questions},
@@ -88,10 +90,8 @@ def main_figures(found: Sequence[Row]) -> list[Row]:
         if key not in best or (best[key]["metric"] not in FIGURES and row["metric"] in FIGURES):
             best[key] = row
     methods = list(dict.fromkeys(row["method"] for row in best.values()))
-    tokens = {id(row): row["visual_tokens"] or 0.0 for row in best.values()}
-    return sorted(
-        best.values(), key=lambda row: (row["model"], row["task"], methods.index(row["method"]), -tokens[id(row)])
-    )
+    by_tokens = sorted(best.values(), key=lambda row: -(row["visual_tokens"] or 0.0))
+    return sorted(by_tokens, key=lambda row: (row["model"], row["task"], methods.index(row["method"])))
 
 
 def table(found: Sequence[Row], times: bool = False) -> str:

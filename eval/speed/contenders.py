@@ -17,8 +17,10 @@ from pitome_mllm.families import FAMILY_OF_CONFIG
 from pitome_mllm.methods import METHODS, Merge, Reducer, UserError, unknown
 from pitome_mllm.plan import Plan
 
+from .rows import name
+
 MODES = ("eager", "graph")  # of --mode, for everything that is compared
-PLAIN, ORACLE, WEIGHTS = "plain", "oracle", "weights"
+PLAIN, ORACLE, WEIGHTS, PUBLISHED = "plain", "oracle", "weights", "published"
 
 
 class _Sliced(Merge):
@@ -63,7 +65,8 @@ class Contender:
     Attributes
     ----------
     method : a name in `METHODS`, "plain", or "oracle".
-    variant : "weights" where the tower's attention writes its weights down, as the paper's code does; else empty.
+    variant : "published", or "weights" where the tower's attention writes its weights down too, as the paper's code
+        does; empty under the library's defaults.
     like : the methods whose token counts an oracle has, with spaces between.
     asked : what `attach` was asked for, such as {"keep": 144}.
     model : its own modules; weights are everybody's.
@@ -140,7 +143,7 @@ def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, A
     Parameters
     ----------
     model : plain; it is left alone.
-    methods : names in `METHODS`, or such a name with ":weights" behind it, or "oracle".
+    methods : names in `METHODS`, or such a name with ":published" or ":weights" behind it, or "oracle".
     amounts : keywords of `attach`, such as {"keep": 144} or {"ratio": 0.9}.
 
     Raises
@@ -151,8 +154,8 @@ def contenders(model: Any, methods: Sequence[str], amounts: Sequence[dict[str, A
     yield Contender(PLAIN, "", "", {}, plain, plain)
     for asked in amounts:
         ways: dict[Any, list[Contender]] = {}
-        for name in (name for name in methods if name != ORACLE):
-            made = _merging(model, name, asked)
+        for method in (method for method in methods if method != ORACLE):
+            made = _merging(model, method, asked)
             ways.setdefault(_way(made.plan), []).append(made)
             yield made
         for alike in ways.values() if ORACLE in methods else ():
@@ -164,31 +167,32 @@ def _way(plan: Plan) -> tuple[Any, ...]:
     return plan.input_patches, plan.counts, plan.projector_counts, plan.place
 
 
-def parted(name: str) -> tuple[str, str]:
-    """Method and variant of "tome" or "tome:weights"; ValueError for what there is not."""
-    method, _, variant = name.partition(":")
+def parted(asked: str) -> tuple[str, str]:
+    """Method and variant of "tome", "tome:published" or "tome:weights"; ValueError for what there is not."""
+    method, _, variant = asked.partition(":")
     if method not in METHODS:
         raise UserError(unknown("method", method, METHODS))
-    if variant not in ("", WEIGHTS):
-        raise UserError(f"unknown variant {variant!r} of {method}; the one there is: {method}:{WEIGHTS}")
+    if variant not in ("", PUBLISHED, WEIGHTS):
+        raise UserError(
+            f"unknown variant {variant!r} of {method}; there are {method}:{PUBLISHED} and {method}:{WEIGHTS}"
+        )
     return method, variant
 
 
-def _merging(model: Any, name: str, asked: dict[str, Any]) -> Contender:
-    (method, variant), own = parted(name), twin(model)
-    if variant:
+def _merging(model: Any, wanted: str, asked: dict[str, Any]) -> Contender:
+    (method, variant), own = parted(wanted), twin(model)
+    if variant == WEIGHTS:
         own.set_attn_implementation({"vision_config": "eager"})
-    return Contender(method, variant, "", asked, own, own, attach(own, method, graph=False, **asked).plan)
+    handle = attach(own, method, published=bool(variant), graph=False, **asked)
+    return Contender(method, variant, "", asked, own, own, handle.plan)
 
 
 def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
     """The oracle of contenders that go the same way."""
     made, own = alike[0], twin(model)
-    plan, like = made.plan, " ".join(dict.fromkeys(each.method for each in alike))
+    plan, like = made.plan, " ".join(dict.fromkeys(name(each.method, each.variant, "") for each in alike))
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
-    preset = METHODS[made.method].settings if plan.where == "both" else {}
-    told = {"positions": "compact", "llm_size_bias": False, "proportional_attention": False, "metric": "hidden"}
-    told |= {name: preset.get(name) for name in ("schedule", "merges")}
+    told = {"proportional_attention": False, "metric": "hidden"}
     handle = attach(own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, graph=False, **told)
     if _way(handle.plan) != _way(plan):
         raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")

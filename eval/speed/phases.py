@@ -69,7 +69,7 @@ class Bench:
             settings |= {"metric": "hidden", "proportional_attention": False}
             attach(made, Slice(METHODS["pitome"].reducer()), **settings)
         else:
-            attach(made, "pitome", **settings)
+            attach(made, "pitome", published=True, **settings)
         return made
 
     def pixels(self, batch: int) -> Tensor:

@@ -9,11 +9,12 @@ from pitome_mllm.methods import UserError
 
 from ..documents import markdown, panels, read, save, style, ticks
 from . import promises
-from .contenders import PLAIN
+from .contenders import ORACLE, PLAIN, PUBLISHED
 from .rows import GPU_RESULTS, RESULTS, RUN, SERIES, name
 from .stages import STAGES
 
 Found = dict[str, str]
+OLD_DEFAULT = {"pitome-tuned": "pitome"}
 BRIEF = ("576", "144")  # numbers of visual tokens that the README shows
 
 
@@ -24,7 +25,18 @@ def called(row: Found) -> str:
 
 def results(path: Path = RESULTS) -> list[Found]:
     """The rows of a CSV of the benchmark; ValueError as `read`."""
-    return read(path, "pitome-mllm bench, as docs/speed.md says", RUN)
+    return [_as_today(row) for row in read(path, "pitome-mllm bench, as docs/speed.md says", RUN)]
+
+
+def _as_today(row: Found) -> Found:
+    """A row of before version 0.2: methods ran as published then, but for the default, `pitome` today."""
+    if not row["pitome_mllm"].startswith("0.1."):
+        return row
+    names = [OLD_DEFAULT.get(name, f"{name}:{PUBLISHED}") for name in row["like"].split()]
+    method = OLD_DEFAULT.get(row["method"], row["method"])
+    published = method == row["method"] and method not in (PLAIN, ORACLE)
+    variant = row["variant"] or (PUBLISHED if published else "")
+    return row | {"method": method, "variant": variant, "like": " ".join(names)}
 
 
 def on_gpu() -> tuple[str, str]:

@@ -44,6 +44,7 @@ class Costs:
 
     shape: Shape
     method: str
+    published: bool = False
     text_tokens: int = 40
     new_tokens: int = 1
     memory: float = 24e9
@@ -62,7 +63,7 @@ class Costs:
         """The estimate for ``ratio=``, ``keep=``, or nothing: the plain model."""
         key = repr(given)
         if key not in self._known:
-            self._known[key] = estimate(self.config, self.method if given else None, **self._counts, **given)
+            self._known[key] = estimate(self.config, **self._counts, **self._merging(given))
         return self._known[key]
 
     def saved(self, **given: Any) -> float:
@@ -71,8 +72,10 @@ class Costs:
 
     def batch(self, **given: Any) -> int:
         """The most images that fit in memory at once."""
-        method = self.method if given else None
-        return largest_batch(self.config, self.memory, method, bits=self.bits, **self._counts, **given)
+        return largest_batch(self.config, self.memory, bits=self.bits, **self._counts, **self._merging(given))
+
+    def _merging(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"method": self.method, "published": self.published, **given} if given else {}
 
 
 def section(costs: Costs, ratios: Sequence[float], keeps: Sequence[int | float]) -> Section:

@@ -53,7 +53,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """--method (one, or ``several``), --keep, --ratio, --merges and --where."""
+    """--method (one, or ``several``), --published, --keep, --ratio, --merges and --where."""
     group = parser.add_argument_group("merging")
     group.add_argument(
         "--method",
@@ -61,6 +61,7 @@ def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
         metavar="M",
         help=f"{'one or more of' if several else 'see'} `pitome-mllm methods` (default: {DEFAULT_METHOD})",
     )
+    add_published(group)
     amount = group.add_mutually_exclusive_group()
     amount.add_argument(
         "--keep", type=keep, metavar="K", help="visual tokens left, a number or a share (default: 0.25, a quarter)"
@@ -70,17 +71,24 @@ def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
         "--merges",
         type=merge_points,
         metavar="M",
-        help="with --keep: how many blocks of the tower merge, or every (default: the method's own)",
+        help="with --keep: how many blocks of the tower merge, or every (default: 6, if the method goes in steps)",
     )
-    group.add_argument("--where", metavar="W", help="tower, projector or both (default: the method's own)")
+    group.add_argument("--where", metavar="W", help="tower, projector or both (default: by the kind of method)")
+
+
+def add_published(group: Any) -> None:
+    """--published."""
+    group.add_argument(
+        "--published", action="store_true", help="what the method's paper does, instead of the library's defaults"
+    )
 
 
 def merging(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `attach` that ``--keep``, ``--ratio``, ``--merges`` and ``--where`` stand for."""
+    """The keywords of `attach` that the options of `add_merging` but ``--method`` stand for."""
     amount = {"keep": QUARTER if options.keep is None else options.keep}
     if options.ratio is not None:
         amount = {"ratio": options.ratio}
-    return {**amount, "merges": options.merges, "where": options.where}
+    return {**amount, **{name: getattr(options, name) for name in ("published", "merges", "where")}}
 
 
 @contextmanager

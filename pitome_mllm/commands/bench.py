@@ -9,10 +9,11 @@ from typing import Any
 from ._companion import companion
 from ._options import keep
 
-METHODS = "pitome pitome-tuned tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()
+METHODS = "pitome pitome:published tome tome:weights visionzip visionzip:weights random pool downsample oracle".split()
 MODES = "for all alike: eager, or graph: the same kernels as CUDA graphs (%(default)s)"
 ABOUT = """Stages are timed apart, everything that is compared in turns: medians after a warm-up, one CSV row each.
-METHOD:weights is the method with a vision tower that writes its attention weights down, as its paper's code does.
+METHOD:published is what its paper does, METHOD:weights the same with a vision tower that writes its attention weights
+down, as its paper's code does.
 An oracle removes as many tokens by slicing, and its LLM gets what is left without any bookkeeping: the floor."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ._options import check_method, keep, progress
+from ._options import add_published, check_method, keep, progress
 
 RATIOS, KEEPS = (0.975, 0.95, 0.925, 0.9), (0.5, 0.25, 0.125)
 COLUMNS = {  # field of Row: its heading and how it is written; columns without any figure are left out
@@ -22,7 +22,8 @@ COLUMNS = {  # field of Row: its heading and how it is written; columns without 
     "kv_mb": ("KV cache, MB", "{:.1f}"),
     "batch": ("largest batch", "{}"),
 }
-ABOUT = """Calculated from the models' published sizes; nothing is measured and no weights are needed. Method {method}.
+ABOUT = """Calculated from the models' published sizes; nothing is measured and no weights are needed.
+Method {method}{mode}.
 Every figure is for one picture with a prompt of {text_tokens} text tokens, up to new token {new_tokens}.
 
 A multiply-add counts as two FLOPs, and only matrix products and convolutions count. The column of the tower holds the
@@ -42,6 +43,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("shape", nargs="*", metavar="SHAPE", help="such as llava-1.5-7b (default: all there are)")
     parser.add_argument("--method", default="pitome", metavar="M", help="see `pitome-mllm methods` (%(default)s)")
+    add_published(parser)
     parser.add_argument("--ratio", nargs="+", type=float, default=RATIOS, metavar="R", help="shares that blocks keep")
     parser.add_argument(
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="tokens left, numbers or shares"
@@ -67,14 +69,15 @@ def run(options: argparse.Namespace) -> None:
     from ._cost_tables import Costs, section
 
     check_method(options.method)
-    asked = {name: getattr(options, name) for name in ("method", "text_tokens", "new_tokens", "bits")}
+    asked = {name: getattr(options, name) for name in ("method", "published", "text_tokens", "new_tokens", "bits")}
     shapes = {name: get_shape(name) for name in options.shape or SHAPES}
     sections = {}
     with progress("Calculating", total=len(shapes)) as advance:
         for name, shape in shapes.items():
             sections[name] = section(Costs(shape, memory=1e9 * options.memory, **asked), options.ratio, options.keep)
             advance()
-    about = ABOUT.format(**vars(options), weights=f"{options.bits}-bit" if options.bits else "float16")
+    mode = ", as published" if options.published else ", under the library's defaults"
+    about = ABOUT.format(**vars(options), mode=mode, weights=f"{options.bits}-bit" if options.bits else "float16")
     if options.json:
         sys.stdout.write(json.dumps({name: asdict(found) for name, found in sections.items()}) + "\n")
     elif options.markdown:
@@ -92,7 +95,13 @@ def _cells(rows: Sequence[Any]) -> list[list[str]]:
 
 def markdown(sections: Sequence[Any], about: str) -> str:
     """All of it as a page."""
-    lines = ["# What merging costs and saves", "", "Made by `pitome-mllm cost --markdown > docs/cost.md`.", "", about]
+    lines = [
+        "# What merging costs and saves",
+        "",
+        "Made by `pitome-mllm cost --published --markdown > docs/cost.md`.",
+        "",
+        about,
+    ]
     for found in sections:
         heading, *body = _cells(found.rows)
         lines += ["", f"## {found.title}", "", _line(heading), "|---" + "|---:" * (len(heading) - 1) + "|"]

@@ -10,10 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+ABOUT = """which tokens join. Its own options and settings hold always; by default the library adds to them what it does
+with every method of its kind, with --published what its paper does."""
+
 
 def register(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("methods", help="list the methods", description="List the methods there are.")
+    parser = commands.add_parser("methods", help="list the methods", description="List the methods there are: " + ABOUT)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -28,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
             "reference": method.reference,
             "options": dict(method.options),
             "settings": dict(method.settings),
+            "library": dict(method.library),
         }
         for name, method in METHODS.items()
     }
@@ -35,9 +39,12 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
     table = Table(
-        Column("method", no_wrap=True), "what it does", "from", "options and settings", box=None, pad_edge=False
+        Column("method", no_wrap=True), "what it does", "from", "its own", "by default", box=None, pad_edge=False
     )
     for name, row in rows.items():
-        changes = ", ".join(f"{key}={value}" for key, value in {**row["options"], **row["settings"]}.items())
-        table.add_row(name, row["summary"], row["reference"], changes)
+        own, library = (
+            ", ".join(f"{key}={value}" for key, value in pairs.items())
+            for pairs in ({**row["options"], **row["settings"]}, row["library"])
+        )
+        table.add_row(name, row["summary"], row["reference"], own, library)
     Console().print(table)

@@ -6,13 +6,13 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..methods import UserError
 from ._inputs import read_subject
-from ._options import add_model, add_subject, check_method, keep, open_model, progress
+from ._options import add_model, add_published, add_subject, check_method, keep, open_model, progress
 from .groups import check_picture_file
 
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
@@ -49,6 +49,7 @@ def register(commands: Any) -> None:
     add_model(parser)
     group = parser.add_argument_group("merging")
     group.add_argument("--method", nargs="+", metavar="M", help="of `pitome-mllm methods` (default: all)")
+    add_published(group)
     group.add_argument(
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
     )
@@ -77,19 +78,21 @@ def run(options: argparse.Namespace) -> None:
         check_matplotlib()
     subject = read_subject(options)
     model, processor = open_model(options)
-    found = compare(model, pixel_values(processor, subject.picture), methods, options.keep, options.where)
+    place = {"where": options.where, "published": options.published}
+    found = compare(model, pixel_values(processor, subject.picture), methods, options.keep, place)
     about = f"{subject.name}, {options.model}, {options.where or 'every method at its own place'}"
+    about += ", as published" * options.published
     if options.out:
         plot(found, options.out, about)
     if options.json:
-        asked = {"model": options.model, "picture": subject.name, "where": options.where, "keep": found.keeps}
+        asked = {"model": options.model, "picture": subject.name, **place, "keep": found.keeps}
         sys.stdout.write(json.dumps({**asked, "spectral_distance": found.distances, "impossible": found.why}) + "\n")
         return
     show(found, about)
 
 
 def compare(
-    model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int | float], where: str | None
+    model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int | float], place: Mapping[str, Any]
 ) -> Comparison:
     """Spectral distances of the plain model's features, over what the methods make of them.
 
@@ -99,8 +102,8 @@ def compare(
         Not attached.
     pixels : object
         (I, 3, H, W); distances are means over the images.
-    methods, keeps, where
-        As for `attach`.
+    methods, keeps, place
+        As for `attach`; ``place`` holds where and published.
 
     Raises
     ------
@@ -118,21 +121,21 @@ def compare(
         graph = TokenGraph(tower_features(model, pixels).float().cpu())
         for method in methods:
             advance()
-            found.distances[method] = [_distance(found, model, pixels, graph, method, n, where) for n in found.keeps]
+            found.distances[method] = [_distance(found, model, pixels, graph, method, n, place) for n in found.keeps]
     if all(value is None for values in found.distances.values() for value in values):
         raise UserError(found.why[0])
     return found
 
 
 def _distance(
-    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, where: str | None
+    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, place: Mapping[str, Any]
 ) -> float | None:
     """One figure; where it does not exist, None, and the reason goes to ``found.why``."""
     from ..attach import attach
     from ..families.features import tower_features
 
     try:
-        handle = attach(model, method, keep=keep, where=where)
+        handle = attach(model, method, keep=keep, **place)
     except UserError as error:
         return found.without(f"{method}: {error}")
     with handle:

@@ -29,9 +29,15 @@ from .visionzip import VisionZip
 
 @dataclass(frozen=True)
 class Method:
-    """A named preset: a reducer, its options, and the settings of `attach` that belong to it.
+    """A name for a reducer and what belongs to it.
 
-    ``spectral`` says whether its paper proves that merging keeps the spectrum of the token graph.
+    Attributes
+    ----------
+    options : of the reducer, as its paper has them.
+    settings : of `attach`, without which it would be another method; all others are the library's, or its paper's.
+    library : options that `attach` gives the reducer unless ``published=True``.
+    spectral : whether its paper proves that merging keeps the spectrum of the token graph.
+    variant : it is what somebody published, so that `attach` always runs it as published.
     """
 
     reducer: type[Reducer]
@@ -39,7 +45,9 @@ class Method:
     reference: str
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    library: Mapping[str, Any] = field(default_factory=dict)
     spectral: bool = False
+    variant: bool = False
 
 
 _PITOME = "arXiv 2405.16148"
@@ -49,7 +57,11 @@ _METRIC_FREE = {"metric": "hidden"}  # so that no keys are read
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
-        PiToMe, "merge inside large clusters, protect the rare tokens (the paper)", _PITOME, spectral=True
+        PiToMe,
+        "merge inside large clusters, protect the rare tokens",
+        _PITOME,
+        library={"protect": 0.5, "alpha": 0.0, "margin": 0.6},
+        spectral=True,
     ),
     "pitome-bsm": Method(
         PiToMe, "split by energy, most similar pairs first, nothing protected", _PITOME, {"protect": 0.0}
@@ -65,20 +77,7 @@ METHODS: dict[str, Method] = {
             "proportional_attention": False,
             "order": "source",
         },
-    ),
-    "pitome-tuned": Method(
-        PiToMe,
-        "the default: what a search on the embedded benchmark's validation set ended at, in few merges",
-        _PITOME,
-        {"protect": 0.5, "alpha": 0.0, "margin": 0.6},
-        {
-            "where": "both",
-            "merges": 6,
-            "positions": "original",
-            "llm_size_bias": True,
-            "metric": "hidden",
-            "weighted": False,
-        },
+        variant=True,
     ),
     "tome": Method(ToMe, "alternate by position, most similar pairs first", "arXiv 2210.09461"),
     "tofu": Method(
@@ -124,13 +123,18 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str, **options: Any) -> Reducer:
-    """The reducer called ``name``, with its preset options overridden by ``options``.
+    """The reducer called ``name`` as its paper has it, but for ``options``.
 
     Raises
     ------
     ValueError
         No such method, or an option that this method does not have; both name what there is.
     """
+    if name == "pitome-tuned":
+        raise UserError(
+            "the method 'pitome-tuned' is gone: attach(model, 'pitome', keep=...) does the same; its rule alone is "
+            f"get_method('pitome', {', '.join(f'{k}={v}' for k, v in METHODS['pitome'].library.items())})"
+        )
     if name not in METHODS:
         raise UserError(unknown("method", name, METHODS))
     method = METHODS[name]

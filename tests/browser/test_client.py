@@ -13,7 +13,7 @@ from record import record
 
 from pitome_mllm_eval.benchmark.sets import scene
 
-OWN = "the method's own"
+OWN = "default"
 SETTINGS = {"method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": OWN, "merges": OWN}
 FIRST_ANSWER = 30  # seconds from the command to the first answer, with the embedded model on two cores
 

@@ -20,7 +20,7 @@ from pitome_mllm_eval.benchmark.sets import scene
 VISITORS = 8
 SECONDS = float(os.environ.get("PITOME_LOAD_SECONDS", 120))
 GROWTH = 1.05
-SETTINGS = [("pitome", 144), ("tome", 72), ("pitome-tuned", 288), ("random", 16)]
+SETTINGS = [("pitome", 144), ("tome", 72), ("pitome", 288), ("random", 16)]
 
 pytestmark = pytest.mark.load
 
@@ -48,7 +48,7 @@ class Guest:
             for number, question in enumerate(self.random.sample(self.questions[:6], 3)):
                 file = handle_file(str(self.path)) if number == 0 else None
                 compare = self.random.random() < 0.3
-                values = (self.method, "tokens", self.keep, 0.9, "the method's own", compare)
+                values = (self.method, "tokens", self.keep, 0.9, "default", "default", False, compare)
                 self.check(question, client.predict(question.text, file, *values, api_name="/ask"), first=number == 0)
         finally:
             client.close()

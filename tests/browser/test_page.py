@@ -28,7 +28,7 @@ def truth(number):
 def test_upload_and_ask(visitor, files):
     question, answer = truth(16)
     assert visitor.ask(question, files[16]) == answer
-    assert visitor.last(".pm-label") == "pitome-tuned · 144 of 576 tokens (25%) · both"
+    assert visitor.last(".pm-label") == "pitome · 144 of 576 tokens (25%) · both"
     assert visitor.page.locator("#pm-chat img.pm-thumb").count() == 1
     assert visitor.page.locator("#pm-box textarea").input_value() == ""
 
@@ -213,9 +213,7 @@ def test_settings_change_the_next_turn_only_and_never_reload(visitor, files, ser
     visitor.until(lambda: "projector: 576" in visitor.page.locator("#pm-plan").inner_text())
     visitor.ask("is there a circle?")
     labels = visitor.page.locator(".pm-label").all_inner_texts()
-    assert (
-        labels[0].startswith("pitome-tuned · 144 of 576") and labels[1] == "tome · 147 of 576 tokens (26%) · projector"
-    )
+    assert labels[0].startswith("pitome · 144 of 576") and labels[1] == "tome · 147 of 576 tokens (26%) · projector"
     assert served.handlers.visitors.engine is engine
 
 
@@ -330,7 +328,7 @@ def test_two_visitors_at_once_never_mix(visit, files):
     other.send(truth(6)[0])
     for visitor in (one, other):
         visitor.until(lambda v=visitor: v.page.locator(".pm-merged.pm-done").count() == 1)
-    assert one.last(".pm-merged .pm-text") == truth(16)[1] and "pitome-tuned · 144" in one.last(".pm-label")
+    assert one.last(".pm-merged .pm-text") == truth(16)[1] and "pitome · 144" in one.last(".pm-label")
     assert other.last(".pm-question") == truth(6)[0] and "tome · 288" in other.last(".pm-label")
     assert one.page.locator(".pm-card").count() == other.page.locator(".pm-card").count() == 1
 
@@ -381,7 +379,7 @@ def test_no_address_is_fetched_for_a_client(served, monkeypatch):
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", note)
     file = {"path": "https://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
-    settings = ("pitome", "tokens", 144, 0.9, "the method's own", False)
+    settings = ("pitome", "tokens", 144, 0.9, "default", "default", False, False)
     with pytest.raises(Exception, match="addresses are not fetched here; send the picture itself"):
         Client(served.url, verbose=False).predict("is there a star?", file, *settings, api_name="/ask")
     assert fetched == []

@@ -8,8 +8,8 @@ from lmms_eval.models import get_model
 from pitome_mllm import attach, estimate, load
 from pitome_mllm_eval.benchmark import sets
 from pitome_mllm_eval.lmms import scene_tasks
-from pitome_mllm_eval.lmms.asked import EvaluationError
 from pitome_mllm_eval.lmms.model import PitomeLlava, PitomeLlavaChat
+from pitome_mllm_eval.lmms.results import EvaluationError
 
 SETTINGS = {"method": "tome", "keep": 72}
 GREEDY = {"max_new_tokens": 4, "temperature": 0}

@@ -23,10 +23,11 @@ from PIL import Image
 
 from pitome_mllm.methods.tome import ToMe
 from pitome_mllm_eval.lmms import reproduce
-from pitome_mllm_eval.lmms.circular import note_hits
-from pitome_mllm_eval.lmms.intervals import interval
 from pitome_mllm_eval.lmms.model import PitomeLlava
-from pitome_mllm_eval.lmms.tables import TABLES, TASKS, narrowed
+from pitome_mllm_eval.lmms.plans import narrowed
+from pitome_mllm_eval.lmms.reproduce import note_hits
+from pitome_mllm_eval.lmms.results import interval
+from pitome_mllm_eval.lmms.tables import TABLES, TASKS
 
 SHORT = "\nAnswer the question using a single word or phrase."
 PACKAGED = packaged.removesuffix("__init__.py")
