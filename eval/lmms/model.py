@@ -229,7 +229,7 @@ class PitomeLlava(lmms):
         return len(after) - len(before)
 
     def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
-        """New tokens that the LLM can hold, at least 1; where the tower merges tiles, as far as that is known by now."""
+        """New tokens that the LLM can hold, at least 1; where the tower merges tiles, as far as is known by now."""
         counts = self._counts(asked, inputs, lambda: at_most(self.handle, inputs))
         longest = max(text + visual for _, text, visual in counts)
         most = self.model.config.text_config.max_position_embeddings

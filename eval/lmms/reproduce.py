@@ -113,7 +113,7 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
     models = {model: model_identity(model) for model in dict.fromkeys(run.model for run in table.runs)}
     for number, run in enumerate(table.runs, start=1):
         known = identity(run, table, options.data, models[run.model], how)
-        here = options.out / name / f"{str(run).replace(' ', '-')}-{short(known)}"
+        here = options.out / name / f"{str(run).replace(',', '').replace(' ', '-')}-{short(known)}"
         there = newest(here / "results")
         accelerator.wait_for_everyone()  # before one of them writes there
         if first:

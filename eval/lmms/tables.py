@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,7 @@ def published(table: str) -> dict[tuple[Run, str], dict[str, str]]:
     return found
 
 
+@cache
 def tokens_of_one(run: Run) -> int:
     """Visual tokens of an image, or of one of its tiles, that reach the LLM; refuses what `attach` refuses."""
     known = geometry(config_of(run.model))
@@ -221,6 +223,7 @@ def images_of(model: str) -> int:
     return get_shape(SHAPE_OF[model]).images if model in SHAPE_OF else 1
 
 
+@cache
 def config_of(model: str) -> Any:
     """The configuration of a model of the tables, or of one that is here; nothing is fetched."""
     return get_shape(SHAPE_OF[model]).config() if model in SHAPE_OF else read_config(model)

@@ -23,45 +23,7 @@ from .train_tiny import Trainer
 
 LIMIT_BYTES = 9_000_000
 SAMPLE = 208  # questions on which the tests compare this machine with the recorded accuracy
-CARD = """---
-license: apache-2.0
-pipeline_tag: image-text-to-text
----
-
-# The embedded model
-
-A small LLaVA (CLIP tower with 24 x 24 patches of 8 pixels, MLP projector, LLaMA with four layers; {parameters:.1f} M
-parameters, half precision) that answers one-word questions about drawn scenes: shapes, colours and handwritten digits.
-It exists so that token reduction can be tried, tested and measured anywhere, within seconds and without a download.
-`load("tiny")` takes less than half a second of CPU time (a test bounds it), after the imports of torch and transformers
-themselves, which take longer.
-
-It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/benchmark/scenes.py`),
-with words of its vocabulary. How much a reduction method costs here says how methods compare with each other on this
-task; it does not say what they cost on LLaVA-1.5 or any other large model. No loss looks at the class token, so its
-attention knows little: methods that rank by it (VisionZip, PruMerge, DiffRate, MCTF) have a disadvantage here
-that CLIP would not give them.
-
-## Training
-
-`python -m pitome_mllm_eval.training.train_tiny --out DIR`, {about}:
-{pictures:,} generated pictures in {steps:,} steps, no picture twice. `training_log.csv` holds the whole course.
-First the tower learns what each patch shows, then questions are asked on 96-pixel windows of the canvas, then on whole
-pictures with all 576 visual tokens. No visual token is ever left out because of what it shows. Auxiliary targets (what
-a patch shows, where a named object is) are used in training only.
-
-Data: handwritten digits of scikit-learn (UCI), photographs and textures of scikit-image (CC0 or public domain) as
-backgrounds; `eval/data/README.md` names each. Digit scans and background regions of validation and test never occur in
-training.
-
-## Accuracy
-
-All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.benchmark.score --split SPLIT`. The intervals are
-95 % bootstraps over pictures; "blind" is the most common answer to the same text in training data. On another machine
-the accuracy on the first {sample} test questions is within 2 points of the one in `accuracy.json`; a test checks it.
-
-{accuracy}
-"""
+CARD = Path(__file__).parent / "card.md"
 
 
 def accuracy_table(results: dict[str, list[dict]]) -> str:
@@ -106,7 +68,7 @@ def export(run: Path, target: Path, about: str = "", limit: int | None = None) -
         recorded = {"sample": {"split": "test", "questions": SAMPLE, "accuracy": sample}, **results}
         (folder / "accuracy.json").write_text(json.dumps(recorded, indent=1) + "\n")
         shutil.copy(run / "log.csv", folder / "training_log.csv")
-        card = CARD.format(
+        card = CARD.read_text().format(
             parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=len(word_ids()) - len(SPECIAL),
             about=about, pictures=trainer.log[-1]["pictures"], steps=trainer.step, accuracy=accuracy_table(results),
             sample=SAMPLE,

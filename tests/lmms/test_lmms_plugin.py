@@ -126,7 +126,7 @@ def test_placeholders_in_the_text_say_where_pictures_stand(make):
     (inline,) = lm.generate_until([request(0, "<image>\n<image>\nhow many digits are there?", GREEDY)])
     (before,) = lm.generate_until([request(0, "how many digits are there?", GREEDY)])
     assert inline == before
-    with pytest.raises(EvaluationError, match="task own, document 0: .* 1 placeholders .* for 2 pictures"):
+    with pytest.raises(EvaluationError, match="task own, document 0: .* 1 placeholders .* for 2 images"):
         list(lm.generate_until([request(0, "<image> how many?", GREEDY)]))
 
 
