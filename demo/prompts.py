@@ -45,8 +45,8 @@ def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any)
     check_question(processor, lines[-1].question)
     inputs = processor(images=list(images), text=write(processor, list(messages(lines))), return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    # Compact positions count what the LLM reads, which with tiles is known behind the tower only.
-    if plan is not None and plan.positions == "compact" and not plan.geometry.family.tiles:
+    # Positions that are told of nothing count what the LLM reads, which with tiles is known behind the tower only.
+    if plan is not None and plan.calibration == "none" and not plan.geometry.family.tiles:
         length -= len(images) * (plan.available - plan.keep)
     most = model.config.get_text_config().max_position_embeddings
     room = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)

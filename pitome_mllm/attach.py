@@ -165,10 +165,11 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         Add log(size) to the attention logits of merged tokens.
     order : {"reading", "source"}, optional
         The order of tokens: as in the image, or as the authors' code of ToMe and of the paper's PiToMe leaves them.
-    positions : {"compact", "original"}, optional
-        Position ids of visual tokens in the LLM: counted, or that of each one's first patch.
-    llm_size_bias : bool, optional
-        Add log(size) to the LLM's attention logits of visual tokens, which then weigh what they stand for.
+    calibration : {"distance", "size", "none"}, optional
+        What the LLM is told of visual tokens. "distance": each has the median position of its patches, and attention
+        logits grow by log(s * (2 - D(d))), with s patches behind the key and D the part of RoPE that only knows the
+        distance d. "size": those positions, and log(s) only. "none": counted positions, and nothing. Default: the best
+        that the LLM's attention takes.
     logits : {"merged", "caller"}, default "merged"
         A call returns the logits of the tokens that there are; or of all columns of the caller's prompt, as training
         loops want them, where a column that was dropped repeats the one before it.

@@ -11,7 +11,7 @@ from .methods import Reducer, UserError
 from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
 from .settings import HOW, Settings, resolve_settings
 
-_AS_ASKED = ("where", "positions", "llm_size_bias", "energies", "logits", "graph", "published")
+_AS_ASKED = ("where", "calibration", "energies", "logits", "graph", "published")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Plan:
     weighted: bool
     proportional_attention: bool
     order: str
-    positions: str
-    llm_size_bias: bool
+    calibration: str
     energies: bool
     logits: str
     graph: bool | str

@@ -18,7 +18,7 @@ CHOICES = {
     "metric": ("keys", "hidden", "projected"),
     "place": ("mid", "end"),
     "order": ("reading", "source"),
-    "positions": ("compact", "original"),
+    "calibration": ("distance", "size", "none"),
     "schedule": tuple(SHAPES),
     "logits": ("merged", "caller"),
 }
@@ -33,15 +33,20 @@ PUBLISHED: dict[str, Any] = {
     "weighted": True,
     "proportional_attention": True,
     "order": "reading",
-    "positions": "compact",
-    "llm_size_bias": False,
+    "calibration": "none",
 }
-ONE_STEP = {**PUBLISHED, "positions": "original", "llm_size_bias": True}
+ONE_STEP = {**PUBLISHED, "calibration": "distance"}
 STEPS = {**ONE_STEP, "where": "both", "merges": 6, "metric": "hidden", "weighted": False}
 DEFAULT_METHOD = "pitome"
 HOW = ("metric", "place", "weighted", "proportional_attention", "order")  # goes with the method: another one resets it
 GRAPHS = (True, False, "auto")
-SWITCHES = ("weighted", "proportional_attention", "llm_size_bias", "energies", "published")
+SWITCHES = ("weighted", "proportional_attention", "energies", "published")
+GONE = {
+    "compiled": "graph=True runs the vision tower as CUDA graphs without a compiler; to use one, leave it out and call "
+    "torch.compile on the tower yourself",
+    "positions": "write calibration='distance' or 'size' for original positions, calibration='none' for compact ones",
+    "llm_size_bias": "write calibration='distance' or 'size' for True, calibration='none' for False",
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ class Settings:
     weighted: bool | None = None
     proportional_attention: bool | None = None
     order: str | None = None
-    positions: str | None = None
-    llm_size_bias: bool | None = None
+    calibration: str | None = None
     energies: bool = False
     logits: str = "merged"
     graph: bool | str = "auto"
@@ -99,11 +103,8 @@ class Settings:
         A new method starts from its own defaults, a new keep, ratio or counts replaces the old one, a new place forgets
         tower_keep, and what leaves no choice of blocks forgets merges.
         """
-        if "compiled" in given:
-            raise UserError(
-                f"compiled={given['compiled']!r} is gone: graph=True runs the vision tower as CUDA graphs without a "
-                "compiler; to use one, leave it out and call torch.compile on the tower yourself"
-            )
+        for name in GONE.keys() & given.keys():
+            raise UserError(f"{name}={given[name]!r} is gone: {GONE[name]}")
         if given.get("method", "") is None:
             given["method"] = DEFAULT_METHOD
         known = {f.name for f in fields(Settings)} - {"options"}
@@ -175,12 +176,8 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
     """Every setting that the caller left open: its default, unless method, model or place leave no such choice."""
     chosen = {k: getattr(settings, k) for k in PUBLISHED if getattr(settings, k) is not None}
     left, places = settings.defaults, geometry.family.places
-    none = {k: PUBLISHED[k] for k in ("positions", "llm_size_bias")}
-    if not reducer.forms_groups:
-        left |= none
-    elif geometry.llm_unsupported_reason and none != {k: left[k] for k in none}:
-        logger.warning("%s goes without calibration in this LLM: %s", name, geometry.llm_unsupported_reason)
-        left |= none
+    if "calibration" not in chosen:
+        left["calibration"] = _best_calibration(left["calibration"], reducer, geometry)
     if "where" not in chosen and left["where"] not in places:
         if settings.published:
             raise UserError(
@@ -192,6 +189,27 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
     if where == "packed" or (left["metric"] == "projected" and where != "projector"):
         left["metric"] = "hidden"
     return replace(settings, **{**left, **chosen})
+
+
+def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
+    """The calibration ``wanted``, or the best that method and LLM take; a warning where the LLM takes none."""
+    if wanted == "none" or not reducer.forms_groups:
+        return "none"
+    if geometry.llm_unsupported_reason:
+        logger.warning("calibration='none', which costs accuracy: %s", geometry.llm_unsupported_reason)
+        return "none"
+    return wanted if geometry.llm_rotary else "size"
+
+
+def _check_calibration(kind: str, reducer: Reducer, name: str, geometry: Geometry) -> None:
+    """UserError where the method or the LLM does not take a calibration that is asked for."""
+    reason = geometry.llm_unsupported_reason
+    if kind != "none" and not reducer.forms_groups:
+        reason = f"{name} has no groups, so nobody knows where its tokens stand"
+    if kind == "distance" and not geometry.llm_rotary:
+        reason = reason or "the LLM has no rotary embedding; calibration='size' is possible"
+    if kind != "none" and reason:
+        raise UserError(f"calibration={kind!r} is not possible: {reason}; or choose calibration='none'")
 
 
 def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> None:
@@ -213,11 +231,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
-    if settings.positions == "original" and not reducer.forms_groups:
-        raise UserError(
-            f"{name} has no groups, so its tokens have no original position; choose positions='compact', "
-            "or a method that merges or drops tokens"
-        )
+    _check_calibration(settings.calibration, reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
             f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "
@@ -241,8 +255,6 @@ def _check_merges(merges: int | str | None, settings: Settings, reducer: Reducer
 def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
     """ValueError for what models of the original llava package do not take."""
     asked = {
-        "positions='original'": settings.positions == "original",
-        "llm_size_bias=True": settings.llm_size_bias,
         f"method={name!r}": reducer.shrinks_picture,
         "logits='caller'": settings.logits == "caller",
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .families.anyres import Packed
 from .methods import Merge, UserError
-from .methods.merge import first_of_groups
+from .methods.merge import median_of_groups
 from .plan import Plan
 
 
@@ -98,17 +98,17 @@ class Stats:
         return (group - self._hidden).where(group >= 0, -1)
 
     @cached_property
-    def first(self) -> Tensor | tuple[Tensor, ...]:
-        """(images, tokens_after) int64: the first patch, in reading order, of every visual token.
+    def median(self) -> Tensor | tuple[Tensor, ...]:
+        """(images, tokens_after) int64: the median patch, in reading order, of every visual token.
 
         For images of several tiles (tokens,) for each one, counted among the visual tokens of the plain model.
         """
         if self.packed:
-            return tuple(picture.first for picture in self.packed)
+            return tuple(picture.median for picture in self.packed)
         groups = self.groups
         if not isinstance(groups, Tensor):
             raise UserError(f"{self.method} has no groups, so its tokens have no original position")
-        return first_of_groups(groups, self.tokens_after)
+        return median_of_groups(groups, self.tokens_after)
 
     @cached_property
     def sizes(self) -> Tensor | tuple[Tensor, ...]:

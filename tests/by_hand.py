@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,10 @@ class Tokens:
     sizes: Tensor
 
     @property
-    def first(self) -> Tensor:
-        """(I, K): the smallest original index of each group."""
-        images, full = self.groups.shape
-        count = self.sizes.shape[1]
-        order = torch.arange(full).expand(images, full)
-        groups = self.groups.where(self.groups >= 0, count)  # dropped tokens go to one place more
-        return torch.full((images, count + 1), full).scatter_reduce(1, groups, order, "amin")[:, :count]
+    def median(self) -> Tensor:
+        """(I, K): the median original index of each group, the lower one of two."""
+        tokens = range(self.sizes.shape[1])
+        return torch.stack([torch.stack([(row == k).nonzero()[:, 0].median() for k in tokens]) for row in self.groups])
 
 
 def encode(
@@ -113,16 +111,13 @@ class Reference:
     model : a plain twin of the model under test.
     inputs : the caller's inputs (input_ids, attention_mask, pixel_values).
     tokens : merged features of all pictures in reading order over the batch.
-    positions : "compact" = 0, 1, 2, ...; "original" = each survivor keeps the place of its group's first token.
-    llm_size_bias : every query of the LLM adds log(size) to its logit for a visual token.
+    calibration : "none" = positions 0, 1, 2, ...; "size" = each survivor has the median place of its group, and every
+        query of the LLM adds log(size) to its logit for a visual token; "distance" = `term`.
     """
 
-    def __init__(
-        self, model: Any, inputs: Any, tokens: Tokens, positions: str = "compact", llm_size_bias: bool = False
-    ) -> None:
-        self.model = model
-        self.tokens = tokens
-        self.bias: list[Tensor] = []  # (n,) log(size) of each token, if they count
+    def __init__(self, model: Any, inputs: Any, tokens: Tokens, calibration: str = "none") -> None:
+        self.model, self.tokens, self.calibration = model, tokens, calibration
+        self.sizes: list[list[float]] = []  # (n,) patches of each token, 0 for text
         self.rows: list[tuple[Tensor, Tensor]] = []  # (n, C) embeddings and (n,) positions
         self.caller: list[Tensor] = []  # (n,) index of each token in the caller's row
         image = 0
@@ -131,20 +126,22 @@ class Reference:
             ids = ids[columns]
             slots = (ids == IMAGE).nonzero()[:, 0]
             number = len(slots) // PATCHES
-            rank = torch.cat([i * PATCHES + tokens.first[image + i] for i in range(number)]) if number else slots
             keep = torch.ones(len(ids), dtype=torch.bool)
-            keep[slots] = False
-            keep[slots[rank]] = True
+            kept = tokens.sizes.shape[1]
+            for i in range(number):
+                keep[slots[i * PATCHES + kept : (i + 1) * PATCHES]] = False
             at = keep.nonzero()[:, 0]
+            visual = ids[at] == IMAGE
             embeddings = model.get_input_embeddings()(ids[at]).detach().clone()
+            positions, size = at.clone(), torch.zeros(len(at))
             if number:
-                features = tokens.features[image : image + number].flatten(0, 1)
-                embeddings[ids[at] == IMAGE] = features.detach()
-            self.bias.append(torch.zeros(len(at), dtype=embeddings.dtype))
-            if llm_size_bias and number:
-                self.bias[-1][ids[at] == IMAGE] = tokens.sizes[image : image + number].flatten().log().to(embeddings)
+                mine = slice(image, image + number)
+                embeddings[visual] = tokens.features[mine].flatten(0, 1).detach()
+                size[visual] = tokens.sizes[mine].flatten()
+                positions[visual] = slots[::PATCHES].repeat_interleave(kept) + tokens.median[mine].flatten()
             image += number
-            self.rows.append((embeddings, at if positions == "original" else torch.arange(len(at))))
+            self.sizes.append(size.tolist())
+            self.rows.append((embeddings, torch.arange(len(at)) if calibration == "none" else positions))
             self.caller.append(columns[at])
 
     @torch.no_grad()
@@ -154,16 +151,31 @@ class Reference:
         if text is not None and len(text):
             embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(text)])
             positions = torch.cat([positions, positions[-1] + 1 + torch.arange(len(text))])
-        length = len(positions)
-        bias = torch.cat([self.bias[row], self.bias[row].new_zeros(length - len(self.bias[row]))])
-        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        sizes = self.sizes[row] + [0.0] * (len(positions) - len(self.sizes[row]))
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None],
             position_ids=positions[None],
-            attention_mask=bias.expand(length, -1).masked_fill(later, -torch.inf)[None, None],
+            attention_mask=self.term(positions.tolist(), sizes)[None, None].to(embeddings),
             use_cache=False,
         )
         return self.model.lm_head(hidden.last_hidden_state)[0]
+
+    def term(self, positions: list[int], sizes: list[float]) -> Tensor:
+        """(n, n) what every query m adds to its logit for every key: from the definition, one by one."""
+        language, total = self.model.model.language_model, len(positions)
+        theta = language.rotary_emb.inv_freq.double()
+        near = [(distance * theta).cos().mean().item() for distance in range(max(positions) + 1)]
+        rows, any_picture = [], False
+        for m in range(total):
+            any_picture = any_picture or sizes[m] > 0
+            row = [-math.inf] * total
+            for n in range(m + 1):
+                size = max(sizes[n], 1.0) if self.calibration != "none" else 1.0
+                if self.calibration == "distance" and any_picture:
+                    size *= 2 - near[abs(positions[m] - positions[n])]
+                row[n] = math.log(size)
+            rows.append(row)
+        return torch.tensor(rows, dtype=torch.float64)
 
     def greedy(self, row: int = 0, steps: int = 6, text: Tensor | None = None) -> list[int]:
         """The ids that greedy search appends to a row (and to ``text`` after it)."""

@@ -61,13 +61,12 @@ def reference(
     inputs: Any,
     counts: list[int],
     method: str = "pitome",
-    positions: str = "compact",
-    llm_size_bias: bool = False,
+    calibration: str = "none",
     **options: Any,
 ) -> Reference:
     """What must come out, from the plain twin and a merge written out by hand."""
     tokens = merged_by_hand(plain, inputs, counts, method, **options)
-    return Reference(plain, inputs, tokens, positions, llm_size_bias)
+    return Reference(plain, inputs, tokens, calibration)
 
 
 def gaps(metric: Tensor, r: int, depth: float, protected: int = 1) -> tuple[float, float, float]:

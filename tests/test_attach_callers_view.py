@@ -59,7 +59,7 @@ def test_allowed_tokens_see_the_callers_prompt(model, pair):
 
 
 @NEEDS_FEATURES
-@pytest.mark.parametrize("told", [{"positions": "original"}, {"llm_size_bias": True}], ids=str)
+@pytest.mark.parametrize("told", [{"calibration": "distance"}, {"calibration": "size"}], ids=str)
 def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process, one, told):
     """What the LLM is told needs the pictures themselves; features may come from any earlier run."""
     other = process(images=[picture(1)], text=[QUESTION], return_tensors="pt")
@@ -69,7 +69,7 @@ def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process
         model.model.get_image_features(other["pixel_values"], return_dict=True)
         with pytest.raises(ValueError, match="mm_encoder_outputs"):
             model(**text, mm_encoder_outputs={"image": features})
-        handle.update(positions="compact", llm_size_bias=False)
+        handle.update(calibration="none")
         expected = model(**one).logits
         assert torch.equal(model(**text, mm_encoder_outputs={"image": features}).logits, expected)
 
@@ -77,11 +77,11 @@ def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process
 @pytest.mark.parametrize("change", ["plain", "all", "compact"])
 def test_a_cache_goes_on_in_the_positions_it_was_filled_with(model, one, change):
     mask = torch.ones(1, one["input_ids"].shape[1] + 3, dtype=torch.long)
-    with attach(model, "pitome", keep=144, positions="original") as handle, torch.no_grad():
+    with attach(model, "pitome", keep=144, calibration="distance") as handle, torch.no_grad():
         cache = model(**one, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache)
         expected = model(input_ids=NEXT, **{CACHE: cache}, attention_mask=mask).logits
-        settings = {"all": {"keep": 1.0}, "compact": {"positions": "compact"}}.get(change)
+        settings = {"all": {"keep": 1.0}, "compact": {"calibration": "none"}}.get(change)
         with handle.using(**settings) if settings else handle.using(None):
             seen = model(input_ids=NEXT, **{CACHE: twin}, attention_mask=mask).logits
     assert torch.equal(seen, expected)
@@ -121,7 +121,7 @@ def test_a_max_length_within_the_prompt_names_the_callers_numbers(model, one):
     "settings,said",
     [
         ({"where": 3}, "where"),
-        ({"positions": True}, "positions"),
+        ({"calibration": True}, "calibration"),
         ({"schedule": 1.5}, "schedule"),
         ({"weighted": "no"}, "weighted"),
         ({"proportional_attention": "off"}, "proportional_attention"),

@@ -143,9 +143,9 @@ def test_batch_rows_equal_the_definition(model, plain, side, handle):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_batch_rows_equal_the_same_rows_alone(model, batch, where, positions):
-    with attach(model, "pitome", keep=KEEP, where=where, positions=positions) as handle:
+@pytest.mark.parametrize("calibration", ["none", "distance"])
+def test_batch_rows_equal_the_same_rows_alone(model, batch, where, calibration):
+    with attach(model, "pitome", keep=KEEP, where=where, calibration=calibration) as handle:
         together, groups = new_ids(model, batch), None
         groups, image = handle.stats.groups, 0
         for row, (numbers, text) in enumerate(ROWS):
@@ -243,9 +243,9 @@ def test_beams_and_samples_equal_the_plain_model_on_merged_features(model, plain
     [{"cache_implementation": "static"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}],
     ids=str,
 )
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_caches_and_lookup_do_not_change_the_answer(model, one, options, positions):
-    with attach(model, "pitome", keep=KEEP, positions=positions) as handle:
+@pytest.mark.parametrize("calibration", ["none", "distance"])
+def test_caches_and_lookup_do_not_change_the_answer(model, one, options, calibration):
+    with attach(model, "pitome", keep=KEEP, calibration=calibration) as handle:
         expected = new_ids(model, one, 8)
         assert new_ids(model, one, 8, **options) == expected
         assert handle.stats.tokens_after == KEEP
@@ -262,17 +262,17 @@ NEEDS_FEATURES = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("calibration", ["none", "distance"])
 @pytest.mark.parametrize(
     "assistant",
     ["attached", pytest.param("plain", marks=NEEDS_FEATURES), pytest.param("text", marks=NEEDS_FEATURES)],
 )
-def test_assisted_generation(model, one, assistant, positions):
+def test_assisted_generation(model, one, assistant, calibration):
     draft = build_text_model() if assistant == "text" else build(seed=1 if assistant == "attached" else 3)
-    with attach(model, "pitome", keep=KEEP, positions=positions):
+    with attach(model, "pitome", keep=KEEP, calibration=calibration):
         expected = new_ids(model, one, 8)
         if assistant == "attached":
-            attach(draft, "pitome", keep=KEEP, positions=positions)
+            attach(draft, "pitome", keep=KEEP, calibration=calibration)
         assert new_ids(model, one, 8, assistant_model=draft) == expected
 
 

@@ -40,9 +40,9 @@ def test_keeping_all_is_bit_identical_with_every_method(model, plain, pair, meth
 
 
 @pytest.mark.parametrize("where", ["tower", "projector", "both"])
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_keeping_all_is_bit_identical_at_every_place(model, plain, pair, where, positions):
-    with attach(model, keep=PATCHES, where=where, positions=positions):
+@pytest.mark.parametrize("calibration", ["none", "size", "distance"])
+def test_keeping_all_is_bit_identical_at_every_place(model, plain, pair, where, calibration):
+    with attach(model, keep=PATCHES, where=where, calibration=calibration):
         assert torch.equal(logits(model, pair), logits(plain, pair))
         assert new_ids(model, pair) == new_ids(plain, pair)
 
@@ -103,12 +103,12 @@ def test_remove_twice_is_harmless(model, plain, one):
 
 def test_attach_again_after_remove(model, plain, one):
     attach(model, keep=72).remove()
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         assert_works(handle, model, plain, one)
 
 
 def test_update_replans(model, plain, one):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     assert_works(handle, model, plain, one)
     handle.update(keep=72, method="tome")
     assert (handle.plan.keep, handle.plan.method) == (72, "tome")
@@ -119,8 +119,8 @@ def test_update_replans(model, plain, one):
 
 
 def test_another_place_forgets_what_the_tower_keeps(model):
-    """Whether the place is the caller's, or changes with the method's preset or with the way to say how many."""
-    for change in ({"where": "tower"}, {"method": "tome"}, {"ratio": 0.9}):
+    """Whether the place is the caller's, or changes with what is asked for besides."""
+    for change in ({"where": "tower"}, {"published": True}, {"method": "pitome-llava"}, {"ratio": 0.9}):
         with attach(model, keep=144) as handle:
             handle.update(tower_keep=300)
             assert handle.plan.counts[-1] == 300
@@ -131,12 +131,12 @@ def test_another_place_forgets_what_the_tower_keeps(model):
         handle.update(keep=72)
         assert handle.plan.counts[-1] == 300 and handle.plan.keep == 72
         with pytest.raises(ValueError, match="tower_keep=300 goes with where='both'"):
-            handle.update(method="tome", tower_keep=300)
+            handle.update(published=True, tower_keep=300)
 
 
 def test_a_plain_run_before_attaching_changes_nothing(model, plain, one):
     new_ids(model, one)
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         assert_works(handle, model, plain, one)
 
 
@@ -145,7 +145,7 @@ def test_a_plain_run_before_attaching_changes_nothing(model, plain, one):
 
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_a_deepcopy_merges_on_its_own(model, plain, one, ran_before):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     if ran_before:
         logits(model, one)
     twin = copy.deepcopy(model)
@@ -226,7 +226,7 @@ def test_accelerate_hooks_in_any_order(model, plain, one, where, hooks_first, un
     unhook_all(twin)
     if hooks_first:
         hook_all(model)
-    handle = attach(model, "pitome", keep=144, where=where)
+    handle = attach(model, "pitome", published=True, keep=144, where=where)
     if not hooks_first:
         logits(model, one)
         hook_all(model)
@@ -252,7 +252,7 @@ def test_weights_offloaded_by_accelerate(model, plain, one, offload_first):
 
     if offload_first:
         cpu_offload(model, execution_device=torch.device("cpu"))
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         if not offload_first:
             cpu_offload(model, execution_device=torch.device("cpu"))
         assert_works(handle, model, plain, one)
@@ -265,8 +265,8 @@ def test_weights_offloaded_by_accelerate(model, plain, one, offload_first):
 
 def test_two_models_never_affect_each_other(model, plain, one):
     other, untouched = build(), build()
-    handle = attach(model, "pitome", keep=144)
-    before = attach(other, "tome", keep=72)
+    handle = attach(model, "pitome", published=True, keep=144)
+    before = attach(other, "tome", published=True, keep=72)
     assert_works(handle, model, plain, one)
     assert_works(before, other, plain, one, "tome")
     twin = build()
@@ -321,7 +321,9 @@ WRONG = [  # settings, words that the message must contain
     ({"method": "crossget", "keep": 144, "order": "source"}, ["source", "crossget", "reading"]),
     ({"method": "pitome", "keep": 144, "order": "source", "steps": 2}, ["source", "steps", "reading"]),
     ({"method": "pitome-bsm", "keep": 144, "order": "source"}, ["source", "protect", "reading"]),
-    ({"keep": 144, "positions": "old"}, ["old", "compact", "original"]),
+    ({"keep": 144, "calibration": "old"}, ["old", "distance", "size", "none"]),
+    ({"keep": 144, "positions": "original"}, ["positions", "calibration='distance'"]),
+    ({"keep": 144, "llm_size_bias": True}, ["llm_size_bias", "calibration='distance'"]),
     ({"keep": 144, "schedule": "linear"}, ["linear", "equal", "early", "delayed", "last"]),
     ({"keep": 144, "metric": "history"}, ["history", "keys", "hidden", "projected"]),
     ({"method": "pitome", "keep": 144, "smooth": 0.5}, ["smooth", "margin", "protect"]),
@@ -352,7 +354,7 @@ def test_mistakes_are_explained_and_leave_the_model_alone(model, plain, settings
 
 @pytest.mark.parametrize("settings", [{"keep": 0}, {"method": "pitom"}, {"keep": 72, "ratio": 0.9}, {"place": "x"}])
 def test_a_failed_update_changes_nothing(model, plain, one, settings):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     with pytest.raises(ValueError):
         handle.update(**settings)
     with pytest.raises(ValueError):
@@ -374,9 +376,9 @@ def test_unknown_models_are_refused(make):
 
 
 def test_attaching_twice_is_refused(model, plain, one):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     with pytest.raises(ValueError, match=r"(?s)pitome.*144.*remove\(\)"):
-        attach(model, "tome", keep=72)
+        attach(model, "tome", published=True, keep=72)
     assert Attachment.of(model) is handle
     assert_works(handle, model, plain, one)
 

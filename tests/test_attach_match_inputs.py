@@ -13,7 +13,7 @@ from models import PATCH, PATCHES, QUESTION, build, picture, processor
 from torch import Tensor
 
 from pitome_mllm import METHODS, attach, get_method
-from pitome_mllm.hooks.llm import biased_mask
+from pitome_mllm.hooks.llm import _seen, calibrated_mask
 from pitome_mllm.methods import Merge, Reducer
 
 NEEDING_ATTENTION = [name for name, method in METHODS.items() if "attention" in method.reducer.needs]
@@ -95,8 +95,8 @@ def test_projected_exists_in_front_of_the_projector_only(model, where):
 
 
 def test_tokens_without_groups_have_no_original_position(model):
-    with pytest.raises(ValueError, match="dct has no groups.*positions='compact'"):
-        attach(model, "dct", keep=144, positions="original")
+    with pytest.raises(ValueError, match="dct has no groups.*calibration='none'"):
+        attach(model, "dct", keep=144, calibration="distance")
     assert {name for name in METHODS if not get_method(name).forms_groups} == {"dct"}
 
 
@@ -133,7 +133,7 @@ def test_downsample_is_the_plain_model_on_a_smaller_picture(model, plain, pair, 
         assert handle.stats.sizes.sum().item() == 2 * PATCHES
 
 
-@pytest.mark.parametrize("settings", [{}, {"positions": "original"}, {"llm_size_bias": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"calibration": "distance"}, {"calibration": "size"}], ids=str)
 def test_downsample_in_a_batch(model, settings):
     images = [picture(0), picture(1), picture(2)]
     text = [QUESTION, "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"]
@@ -165,13 +165,12 @@ def test_a_token_with_the_log_of_its_size_draws_what_its_copies_drew():
     keys, values = (torch.randn(1, 2, 3, 8, generator=random) for _ in range(2))
     copies = torch.tensor([0, 0, 0, 1, 2, 2])
     expected = F.scaled_dot_product_attention(query, keys[:, :, copies], values[:, :, copies])
-    log_size = torch.tensor([[3.0, 1.0, 2.0]]).log()
-    mask = biased_mask(torch.cat([log_size, torch.zeros(1, 5)], 1), 5, None, None, torch.float32)[..., :3]
+    everything, places = torch.ones(1, 1, 5, 3, dtype=torch.bool), torch.arange(5)[None]
+    mask = calibrated_mask(everything, places, places[:, :3], torch.tensor([[3.0, 0.0, 2.0]]), None, torch.float32)
     torch.testing.assert_close(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask), expected)
 
 
 def test_the_mask_is_causal_and_hides_padding():
-    mask = biased_mask(torch.zeros(2, 4), 3, None, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), torch.float32)
-    seen = mask[:, 0] == 0
-    assert seen[1].tolist() == [[True, True, False, False], [True, True, True, False], [True, True, True, True]]
-    assert seen[0].tolist() == [[False, True, False, False], [False, True, True, False], [False, True, True, True]]
+    seen = _seen(torch.zeros(2, 4), None, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None)[:, 0]
+    assert seen[1].tolist() == torch.ones(4, 4).tril().bool().tolist()
+    assert seen[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]

@@ -18,16 +18,12 @@ ROWS = [
 ]
 
 
-SETTINGS = [
-    {"positions": "original"},
-    {"llm_size_bias": True},
-    {"positions": "original", "llm_size_bias": True},
-]
+SETTINGS = [{"calibration": "size"}, {"calibration": "distance"}]
 
 
 @pytest.fixture(params=SETTINGS, ids=str)
 def handle(model, request):
-    with attach(model, "pitome", keep=144, **request.param) as handle:
+    with attach(model, "pitome", published=True, keep=144, **request.param) as handle:
         yield handle
 
 
@@ -39,7 +35,7 @@ def make(rows, side="left"):
 
 def expect(plain, inputs, handle):
     plan = handle.plan
-    return reference(plain, inputs, plan.counts, positions=plan.positions, llm_size_bias=plan.llm_size_bias)
+    return reference(plain, inputs, plan.counts, calibration=plan.calibration)
 
 
 def test_forward_and_generate(model, plain, one, handle):

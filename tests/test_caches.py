@@ -18,8 +18,8 @@ from pitome_mllm.hooks import caches
 from pitome_mllm.hooks.layout import unchanged
 
 KEEP = 144
-SETTINGS = [{}, {"llm_size_bias": True}, {"positions": "original"}, {"positions": "original", "llm_size_bias": True}]
-TOLD = SETTINGS[3]
+SETTINGS = [{"calibration": "none"}, {"calibration": "size"}, {"calibration": "distance"}]
+TOLD = SETTINGS[2]
 ROWS = [
     ([0], QUESTION),
     ([1, 2], "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"),
@@ -184,7 +184,7 @@ def test_a_cache_that_was_reset_is_a_new_one(model, told, by_layer):
     filled(model, make(ROWS[:1]), **{CACHE: new})
     for part in new.layers if by_layer else [new]:
         part.reset()
-    told.update(positions="compact", llm_size_bias=False)
+    told.update(calibration="none")
     second = make([([1], QUESTION)])
     assert new_ids(model, second, **{CACHE: new}) == new_ids(model, second)
 
@@ -254,14 +254,14 @@ def test_a_cache_of_several_beams_goes_on_with_one_row(model, told):
 def test_a_layout_for_other_rows():
     """Beams repeat every row; anything else would give sizes to the wrong rows."""
     sizes = torch.tensor([[0.0, 1, 2], [3, 4, 5]])
-    layout = replace(unchanged(2, 3, torch.device("cpu")), log_size=sizes)
+    layout = replace(unchanged(2, 3, torch.device("cpu")), shift=sizes.long(), size=sizes)
     four = layout.repeated(4)
-    assert four.log_size.tolist() == [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2
-    assert four.fitted_to(4).log_size[1].tolist() == [0, 1, 2, 0]
+    assert four.size.tolist() == [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2
+    assert four.fitted_to(4).size[1].tolist() == [0, 1, 2, 0]
     for rows in (1, 3):  # the sizes of two rows are not those of one
         with pytest.raises(ValueError, match=f"KV cache of 2 rows does not go with {rows} rows"):
             layout.repeated(rows)
-    assert torch.equal(four.rows(slice(2)).repeated(1).log_size, sizes[:1])
+    assert torch.equal(four.rows(slice(2)).repeated(1).size, sizes[:1])
 
 
 def test_caches_are_found_by_either_name():

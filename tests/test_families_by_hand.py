@@ -66,13 +66,13 @@ def test_a_projector_that_reads_the_normed_output(title, where):
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_positions_that_count_from_one(call):
-    """PaliGemma's first token has position 1; a merged token has that of its first patch."""
+    """PaliGemma's first token has position 1; a merged token has that of its median patch."""
     family = BY_TITLE["PaliGemma"]
     model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
-    handle = attach(model, "pitome", keep=36, positions="original")
+    handle = attach(model, "pitome", keep=36, calibration="distance")
     seen = positions_of(model, inputs, call)
     image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     expected = torch.arange(1, inputs["input_ids"].shape[1] + 1)
-    merged = image[0] + handle.stats.first[0]
+    merged = image[0] + handle.stats.median[0]
     kept = torch.cat([torch.arange(image[0]), merged, torch.arange(image[-1] + 1, len(expected))])
     assert torch.equal(seen[0][0], expected[kept])

@@ -260,7 +260,7 @@ def test_scoring_gives_the_answers_of_generate(model, processor):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"positions": "original"}, {"positions": "compact"}, {"where": "projector"}], ids=str
+    "settings", [{"calibration": "distance"}, {"calibration": "none"}, {"where": "projector"}], ids=str
 )
 def test_scoring_follows_an_attached_reducer(tiny, settings):
     model, processor = tiny

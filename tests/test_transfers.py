@@ -63,11 +63,11 @@ def near(value):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_a_prompt_is_shortened_after_one_look_at_it(model, pair, monkeypatch, positions, masked):
+@pytest.mark.parametrize("calibration", ["none", "size", "distance"])
+def test_a_prompt_is_shortened_after_one_look_at_it(model, pair, monkeypatch, calibration, masked):
     monkeypatch.setattr(validate, "_check_devices", lambda *_: None)
     kwargs = dict(pair) if masked else {name: x for name, x in pair.items() if name != "attention_mask"}
-    with torch.no_grad(), pitome_mllm.attach(model, keep=144, positions=positions, llm_size_bias=True) as handle:
+    with torch.no_grad(), pitome_mllm.attach(model, keep=144, calibration=calibration) as handle:
         model.get_image_features(pixel_values=pair["pixel_values"])
         stats = handle.state.stats
         expected = prompt.rewrite(handle, kwargs, whole=True)
@@ -76,12 +76,13 @@ def test_a_prompt_is_shortened_after_one_look_at_it(model, pair, monkeypatch, po
             away = {name: x if name == "pixel_values" else Far(x) for name, x in kwargs.items()}
             call = prompt.rewrite(handle, away, whole=True)
             assert len(device.waited) == 1, device.waited
-            there = SimpleNamespace(device=ELSEWHERE, first=Far(stats.first), sizes=Far(stats.sizes))
+            there = SimpleNamespace(device=ELSEWHERE, median=Far(stats.median), sizes=Far(stats.sizes))
             layout = llm._told(call, there, 2)
+            given = () if calibration == "none" else layout.of_places(layout.places + 1)
             assert len(device.waited) == 1, device.waited  # the LLM is told without waiting for the tower
             assert prompt._is_part(model, call, call.kwargs) and len(device.waited) == 2
     for name, x in expected.kwargs.items():
         if isinstance(x, Tensor) and name != "pixel_values":
             assert isinstance(call.kwargs[name], Far) and torch.equal(near(call.kwargs[name]), x)
-    assert torch.equal(near(layout.log_size), told.log_size)
-    assert positions == "compact" or torch.equal(near(layout.position), told.position)
+    if calibration != "none":
+        assert all(map(torch.equal, map(near, given), told.of_places(told.places + 1)))

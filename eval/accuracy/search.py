@@ -38,8 +38,7 @@ START: dict[str, Any] = {"method": "pitome"}
 # What is tried, factor by factor; the paper's choice is always among it. None of an option is the paper's.
 FACTORS: dict[str, list[dict[str, Any]]] = {
     "where": [{"where": place} for place in ("tower", "projector", "both")],
-    "positions": [{"positions": "compact"}, {"positions": "original"}],
-    "size bias in the LLM": [{"llm_size_bias": False}, {"llm_size_bias": True}],
+    "calibration": [{"calibration": kind} for kind in ("none", "size", "distance")],
     "schedule, first and last merging block": [{"schedule": shape} for shape in SHAPES],
     "tokens out of the tower": [{"tower_keep": share} for share in (None, 0.75, 0.5, 0.25)],
     "order": [{"order": "reading"}, {"order": "source"}],

@@ -192,7 +192,7 @@ def _oracle(model: Any, alike: list[Contender], plain: Any) -> Contender:
     made, own = alike[0], twin(model)
     plan, like = made.plan, " ".join(dict.fromkeys(name(each.method, each.variant, "") for each in alike))
     where = {"counts": plan.counts} if plan.where == "tower" and not plan.reducer.once else made.asked
-    told = {"proportional_attention": False, "metric": "hidden"}
+    told = {"calibration": "none", "proportional_attention": False, "metric": "hidden"}
     handle = attach(own, Slice(plan.reducer), **where, where=plan.where, place=plan.place, graph=False, **told)
     if _way(handle.plan) != _way(plan):
         raise RuntimeError(f"the oracle of {made.method} goes {_way(handle.plan)}, the method {_way(plan)}")

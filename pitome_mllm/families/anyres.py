@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods.merge import first_of_groups
+from ..methods.merge import first_of_groups, median_of_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,8 @@ class Packed:
     ----------
     token : Tensor of shape (K,), int64
         Which merged token each one is, counted through all tiles or parts; -1 = a newline.
-    first : Tensor of shape (K,), int64
-        Its place among the tokens of the plain model: that of its first patch.
+    median : Tensor of shape (K,), int64
+        Its place among the tokens of the plain model: that of its median patch.
     size : Tensor of shape (K,), float32
         How many tokens of the plain model it stands for.
     group : Tensor of shape (L,), int64
@@ -69,7 +69,7 @@ class Packed:
     """
 
     token: Tensor
-    first: Tensor
+    median: Tensor
     size: Tensor
     group: Tensor
 
@@ -88,7 +88,7 @@ def survivors(places: Places, groups: Tensor, count: int) -> Packed:
 
     Notes
     -----
-    A token stands where its first patch stands that is no padding; one that holds nothing but padding is left out.
+    Patches that are padding do not count, and a token that holds nothing but padding is left out.
     """
     tiles = torch.arange(len(groups), device=groups.device)[:, None]
     token = (groups + tiles * count).where(groups >= 0, -1).flatten()
@@ -117,13 +117,14 @@ def _collect(token: Tensor, newline: Tensor, tokens: int) -> Packed:
     size = slot.bincount(minlength=tokens + 1)[:tokens].float()
     seen = (first < length).nonzero()[:, 0]
     ends = newline.nonzero()[:, 0]
-    first, order = torch.cat([first[seen], ends]).sort()
+    order = torch.cat([first[seen], ends]).argsort()
+    median = torch.cat([median_of_groups(token[None], tokens)[0][seen], ends])[order]
     kept = torch.cat([seen, torch.full_like(ends, -1)])[order]
     at = torch.full((tokens + 1,), -1, device=token.device)
     at[kept[kept >= 0]] = (kept >= 0).nonzero()[:, 0]
     group = at[slot]
     group[ends] = (kept < 0).nonzero()[:, 0]
-    return Packed(kept, first, torch.cat([size[seen], torch.ones_like(ends).float()])[order], group)
+    return Packed(kept, median, torch.cat([size[seen], torch.ones_like(ends).float()])[order], group)
 
 
 def part_keeps(places: Places, keep: int) -> tuple[int, ...]:

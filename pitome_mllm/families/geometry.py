@@ -36,7 +36,9 @@ class Geometry:
     family : FamilySpec
         The row of the model; that of a vision tower alone names no model.
     llm_unsupported_reason : str
-        Why the LLM takes neither gaps between positions nor a bias of sizes; empty if it takes both.
+        Why the LLM takes no calibration, and what to change; empty if it takes one.
+    llm_rotary : bool
+        The LLM has one rotary embedding, of which distances can be told.
     layers : tuple of int
         The hidden states that the projector reads, side by side: the number of blocks before each; empty if it reads
         the tower's normed output.
@@ -51,6 +53,7 @@ class Geometry:
     blocks: int
     family: FamilySpec = FamilySpec("")
     llm_unsupported_reason: str = ""
+    llm_rotary: bool = True
     layers: tuple[int, ...] = ()
     shuffle_factor: int = 1
 
@@ -112,6 +115,7 @@ def geometry(model_or_config: Any) -> Geometry:
         visible_class_tokens=tower["class_tokens"] if full else 0,
         merging_blocks=max(layers, default=vision.num_hidden_layers),
         llm_unsupported_reason=llm_unsupported_reason(config.text_config),
+        llm_rotary="rope_type" in (getattr(config.text_config, "rope_parameters", None) or {}),
         layers=layers,
         shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
     )
@@ -149,7 +153,8 @@ def _of_llava_package(model: Any) -> Geometry:
         **_tower(loaded.config, family),
         visible_class_tokens=int(full),
         merging_blocks=layer,
-        llm_unsupported_reason="the original llava package writes pictures into the prompt itself",
+        llm_unsupported_reason="the original llava package writes pictures into the prompt itself; load the checkpoint "
+        "in transformers' layout (llava-hf)",
         layers=(layer,),
     )
 
@@ -194,14 +199,14 @@ def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
 
 
 def llm_unsupported_reason(text: Any) -> str:
-    """What of an LLM's configuration stands in the way of an attention mask of our own; empty if nothing does."""
+    """Why an LLM takes no attention mask of our own, and what to change; empty if it takes one."""
     backend, kinds = text._attn_implementation, getattr(text, "layer_types", None)
     if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
-        return f"its attention is {backend!r}, not {' or '.join(PLAIN_BACKENDS)}"
+        return f"the LLM's attention is {backend!r}; load with attn_implementation='sdpa' or 'eager'"
     if kinds is None:
         kinds = ["full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"]
     partial = sorted({*kinds} - {"full_attention"})
-    return f"it has {' and '.join(partial)}" if partial else ""
+    return f"the LLM has {' and '.join(partial)}; use a checkpoint with full attention" if partial else ""
 
 
 def feature_layers(config: Any) -> tuple[int, ...]:

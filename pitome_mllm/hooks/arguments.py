@@ -68,8 +68,8 @@ class Prompt:
         What the KV cache holds; None if it holds nothing.
     continues : bool
         What the KV cache holds has a layout of ours.
-    original : bool
-        Visual tokens have the positions of their patches.
+    calibration : str
+        What the LLM is to be told of visual tokens.
     first : int
         The position id of the first token.
     """
@@ -81,8 +81,12 @@ class Prompt:
     real: Tensor
     seen: Layout | None
     continues: bool
-    original: bool
+    calibration: str
     first: int
+
+    @property
+    def calibrated(self) -> bool:
+        return self.calibration != "none"
 
     @property
     def merges(self) -> bool:
@@ -131,7 +135,7 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
         check_no_images(handle, kwargs)
         return None
     plan = handle.plan
-    original = (plan is not None and plan.positions == "original") if cached is None else cached.position is not None
+    calibration = ("none" if plan is None else plan.calibration) if cached is None else cached.calibration
     image, mask = placeholders(handle.model, kwargs), kwargs.get("attention_mask")
     check_mask(mask, image.shape[1])
     if mask is None:  # forward() takes every token for one, generate() infers which are padding
@@ -140,12 +144,12 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
         real = mask != 0
     image, real = on_host(image, real)
     mask = None if mask is None else real
-    seen = caches.seen(length, cached, image, mask, original)
+    seen = caches.seen(length, cached, image, mask, calibration != "none")
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
     fresh = image[:, seen.width if with_past else 0 :]
     real = real[:, real.shape[1] - fresh.shape[1] :]
     first = 0 if whole else handle.family.first_position  # generate() itself adds it to position ids
-    return Prompt(kwargs, images, image, fresh, real, seen, cached is not None, original, first)
+    return Prompt(kwargs, images, image, fresh, real, seen, cached is not None, calibration, first)
 
 
 def _images(handle: Attached, kwargs: dict[str, Any]) -> Images:

@@ -52,7 +52,7 @@ def content_of(kwargs: Mapping[str, Any]) -> tuple[int, Layout | None]:
     return length, layout_of(past)
 
 
-def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None, original: bool) -> Layout | None:
+def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None, positioned: bool) -> Layout | None:
     """The layout of what a KV cache of ``length`` places holds, for the rows of a call; None if it holds nothing.
 
     Parameters
@@ -63,14 +63,14 @@ def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None,
         (B, T) the placeholders of the call.
     mask : Tensor or None
         (B, T or more), 0 at the caller's padding.
-    original : bool
+    positioned : bool
         It is to have positions.
     """
     if not length:
         return None
     if layout is None:
         layout = unchanged(len(image), 0, image.device)
-        layout = layout.positioned(caller_positions(layout.real)) if original else layout
+        layout = layout.positioned(caller_positions(layout.real)) if positioned else layout
     return layout.on(image.device).repeated(len(image)).fitted_to(length, mask)
 
 

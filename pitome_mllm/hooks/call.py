@@ -32,10 +32,8 @@ class Call:
         (B, S) bool, the placeholders among the tokens of this call; on the host, as ``layout`` and ``sample`` are.
     layout : Layout, optional
         What every place of the KV cache is after this call; None if the caller's columns are.
-    move : bool, default False
-        Visual tokens take their original positions as soon as the tower has run.
-    weigh : bool, default False
-        The LLM is told how many patches they stand for.
+    calibration : str, default "none"
+        What the LLM is told of visual tokens as soon as the tower has run.
     sample : Tensor, optional
         (B, S) int64, the sample that a token belongs to where several are packed into one row; else None.
     fresh : Layout, optional
@@ -45,7 +43,7 @@ class Call:
     owner : nn.Module or None
         The module whose call it is, the model or its core.
     told : Layout or None
-        The layout with those positions and sizes, for the rows that the LLM had, once it was called.
+        The layout with what it was told, for the rows that the LLM had, once it was called.
     encoded : Encoded or None
         Images of this call that are encoded already; the only place that keeps them.
     """
@@ -55,13 +53,12 @@ class Call:
         kwargs: dict[str, Any],
         image: Tensor,
         layout: Layout | None = None,
-        move: bool = False,
-        weigh: bool = False,
+        calibration: str = "none",
         sample: Tensor | None = None,
         fresh: Layout | None = None,
     ) -> None:
         self.kwargs, self.image, self.layout = kwargs, image, layout
-        self.move, self.weigh, self.sample, self.fresh = move, weigh, sample, fresh
+        self.calibration, self.sample, self.fresh = calibration, sample, fresh
         self.encoded: Encoded | None = None
         self.answer: Columns | None = None
         self.owner: nn.Module | None = None
@@ -69,7 +66,7 @@ class Call:
 
     def again(self) -> Call:
         """The same call with images that are encoded anew."""
-        return Call(self.kwargs, self.image, self.layout, self.move, self.weigh, self.sample)
+        return Call(self.kwargs, self.image, self.layout, self.calibration, self.sample)
 
     def part(self, rows: int, width: int, length: int) -> Tensor:
         """(``rows``, ``width``) of ``image``, after ``length`` places of a KV cache.

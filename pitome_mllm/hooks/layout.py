@@ -43,8 +43,14 @@ class Layout:
         (B, S) int64, positions that count the caller's columns; None if the LLM counts the places itself.
     follows : Tensor or None
         (B, 1) int64, the position of the column after them; with ``position`` only.
-    log_size : Tensor or None
-        (B, S) float32, log of the patches that stand at a place; None if the LLM is told of none.
+    calibration : str
+        What the LLM is told of visual tokens that merged; what follows is None if it is "none".
+    shift : Tensor or None
+        (B, S) int64, what visual tokens add to their ``position``.
+    size : Tensor or None
+        (B, S) float32, the patches that a visual token stands for, 0 at text.
+    reach : int
+        No position is larger.
     """
 
     index: Tensor
@@ -52,7 +58,10 @@ class Layout:
     width: int
     position: Tensor | None = None
     follows: Tensor | None = None
-    log_size: Tensor | None = None
+    calibration: str = "none"
+    shift: Tensor | None = None
+    size: Tensor | None = None
+    reach: int = 0
 
     @property
     def places(self) -> int:
@@ -77,20 +86,23 @@ class Layout:
 
     def then(self, later: Layout) -> Layout:
         """This layout, and ``later`` after it for the columns that follow; positions of ``later`` start at 0."""
-        position, follows, log_size = self.position, self.follows, self.log_size
+        position, follows, shift, size = self.position, self.follows, self.shift, self.size
         if position is not None:
             later = later if later.position is not None else later.positioned(caller_positions(later.real))
             position = torch.cat([position, follows + later.position], 1)
             follows = follows + later.follows
-        if log_size is not None or later.log_size is not None:
-            log_size = torch.cat([_or_zeros(layout.log_size, layout.index) for layout in (self, later)], 1)
+        if shift is not None and size is not None:
+            shift, size = (F.pad(x, (0, later.places)) for x in (shift, size))
         return Layout(
             torch.cat([self.index, later.index + self.width], 1),
             torch.cat([self.real, later.real], 1),
             self.width + later.width,
             position,
             follows,
-            log_size,
+            self.calibration,
+            shift,
+            size,
+            self.reach + later.width,
         )
 
     def positioned(self, positions: Tensor) -> Layout:
@@ -144,24 +156,37 @@ class Layout:
             more = more.positioned(caller_positions(mask))
         return self.then(more)
 
-    def told(self, image: Tensor, shift: Tensor | None, log_size: Tensor | None) -> Layout:
-        """This layout with other positions or with sizes at the placeholders ``image`` (B, S') of its last S' places.
+    def told(self, image: Tensor, shift: Tensor, size: Tensor, calibration: str) -> Layout:
+        """This layout with what the LLM is told of the placeholders ``image`` (B, S') of its last S' places.
 
         Parameters
         ----------
-        shift : Tensor or None
+        shift : Tensor
             (B, S') what positions there grow by.
-        log_size : Tensor or None
-            (B, S') float32.
+        size : Tensor
+            (B, S') patches.
         """
-        position, size = self.position, self.log_size
         old = self.places - image.shape[1]
-        if shift is not None and position is not None:
-            position = position + F.pad(shift, (old, 0))
-        if log_size is not None:
-            size = _or_zeros(size, self.index)[:, :old]
-            size = torch.cat([size, log_size], 1)
-        return replace(self, position=position, log_size=size)
+        reach = 0 if self.follows is None else int(self.follows.max())
+        told = self.on(size.device)
+        return replace(
+            told,
+            calibration=calibration,
+            shift=torch.cat([_or_zeros(told.shift, shift, old), shift], 1),
+            size=torch.cat([_or_zeros(told.size, size, old), size], 1),
+            reach=max(self.reach, reach),
+        )
+
+    def of_places(self, places: int) -> tuple[Tensor, Tensor | None]:
+        """Positions (B, S) that the LLM gets, and sizes, for a KV cache of so many places: what follows is text."""
+        position, size = self.position, self.size
+        if self.shift is not None:
+            position = position + self.shift
+        if places <= self.places:
+            return position[:, :places], None if size is None else size[:, :places]
+        more = torch.arange(places - self.places, device=position.device)
+        position = torch.cat([position, self.follows + more], 1)
+        return position, None if size is None else F.pad(size, (0, len(more)))
 
     def _cropped(self, places: int) -> Layout:
         """The first ``places`` places; what follows is the first that is gone."""
@@ -179,8 +204,8 @@ class Layout:
         return replace(self, **changed)
 
 
-def _or_zeros(log_size: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, device=like.device) if log_size is None else log_size
+def _or_zeros(x: Tensor | None, like: Tensor, places: int) -> Tensor:
+    return like.new_zeros(len(like), places) if x is None else x[:, :places]
 
 
 def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int]) -> Layout:

@@ -1,8 +1,12 @@
-"""What merged tokens are to the LLM: where they were in the image, and how many patches each stands for.
+"""What merged tokens are to the LLM: where they were, how many patches each stands for, and how far away they are.
 
-With ``positions="original"`` a visual token has the position id of its group's first patch. With ``llm_size_bias``
-every query adds log(size) to its logit for a visual token (proportional attention): one that stands for ten patches
-then draws as much attention as the ten did. The sizes stay on the KV cache, for decoding and later turns.
+With a calibration other than "none" a visual token has the median position of its patches, and every query that sees
+an image adds to its logit for a key, with s patches behind it (1 for text) and at a distance d of position ids,
+
+    log(s)               "size": a token that stands for ten patches then draws as much attention as the ten did
+    log(s * (2 - D(d)))  "distance": D is the part of RoPE that only knows the distance, the mean of cos(d * theta)
+
+What it takes stays on the KV cache, for decoding and later turns.
 """
 
 from __future__ import annotations
@@ -13,14 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families.geometry import PLAIN_BACKENDS, llm_unsupported_reason
+from ..families.geometry import llm_unsupported_reason
 from ..methods import UserError
 from ..stats import Stats
 from . import caches
 from .call import CALL, Call
 from .layout import Layout
-from .positions import at_placeholders, shift_to_first
+from .positions import at_placeholders, shift_to_median
 from .transfers import on
+
+NEAR = 2.0  # what a near key's D, which is 1 at distance 0, is subtracted from
+SHORTEST = 4096  # distances in a table
 
 
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -34,39 +41,34 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         layout = layout if call.layout is None else _told(call, handle.state.stats, len(tokens))
     if layout is None:
         return args, kwargs
-    changed: dict[str, Any] = {}
-    if layout.position is not None and (kwargs.get("position_ids") is None or (call is not None and call.move)):
-        if tokens.shape[1] > 1:
-            _check_gaps(language.config)
-        changed["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
-    sample = None
-    if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
-        sample = on(tokens.device, call.sample)
-    if layout.log_size is not None:
-        check(language.config)
-        changed["attention_mask"] = _biased(language, layout, tokens, kwargs, sample)
-    elif layout.position is not None and past is None and kwargs.get("attention_mask") is None:
-        changed["attention_mask"] = _explicit(language, tokens, sample)
-    return args, {**kwargs, **changed}
+    if layout.position is not None and (
+        kwargs.get("position_ids") is None or (call is not None and call.calibration != "none")
+    ):
+        kwargs["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
+    if layout.calibration != "none":
+        check(language.config, layout.calibration)
+        sample = None
+        if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
+            sample = on(tokens.device, call.sample)
+        kwargs["attention_mask"] = _calibrated(language, layout, tokens, kwargs, sample)
+    return args, kwargs
 
 
 def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
     """The layout of a call, for ``rows`` rows, with what the LLM is told of its images."""
     if call.told is None:
-        layout, image = call.layout.repeated(rows), call.image
-        if call.move or call.weigh:
-            image = image.repeat_interleave(rows // len(image), 0)
-            shift = shift_to_first(image, stats.first) if call.move else None
-            sizes = at_placeholders(image, [size.log() for size in stats.sizes]) if call.weigh else None
-            layout = layout.on((sizes if shift is None else shift).device).told(image, shift, sizes)
-        call.told = layout
+        call.told = call.layout.repeated(rows)
+        if call.calibration != "none":
+            image = call.image.repeat_interleave(rows // len(call.image), 0)
+            shift, sizes = shift_to_median(image, stats.median), at_placeholders(image, [*stats.sizes])
+            call.told = call.told.told(image, shift, sizes, call.calibration)
     return call.told
 
 
 def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
     """Position ids (B, S) of the ``tokens`` (B, S) or (B, S, C) after what a KV cache holds."""
     width = tokens.shape[1]
-    return on(tokens.device, layout.fitted_to(caches.length_of(past) + width).position[:, -width:])
+    return on(tokens.device, layout.of_places(caches.length_of(past) + width)[0][:, -width:])
 
 
 def _fills_cache(language: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -78,94 +80,97 @@ def _fills_cache(language: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(language.config, "use_cache", False) if asked is None else asked) and not checkpointing
 
 
-def _explicit(language: nn.Module, tokens: Tensor, sample: Tensor | None) -> Tensor:
-    """A mask that says what sdpa would read out of gaps between position ids where there is none."""
-    nothing = torch.zeros(tokens.shape[:2], device=tokens.device)
-    if sample is None:
-        return torch.ones_like(nothing, dtype=torch.long)
-    return biased_mask(nothing, tokens.shape[1], None, None, _dtype(language, tokens), sample)
+def check(config: Any, calibration: str) -> None:
+    """UserError if the LLM of ``config`` takes no calibration: its attention may have been changed since `attach`."""
+    reason = llm_unsupported_reason(config)
+    if reason:
+        raise UserError(f"calibration={calibration!r} is not possible: {reason}; or choose calibration='none'")
 
 
-def _biased(
+def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
+    """(L,) float32, log(2 - D(d)) for every distance d below ``reach`` and some more, of the model's own frequencies.
+
+    Kept until those change; where they do so with the length of a prompt, ``ids`` (B, T) say which it is.
+    """
+    handle, rotary = language._pitome, language.rotary_emb
+    scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
+    if scaled:
+        rotary(ids, ids)
+    frequencies, table = handle.distances
+    if scaled or frequencies is not rotary.inv_freq or len(table) < reach:
+        length = max(SHORTEST, 1 << (reach - 1).bit_length())
+        angles = torch.arange(length, device=rotary.inv_freq.device)[:, None] * rotary.inv_freq.float()
+        handle.distances = rotary.inv_freq, (NEAR - angles.cos().mean(-1)).log()
+    return handle.distances[1]
+
+
+def _calibrated(
     language: nn.Module, layout: Layout, tokens: Tensor, kwargs: dict[str, Any], sample: Tensor | None
 ) -> Tensor | dict[str, Tensor]:
-    """The attention mask of a call with log(size) of the keys; a dict where there is one for every kind of layer."""
-    past, mask, queries = caches.cache_in(kwargs), kwargs.get("attention_mask"), tokens.shape[1]
-    log_size, dtype = on(tokens.device, layout.log_size), _dtype(language, tokens)
+    """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
+    past, mask = caches.cache_in(kwargs), kwargs.get("attention_mask")
+    dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
+    layout, table = layout.on(tokens.device), None
+    asking = kwargs["position_ids"] - language._pitome.family.first_position
+    if layout.calibration == "distance":
+        table = on(tokens.device, distances(language, kwargs["position_ids"], layout.reach + tokens.shape[1]))
 
-    def biased(one: Tensor | None) -> Tensor:
-        if one is not None and one.dim() == 4:  # how long the cache is does not matter
-            return biased_mask(log_size, queries, past, one, dtype)
-        keys = caches.length_of(past) + queries
-        return biased_mask(F.pad(log_size, (0, keys - log_size.shape[1])), queries, past, one, dtype, sample)
+    def calibrated(one: Tensor | None) -> Tensor:
+        if one is None or one.dim() == 2:
+            one = _seen(tokens, past, one, sample)
+        position, size = layout.of_places(one.shape[-1])
+        return calibrated_mask(one, asking, position, size, table, dtype)
 
-    return {kind: biased(one) for kind, one in mask.items()} if isinstance(mask, dict) else biased(mask)
-
-
-def _dtype(language: nn.Module, tokens: Tensor) -> torch.dtype:
-    return tokens.dtype if tokens.is_floating_point() else language.dtype
-
-
-def _check_gaps(config: Any) -> None:
-    """ValueError if the LLM of ``config`` reads more out of positions than where tokens are."""
-    if config._attn_implementation not in PLAIN_BACKENDS:
-        raise UserError(
-            f"positions='original' does not go with {config._attn_implementation!r} in the LLM, which takes "
-            "gaps between positions for borders of packed sequences; load with attn_implementation='sdpa'"
-        )
+    return {kind: calibrated(one) for kind, one in mask.items()} if isinstance(mask, dict) else calibrated(mask)
 
 
-def check(config: Any) -> None:
-    """ValueError if the LLM of ``config`` takes no bias: another attention than sdpa or eager, or sliding windows."""
-    unsupported_reason = llm_unsupported_reason(config)
-    if unsupported_reason:
-        raise UserError(
-            f"llm_size_bias=True is not possible with this LLM: {unsupported_reason}; leave it at False, or load with "
-            "attn_implementation='sdpa'"
-        )
-
-
-def biased_mask(
-    log_size: Tensor, queries: int, past: Any, mask: Tensor | None, dtype: torch.dtype, sample: Tensor | None = None
+def calibrated_mask(
+    mask: Tensor, asking: Tensor, position: Tensor, size: Tensor, table: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The additive attention mask: causal, without padding, with log(size) of the keys.
+    """The additive attention mask (B, 1, T, N) that tells of sizes, and of distances with a ``table``.
 
     Parameters
     ----------
-    log_size : Tensor
-        (B, T) of all keys, those in the cache included.
-    queries : int
-        How many of the last columns ask.
-    past : object
-        The KV cache or None; a static one has room for more keys than there are.
-    mask : Tensor or None
-        (B, T or more), 0 at padding; or (B, 1, queries, keys), True or 0 where a query sees a key, as generate()
-        prepares it for static caches; None = no padding.
-    sample : Tensor, optional
-        (B, T), the same number for tokens that see each other; None = all do.
-
-    Returns
-    -------
-    Tensor
-        (B, 1, queries, keys) in ``dtype``.
+    mask : Tensor
+        (B, 1, T, N), True or 0 where a query sees a key.
+    asking : Tensor
+        (B or 1, T) position ids of the queries.
+    position, size : Tensor
+        (B, N) of the keys; the size of text is 0.
+    table : Tensor or None
+        (L,) what a distance adds.
     """
     lowest = torch.finfo(dtype).min
-    keys = log_size.shape[1]
-    room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)  # of a static cache
-    if mask is None or mask.dim() == 2:
-        mask = F.pad(_causal(log_size, queries, mask, sample), (0, room - keys))
-    bias = F.pad(log_size, (0, mask.shape[-1] - keys)).to(dtype)[:, None, None]
+    bias = size.clamp(min=1).log()[:, None]
+    if table is not None:
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
+        told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
+        distance = (asking[:, :, None] - position[:, None]).abs().clamp(max=len(table) - 1)
+        bias = bias + table[distance].masked_fill(~told, 0)
+    bias = bias[:, None].to(dtype)
     return bias.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
 
 
-def _causal(log_size: Tensor, queries: int, real: Tensor | None, sample: Tensor | None) -> Tensor:
-    """(B, 1, queries, T) bool, True where a query sees a key; a query in the padding sees itself."""
-    rows, keys = log_size.shape
-    columns = torch.arange(keys, device=log_size.device)
+def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None) -> Tensor:
+    """(B, 1, T, N) bool, True where ``tokens`` (B, T) see a key; one in the padding sees itself.
+
+    Parameters
+    ----------
+    past : object
+        The KV cache in front of them or None; a static one has room for more keys than there are.
+    real : Tensor or None
+        (B, N or more), 0 at padding; None = there is none.
+    sample : Tensor, optional
+        (B, T), the same number for tokens that see each other; None = all do.
+    """
+    queries = tokens.shape[1]
+    keys = caches.length_of(past) + queries
+    columns = torch.arange(keys, device=tokens.device)
     asking = columns[keys - queries :, None]
-    seen = (columns <= asking).expand(rows, -1, -1)
+    seen = (columns <= asking).expand(len(tokens), -1, -1)
     if real is not None:
         seen = (seen & (real[:, None, :keys] != 0)) | (columns == asking)
     if sample is not None:
         seen = seen & (sample[:, None, :] == sample[:, keys - queries :, None])
-    return seen[:, None]
+    room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)
+    return F.pad(seen, (0, room - keys))[:, None]

@@ -47,8 +47,8 @@ def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> T
     return gap.cumsum(1) - gap
 
 
-def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
-    """(B, S) what positions grow by, so that each visual token has that of the first patch of its group.
+def shift_to_median(image: Tensor, median: Sequence[Tensor]) -> Tensor:
+    """(B, S) what positions grow by, so that each visual token has that of the median patch of its group.
 
     Parameters
     ----------
@@ -56,14 +56,14 @@ def shift_to_first(image: Tensor, first: Sequence[Tensor]) -> Tensor:
         (B, S) bool, True at placeholders, on the host; row by row they are the images in order. Positions of an
         image's placeholders count up. B may be a multiple of the rows that the images were given for (beams): then
         every row is repeated in place.
-    first : sequence of Tensor
-        Per image (K,) the first patch of every visual token, counted within its image.
+    median : sequence of Tensor
+        Per image (K,) the median patch of every visual token, counted within its image.
     """
-    return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in first])
+    return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in median])
 
 
 def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """(B, S) with ``values`` (K,) of each image at its placeholders, 0 elsewhere; see `shift_to_first`."""
+    """(B, S) with ``values`` (K,) of each image at its placeholders, 0 elsewhere; see `shift_to_median`."""
     flat = torch.cat(tuple(values))
     counts = image.sum(1)
     repeats = max(1, int(counts.sum()) // len(flat))

@@ -29,21 +29,21 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
     prompt = read_prompt(handle, kwargs, whole)
     if prompt is None:
         return None
-    move, weigh = _told(handle, prompt)
+    tell = _tells(handle, prompt)
     restart = restarting(kwargs, prompt.real, prompt.seen)
-    told = move or weigh or (prompt.is_parted if kwargs.get("position_ids") is None else prompt.original)
-    if prompt.is_long or prompt.continues or (prompt.is_short and told):
+    counted = prompt.is_parted if kwargs.get("position_ids") is None else prompt.calibrated
+    if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted)):
         check_unpacked(kwargs)
-        new, sample, ids = _layout(prompt, move, restart)
+        new, sample, ids = _layout(prompt, tell, restart)
         call = _shortened(handle.model, prompt, new, sample, ids)
-        call.move, call.weigh = move, weigh
+        call.calibration = prompt.calibration if tell else "none"
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
     call.encoded = prompt.images.encoded
     return call
 
 
-def _told(handle: Attached, prompt: Prompt) -> tuple[bool, bool]:
+def _tells(handle: Attached, prompt: Prompt) -> bool:
     """Whether the LLM is told where visual tokens were, and how many patches each stands for.
 
     Raises
@@ -52,9 +52,8 @@ def _told(handle: Attached, prompt: Prompt) -> tuple[bool, bool]:
         The placeholders are not those of the images; features without their images that no generate() around this call
         has encoded, where the plan asks for what only images tell.
     """
-    plan, kwargs, images, count = handle.plan, prompt.kwargs, prompt.images, prompt.placeholders
-    told = count > 0 and prompt.merges
-    move, weigh = told and prompt.original, told and plan is not None and plan.llm_size_bias
+    kwargs, images, count = prompt.kwargs, prompt.images, prompt.placeholders
+    tell = count > 0 and prompt.merges and prompt.calibrated
     if prompt.merges and pixels_in(kwargs) is not None:
         if count or prompt.seen is None:  # assistants get the images of a prompt that is in the cache already
             check_count(handle, count, images.full, images.kept)
@@ -62,12 +61,12 @@ def _told(handle: Attached, prompt: Prompt) -> tuple[bool, bool]:
         handle.note(stats=images.lent)
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
         if prompt.merges and images.lent is None and not drafting:
-            check_features_alone(plan, kwargs, move, prompt.is_short)
-        move, weigh = move and images.lent is not None, weigh and images.lent is not None
-    return move, weigh
+            check_features_alone(prompt.calibration)
+        tell = tell and images.lent is not None
+    return tell
 
 
-def _layout(prompt: Prompt, move: bool, restart: Tensor | None) -> tuple[Layout, Tensor | None, Tensor | None]:
+def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout, Tensor | None, Tensor | None]:
     """The layout of the columns that the KV cache does not hold, with positions if it is to have any; of packed samples
     also which one (B, S) every place belongs to, and position ids where the layout has none.
     """
@@ -77,11 +76,11 @@ def _layout(prompt: Prompt, move: bool, restart: Tensor | None) -> tuple[Layout,
     else:
         new = unchanged(*fresh.shape, fresh.device)
     positions = caller_positions(real)
-    if prompt.is_short and prompt.original:
+    if prompt.is_short and prompt.calibrated:
         check_whole(restart)
         restart = None  # they leave gaps behind images, and begin no sample
         given = prompt.kwargs.get("position_ids")
-        if move and (pixels_in(prompt.kwargs) is not None or given is None):
+        if tell and (pixels_in(prompt.kwargs) is not None or given is None):
             positions = positions + missing_before(F.pad(fresh, (0, 1)), prompt.images.full, prompt.images.kept)
         elif given is not None:  # features alone: of their places only the caller knows
             given = given[:, -fresh.shape[1] :].expand(len(fresh), -1).to(fresh.device)
@@ -89,8 +88,8 @@ def _layout(prompt: Prompt, move: bool, restart: Tensor | None) -> tuple[Layout,
             positions = and_next(given - first - follows)
     if restart is not None:
         check_restart(after=prompt.seen is not None)
-        return packed(new, real, restart - first, prompt.original)
-    counted = prompt.original or prompt.is_parted  # as in a whole prompt, which closes up
+        return packed(new, real, restart - first, prompt.calibrated)
+    counted = prompt.calibrated or prompt.is_parted  # as in a whole prompt, which closes up
     return (new.positioned(positions) if counted else new), None, None
 
 
@@ -166,7 +165,7 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     handle, call = module._pitome, kwargs.get(CALL)
     if call is None or call.owner is not module:
         return None
-    if call.told is None and (call.move or call.weigh):
+    if call.told is None and call.calibration != "none":
         raise RuntimeError(
             f"the LLM of {type(handle.model).__name__} did not get what merging hands down to it: something replaced "
             "it, or a forward on the way to it, after attach; call handle.remove() and attach again"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..families.features import PIXELS, selected_features
 from ..methods import UserError
-from ..plan import Plan
 from .caches import cache_in, is_paged, length_of
 from .state import Attached
 
@@ -119,17 +118,12 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     )
 
 
-def check_features_alone(plan: Plan, kwargs: Mapping[str, Any], move: bool, short: bool) -> None:
-    """ValueError where features come in place of images and the plan asks for what only images tell."""
-    if move and (kwargs.get("position_ids") is None or not short):  # which patch a token started at is not known
+def check_features_alone(calibration: str) -> None:
+    """ValueError where features come in place of images, which alone tell what the LLM is to be told."""
+    if calibration != "none":
         raise UserError(
-            "positions='original' with mm_encoder_outputs needs a short prompt and its position_ids; "
-            "or pass the pictures themselves as pixel_values"
-        )
-    if plan.llm_size_bias:
-        raise UserError(
-            "llm_size_bias=True does not go with mm_encoder_outputs, whose sizes are not known; pass the pictures "
-            "themselves as pixel_values, or attach with llm_size_bias=False"
+            f"calibration={calibration!r} does not go with mm_encoder_outputs, whose patches are not known; pass the "
+            "pictures themselves as pixel_values, or attach with calibration='none'"
         )
 
 
@@ -171,8 +165,8 @@ def check_whole(restart: Tensor | None) -> None:
     """ValueError for samples packed into a row whose prompt is short already."""
     if restart is not None and bool((restart.diff(dim=1) < 1).any()):
         raise UserError(
-            "positions='original' does not go with a short prompt whose position_ids restart; pass the processor's "
-            "whole prompt"
+            "a calibration does not go with a short prompt whose position_ids restart; pass the processor's "
+            "whole prompt, or attach with calibration='none'"
         )
 
 

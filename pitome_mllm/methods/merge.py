@@ -51,6 +51,14 @@ def first_of_groups(group: Tensor, count: int) -> Tensor:
     return index.new_full((batch, count + 1), tokens).scatter_reduce(1, slot, index, "amin")[:, :count]
 
 
+def median_of_groups(group: Tensor, count: int) -> Tensor:
+    """The median index, the lower one of two, of each of ``count`` groups (B, N), as (B, count). -1 = no group."""
+    slot = group.where(group >= 0, count)
+    size = torch.zeros_like(slot[:, :1]).repeat(1, count + 1).scatter_add(1, slot, torch.ones_like(slot))
+    middle = size.cumsum(1) - size + (size - 1).clamp(min=0) // 2
+    return slot.argsort(dim=1, stable=True).gather(1, middle[:, :count].clamp(max=slot.shape[1] - 1))
+
+
 M = TypeVar("M", bound="Merge")
 
 

@@ -234,16 +234,15 @@ def test_mpt_models_cannot_take_pictures_and_are_refused(tower):
 def test_the_default_goes_without_what_the_package_cannot_take(tower, caplog):
     model = build(tower)
     handle = attach(model, keep=36)
-    assert "pitome-tuned goes without positions='original'" in caplog.text
-    assert (handle.plan.positions, handle.plan.llm_size_bias) == ("compact", False)
+    assert "calibration='none', which costs accuracy: the original llava package" in caplog.text
+    assert handle.plan.calibration == "none"
     assert lengths(model, inputs(model, [0], [[1, IMAGE, 5]])) == [38]
 
 
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"positions": "original"}, "positions='original' is not possible with the original llava package"),
-        ({"llm_size_bias": True}, "llm_size_bias=True is not possible with the original llava package"),
+        ({"calibration": "size"}, "calibration='size' is not possible: the original llava package"),
         ({"logits": "caller"}, "logits=.caller. is not possible with the original llava package"),
         ({"method": "downsample"}, "method='downsample' is not possible with the original llava package"),
     ],
