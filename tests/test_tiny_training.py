@@ -157,7 +157,7 @@ def test_objects_choose_no_tokens():
     one = encode_scene(made, [[q] for q in asked], row_length(1))
     two = encode_scene(*relabelled, row_length(1))
     for name in one:
-        assert np.array_equal(one[name], two[name]) == (name in (*INPUTS, "labels", "category")), name
+        assert np.array_equal(one[name], two[name]) == (name in (*INPUTS, "labels")), name
 
 
 @pytest.mark.parametrize("index", [1, 2], ids=["windows", "whole"])
@@ -226,7 +226,7 @@ def test_labels_sit_where_the_answer_is_predicted():
     _, asked = scene_questions(0)
     row = tiny_batch.encode_row(asked[:3], row_length(3))
     ids = word_ids()
-    at = np.flatnonzero(row["category"] != IGNORE)
+    at = np.flatnonzero((row["labels"] != IGNORE) & (row["labels"] != ids["</s>"]))
     assert len(at) == 3 and all(row["tokens"][at] == ids["assistant:"])
     assert row["labels"][at].tolist() == [ids[q.answer] for q in asked[:3]] == row["tokens"][at + 1].tolist()
     assert all(row["labels"][at + 1] == ids["</s>"])
@@ -238,15 +238,16 @@ def test_shared_forward_equals_the_ordinary_model(model, processor):
     with torch.no_grad():
         features = tower_features(model, batch["pixels"], batch["patches"])
         states = language_states(model, features, batch["patches"], batch["tokens"])[-1]
-        _, hits = answer_loss(model, states, batch["labels"])
-        shared = model.lm_head(states)[0]
+        _, accuracy = answer_loss(model, states, batch["labels"])
+        shared, right = model.lm_head(states)[0], []
         for row, question in enumerate(asked[:4]):
             text = PROMPT.format(question.text)
             inputs = processor(images=made.pixels, text=text, return_tensors="pt")
             alone = model(**inputs).logits[0, -1]
-            at = int((batch["category"][0, row] != IGNORE).nonzero()[0, 0])
+            at = int((batch["labels"][0, row] != IGNORE).nonzero()[0, 0])
             torch.testing.assert_close(shared[row, at], alone, atol=2e-4, rtol=1e-4)
-    assert hits.shape == batch["labels"].shape
+            right.append(int(alone.argmax()) == int(batch["labels"][0, row, at]))
+    assert accuracy == sum(right) / 4
 
 
 def test_scoring_gives_the_answers_of_generate(model, processor):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..benchmark.questions import CATEGORIES, Question, make_questions, words
+from ..benchmark.questions import Question, make_questions, words
 from ..benchmark.scenes import CANVAS, COLOURS, GRID, KINDS, PATCH, TIERS, Object, Scene, make_scene
 from .tiny_model import EOS, PAD, word_ids
 
 IGNORE = -100
 TURN_LENGTH = 14  # longest turn: "user:", 9 words of question, "assistant:", answer, end; rounded up
-ROW_LABELS = ("labels", "category", "column", "row", "across", "down")
+ROW_LABELS = ("labels", "column", "row", "across", "down")
 _IDS = word_ids()
 _KIND = {kind: i + 1 for i, kind in enumerate(KINDS)}
 _COLOUR = {colour: i + 1 for i, colour in enumerate(COLOURS)}
@@ -89,7 +89,7 @@ def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
     -------
     dict
         ``tokens`` (length,); ``labels``: the next token where it is an answer or the end after it, else `IGNORE`;
-        ``category`` where an answer is predicted; ``column``, ``row`` of the object that a word mentions;
+        ``column``, ``row`` of the object that a word mentions;
         ``across``, ``down`` at the second of two mentions: on which side of it the first lies.
     """
     row = {name: np.full(length, IGNORE, np.int64) for name in ROW_LABELS}
@@ -105,7 +105,6 @@ def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
                 row[name][len(tokens) + word] = side(first, second, axis)
         tokens += [_IDS[word] for word in words(question.text)] + [_IDS["assistant:"]]
         row["labels"][len(tokens) - 1] = _IDS[question.answer]
-        row["category"][len(tokens) - 1] = CATEGORIES.index(question.category)
         tokens.append(_IDS[question.answer])
         row["labels"][len(tokens) - 1] = EOS
     row["tokens"] = np.array(tokens + [PAD] * (length - len(tokens)), np.int64)

@@ -104,21 +104,21 @@ def language_states(model: nn.Module, features: Tensor, patches: Tensor, tokens:
 
 
 def answer_loss(model: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss over answers (and, lightly, the end after each), and whether each label was hit (B, rows, length)."""
+    """Loss over answers (and, lightly, the end after each), and the share of answers that are right."""
     logits = model.lm_head(states).float()
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
     end, answer = (labels == EOS).flatten(), ((labels != EOS) & (labels != IGNORE)).flatten()
-    total = (loss * answer).sum() / answer.sum().clamp_min(1) + 0.1 * (loss * end).sum() / end.sum().clamp_min(1)
-    return total, logits.argmax(-1) == labels
+    right = (logits.argmax(-1) == labels).flatten()[answer].float().mean()
+    return loss[answer].mean() + 0.1 * loss[end].sum() / end.sum().clamp_min(1), right
 
 
 def losses(model: nn.Module, heads: Heads, batch: dict[str, Tensor], ask: bool) -> dict[str, Tensor]:
-    """Losses ``patch`` and, of questions, ``answer``, ``mention``, ``comparison`` and the hits of one batch."""
+    """Losses ``patch`` and, of questions, ``answer``, ``mention``, ``comparison``, and the accuracy of one batch."""
     features = tower_features(model, batch["pixels"], batch["patches"])
     out = {"patch": heads.patch_loss(features, batch)}
     if ask:
         looking, comparing, last = language_states(model, features, batch["patches"], batch["tokens"])
         out["mention"] = heads.mention_loss(looking, batch)
         out["comparison"] = heads.comparison_loss(comparing, batch)
-        out["answer"], out["hits"] = answer_loss(model, last, batch["labels"])
+        out["answer"], out["accuracy"] = answer_loss(model, last, batch["labels"])
     return out

@@ -12,21 +12,16 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..benchmark.questions import CATEGORIES
 from ..benchmark.sets import scene_questions
-from .tiny_batch import IGNORE, PHASES, Phase, encode_scene, row_length, stack, training_batch
+from .tiny_batch import PHASES, Phase, encode_scene, row_length, stack, training_batch
 from .tiny_forward import Heads, losses
-from .tiny_model import EOS, build_model, vision_tower
+from .tiny_model import build_model, vision_tower
 
-COLUMNS = (
-    *("time", "split", "phase", "step", "pictures", "loss", "answer", "patch", "mention", "comparison", "rate"),
-    *("accuracy", *CATEGORIES),
-)
+COLUMNS = "time split phase step pictures loss answer patch mention comparison rate accuracy".split()
 MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 
 
@@ -81,7 +76,7 @@ class Trainer:
             step -= phase.steps
         return len(self.phases), 0
 
-    def advance(self) -> dict[str, Any]:
+    def advance(self) -> dict[str, float]:
         """Learn from the next batch; returns what the log keeps."""
         index, number = self.locate(self.step)
         phase = self.phases[index]
@@ -89,7 +84,7 @@ class Trainer:
         share = number / phase.steps
         rate = min(1, (number + 1) / phase.warmup) * (phase.rate[0] * (1 - share) + phase.rate[1] * share)
         self.parts.train()
-        out, batch = self._losses(batch, phase.ask)
+        out = self._losses(batch, phase.ask)
         loss = phase.auxiliary * out["patch"]
         if phase.ask:
             loss = loss + out["answer"] + phase.auxiliary * (out["mention"] + out["comparison"])
@@ -101,21 +96,18 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad()
         self.step, self.seconds = self.step + 1, self.seconds + time.perf_counter() - start
-        hits = tally(out.pop("hits", None), batch)
-        return {"loss": loss.item(), "rate": rate, **{name: value.item() for name, value in out.items()}, "hits": hits}
+        return {"loss": loss.item(), "rate": rate, **{name: value.item() for name, value in out.items()}}
 
-    def _losses(self, batch: dict[str, Tensor], ask: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of a batch, and the batch where the model is."""
+    def _losses(self, batch: dict[str, Tensor], ask: bool) -> dict[str, Tensor]:
         batch = {name: value.to(self.device) for name, value in batch.items()}
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            return losses(self.parts["model"], self.parts["heads"], batch, ask), batch
+            return losses(self.parts["model"], self.parts["heads"], batch, ask)
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Accuracy on whole pictures that were not trained on."""
         self.parts.eval()
-        found = [self._losses(batch, True) for batch in batches]
-        return accuracies(sum(tally(out["hits"], batch) for out, batch in found))
+        return {"accuracy": sum(self._losses(batch, True)["accuracy"].item() for batch in batches) / len(batches)}
 
     def note(self, split: str, phase: str, values: dict[str, float]) -> None:
         """Put a row into the log."""
@@ -123,7 +115,7 @@ class Trainer:
         done = zip(self.phases, ends, strict=True)
         pictures = sum(p.pictures * min(max(self.step - before, 0), p.steps) for p, before in done)
         about = {"time": f"{self.seconds:.0f}", "split": split, "phase": phase, "step": self.step, "pictures": pictures}
-        self.log.append(about | {name: f"{value:.4g}" for name, value in values.items() if name in COLUMNS})
+        self.log.append(about | {name: f"{value:.4g}" for name, value in values.items()})
 
     def save(self, out: Path) -> None:
         """Write checkpoint.pt and log.csv so that a crash leaves the old ones or the new ones."""
@@ -146,37 +138,18 @@ class Trainer:
         self.step, self.seconds, self.log = state["progress"]
 
 
-def tally(hits: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
-    """Right answers and questions per category (2, categories); none without ``hits`` (B, rows, length)."""
-    if hits is None:
-        return torch.zeros(2, len(CATEGORIES))
-    asked = (batch["labels"] != IGNORE) & (batch["labels"] != EOS)
-    category = batch["category"][asked]
-    right, count = (torch.bincount(category, w, len(CATEGORIES)) for w in (hits[asked].float(), None))
-    return torch.stack([right, count.float()]).cpu()
-
-
-def accuracies(hits: Tensor) -> dict[str, float]:
-    """Accuracy overall and per category from a tally; nothing where nothing was asked."""
-    if not hits[1].sum():
-        return {}
-    rates = (hits[0] / hits[1].clamp_min(1)).tolist()
-    return {"accuracy": (hits[0].sum() / hits[1].sum()).item(), **dict(zip(CATEGORIES, rates, strict=True))}
-
-
 def run(trainer: Trainer, out: Path, every: int, questions: int) -> None:
     """Train to the end; log, evaluate and save every so many steps and at the end of each phase."""
     from rich.progress import track
 
     held_out, total = validation_batches(questions), sum(phase.steps for phase in trainer.phases)
-    results: list[dict[str, Any]] = []
+    results: list[dict[str, float]] = []
     for step in track(range(trainer.step, total), "training", total=total, completed=trainer.step):
         phase = trainer.phases[trainer.locate(step)[0]]
         results.append(trainer.advance())
         if trainer.step % every == 0 or trainer.locate(trainer.step)[1] == 0:
-            hits = sum(result.pop("hits") for result in results)
             means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-            trainer.note("train", phase.name, means | accuracies(hits))
+            trainer.note("train", phase.name, means)
             if phase.ask:
                 trainer.note("validation", phase.name, trainer.evaluate(held_out))
             trainer.save(out)
