@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from pitome_mllm import estimate
@@ -105,11 +106,17 @@ def plan(table: Table, limit: int | None, tflops: float) -> list[Estimated]:
     check_limit(table, limit)
     sizes = [TASKS[name].documents for name in table.tasks]
     documents = sum(size if limit is None else min(size, limit) for size in sizes)
-    about, found = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS}, []
+    found = []
     for run in table.runs:
-        flops = estimate(config_of(run.model), **run.attached, **about, images=images_of(run.model)).flops
+        flops = _flops(run)
         found.append(Estimated(run, documents, flops / 1e9, documents * (BESIDE + flops / (tflops * 1e12)) / 3600))
     return found
+
+
+@cache
+def _flops(run: Run) -> int:
+    about = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, "images": images_of(run.model)}
+    return estimate(config_of(run.model), **run.attached, **about).flops
 
 
 def downloads(table: Table, local: bool) -> list[str]:

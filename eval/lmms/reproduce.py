@@ -30,7 +30,7 @@ from .identity import identity, model_identity, short
 from .manifest import NAME
 from .model import PitomeLlava, place
 from .plans import check_limit, control
-from .results import EvaluationError, Results, group_a, newest
+from .results import EvaluationError, Results, draws, group_a, newest
 from .scene_tasks import GROUP, TASKS
 from .tables import PLAIN, RELATIVE, Run, Table, published
 from .tables import TASKS as KNOWN
@@ -267,8 +267,9 @@ def _share(table: Table, results: Results, plain: Results) -> tuple[float, float
         if values[0] is None or not values[1]:
             return None
         shares.append(100 * values[0] / values[1])
-        ours, theirs = (one.draws(task.task, task.metric, seed) for one in (results, plain))
-        if ours is not None and theirs is not None:
+        known = [draws(one.samples(task.task), task.metric, seed) for one in (results, plain)]
+        if all(known):
+            (_, ours), (_, theirs) = known
             drawn.append(100 * np.divide(ours, theirs, out=np.full(len(ours), np.nan), where=theirs > 0))
     bounds = span(np.mean(drawn, axis=0)) if len(drawn) == len(shares) else (None, None)
     return float(np.mean(shares)), *bounds
