@@ -13,7 +13,7 @@ from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
-from pitome_mllm.costs.latency import now, spent_ms, timed_tower
+from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.geometry import geometry
 
 COUNTS = ("images", "text", "visual", "new")
@@ -68,19 +68,12 @@ class Meter:
 
     @contextmanager
     def lap(self) -> Iterator[dict[str, float]]:
-        """Seconds of what runs inside the ``with`` block: all, up to the first new token, in the vision tower."""
-        lap, start = {}, now(self.model.device)
-
-        def after_model(*_: Any) -> None:
-            lap.setdefault("prefill_seconds", now(self.model.device) - start)  # the first call is the prefill
-
-        hook = self.model.register_forward_hook(after_model)
-        try:
-            with timed_tower(self.model) as ticks:
-                yield lap
-        finally:
-            hook.remove()
-        lap.update(tower_seconds=(spent_ms(ticks) or 0.0) / 1000, seconds=now(self.model.device) - start)
+        """Milliseconds of what runs inside the ``with`` block: all, up to the first new token, in the vision tower."""
+        lap: dict[str, float] = {}
+        with timed(self.model) as clock:
+            yield lap
+        cost = clock.cost()
+        lap.update(total_ms=clock.total_ms, prefill_ms=cost.prefill_ms or 0.0, tower_ms=cost.tower_ms or 0.0)
 
     def add(self, lap: dict[str, float], rows: Sequence[Sequence[int]]) -> None:
         """Count a batch; ``rows`` hold the `COUNTS` of each question."""
@@ -105,16 +98,16 @@ class Meter:
         total = sum((Counter(sums) for sums, _ in found), Counter())
         if not (asked := total["questions"]):
             return {}
-        elapsed, peak = max(sums.get("seconds", 0.0) for sums, _ in found), max(peak for _, peak in found)
+        elapsed, peak = max(sums.get("total_ms", 0.0) for sums, _ in found) / 1000, max(peak for _, peak in found)
         return {
             "questions_asked": asked,
             "visual_tokens": total["visual"] / asked,
             "prompt_tokens": (total["visual"] + total["text"]) / asked,
             "new_tokens": total["new"] / asked,
             "visual_tokens_per_picture": total["visual"] / max(total["images"], 1),
-            "tower_ms": 1000 * total["tower_seconds"] / asked,
-            "prefill_ms": 1000 * total["prefill_seconds"] / asked,
-            "decode_ms": 1000 * (total["seconds"] - total["prefill_seconds"]) / asked,
+            "tower_ms": total["tower_ms"] / asked,
+            "prefill_ms": total["prefill_ms"] / asked,
+            "decode_ms": (total["total_ms"] - total["prefill_ms"]) / asked,
             "total_new_tokens": total["new"],
             "seconds": elapsed,
             "tokens_per_second": total["new"] / elapsed,

@@ -70,12 +70,15 @@ def with_controls(table: Table) -> Table:
 
 
 def control(run: Run, method: str = "downsample") -> Run:
-    """A method that divides the grid, at as many tokens of an image or tile as a run keeps, or the nearest it can."""
+    """A method that divides the grid, at as many tokens of an image or tile as a run keeps, or the nearest it can.
+
+    As published or under the library's defaults, as the run itself.
+    """
     if run.method == PLAIN:
         return run
     tokens = tokens_of_one(replace(run, method="uniform") if run.method in GRIDS else run)
     for keep in sorted(range(1, 2 * tokens), key=lambda n: abs(n - tokens)):
-        found = Run(run.model, method, keep, published=True)
+        found = Run(run.model, method, keep, published=run.published)
         with suppress(UserError):
             tokens_of_one(found)
             break

@@ -17,7 +17,7 @@ from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
 
 from ..accuracy.curves import PLAIN as ALL_TOKENS
-from ..accuracy.curves import SUMMARY, called, own_place, results
+from ..accuracy.curves import SUMMARY, called, summary
 from ..documents import read
 from ..provenance import RESULTS
 
@@ -198,16 +198,11 @@ def published(table: str) -> dict[tuple[Run, str], dict[str, str]]:
             amount = {name: json.loads(value)} if value else {}
             found[Run(row["model"], row["method"], **amount, published=row["method"] != PLAIN), row["task"]] = row
     if table == "embedded" and (RESULTS / SUMMARY).is_file():
-        for row in results(RESULTS / SUMMARY):
+        for row in summary(RESULTS / SUMMARY):
+            run = Run("tiny", row["method"], int(row["keep"]), published=row["published"] == "True")
             about = {"source": f"eval/results/{SUMMARY}, {row['questions']} questions", "tokens": row["keep"]}
             about["value"] = str(100 * float(row["value"]))
-            said = row["published"] == "True"
-            if row["against"]:
-                continue
-            if row["method"] == ALL_TOKENS:
-                found[Run("tiny"), "pitome_scenes"] = about
-            elif row["method"] in METHODS and row["where"] == own_place(row["method"], said):
-                found[Run("tiny", row["method"], int(row["keep"]), published=said), "pitome_scenes"] = about
+            found[Run("tiny") if row["method"] == ALL_TOKENS else run, "pitome_scenes"] = about
     return found
 
 
