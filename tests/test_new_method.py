@@ -14,9 +14,8 @@ from pitome_mllm import METHODS, attach, estimate, load
 from pitome_mllm.methods import Merge, Method, Reducer
 from pitome_mllm_demo import charts
 from pitome_mllm_demo.controls import Controls
-from pitome_mllm_eval.accuracy import costs, curves, runs
+from pitome_mllm_eval.accuracy import costs, curves
 from pitome_mllm_eval.accuracy.gates import check_whole, every_setting
-from pitome_mllm_eval.lmms.arguments import merging
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.lmms.identity import identity
 from pitome_mllm_eval.lmms.tables import TABLES, Run
@@ -73,11 +72,10 @@ def test_the_chat_takes_it(chat, files):
 def test_the_benchmark_plug_in_takes_it():
     """What lmms-eval's record says of a run with it; the plug-in itself needs lmms-eval (`make test-lmms`)."""
     run = Run("tiny", "neighbours", keep=72)
-    meter = Meter(load("tiny")[0], merging(run.settings))
+    meter = Meter(load("tiny")[0], run.attached)
     assert meter.flops(1, 20, 2) < Meter(load("tiny")[0], {}).flops(1, 20, 2)
     known = identity(run, TABLES["embedded"], None, {"files": "f"}, {})
     assert known["settings"] == {"method": "neighbours", "keep": 72}
-    assert Path(__file__) in runs.sources("neighbours")
 
 
 def test_what_was_recorded_stays_as_it_is():
@@ -88,9 +86,3 @@ def test_what_was_recorded_stays_as_it_is():
     assert {(row["shape"], row["method"], row["where"], row["keep"]) for row in rows} == wanted
     for name, parts in texts().items():
         assert all(text in (ROOT / name).read_text() for text in parts.values()), name
-
-
-def test_its_files_alone_decide_what_is_run_again(monkeypatch):
-    before = {name: runs.code_of(name) for name in (None, "tome", "pitome-tuned")}
-    monkeypatch.delitem(METHODS, "neighbours")
-    assert {name: runs.code_of(name) for name in before} == before
