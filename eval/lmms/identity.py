@@ -13,10 +13,10 @@ from typing import Any
 
 from pitome_mllm.loading import TINY, read_config
 
-from ..accuracy.runs import code_of
+from ..accuracy.runs import code
 from .scene_tasks import GROUP, TASKS
-from .tables import PLAIN, Run, Table
 from .tables import TASKS as KNOWN
+from .tables import Run, Table
 
 # What answers and scores follow from beside our own code; torchvision and bitsandbytes where they are installed.
 PACKAGES = ("torch", "torchvision", "transformers", "bitsandbytes", "pillow", "lmms_eval")
@@ -35,14 +35,13 @@ def identity(
     data : folder of local data; None = lmms-eval's own data sets, which are known by their names only.
     how : limit, batch size, what the model is loaded with, and the like.
     """
-    method = None if run.method == PLAIN else run.method
     return {
         "model": dict(model),
         "settings": run.settings,
         "system_prompt": table.system_prompt,
         "tasks": {name: _task(name, data) for name in table.tasks},
         "how": dict(how),
-        "code": [code_of(method), fingerprint((HERE / "lmms").glob("*.py"))],
+        "code": [code(), fingerprint((HERE / "lmms").glob("*.py"))],
         "versions": _versions(),
     }
 
