@@ -15,8 +15,10 @@ from models import PATCHES, build, build_text_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from pitome_mllm import METHODS, attach
+from pitome_mllm import METHODS, attach, estimate
 from pitome_mllm.attach import Attachment
+from pitome_mllm.errors import UserError
+from pitome_mllm.settings import DEFAULT_METHOD
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`")
 
@@ -103,12 +105,12 @@ def test_remove_twice_is_harmless(model, plain, one):
 
 def test_attach_again_after_remove(model, plain, one):
     attach(model, keep=72).remove()
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         assert_works(handle, model, plain, one)
 
 
 def test_update_replans(model, plain, one):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     assert_works(handle, model, plain, one)
     handle.update(keep=72, method="tome")
     assert (handle.plan.keep, handle.plan.method) == (72, "tome")
@@ -118,9 +120,50 @@ def test_update_replans(model, plain, one):
     assert_works(handle, model, plain, one, "tome")
 
 
+def test_update_and_using_take_the_method_as_attach_does(model, caplog):
+    with attach(model, "pitome", keep=144, where="both") as handle:
+        handle.update("tome")
+        assert (handle.plan.method, handle.plan.keep) == ("tome", 144)
+        with handle.using("dct", keep=72):
+            assert (handle.plan.method, handle.plan.keep) == ("dct", 72)
+        handle.update(None)
+        assert handle.plan.method == DEFAULT_METHOD
+        for wrong in ((None, "tome"), ("tome", "dct")):
+            with pytest.raises(UserError, match="call using"), handle.using(*wrong):
+                pass
+        assert not caplog.records
+        handle.update(where=None, ratio=0.9)
+        handle.update(keep=144)
+        assert "now merge where='both', no longer where='tower'" in caplog.text
+
+
+def test_summaries_are_a_few_lines(model, one):
+    with attach(model, "pitome", keep=144, where="both") as handle:
+        assert "last run: none" in handle.summary()
+        logits(model, one)
+        about, counts, saved, last = handle.summary().splitlines()
+        assert "pitome (keep=144 of 576, both" in about and counts.startswith("patch tokens, merge by merge: 576, ")
+        merged, plain = estimate(model, "pitome", keep=144, where="both"), estimate(model)
+        assert f"{merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs" in saved
+        largest, alone = int(handle.stats.sizes.max()), int((handle.stats.sizes == 1).sum())
+        assert (
+            last.removeprefix("last run: ")
+            == repr(handle.stats)
+            == (
+                f"Stats(pitome, images: 1, visual tokens: 144 of 576, largest group: {largest} patches, alone: {alone})"
+            )
+        )
+        assert handle._repr_html_() == f"<pre>{handle.summary()}</pre>"
+        with handle.using("dct", keep=72):
+            logits(model, one)
+            assert repr(handle.stats) == "Stats(dct, images: 1, visual tokens: 72 of 576)"
+        with handle.using(None):
+            assert handle.summary().endswith("the plain model")
+
+
 def test_another_place_forgets_what_the_tower_keeps(model):
-    """Whether the place is the caller's, or changes with the method's preset or with the way to say how many."""
-    for change in ({"where": "tower"}, {"method": "tome"}, {"ratio": 0.9}):
+    """Whether the place is the caller's, or changes with what is asked for besides."""
+    for change in ({"where": "tower"}, {"published": True}, {"method": "pitome-llava"}, {"ratio": 0.9}):
         with attach(model, keep=144) as handle:
             handle.update(tower_keep=300)
             assert handle.plan.counts[-1] == 300
@@ -131,12 +174,12 @@ def test_another_place_forgets_what_the_tower_keeps(model):
         handle.update(keep=72)
         assert handle.plan.counts[-1] == 300 and handle.plan.keep == 72
         with pytest.raises(ValueError, match="tower_keep=300 goes with where='both'"):
-            handle.update(method="tome", tower_keep=300)
+            handle.update(published=True, tower_keep=300)
 
 
 def test_a_plain_run_before_attaching_changes_nothing(model, plain, one):
     new_ids(model, one)
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         assert_works(handle, model, plain, one)
 
 
@@ -145,7 +188,7 @@ def test_a_plain_run_before_attaching_changes_nothing(model, plain, one):
 
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_a_deepcopy_merges_on_its_own(model, plain, one, ran_before):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     if ran_before:
         logits(model, one)
     twin = copy.deepcopy(model)
@@ -226,7 +269,7 @@ def test_accelerate_hooks_in_any_order(model, plain, one, where, hooks_first, un
     unhook_all(twin)
     if hooks_first:
         hook_all(model)
-    handle = attach(model, "pitome", keep=144, where=where)
+    handle = attach(model, "pitome", published=True, keep=144, where=where)
     if not hooks_first:
         logits(model, one)
         hook_all(model)
@@ -252,7 +295,7 @@ def test_weights_offloaded_by_accelerate(model, plain, one, offload_first):
 
     if offload_first:
         cpu_offload(model, execution_device=torch.device("cpu"))
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         if not offload_first:
             cpu_offload(model, execution_device=torch.device("cpu"))
         assert_works(handle, model, plain, one)
@@ -265,8 +308,8 @@ def test_weights_offloaded_by_accelerate(model, plain, one, offload_first):
 
 def test_two_models_never_affect_each_other(model, plain, one):
     other, untouched = build(), build()
-    handle = attach(model, "pitome", keep=144)
-    before = attach(other, "tome", keep=72)
+    handle = attach(model, "pitome", published=True, keep=144)
+    before = attach(other, "tome", published=True, keep=72)
     assert_works(handle, model, plain, one)
     assert_works(before, other, plain, one, "tome")
     twin = build()
@@ -354,7 +397,7 @@ def test_mistakes_are_explained_and_leave_the_model_alone(model, plain, settings
 
 @pytest.mark.parametrize("settings", [{"keep": 0}, {"method": "pitom"}, {"keep": 72, "ratio": 0.9}, {"place": "x"}])
 def test_a_failed_update_changes_nothing(model, plain, one, settings):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     with pytest.raises(ValueError):
         handle.update(**settings)
     with pytest.raises(ValueError):
@@ -376,9 +419,9 @@ def test_unknown_models_are_refused(make):
 
 
 def test_attaching_twice_is_refused(model, plain, one):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     with pytest.raises(ValueError, match=r"(?s)pitome.*144.*remove\(\)"):
-        attach(model, "tome", keep=72)
+        attach(model, "tome", published=True, keep=72)
     assert Attachment.of(model) is handle
     assert_works(handle, model, plain, one)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
-from pitome_mllm.families.geometry import Geometry
+from pitome_mllm.families.geometry import Geometry, geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import projector_counts
 from pitome_mllm.settings import Settings
@@ -64,7 +65,7 @@ def test_keep_as_a_share(model, one, share, count):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 0.975])
 def test_ratio_is_the_papers(model, plain, one, ratio):
-    with attach(model, "pitome", ratio=ratio) as handle:
+    with attach(model, "pitome", published=True, ratio=ratio) as handle:
         left, expected = PATCHES, []
         for _ in range(BLOCKS):
             left -= min(math.floor(left - ratio * left), left // 2)
@@ -75,21 +76,21 @@ def test_ratio_is_the_papers(model, plain, one, ratio):
 
 def test_explicit_counts(model, plain, one):
     counts = [576, 400, 400, 250, 144, 144]
-    with attach(model, "pitome", counts=counts) as handle:
+    with attach(model, "pitome", published=True, counts=counts) as handle:
         assert list(handle.plan.counts) == counts and handle.plan.keep == 144
         assert_works(handle, model, plain, one)
 
 
 @pytest.mark.parametrize("shape", ["equal", "delayed"])
 def test_schedule_shapes(model, plain, one, shape):
-    with attach(model, "pitome", keep=100, schedule=shape) as handle:
+    with attach(model, "pitome", published=True, keep=100, schedule=shape) as handle:
         assert list(handle.plan.counts) == Schedule(keep=100, shape=shape).counts(PATCHES, BLOCKS)
         assert handle.plan.counts[-1] == 100
         assert_works(handle, model, plain, one)
 
 
 def test_few_merges_keep_their_depth(model, plain, one):
-    with attach(model, "pitome", keep=200, merges=3) as handle:
+    with attach(model, "pitome", published=True, keep=200, merges=3) as handle:
         assert handle.plan.merging == (0, 2, 5) and handle.plan.counts[-1] == 200
         assert [depth for *_, depth in handle.plan.steps] == [0, 2 / BLOCKS, 5 / BLOCKS]
         assert_works(handle, model, plain, one)
@@ -106,11 +107,12 @@ def test_a_number_of_merges_gives_way_to_what_says_more():
     assert merging(settings) == few
     assert merging(settings.changed(where="projector")) == ()
     assert merging(settings.changed(ratio=0.9)) == merging(settings.changed(merges="every")) == tuple(range(23))
-    assert merging(settings.changed(method="tome")) == tuple(range(23))  # a paper's: every block
+    assert merging(settings.changed(method="tome")) == few
+    assert merging(settings.changed(published=True)) == tuple(range(23))  # a paper's: every block
     asked = settings.changed(merges=4)
     assert len(merging(asked)) == len(merging(asked.changed(method="tome"))) == 4
     assert merging(asked.changed(where="tower").changed(method="visionzip")) == (22,)  # which reduces in one step
-    for away in ({"ratio": 0.9}, {"where": "projector"}):  # and back: the method's own
+    for away in ({"ratio": 0.9}, {"where": "projector"}):  # and back: the default
         assert merging(asked.changed(**away).changed(where="both", keep=144)) == few
     assert merging(asked.changed(merges=None)) == few
     with pytest.raises(ValueError, match="ratio says what every block removes, got merges=4"):
@@ -122,7 +124,7 @@ def test_a_number_of_merges_gives_way_to_what_says_more():
 def test_with_few_merges_no_round_removes_over_two_fifths(where, keep):
     geometry = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=23, blocks=24)
     few = make_plan(Settings().changed(keep=keep, where=where), geometry)
-    every = make_plan(Settings().changed(method="pitome", keep=keep, where=where), geometry)
+    every = make_plan(Settings().changed(published=True, keep=keep, where=where), geometry)
     assert all(before - after <= max(0.4 * before, 1) for before, after, _ in few.steps)
     assert list(every.projector_counts) == projector_counts(every.counts[-1], keep)  # at most half, as ever
     assert few.keep == every.keep == keep and few.counts[-1] == every.counts[-1]
@@ -131,7 +133,7 @@ def test_with_few_merges_no_round_removes_over_two_fifths(where, keep):
 @pytest.mark.parametrize("layer,blocks", [(-1, 7), (-2, 6), (-4, 4), (5, 5), (1, 1)])
 def test_only_blocks_that_feed_the_projector_merge(one, layer, blocks):
     model = build(feature_layer=layer)
-    with attach(model, "pitome", keep=300) as handle:
+    with attach(model, "pitome", published=True, keep=300) as handle:
         seen = logits(model, one)
         assert len(handle.plan.counts) == blocks
         assert_consistent(handle.plan, handle.stats, images=1, keep=300)
@@ -152,7 +154,7 @@ def test_a_tower_without_class_token():
 def test_a_visible_class_token_is_counted_and_kept():
     model = build(strategy="full")
     inputs = processor(strategy="full")(images=[picture(0)], text=QUESTION, return_tensors="pt")
-    plan, stats, seen = run(model, inputs, "pitome", keep=145)
+    plan, stats, seen = run(model, inputs, "pitome", published=True, keep=145)
     assert_consistent(plan, stats, images=1, keep=145, before=PATCHES + 1)
     assert plan.counts[-1] == 144  # patches; the class token comes on top
     assert (stats.groups[0, 0], stats.sizes[0, 0]) == (0, 1)
@@ -163,7 +165,7 @@ def test_a_visible_class_token_is_counted_and_kept():
 
 
 def test_the_tower_merges_as_defined(model, plain, pair):
-    plan, stats, seen = run(model, pair, "pitome", keep=144)
+    plan, stats, seen = run(model, pair, "pitome", published=True, keep=144)
     expected = reference(plain, pair, plan.counts)
     assert torch.equal(stats.groups, expected.tokens.groups)
     assert torch.equal(stats.sizes, expected.tokens.sizes)
@@ -172,21 +174,18 @@ def test_the_tower_merges_as_defined(model, plain, pair):
     assert list(plan.projector_counts) == [] and plan.where == "tower"
 
 
-def test_the_default_is_pitome_tuned(model, one):
+def test_the_default_is_pitome(model, one):
     plan, stats, seen = run(model, one, keep=144)
-    assert plan.method == "pitome-tuned"
-    preset = dict(METHODS["pitome-tuned"].settings)
-    assert preset.pop("merges") == len(plan.merging) == BLOCKS
-    assert {name: getattr(plan, name) for name in preset} == preset
-    again = run(model, one, "pitome-tuned", keep=144)
+    assert (plan.method, plan.where, len(plan.merging)) == ("pitome", "both", BLOCKS)
+    again = run(model, one, "pitome", keep=144)
     assert torch.equal(stats.groups, again[1].groups) and torch.equal(seen, again[2])
 
 
 @pytest.mark.parametrize("amount", [{"ratio": 0.9}, {"counts": [500, 400, 300, 300, 200, 144]}], ids=str)
 def test_the_default_leaves_ratio_and_counts_to_the_tower(model, one, amount):
     plan, stats, _ = run(model, one, **amount)
-    assert (plan.method, plan.where, plan.projector_counts) == ("pitome-tuned", "tower", ())
-    assert list(plan.counts) == list(run(model, one, "pitome", **amount)[0].counts)
+    assert (plan.method, plan.where, plan.projector_counts) == ("pitome", "tower", ())
+    assert list(plan.counts) == list(run(model, one, published=True, **amount)[0].counts)
     assert_consistent(plan, stats, images=1, keep=plan.counts[-1])
 
 
@@ -205,10 +204,18 @@ def test_the_default_goes_without_what_the_llm_does_not_take(model, caplog, text
             attach(model, keep=144, calibration=calibration)
 
 
+def test_an_llm_without_rotary_embedding_is_told_of_sizes(model):
+    without = replace(geometry(model), llm_rotary=False)
+    asked = Settings().changed(method="pitome", keep=144)
+    assert make_plan(asked, without).calibration == "size"
+    with pytest.raises(ValueError, match="calibration='distance' is not possible.*calibration='size'"):
+        make_plan(asked.changed(calibration="distance"), without)
+
+
 def test_a_reducer_instance_is_a_method(model, plain, one):
     reducer = get_method("pitome", margin=0.45, alpha=0.5, energy="elu")
     by_instance = run(model, one, reducer, keep=144)
-    by_name = run(model, one, "pitome", keep=144, margin=0.45, alpha=0.5, energy="elu")
+    by_name = run(model, one, "pitome", keep=144, margin=0.45, alpha=0.5, energy="elu", protect=1.0)
     default = run(model, one, "pitome", keep=144)
     assert torch.equal(by_instance[2], by_name[2])
     assert torch.equal(by_instance[1].groups, by_name[1].groups)
@@ -242,7 +249,7 @@ def tower_output(plain, inputs):
 @pytest.mark.parametrize("keep", [400, 144, 60])
 def test_the_projector_merges_in_rounds_of_at_most_half(model, pair, keep, metric):
     settings = {"keep": keep, "where": "projector", "metric": metric}
-    plan, stats, _ = run(model, pair, "pitome", **settings)
+    plan, stats, _ = run(model, pair, "pitome", published=True, **settings)
     assert_consistent(plan, stats, images=2, keep=keep)
     steps = [PATCHES, *plan.projector_counts]
     assert steps[-1] == keep and all(after >= before // 2 for before, after in zip(steps, steps[1:], strict=False))
@@ -252,7 +259,7 @@ def test_the_projector_merges_in_rounds_of_at_most_half(model, pair, keep, metri
     x, keys = tower_output(twin, pair)
     features, groups = by_rounds(x, x if metric == "hidden" else keys, plan.projector_counts, get_method("pitome"))
     assert torch.equal(stats.groups, groups)
-    with attach(model, "pitome", **settings), torch.no_grad():
+    with attach(model, "pitome", published=True, **settings), torch.no_grad():
         seen = model.model.get_image_features(pair["pixel_values"], return_dict=True).pooler_output
     torch.testing.assert_close(torch.stack(list(seen)), twin.model.multi_modal_projector(features))
 
@@ -284,7 +291,7 @@ SETTINGS = [
     ids=str,
 )
 def test_settings_do_what_they_say(model, plain, one, method, settings):
-    plan, stats, seen = run(model, one, method, keep=144, **settings)
+    plan, stats, seen = run(model, one, method, published=True, keep=144, **settings)
     by_hand = {"proportional" if k == "proportional_attention" else k: v for k, v in settings.items()}
     expected = reference(plain, one, plan.counts, method, **by_hand)
     assert torch.equal(stats.groups, expected.tokens.groups)
@@ -293,7 +300,7 @@ def test_settings_do_what_they_say(model, plain, one, method, settings):
 
 
 def test_settings_differ_from_each_other(model, one):
-    seen = [run(model, one, "pitome", keep=144, **settings)[2] for settings in SETTINGS]
+    seen = [run(model, one, "pitome", published=True, keep=144, **settings)[2] for settings in SETTINGS]
     for i, a in enumerate(seen):
         assert all((a - b).abs().max() > 1e-3 for b in seen[i + 1 :])
 
@@ -322,7 +329,7 @@ def test_source_order_is_the_same_merge_in_another_order(model, one):
     settings = {"counts": [576] * (BLOCKS - 1) + [300], "place": "end"}
     features, groups = [], []
     for order in ("reading", "source"):
-        with attach(model, "pitome", order=order, **settings) as handle, torch.no_grad():
+        with attach(model, "pitome", published=True, order=order, **settings) as handle, torch.no_grad():
             seen = model.model.get_image_features(one["pixel_values"], return_dict=True).pooler_output
             features.append(torch.stack(list(seen))[0])
             groups.append(handle.stats.groups[0])
@@ -334,8 +341,6 @@ def test_source_order_is_the_same_merge_in_another_order(model, one):
 
 
 def test_pitome_llava_is_out_of_reading_order_by_default(model, one):
-    settings = METHODS["pitome-llava"].settings
-    assert settings["order"] == "source"
     plan, stats, seen = run(model, one, "pitome-llava", keep=144)
     assert_consistent(plan, stats, images=1, keep=144)
     first = [stats.groups[0].tolist().index(group) for group in range(144)]
@@ -416,10 +421,9 @@ def every_keep_is_reached(model, inputs, method, tower, where):
 
 
 def test_methods_differ(model, one):
-    methods = [name for name in METHODS if name != "pitome-tuned"]
-    seen = {name: run(model, one, name, keep=144, where="tower")[2] for name in methods}
-    for a in methods:
-        assert all((seen[a] - seen[b]).abs().max() > 1e-3 for b in methods if a != b)
+    seen = {name: run(model, one, name, keep=144, where="tower")[2] for name in METHODS}
+    for a in METHODS:
+        assert all((seen[a] - seen[b]).abs().max() > 1e-3 for b in METHODS if a != b)
 
 
 # ---- stats -----------------------------------------------------------------------------------------------------------
@@ -430,9 +434,9 @@ def test_stats_are_none_before_the_first_run(model):
 
 
 def test_energies_on_request(model, plain, pair):
-    plan, stats, _ = run(model, pair, "pitome", keep=144)
+    plan, stats, _ = run(model, pair, "pitome", published=True, keep=144)
     assert stats.energies is None
-    plan, stats, _ = run(model, pair, "pitome", keep=144, energies=True)
+    plan, stats, _ = run(model, pair, "pitome", published=True, keep=144, energies=True)
     assert [tuple(e.shape) for e in stats.energies] == [(2, n) for n in [PATCHES, *plan.counts[:-1]]]
     assert all(e.dtype == torch.float32 and e.isfinite().all() for e in stats.energies)
     tower = plain.model.vision_tower  # the first block's energy, from the definition

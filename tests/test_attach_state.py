@@ -286,13 +286,13 @@ def test_an_attachment_that_fails_half_way_undoes_itself(shallow, shallow_plain,
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
             with contextlib.suppress(KeyboardInterrupt):
-                attach(shallow, "pitome", keep=144)
+                attach(shallow, "pitome", published=True, keep=144)
         if len(calls) >= at:
             assert Attachment.of(shallow) is None
         else:
             Attachment.of(shallow).remove()
         assert_same_modules(shallow, build(layers=SHALLOW))
-    assert_works(attach(shallow, "pitome", keep=144), shallow, shallow_plain, one)
+    assert_works(attach(shallow, "pitome", published=True, keep=144), shallow, shallow_plain, one)
 
 
 def test_a_compiled_model_merges(shallow, shallow_plain, one):
