@@ -213,9 +213,7 @@ def test_settings_change_the_next_turn_only_and_never_reload(visitor, files, ser
     visitor.until(lambda: "projector: 576" in visitor.page.locator("#pm-plan").inner_text())
     visitor.ask("is there a circle?")
     labels = visitor.page.locator(".pm-label").all_inner_texts()
-    assert (
-        labels[0].startswith("pitome · 144 of 576") and labels[1] == "tome · 147 of 576 tokens (26%) · projector"
-    )
+    assert labels[0].startswith("pitome · 144 of 576") and labels[1] == "tome · 147 of 576 tokens (26%) · projector"
     assert served.handlers.visitors.engine is engine
 
 
