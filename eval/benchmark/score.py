@@ -50,24 +50,6 @@ class Prompts:
     pad: int
 
 
-class _Positions:
-    """Notes the largest position of the prefill: an attached reducer may keep the original ones."""
-
-    def __init__(self, model):
-        self.handle = model.model.language_model.register_forward_pre_hook(self._note, with_kwargs=True)
-        self.next: int | None = None
-
-    def _note(self, module, args, kwargs) -> None:
-        positions = kwargs.get("position_ids")
-        self.next = None if positions is None else int(positions.max()) + 1
-
-    def __enter__(self) -> "_Positions":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.handle.remove()
-
-
 def prompts(processor, image_token: int, length: int, picture, texts: Sequence[str]) -> Prompts:
     """Questions on one picture, of which the prompt holds ``length`` placeholders."""
     asked = [processor.tokenizer(write(processor, [message(text, pictures=1)])).input_ids for text in texts]
@@ -85,28 +67,22 @@ def predict(model, asked: Sequence[Prompts]) -> list[int]:
     device = model.device
     pixels = torch.cat([one.pixels for one in asked])
     prefix = torch.tensor([one.prefix for one in asked], device=device)
-    with _Positions(model) as positions:
-        out = model(
-            input_ids=prefix,
-            attention_mask=torch.ones_like(prefix),
-            pixel_values=pixels.to(device, model.dtype),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    out = model(
+        input_ids=prefix,
+        attention_mask=torch.ones_like(prefix),
+        pixel_values=pixels.to(device, model.dtype),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     cache = caches.cache_of(out)
-    start = cache.get_seq_length() if positions.next is None else positions.next
     most = max(len(one.rest) for one in asked)
     cache.batch_repeat_interleave(most)
     ids = [row for one in asked for row in one.rest + one.rest[:1] * (most - len(one.rest))]
     lengths = torch.tensor([len(row) for row in ids])
     width = int(lengths.max())
     rest = torch.tensor([row + [asked[0].pad] * (width - len(row)) for row in ids], device=device)
-    states = model.model.language_model(
-        input_ids=rest,
-        **{caches.name_for(model.model.language_model): cache},
-        position_ids=(start + torch.arange(width, device=device)).expand(len(ids), -1),
-        cache_position=cache.get_seq_length() + torch.arange(width, device=device),
-    ).last_hidden_state
+    language = model.model.language_model  # which goes on in the positions that the cache was filled with
+    states = language(input_ids=rest, **{caches.name_for(language): cache}).last_hidden_state
     found = model.lm_head(states[torch.arange(len(ids)), lengths - 1]).argmax(-1).view(-1, most).tolist()
     return [token for one, row in zip(asked, found, strict=True) for token in row[: len(one.rest)]]
 
