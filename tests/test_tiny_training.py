@@ -275,6 +275,24 @@ def test_scoring_follows_an_attached_reducer(tiny, settings):
             assert processor.tokenizer.convert_ids_to_tokens(out.tolist()) == [answer, "</s>"]
 
 
+def test_questions_are_scored_at_the_positions_behind_the_picture(tiny):
+    """Not behind the last position that a merged token has."""
+    model, processor = tiny
+    picture, asked = scene(5)
+    seen = []
+    with pitome_mllm.attach(model, keep=36):
+        language = model.model.language_model
+        hook = language.register_forward_pre_hook(
+            lambda *given: seen.append(given[2]["position_ids"]), with_kwargs=True
+        )
+        answers(model, processor, picture, [asked[0].text])
+        prompt = processor(images=picture, text=PROMPT.format(asked[0].text), return_tensors="pt")
+        model.generate(**prompt, max_new_tokens=1)
+        hook.remove()
+    scored, generated = seen[1][0], seen[2][0]
+    assert torch.equal(scored, generated[-len(scored) :])
+
+
 def test_the_embedded_model_answers_as_recorded(tiny):
     """Within two points on the recorded sample, whatever the machine."""
     recorded = json.loads((Path(pitome_mllm.__file__).parent / "tiny" / "accuracy.json").read_text())["sample"]
