@@ -231,7 +231,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
-    _check_calibration(settings.calibration, reducer, name, geometry)
+    _check_calibration(str(settings.calibration), reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
             f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "

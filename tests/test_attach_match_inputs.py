@@ -91,17 +91,17 @@ def test_a_tower_without_class_token_lacks_class_attention(method):
 @pytest.mark.parametrize("where", ["tower", "both"])
 def test_projected_exists_in_front_of_the_projector_only(model, where):
     with pytest.raises(ValueError, match="metric='projected'.*choose where='projector'"):
-        attach(model, "tome", keep=144, metric="projected", where=where)
+        attach(model, "tome", published=True, keep=144, metric="projected", where=where)
 
 
 def test_tokens_without_groups_have_no_original_position(model):
     with pytest.raises(ValueError, match="dct has no groups.*calibration='none'"):
-        attach(model, "dct", keep=144, calibration="distance")
+        attach(model, "dct", published=True, keep=144, calibration="distance")
     assert {name for name in METHODS if not get_method(name).forms_groups} == {"dct"}
 
 
 def test_a_method_brings_its_place_and_gives_way(model):
-    with attach(model, "visionzip", keep=144) as handle:
+    with attach(model, "visionzip", published=True, keep=144) as handle:
         assert (handle.plan.where, handle.plan.counts[-1], handle.plan.projector_counts) == (
             "projector",
             PATCHES,

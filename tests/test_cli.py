@@ -114,7 +114,7 @@ def test_json_is_one_object_and_nothing_else(run):
     said = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert said["question"] == scene()[1][0].text and said["true_answer"] == scene()[1][0].answer
-    assert said["method"] == "pitome-tuned" and said["model"] == "tiny" and said["keep"] == 144
+    assert said["method"] == "pitome" and said["model"] == "tiny" and said["keep"] == 144
     plain, merged = said["runs"]["plain"], said["runs"]["merged"]
     assert said["answer"] == merged["answer"]
     assert plain["visual_tokens"] == 576 and merged["visual_tokens"] == 144

@@ -25,9 +25,9 @@ def run(capsys):
 
 
 def test_the_page_is_what_the_command_prints(run):
-    code, out, err = run("--markdown")
+    code, out, err = run("--published", "--markdown")
     assert (code, err) == (0, "")
-    assert out == PAGE.read_text(), "write it anew: pitome-mllm cost --markdown > docs/cost.md"
+    assert out == PAGE.read_text(), "write it anew: pitome-mllm cost --published --markdown > docs/cost.md"
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -33,7 +33,7 @@ def test_training_rows_are_prompts_with_labels_at_the_answers():
 def test_adapters_learn_and_nothing_else():
     model, _ = load("tiny")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    with attach(model, "pitome", keep=72):
+    with attach(model, "pitome", published=True, keep=72):
         tuned = finetune.tune(model, steps=2, rank=2, rate=1e-3, seed=0)
     changed = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
     assert changed and all("lora_" in name for name in changed)

@@ -91,6 +91,6 @@ def test_what_was_recorded_stays_as_it_is():
 
 
 def test_its_files_alone_decide_what_is_run_again(monkeypatch):
-    before = {name: runs.code_of(name) for name in (None, "tome", "pitome-tuned")}
+    before = {name: runs.code_of(name) for name in (None, "tome", "pitome")}
     monkeypatch.delitem(METHODS, "neighbours")
     assert {name: runs.code_of(name) for name in before} == before

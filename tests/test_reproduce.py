@@ -90,7 +90,7 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
         (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
         (
             ["--table", "embedded", "--method", "tome", "tom"],
-            "no method tom in this table; choose from none, pitome-tuned",
+            "no method tom in this table; choose from none, pitome, tome",
         ),
         (["--table", "embedded", "--keep", 72, 9, "--plan"], "no keep 9 in this table; choose from 36, 72, 144"),
         (["--table", "pitome-paper", "--keep", 72, "--plan"], "no keep 72 in this table; it has no keep at all"),
