@@ -38,7 +38,7 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
 
 def _as_today(row: dict[str, str]) -> dict[str, str]:
     """A row of before version 0.2: methods ran as published then, but for the default, `pitome` today."""
-    if "method" not in row or "published" in row or "variant" in row:
+    if "method" not in row or "published" in row:
         return row
     default = row["method"] == "pitome-tuned"
     return row | {"method": "pitome" if default else row["method"], "published": str(not default)}
@@ -66,11 +66,19 @@ def append(path: Path, made: Iterable[Any], about: Mapping[str, Any]) -> None:
     rows = _rows(made, about)
     if not path.exists():
         return write_csv(path, rows)
-    with path.open("r+", newline="") as file:
-        if next(csv.reader(file), None) != list(rows[0]):
-            raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
-        file.seek(0, 2)
+    check_appends(path, list(rows[0]))
+    with path.open("a", newline="") as file:
         csv.DictWriter(file, list(rows[0])).writerows(rows)
+
+
+def check_appends(path: Path, columns: Sequence[str]) -> None:
+    """ValueError where rows with these columns cannot be appended: a file of others, or no folder."""
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r}; make it, or choose another --out")
+    if path.exists():
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != list(columns):
+                raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
 
 
 def _rows(made: Iterable[Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:

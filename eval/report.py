@@ -20,7 +20,7 @@ Row = Mapping[str, str]
 def texts() -> dict[str, dict[str, str]]:
     """What stands between the marks of each name, by document."""
     found, answered = curves.summary(), curves.answered(curves.results())
-    timed, (gpu, promised) = speed.results(), speed.on_gpu()
+    timed = speed.texts()
     tuned = read(RESULTS / "finetune.csv", "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
     said, leads = tables.about(found), tables.leaders(found)
     measured = (f"## {name.capitalize()}\n\n{tables.table(found, key)}" for key, name in tables.TABLES.items())
@@ -29,20 +29,19 @@ def texts() -> dict[str, dict[str, str]]:
         "README.md": {
             "accuracy": "\n\n".join([leads, tables.table(found, False), said]),
             "spectra": spectra.sentence(*spectra.stored()),
-            "speed": f"{speed.tables(timed, brief=True)}\n\n{gpu}",
+            "speed": timed.pop("brief"),
             "finetune": finetuned(tuned),
         },
         "docs/accuracy.md": {"accuracy": "\n\n".join([leads, *measured, said, GATES, gate_table(*answered)])},
         "docs/search.md": {"accuracy": ablation},
-        "docs/speed.md": {"gpu": promised, "speed": speed.tables(timed)},
+        "docs/speed.md": timed,
     }
 
 
 def plots(docs: Path) -> None:
-    """Draw accuracy, spectra and speed."""
+    """Draw accuracy and spectra."""
     tables.plot(curves.summary(), docs / "accuracy.png")
     spectra.plot(*spectra.stored(), docs / "spectra.png")
-    speed.plots(speed.results(), docs)
 
 
 def finetuned(rows: Sequence[Row]) -> str:

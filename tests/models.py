@@ -46,6 +46,7 @@ LONG = 120  # words of every answer of a model that never ends by itself
 _TAKES = signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"
 BEFORE_518 = Version(transformers.__version__) < Version("5.18")
+BEFORE_524 = CACHE == "past_key_values"
 since_518 = pytest.mark.skipif(
     BEFORE_518,
     reason="before 5.18 transformers itself goes wrong with images in chunks of a prompt and in drafts",

@@ -51,6 +51,10 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
             sample = on(tokens.device, call.sample)
         kwargs["attention_mask"] = _calibrated(language, layout, tokens, kwargs, sample)
+    elif call is not None and past is not None and not caches.length_of(past) and bool(call.layout.real.all()):
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+            kwargs["attention_mask"] = None  # all ones, which transformers would wait for the device to see
     return args, kwargs
 
 
