@@ -225,7 +225,7 @@ def test_shapes_merge_in_half_precision(shape, dtype):
     expected = {}
     for kind in (torch.float32, dtype):
         model.to(kind)
-        for method, keep in {"pool": 64, "pitome": 200}.items():
+        for method, keep in {"pool": 36, "pitome": 72}.items():
             with attach(model, method, keep=keep) as handle:
                 features = tower_features(model, pixels)
                 sizes = handle.stats.sizes
