@@ -73,12 +73,13 @@ def test_merged_tokens_draw_attention_by_their_size(model, one):
 
 def test_projected_is_what_the_projector_gives(model, plain, pair):
     spy = Spy()
-    with attach(model, spy, keep=144, where="projector", metric="projected"):
+    with attach(model, spy, keep=144, where="projector", metric="projected") as handle:
         logits(model, pair)
     with torch.no_grad():
         states = plain.model.vision_tower(pair["pixel_values"], output_hidden_states=True).hidden_states[-2]
         torch.testing.assert_close(spy.seen[0]["metric"], plain.model.multi_modal_projector(states))
-    assert spy.seen[1]["metric"].shape[1] == 1 + 288  # the second round projects what the first one left
+    first, *_ = handle.plan.projector_counts
+    assert spy.seen[1]["metric"].shape[1] == 1 + first  # the second round projects what the first one left
 
 
 @pytest.mark.parametrize("method", NEEDING_ATTENTION)
