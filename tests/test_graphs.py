@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pitome_mllm import METHODS, attach
 from pitome_mllm.hooks import graphs, lock
-from pitome_mllm.hooks.capture import Copies, _collect
+from pitome_mllm.hooks.capture import Copies, _remaker
 from pitome_mllm.hooks.guards import guard_of
 from pitome_mllm.hooks.lock import captures
 
@@ -44,12 +44,12 @@ class Recorded:
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given)
             places, again = {}, {}
-            _collect(self.made, places)
-            _collect(self.call(*self.inputs), again)
+            _remaker(self.made, places)
+            _remaker(self.call(*self.inputs), again)
             for place, value in zip(places.values(), again.values(), strict=True):
                 place.copy_(value)
             self.replays += 1
-            return read(self.made)
+            return read()
 
     def free(self):
         with self.lock:
