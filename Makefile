@@ -12,7 +12,8 @@
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
 # make report       the tables and plots of README and docs anew from eval/results; fails if a table was another one
-# make bench-gpu    the speed that is promised on a GPU, measured there in 8 minutes: rows, and a table of what is kept
+# make bench        the speed on one thread of a processor, measured in some 6 minutes (8 GB)
+# make bench-gpu    the speed that is promised on a GPU, measured there in some 4 minutes: rows, and a table of what is kept
 # make lint         style and types
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
@@ -32,16 +33,24 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask report bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
+.PHONY: ask report bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
 	$(VENV)/bin/pitome-mllm ask --compare --keep 144
 
+BENCH_OUT ?= bench.csv
+BENCH = $(VENV)/bin/pitome-mllm bench --device cpu --out $(BENCH_OUT)
+bench: $(VENV)/.ready
+	$(BENCH) --keep 288 144 72
+	$(BENCH) --shape llava-1.5-7b --layers 0 --keep 144 --methods pitome pitome:keys pitome:hidden --repeats 3
+	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 3
+	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome downsample --repeats 2
+
 # On a machine whose python has torch for its GPU; nothing is installed.
-BENCH_OUT ?= bench-gpu.csv
+BENCH_GPU_OUT ?= bench-gpu.csv
 bench-gpu:
-	timeout 480 $(PYTHON) -m eval.speed.gpu --out $(BENCH_OUT)
+	timeout 480 $(PYTHON) -m eval.speed.gpu --out $(BENCH_GPU_OUT)
 
 report: $(VENV)/.ready
 	$(VENV)/bin/python -m pitome_mllm_eval.report
@@ -90,11 +99,13 @@ test-serve: $(SERVE)/.ready
 test-trl: $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
 
-# An installed Chromium, else the one that Playwright brings, else Debian's.
+# An installed Chromium, else the one that Playwright brings, else Debian's; never a newer version of a system package.
 chromium: $(BROWSER)/.ready
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-		$(BROWSER)/bin/playwright install --with-deps chromium || \
-		{ apt-get update && apt-get install -y chromium; }
+		{ $(BROWSER)/bin/playwright install chromium && $(BROWSER)/bin/playwright screenshot about:blank $(BROWSER)/blank.png; } || \
+		{ apt-get update && ! apt-get install --simulate chromium | grep '^Inst [^ ]* \[' && \
+		  apt-get install -y --no-upgrade chromium; } || \
+		{ echo "no Chromium without upgrading the packages above; install one yourself" >&2; exit 1; }
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextStreamer
 
-from pitome_mllm.costs.latency import TokenClock, spent_ms, timed_tower
+from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
@@ -23,24 +23,15 @@ from .look import Look, looks
 
 @dataclass
 class Outcome:
-    """What a run left.
+    """What a run left; None = not known."""
 
-    Attributes
-    ----------
-    visual_tokens, plain_tokens : of all pictures, those that reached the LLM, and those of the plain model; None = not
-        known.
-    text_tokens : the rest of the prompt.
-    looks : one for every picture or tile; none of the plain model, and none where nothing merged in front of the
-        projector.
-    """
-
-    visual_tokens: int | None
-    plain_tokens: int | None
-    text_tokens: int = 0
+    visual_tokens: int | None  # of all pictures, those that reached the LLM
+    plain_tokens: int | None  # those of the plain model
+    text_tokens: int = 0  # the rest of the prompt
     tower_ms: float | None = None
     prefill_ms: float | None = None
     per_token_ms: float | None = None
-    looks: tuple[Look, ...] = ()
+    looks: tuple[Look, ...] = ()  # of every picture or tile, where something merged in front of the projector
 
 
 @dataclass(frozen=True)
@@ -70,14 +61,8 @@ class _Words(TextStreamer):
 def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: threading.Event) -> Iterator[Event]:
     """Run ``work`` on the engine's thread and yield what happens, the last event with its result.
 
-    Parameters
-    ----------
-    work : gets a function to say pieces of text with.
-    stop : ends the run; set too when the caller of this generator goes away.
-
-    Raises
-    ------
-    Stopped : stopped before it began. Else what ``work`` raises; ValueError where memory was short.
+    ``work`` gets a function to say pieces of text with. ``stop`` ends the run (`Stopped` if it had not begun), and is
+    set when the caller of this generator goes away.
     """
     said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -116,22 +101,26 @@ def answer(
     engine: Engine, inputs: Any, room: int, pictures: Any, controls: Controls | None, title: str, stop: threading.Event
 ) -> Iterator[Event]:
     """Generate greedily; yields as `stream`, at last an `Outcome`. ``controls`` None = the plain model."""
+
+    def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
     plain = int((inputs["input_ids"] == engine.model.config.image_token_id).sum())
 
     def work(say: Callable[[str], None]) -> Outcome:
-        with _using(engine, controls), timed_tower(engine.model) as tower:
-            clock = TokenClock(engine.model.device, stop.is_set)
+        with _using(engine, controls), timed(engine.model) as clock:
             engine.model.generate(
                 **inputs,
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=room,
                 streamer=_Words(engine.processor.tokenizer, say),
-                stopping_criteria=StoppingCriteriaList([clock]),
+                stopping_criteria=StoppingCriteriaList([stopped]),
             )
             stats = engine.handle.stats
         visual = plain if stats is None else sum(stats.lengths)
-        times = spent_ms(tower), clock.prefill_ms, clock.per_token_ms
+        cost = clock.cost()
+        times = cost.tower_ms, cost.prefill_ms, cost.per_token_ms
         seen = () if stats is None else tuple(looks(engine.processor, pictures, stats, title))
         return Outcome(visual, plain, inputs["input_ids"].shape[1] - plain, *times, looks=seen)
 
@@ -141,25 +130,20 @@ def answer(
 def look_only(
     engine: Engine, pictures: Any, plan: Plan, controls: Controls, title: str, stop: threading.Event
 ) -> Iterator[Event]:
-    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`.
-
-    Raises
-    ------
-    ValueError : nothing merges in front of the projector.
-    """
+    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`."""
     if plan.where == "packed":
         raise UserError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
 
     def work(say: Callable[[str], None]) -> Outcome:
         pixels = torch.cat([pixel_values(engine.processor, picture.image) for picture in pictures])
-        with _using(engine, controls), timed_tower(engine.model) as tower:
+        with _using(engine, controls), timed(engine.model) as clock:
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
         seen = tuple(looks(engine.processor, pictures, stats, title))
+        counts = len(pictures) * plan.keep, len(pictures) * plan.available
         if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
-            return Outcome(None, None, tower_ms=spent_ms(tower), looks=seen)
-        each = len(pictures) * plan.keep, len(pictures) * plan.available
-        return Outcome(*each, tower_ms=spent_ms(tower), looks=seen)
+            counts = None, None
+        return Outcome(*counts, tower_ms=clock.cost().tower_ms, looks=seen)
 
     return stream(engine, work, stop)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,15 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
 
 def _as_today(row: dict[str, str]) -> dict[str, str]:
     """A row of before version 0.2: methods ran as published then, but for the default, `pitome` today."""
-    if "method" not in row or "published" in row or "variant" in row:
+    if "method" not in row or "published" in row:
         return row
     default = row["method"] == "pitome-tuned"
     return row | {"method": "pitome" if default else row["method"], "published": str(not default)}
 
 
 def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None = None) -> None:
-    """Write dataclass rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
-    rows = [asdict(row) | dict(about or {}) for row in made]
+    """Write rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
+    rows = _rows(made, about or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
@@ -57,20 +57,32 @@ def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None =
 
 
 def append(path: Path, made: Iterable[Any], about: Mapping[str, Any]) -> None:
-    """Add dataclass rows to a CSV, which is made if there is none.
+    """Add rows to a CSV, which is made if there is none.
 
     Raises
     ------
     ValueError : it has other columns.
     """
-    rows = [asdict(row) | dict(about) for row in made]
+    rows = _rows(made, about)
     if not path.exists():
-        return write_csv(path, made, about)
-    with path.open("r+", newline="") as file:
-        if next(csv.reader(file), None) != list(rows[0]):
-            raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
-        file.seek(0, 2)
+        return write_csv(path, rows)
+    check_appends(path, list(rows[0]))
+    with path.open("a", newline="") as file:
         csv.DictWriter(file, list(rows[0])).writerows(rows)
+
+
+def check_appends(path: Path, columns: Sequence[str]) -> None:
+    """ValueError where rows with these columns cannot be appended: a file of others, or no folder."""
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r}; make it, or choose another --out")
+    if path.exists():
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != list(columns):
+                raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
+
+
+def _rows(made: Iterable[Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [(asdict(row) if is_dataclass(row) else row) | dict(about) for row in made]
 
 
 def markdown(lines: Sequence[Sequence[str]], numbers: int | None = None) -> str:

@@ -8,6 +8,7 @@ into tiles, `hooks.prompt` and `hooks.generate` for the placeholders, `hooks.llm
 from __future__ import annotations
 
 import copy
+import html
 import logging
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .costs.flops import estimate
 from .families import FAMILIES
 from .families.geometry import geometry
 from .hooks import install
@@ -29,6 +31,7 @@ from .settings import Settings
 from .stats import Stats
 
 logger = logging.getLogger(__name__)
+UNCHANGED: Any = object()
 
 
 class Attachment(Attached):
@@ -66,26 +69,35 @@ class Attachment(Attached):
     def stats(self) -> Stats | None:
         return self.state.stats
 
-    def update(self, **settings: Any) -> None:
-        """Change settings for all tasks and threads; the same keywords as `attach`. On an error nothing changes."""
+    def update(self, method: str | Reducer | None = UNCHANGED, **settings: Any) -> None:
+        """Change settings for all tasks and threads; the same arguments as `attach`. On an error nothing changes.
+
+        What is not given stays, but for what the library chose because of it; a new place of merging is logged.
+        """
         self._check_attached()
+        if method is not UNCHANGED:
+            settings["method"] = method
         with self._updating:
-            changed = self.settings.changed(**settings)
+            before, changed = self._plan, self.settings.changed(**settings)
             self._plan, self.settings = self._planned(changed), changed
+        if self._plan.where != before.where and "where" not in settings:
+            logger.warning("tokens now merge where=%r, no longer where=%r", self._plan.where, before.where)
         if not self._plan.graph:
             self.graphs.clear()
             self.prefills.clear()
 
     @contextmanager
-    def using(self, *plain: None, **settings: Any) -> Iterator[Attachment]:
+    def using(self, *method: str | Reducer | None, **settings: Any) -> Iterator[Attachment]:
         """Other settings within a ``with`` block, for this task or thread only. ``using(None)`` is the plain model.
 
         Blocks may end in any order and anywhere. While a generator pauses inside of one, its caller has these settings
         too, and a generator that is stepped by several threads has them in the first: open one around each step.
         """
         self._check_attached()
-        if plain not in ((), (None,)) or bool(plain) == bool(settings):
-            raise UserError(f"got using{plain}; call using(None) for the plain model, or using(keep=72, ...)")
+        plain = method == (None,)
+        settings |= {} if plain or len(method) != 1 else {"method": method[0]}
+        if len(method) > 1 or plain == bool(settings):
+            raise UserError(f"got using{method}; call using(None) for the plain model, or using(keep=72, ...)")
         plan = None if plain else self._planned(self.settings.changed(**settings))
         with self.choosing(plan):
             yield self
@@ -117,6 +129,28 @@ class Attachment(Attached):
 
     def __repr__(self) -> str:
         return f"Attachment({type(self.model).__name__}: {_describe(self._plan)})"
+
+    def summary(self) -> str:
+        """A few lines: what happens to an image, what that saves by `estimate`, and what the last run did."""
+        plan = self.plan
+        if plan is None:
+            return f"{type(self.model).__name__}: the plain model"
+        lines = [f"{type(self.model).__name__}: {_describe(plan)}"]
+        left = [plan.input_patches, *dict.fromkeys((*plan.counts, *plan.projector_counts, *plan.packed))]
+        lines.append(f"patch tokens, merge by merge: {', '.join(map(str, dict.fromkeys(left)))}")
+        try:
+            plain, merged = estimate(self.model), estimate(self.model, plan)
+            share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / plain.kv_bytes
+            lines.append(
+                f"one image and 40 text tokens, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
+                f"({share:.0%} saved), KV cache {kv:.0%} saved"
+            )
+        except UserError as error:
+            lines.append(f"FLOPs are not known: {error}")
+        return "\n".join([*lines, f"last run: {self.stats or 'none'}"])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""

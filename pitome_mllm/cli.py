@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-import torch
+from importlib import import_module
+from typing import Any, NoReturn
 
 from . import __version__
-from .commands import ask, bench, cost, demo, groups, methods, reproduce, serve, spectrum
-from .methods import UserError
+from .errors import UserError
+
+COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")
 
 DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual tokens.
 
@@ -30,7 +32,10 @@ DESCRIPTION = """Ask a LLaVA model about a picture with a fraction of its visual
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line."""
+    """A parser that reports a mistake in one line, and a help that cannot be written."""
+
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -42,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pitome-mllm {__version__}")
     parser.add_argument("--debug", action="store_true", help="log what happens, and show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ask, demo, serve, groups, spectrum, cost, bench, reproduce, methods):
-        command.register(commands)
+    for command in COMMANDS:
+        import_module(f".commands.{command}", __package__).register(commands)
     return parser
 
 
@@ -58,26 +63,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0; 2 after a mistake of the user, 1 without enough memory (one line on stderr says which); 130
-        when interrupted.
+        The exit code: 0; 2 after a mistake of the user, 1 without enough memory or space to write (one line on stderr
+        says which); 130 when interrupted.
     """
-    options = build_parser().parse_args(arguments)
-    _set_up_logging(options.debug)
+    debug = False
     try:
-        options.run(options)
+        try:
+            options = build_parser().parse_args(arguments)
+            debug = options.debug
+            _set_up_logging(debug)
+            options.run(options)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        if options.debug:
+        if debug:
             raise
-        sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
-        return 2
-    except torch.cuda.OutOfMemoryError as error:
+        return _failed(" ".join(str(error).split()), 2)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
         advice = "choose --bits 4 or 8, --dtype float16, or --device auto or cpu"
-        sys.stderr.write(f"pitome-mllm: out of memory; {advice} ({str(error).split('.')[0]})\n")
-        return 1
+        return _failed(f"out of memory; {advice} ({str(error).split('.')[0]})", 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        sys.stdout = open(os.devnull, "w")  # where Python flushes what is left, without another error
+        return 1 if error.errno == errno.EPIPE else _failed(f"cannot write: {error.strerror}", 1)
     except KeyboardInterrupt:
-        sys.stderr.write("pitome-mllm: interrupted\n")
-        return 130
+        return _failed("interrupted", 130)
     return 0
+
+
+def _failed(message: str, code: int) -> int:
+    sys.stderr.write(f"pitome-mllm: {message}\n")
+    return code
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 
+from .errors import UserError, missing_package
 from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
 from .families.geometry import family_of, geometry
 from .hooks import llava_package
-from .methods import UserError
 
 TINY = Path(__file__).with_name("tiny")
 BITS = (4, 8)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class TokenizersBackend(transformers.PreTrainedTokenizerFast):
+    """The embedded model's tokenizer, which warns once per process of words that it does not know.
+
+    Its name is what save_pretrained writes, so that transformers can load what was saved.
+    """
+
+    purpose = "the embedded model answers one-word questions about drawn shapes and handwritten digits"
+    examples = ("how many circles are there?", "is there a red star?", "what shape is in the top left?")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().__call__(*args, **kwargs)
+        if any(self.unk_token_id in encoding.ids for encoding in found.encodings or ()):
+            _warn_of_unknown_words()
+        return found
+
+
+@cache
+def _warn_of_unknown_words() -> None:
+    examples = " or ".join(map(repr, TokenizersBackend.examples))
+    said = f"the question holds words that it does not know, so its answer means nothing; ask such as {examples}"
+    warnings.warn(f"{TokenizersBackend.purpose}; {said}", stacklevel=4)
 
 
 def load(
@@ -76,7 +102,7 @@ def check_bits(bits: int | None) -> None:
     if isinstance(bits, bool) or bits not in BITS:
         raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"bits={bits} needs bitsandbytes; install it with: pip install 'pitome-mllm[bnb]'")
+        raise missing_package(f"bits={bits} needs bitsandbytes", "bnb")
 
 
 def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
@@ -132,10 +158,8 @@ def _source(name_or_path: str | Path) -> str:
 
 def _original_architecture(source: str) -> str | None:
     """The class of the original llava package that a checkpoint is of; None for any other checkpoint."""
-    from transformers import PretrainedConfig
-
     try:
-        architectures = PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
+        architectures = transformers.PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
     except (OSError, ValueError):  # read_config says what is wrong with it
         return None
     return next((name for name in architectures if name in LLAVA_PACKAGE), None)
@@ -160,10 +184,9 @@ def read_config(name_or_path: str | Path) -> Any:
             "pictures, so command line and chat do not take it; in Python, pitome_mllm.load does, and then attach"
         )
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
             raise UserError(
@@ -192,24 +215,14 @@ def read_config(name_or_path: str | Path) -> Any:
 
 
 def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
-    from transformers import BitsAndBytesConfig
-
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
-    """The model with all its weights.
-
-    Raises
-    ------
-    ValueError
-        Weights that cannot be read, are missing, or have other shapes than the configuration says.
-    """
-    import transformers
-
+    """The model with all its weights."""
     family = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])
     # Weights of another shape are ignored at first so that the report names them; then they are refused here.
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **options}
@@ -250,15 +263,15 @@ def _broken_file(source: str) -> str:
 
 def _processor(source: str, config: Any) -> Any:
     """The processor; older checkpoints leave out what it needs to know of the tower."""
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = transformers.AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the processor of {source!r} ({_first_line(error)}); "
             f"expected tokenizer and image processor files beside config.json"
         ) from error
+    if source == str(TINY):
+        processor.tokenizer.__class__ = TokenizersBackend
     if getattr(processor, "patch_size", 0) is None:
         processor.patch_size = config.vision_config.patch_size
         processor.num_additional_image_tokens = geometry(config).class_tokens

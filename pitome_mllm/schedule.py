@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-from .methods.errors import UserError
+from .errors import UserError
 from .methods.reducer import is_count, is_number
 
 MaxRemovable = Callable[[int], int]

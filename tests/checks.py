@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from itertools import chain
 from typing import Any
 
 import torch
 from by_hand import Reference, Tokens, encode
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pitome_mllm import cli, get_method
 
@@ -170,3 +174,40 @@ def _fingerprint(value: Any) -> Any:
         return type(value), value.to_dict()
     function = getattr(value, "__func__", value)
     return type(value), getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+
+
+class Operations(TorchDispatchMode):
+    """Notes what runs, with the shapes of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Size | None]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.seen.append((str(function), getattr(result, "shape", None)))
+        return result
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as these live; ``most`` is the most at once."""
+
+    def __init__(self, *known: Any) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in chain(*known)}
+
+    def _free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen and storage.nbytes():
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result

@@ -1,5 +1,6 @@
 """Estimates against what torch counts while a model runs; latency without side effects."""
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import pytest
@@ -10,7 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, Lla
 
 from pitome_mllm import attach, load
 from pitome_mllm.costs import latency
-from pitome_mllm.costs.flops import MLP_MATRICES, Timing, estimate, measure
+from pitome_mllm.costs.answer import AnswerCost
+from pitome_mllm.costs.flops import MLP_MATRICES, estimate
+from pitome_mllm.costs.latency import measure
+from pitome_mllm.families.features import tower_features
 
 TEXT = len(QUESTION.split())  # the placeholder left out, <s> added
 
@@ -149,7 +153,7 @@ def test_the_embedded_model_costs_what_torch_counts(keep, embedded):
 
 def test_a_tower_alone_costs_what_it_costs_in_a_model_that_reads_its_last_block():
     whole = config(feature_layer=-1)
-    for settings in ({}, {"keep": 100, "method": "pitome"}, {"ratio": 0.9, "method": "tome"}):
+    for settings in ({}, {"keep": 100, "where": "tower"}, {"ratio": 0.9, "method": "tome"}):
         alone, within = estimate(whole.vision_config, images=3, **settings), estimate(whole, images=3, **settings)
         assert (alone.tower_flops, alone.merging_flops) == (within.tower_flops, within.merging_flops)
         assert alone.flops == alone.tower_flops + alone.merging_flops and alone.kv_bytes == 0
@@ -245,7 +249,7 @@ def llava_7b():
     ("ratio", "tokens", "tower"), [(0.9, 54, 0.351), (0.95, 183, 0.562), (0.975, 330, 0.741), (1.0, 576, 1.0)]
 )
 def test_llava_1_5_7b_from_its_configuration(ratio, tokens, tower):
-    plain, merged = estimate(llava_7b()), estimate(llava_7b(), "pitome", ratio=ratio)
+    plain, merged = estimate(llava_7b()), estimate(llava_7b(), "pitome", ratio=ratio, published=True)
     assert merged.visual_tokens == tokens and merged.prompt_tokens == tokens + 40
     assert merged.tower_flops / plain.tower_flops == pytest.approx(tower, abs=0.004)
     assert plain.tower_flops == pytest.approx(382e9, rel=0.01)
@@ -309,59 +313,53 @@ def test_measure_times_a_model_as_it_is_and_leaves_it_so(how):
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     if how == "plain":
-        latency = measure(own, prompt, new_tokens=3, repeats=2)
+        cost = measure(own, prompt, new_tokens=3)
     else:
         with attach(own, keep=100 if how != "using" else 300) as handle:
-            if how == "attached":
-                latency = measure(own, prompt, new_tokens=3, repeats=2)
-            with handle.using(None) if how == "without" else handle.using(keep=100):
-                latency = measure(own, prompt, new_tokens=3, repeats=2)
+            chosen = {"without": lambda: handle.using(None), "using": lambda: handle.using(keep=100)}
+            with chosen.get(how, nullcontext)():
+                cost = measure(own, prompt, new_tokens=3)
     hook.remove()
-    expected = TEXT + (100 if how in ("attached", "using") else PATCHES)
-    assert set(seen) == {expected, 1}
-    assert latency.new_tokens == 3 and latency.device == "cpu"
-    for part in (latency.tower, latency.prefill, latency.per_token):
-        assert len(part.runs) == 2 and min(part.runs) > 0
+    assert seen == [TEXT + (100 if how in ("attached", "using") else PATCHES), 1, 1]
+    assert min(cost.tower_ms, cost.prefill_ms, cost.per_token_ms) > 0
     after = state(own)
     assert after[0] == before[0]
     assert all(torch.equal(after[1][name], value) for name, value in before[1].items())
 
 
 def test_measure_tells_tower_first_token_and_further_tokens_apart(monkeypatch):
-    """On a clock that the tower moves by 1 s and every new token by 16."""
+    """On a clock that the tower moves by 1 s and every new token by 16, also where the model would stop."""
     own, passed = build(layers=2), []
+    own.generation_config.eos_token_id = own.generate(**inputs(), max_new_tokens=1)[0, -1].item()
     own.model.vision_tower.register_forward_hook(lambda *_: passed.append(1))
     own.lm_head.register_forward_hook(lambda *_: passed.append(16))
-    monkeypatch.setattr(latency, "now", lambda device: sum(passed))
-    taken = measure(own, inputs(), new_tokens=3, repeats=1, warmup=0)
+    monkeypatch.setattr(latency, "now", lambda *_: sum(passed))
+    taken = measure(own, inputs(), new_tokens=4)
     assert (taken.tower_ms, taken.prefill_ms, taken.per_token_ms) == (1000, 17000, 16000)
+    assert passed == [1, 16, 16, 16, 16]
 
 
-def test_measure_writes_all_tokens_even_where_the_model_would_stop():
+def test_a_clock_knows_nothing_of_what_did_not_happen():
     own = build(layers=2)
-    first = own.generate(**inputs(), max_new_tokens=1)[0, -1].item()
-    own.generation_config.eos_token_id = first
-    assert measure(own, inputs(), new_tokens=4, repeats=1, warmup=0).new_tokens == 4
+    with latency.timed(own) as clock:
+        pass
+    assert clock.cost() == AnswerCost()
+    with latency.timed(own) as clock:
+        tower_features(own, inputs()["pixel_values"])
+    assert clock.cost().tower_ms > 0 and clock.cost().prefill_ms is None
+    assert not own._forward_hooks
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"new_tokens": 1}, "new_tokens=1 is not possible; give 2 or more"),
-        ({"repeats": 0}, "repeats=0"),
-        ({"warmup": -1}, "warmup=-1"),
         ({"inputs": {"input_ids": torch.ones(1, 3, dtype=torch.long)}}, "no pixel_values"),
     ],
 )
 def test_measure_errors(change, words):
     with pytest.raises(ValueError, match=words):
         measure(**{"model": model(), "inputs": inputs(), **change})
-
-
-def test_timing_is_the_median_with_its_spread():
-    assert Timing((3.0, 1.0, 2.0)).median == 2.0
-    assert Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0)).spread == (2.0, 5.0)
-    assert Timing((7.0,)).spread == (7.0, 7.0)
 
 
 def test_inference_mode_changes_no_estimate(model):

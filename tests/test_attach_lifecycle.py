@@ -15,8 +15,10 @@ from models import PATCHES, build, build_text_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from pitome_mllm import METHODS, attach
+from pitome_mllm import METHODS, attach, estimate
 from pitome_mllm.attach import Attachment
+from pitome_mllm.errors import UserError
+from pitome_mllm.settings import DEFAULT_METHOD
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`")
 
@@ -116,6 +118,47 @@ def test_update_replans(model, plain, one):
     handle.update(ratio=0.9)
     assert handle.plan.keep == handle.plan.counts[-1] != 72
     assert_works(handle, model, plain, one, "tome")
+
+
+def test_update_and_using_take_the_method_as_attach_does(model, caplog):
+    with attach(model, "pitome", keep=144, where="both") as handle:
+        handle.update("tome")
+        assert (handle.plan.method, handle.plan.keep) == ("tome", 144)
+        with handle.using("dct", keep=72):
+            assert (handle.plan.method, handle.plan.keep) == ("dct", 72)
+        handle.update(None)
+        assert handle.plan.method == DEFAULT_METHOD
+        for wrong in ((None, "tome"), ("tome", "dct")):
+            with pytest.raises(UserError, match="call using"), handle.using(*wrong):
+                pass
+        assert not caplog.records
+        handle.update(where=None, ratio=0.9)
+        handle.update(keep=144)
+        assert "now merge where='both', no longer where='tower'" in caplog.text
+
+
+def test_summaries_are_a_few_lines(model, one):
+    with attach(model, "pitome", keep=144, where="both") as handle:
+        assert "last run: none" in handle.summary()
+        logits(model, one)
+        about, counts, saved, last = handle.summary().splitlines()
+        assert "pitome (keep=144 of 576, both" in about and counts.startswith("patch tokens, merge by merge: 576, ")
+        merged, plain = estimate(model, "pitome", keep=144, where="both"), estimate(model)
+        assert f"{merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs" in saved
+        largest, alone = int(handle.stats.sizes.max()), int((handle.stats.sizes == 1).sum())
+        assert (
+            last.removeprefix("last run: ")
+            == repr(handle.stats)
+            == (
+                f"Stats(pitome, images: 1, visual tokens: 144 of 576, largest group: {largest} patches, alone: {alone})"
+            )
+        )
+        assert handle._repr_html_() == f"<pre>{handle.summary()}</pre>"
+        with handle.using("dct", keep=72):
+            logits(model, one)
+            assert repr(handle.stats) == "Stats(dct, images: 1, visual tokens: 72 of 576)"
+        with handle.using(None):
+            assert handle.summary().endswith("the plain model")
 
 
 def test_another_place_forgets_what_the_tower_keeps(model):

@@ -1,4 +1,4 @@
-"""The benchmark of speed: the timing loop, what is compared, its rows, and the command from a bare checkout."""
+"""The benchmark of speed: the clock, what is compared, its rows and tables, and the command from a bare checkout."""
 
 from __future__ import annotations
 
@@ -6,146 +6,122 @@ import csv
 import os
 import subprocess
 import sys
-import weakref
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from checks import Operations
 from models import build
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.utils import is_flash_attn_2_available
 
-from pitome_mllm import METHODS, attach, cli, estimate
+from pitome_mllm import METHODS, attach, cli
+from pitome_mllm.costs import latency
 from pitome_mllm.families.features import tower_features
-from pitome_mllm_eval import clocks, documents, provenance
-from pitome_mllm_eval.speed import contenders, gpu, measure, phases, promises, rows, stages
+from pitome_mllm.hooks.call import Call
+from pitome_mllm_eval import documents, provenance
+from pitome_mllm_eval.speed import gpu, measure, models, phases, report, sheet
+from pitome_mllm_eval.speed.sheet import CPU_RESULTS, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+SHORT = Call({}, torch.zeros(1, 0, dtype=torch.bool))  # a prompt that generate() knows to be short
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_compared_takes_turns_and_warms_up():
     seen = []
-    calls = {name: clocks.Call(lambda name=name: seen.append(name), times=2) for name in "ab"}
-    taken = clocks.in_turns(calls, CPU, repeats=2, warmup=1)
+    calls = {name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}
+    taken = latency.in_turns(calls, repeats=2)
     rounds = ["".join(seen[at : at + 2]) for at in (0, 2, 4)]
     assert set(rounds) == {"ab", "ba"}  # and not always in one order
-    assert {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2}
+    assert sorted(taken["a"] + taken["b"]) == [3, 4, 5, 6]  # what the calls gave after the warm-up
 
 
-def test_preparing_is_not_timed_and_a_call_is_divided_by_what_it_does(monkeypatch):
-    now = iter((1.0, 1.5))
-    monkeypatch.setattr(clocks.time, "thread_time", lambda: next(now))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    order = []
-    call = clocks.Call(lambda: order.append("run"), lambda: order.append("prepare"), times=5)
-    assert clocks.milliseconds(call, CPU) == pytest.approx(100) and order == ["prepare", "run"]
+@pytest.mark.parametrize("threads, clock", [(1, "thread_time"), (2, "perf_counter")])
+def test_one_thread_counts_its_own_time_and_a_call_is_divided_by_what_it_does(threads, clock, monkeypatch):
+    ticks = iter((1.0, 1.5))
+    monkeypatch.setattr(latency.time, clock, lambda: next(ticks))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert latency.milliseconds(lambda: None, CPU, times=5) == pytest.approx(100)
 
 
-def test_several_threads_are_timed_by_the_wall_clock(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert clocks.clock_name(CPU) == "wall"
+# ---- pitome-mllm bench -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def field():
-    """The plain model, four others and their oracles, on a random model."""
+    """The plain model, three others and an oracle, on a random model."""
     with torch.inference_mode():
-        return list(
-            contenders.contenders(build(), ["tome", "pitome", "tome:weights", "visionzip", "oracle"], [{"keep": 144}])
-        )
+        return list(measure.contenders(build(), ["pitome", "tome:published", "visionzip", "oracle"], [{"keep": 144}]))
 
 
 def test_weights_are_shared_and_modules_are_not(field):
     plain, other = field[0].model, field[1].model
-    assert plain is not other and [p.data_ptr() for p in plain.parameters()] == [
-        p.data_ptr() for p in other.parameters()
-    ]
+    addresses = [[p.data_ptr() for p in model.parameters()] for model in (plain, other)]
+    assert plain is not other and addresses[0] == addresses[1]
     assert not hasattr(plain, "_pitome") and hasattr(other, "_pitome")
 
 
-def test_there_is_one_oracle_for_every_way_down(field):
-    oracles = [c for c in field if c.is_oracle]
-    assert [c.like for c in oracles] == ["tome pitome", "visionzip"]  # these two go the same way
-    for oracle in oracles:
-        made = next(c for c in field if c.method in oracle.like.split())
-        same = ("input_patches", "counts", "projector_counts", "place")
-        assert all(getattr(oracle.plan, name) == getattr(made.plan, name) for name in same)
-        assert oracle.llm is field[0].model
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "downsample"])
-def test_every_method_has_an_oracle(method, plain):
-    *_, oracle = contenders.contenders(plain, [method, "oracle"], [{"keep": 144}])
-    assert oracle.is_oracle and oracle.plan.keep == 144
-
-
-def load(batch: int = 2) -> stages.Load:
-    return stages.Load(batch, 1, 8, 3, None)
-
-
-@torch.inference_mode()
-def test_every_contender_gives_the_llm_as_many_tokens_as_planned(field):
-    for contender in field:
-        made = stages.Stages(contender, load())
-        assert made.features().shape[:2] == (2, 144 if contender.plan else 576)
-        assert made.cache.get_seq_length() == (144 if contender.plan else 576) + 8
-    assert field[3].model.model.vision_tower.config._attn_implementation == "eager"
+def test_contenders_are_what_their_names_say(field):
+    assert [each.name for each in field] == [
+        "plain", "pitome, 144", "tome:published, 144", "visionzip, 144", "oracle of pitome, 144"
+    ]  # fmt: skip
+    pitome, tome, oracle = (field[at].handle.plan for at in (1, 2, 4))
+    assert (tome.where, tome.metric) == ("tower", "keys") and pitome.metric == "hidden"
+    assert (oracle.counts, oracle.place) == (pitome.counts, pitome.place)
 
 
 @torch.inference_mode()
 def test_slicing_decides_nothing_and_keeps_the_first_tokens():
-    merge = contenders.Slice(attach(build(), "tome", keep=288).plan.reducer).match(torch.rand(1, 9, 4), 3)
     x = torch.rand(1, 9, 2)
-    assert torch.equal(merge.reduce(x)[0], x[:, :6])
+    assert torch.equal(models.Slice().match(torch.rand(1, 9, 4), 3).reduce(x)[0], x[:, :6])
 
 
 @torch.inference_mode()
-def test_rows_hold_times_ratios_flops_and_cache(field):
-    rows = list(measure.measure(field[:3], load(1), ["tower", "merge", "yardstick", "llm", "decode"], "eager", 2, 0))
-    found = {(row.stage, row.method): row for row in rows}
-    assert found["tower", "plain"].ratio == 1 and ("merge", "plain") not in found
-    assert found["merge", "tome"].against == "own tower" and 0 < found["merge", "tome"].ratio < 1
-    assert ("yardstick", "tome") not in found and found["yardstick", "pitome"].ms > 0
-    assert found["decode", "tome"].kv_bytes / (144 + 8) == found["decode", "plain"].kv_bytes / (576 + 8)
-    assert 0 < found["tower", "tome"].gflops < found["tower", "plain"].gflops
-    counted = estimate(field[0].model).tower_flops / 1e9
-    assert found["tower", "plain"].gflops == pytest.approx(counted, abs=1e-3)
-    assert found["llm", "tome"].peak_bytes < found["llm", "plain"].peak_bytes
-    assert all(row.p20 <= row.ms <= row.p80 and row.peak_bytes > 0 for row in rows)
+def test_rows_hold_times_and_shares_of_the_same_rounds(field, monkeypatch):
+    """On a clock that every block of the tower moves by 1 s, the head of the LLM by 8, and merging by 1/2."""
+    passed = [0.0]
+    monkeypatch.setattr(latency, "now", lambda *_: passed[0])
+    monkeypatch.setattr(measure, "merging", lambda *_: lambda: passed.append(passed.pop() + 0.5))
 
+    def moves(module, seconds):
+        module.register_forward_hook(lambda *_: passed.append(passed.pop() + seconds))
 
-class Operations(TorchDispatchMode):
-    """Notes what runs, with the shapes of what it gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, torch.Size | None]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.seen.append((str(function), getattr(result, "shape", None)))
-        return result
+    for at, each in enumerate(field):
+        moves(each.model.model.vision_tower, 10.0 - at)
+        moves(each.model.lm_head, 8.0)
+    found = {(row.phase, row.what): row for row in measure.rows(field, 1, 1, 2)}
+    tower, first = found["tower", "pitome, 144"], found["first token", "pitome, 144"]
+    assert (tower.ms, tower.share, first.ms, first.share) == (9000, 0.9, 17000, round(17 / 18, 4))
+    assert found["decode", "pitome, 144"].ms == found["decode", "plain"].ms == 8000
+    assert found["merge", "pitome, 144"].share == round(0.5 / 9, 4) and ("merge", "plain") not in found
+    assert [phase for phase, what in found if what.startswith("oracle")] == ["tower"]
 
 
 @torch.inference_mode()
 def test_decoding_runs_the_operations_of_a_plain_model(field):
-    """With as many tokens in the cache, as an oracle's LLM has them: not one more, so only the hooks are left."""
+    """Not one more, so that only the hooks are left."""
     ran = []
-    for made in field[:3] + [next(c for c in field if c.is_oracle)]:
-        call = stages.Stages(made, load(1)).call("decode")
-        with Operations() as operations:
-            call.run()
-        ran.append(operations.seen)
-    plain, tome, pitome, oracle = ran
-    assert tome == pitome == oracle and len(plain) == len(pitome)
+    inputs = models.prompt(field[0].model, 1)
+    for each in field[:3]:
+        made = each.model(**inputs, use_cache=True)
+        step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": made.past_key_values}
+        with each.handle.choosing(each.handle.plan, SHORT) if each.handle else torch.no_grad():
+            with Operations() as operations:
+                each.model(**step, use_cache=True)
+        ran.append([operation for operation, _ in operations.seen])
+    plain, _, published = ran  # calibration, as the default has it, adds a mask
+    assert published == plain
 
 
 def test_a_bare_checkout_runs_it(tmp_path):
     """Nothing of ours is installed there: the finder of the editable installation is taken out."""
     out = tmp_path / "bench.csv"
-    arguments = f"--stages tower merge --methods tome oracle --repeats 1 --warmup 1 --out {out}".split()
+    arguments = f"--methods tome oracle --repeats 1 --out {out}".split()
     code = (
         "import sys, runpy\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
@@ -153,33 +129,35 @@ def test_a_bare_checkout_runs_it(tmp_path):
         "sys.path.insert(0, 'eval')\n"
         "runpy.run_path('eval/bench.py', run_name='__main__')"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {(row["stage"], row["method"]) for row in rows} == {
-        ("tower", "plain"), ("tower", "tome"), ("tower", "oracle"), ("merge", "tome")
-    }  # fmt: skip
-    assert all(row["device"] and row["torch"] and row["date"] and row["clock"] == "thread" for row in rows)
+    every = {("tower", "plain"), ("first token", "plain"), ("decode", "plain"), ("tower", "oracle of tome, 144")}
+    every |= {(phase, "tome, 144") for phase in ("tower", "merge", "first token", "decode")}
+    assert {(row["phase"], row["what"]) for row in rows} == every
+    assert all(row["torch"] and row["date"] and "its own time" in row["device"] for row in rows)
+    assert "tome, 144" in done.stdout and "…" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_rows_of_other_columns_are_not_mixed(tmp_path):
-    out = tmp_path / "bench.csv"
-    out.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        documents.append(out, [rows.Row(*[0] * 20)], {})
+@pytest.mark.parametrize("out, words", [("other.csv", "other columns"), ("none/bench.csv", "there is no folder")])
+def test_where_rows_cannot_be_added_is_said_before_anything_is_measured(out, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    monkeypatch.setattr(measure, "_model", lambda *_: pytest.fail("measured before it was refused"))
+    assert cli.main(["bench", "--out", str(tmp_path / out)]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("commit", ["abc-dirty", ""])
 def test_published_results_take_clean_commits_only(commit, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="commit first"):
-        provenance.check_commit(rows.RESULTS, commit)
-    provenance.check_commit(rows.RESULTS, "abc")
+        provenance.check_commit(CPU_RESULTS, commit)
+    provenance.check_commit(CPU_RESULTS, "abc")
     provenance.check_commit(tmp_path / "bench.csv", commit)
-    monkeypatch.setattr(provenance, "commit", lambda: commit)
+    monkeypatch.setattr(sheet, "commit", lambda: commit)
     monkeypatch.setattr(measure, "_model", lambda *_: pytest.fail("measured before it was refused"))
-    assert cli.main(["bench", "--out", str(rows.RESULTS)]) == 2
+    assert cli.main(["bench", "--out", str(CPU_RESULTS)]) == 2
 
 
 def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkeypatch):
@@ -205,45 +183,6 @@ def test_a_checkout_is_dirty_by_its_code_and_not_by_its_results(tmp_path, monkey
     assert provenance.commit() == f"{clean}-dirty"
 
 
-@torch.inference_mode()
-def test_the_peak_of_each_contender_is_taken_while_no_other_is_alive(field, monkeypatch):
-    alive, most = weakref.WeakSet(), []
-
-    class Watched(stages.Stages):
-        def __init__(self, *given):
-            super().__init__(*given)
-            alive.add(self)
-
-    def look(call):
-        call.run()
-        most.append(len(alive))
-        return 7
-
-    monkeypatch.setattr(measure, "Stages", Watched)
-    found = measure.once(field[:2], load(1), ["tower", "merge", "decode"], look)
-    assert max(most) == 1 and found == dict.fromkeys(
-        [("tower", 0), ("decode", 0), ("tower", 1), ("merge", 1), ("decode", 1)], 7
-    )
-
-
-@torch.inference_mode()
-def test_what_is_captured_is_the_stage_itself(monkeypatch):
-    """All stages but those of transformers' own loops, those of the plain model and of oracles too."""
-    capturing = []
-    monkeypatch.setattr(stages, "captured", lambda run, device: capturing.append(run) or run)
-    field = list(contenders.contenders(build(layers=2), ["pitome", "oracle"], [{"keep": 400}]))
-    assert all(made.plan is None or made.plan.graph is False for made in field)
-    wanted = [stage for stage in stages.STAGES if stage not in stages.EAGER]
-    for made in field:
-        captured, eager = (stages.Stages(made, load(1), mode) for mode in ("graph", "eager"))
-        for stage in wanted:
-            calls = [each.call(stage) for each in (captured, eager)]
-            assert (calls[0] is None) == (calls[1] is None)
-            if calls[0] is not None:
-                torch.testing.assert_close(calls[0].run(), calls[1].run(), rtol=0, atol=0)
-    assert len(capturing) == 4 + 6 + 4
-
-
 @pytest.mark.parametrize("config", ["LlavaNextConfig", "VipLlavaConfig", "VideoLlavaConfig"])
 def test_families_whose_pictures_bench_cannot_make_are_refused(config):
     measure.check_family(build().config)
@@ -256,14 +195,12 @@ def test_families_whose_pictures_bench_cannot_make_are_refused(config):
     [
         (["--shape", "llava"], "unknown shape 'llava'"),
         (["--methods", "tom"], "did you mean 'tome'"),
-        (["--methods", "tome:fast"], "tome:weights"),
-        (["--mode", "graph"], "needs a CUDA device"),
-        (["--mode", "fast"], "unknown mode"),
-        (["--stages", "towr"], "did you mean 'tower'"),
-        (["--shape", "clip-l", "--stages", "llm"], "possible here are 'preprocess'"),
+        (["--methods", "tome:key"], "did you mean 'keys'"),
+        (["--methods", "oracle"], "begins with the oracle"),
+        (["--methods", "visionzip", "oracle"], "does not merge in the tower"),
         (["--layers", "2"], "name one"),
+        (["--shape", "llava-1.5-7b", "--layers", "33"], "choose 0 (the tower alone) to 32"),
         (["--repeats", "0"], "--repeats 0 is not possible"),
-        (["--warmup", "0"], "--warmup 0 is not possible"),
         (["--batch", "0"], "--batch 0"),
         (["--device", "chip"], "--device chip is not possible; choose cpu"),
     ],
@@ -274,29 +211,21 @@ def test_a_mistake_is_one_line(arguments, words, capsys):
     assert words in said and said.count("\n") == 1
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is installed")
-def test_attention_that_is_not_installed_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(measure, "random_model", lambda *_: build(layers=2))
-    assert cli.main("bench --shape llava-1.5-7b --attention flash_attention_2".split()) == 2
-    said = capsys.readouterr().err
-    assert "--attention flash_attention_2 is not installed" in said and said.count("\n") == 1
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ["clip-l-336", "vit-mae-h"])
 def test_shapes_merge_in_half_precision(shape, dtype):
-    """Three blocks of real width. By what it compares a method may see near-ties otherwise; by position it cannot."""
-    config = contenders.configuration(contenders.find_shape(shape), None, True)
-    config.vision_config.num_hidden_layers = 3
+    """Two blocks of real width. By what it compares a method may see near-ties otherwise; by position it cannot."""
+    config = models.configuration(models.find_shape(shape), 0)
+    config.vision_config.num_hidden_layers, config.vision_config.image_size = 2, 168
     torch.manual_seed(0)
-    model, side = contenders.random_model(config, torch.float32, CPU), config.vision_config.image_size
-    blocks = torch.nn.functional.interpolate(torch.randn(1, 3, 12, 12), side)  # something alike to merge along
+    model, side = models.random_model(config, torch.float32, CPU), config.vision_config.image_size
+    blocks = torch.nn.functional.interpolate(torch.randn(1, 3, 6, 6), side)  # something alike to merge along
     pixels = blocks + 0.3 * torch.randn(1, 3, side, side)
     expected = {}
     for kind in (torch.float32, dtype):
         model.to(kind)
-        for method, keep in {"pool": 64, "pitome": 200, "pitome-tuned": 200}.items():
+        for method, keep in {"pool": 36, "pitome": 72}.items():
             with attach(model, method, keep=keep) as handle:
                 features = tower_features(model, pixels)
                 sizes = handle.stats.sizes
@@ -309,13 +238,13 @@ def test_shapes_merge_in_half_precision(shape, dtype):
 
 
 def test_shapes_go_by_the_beginning_of_their_names():
-    config = contenders.configuration(contenders.find_shape("clip-l"), None, False)
+    config = models.configuration(models.find_shape("clip-l"))
     assert config.vision_feature_layer == -1 and config.text_config.num_hidden_layers == 0
-    config = contenders.configuration(contenders.find_shape("llava-1.5-7b"), 2, False)
+    config = models.configuration(models.find_shape("llava-1.5-7b"), 2)
     assert config.text_config.num_hidden_layers == 2 and config.image_seq_length == 576
 
 
-# ---- what is promised on a GPU ---------------------------------------------------------------------------------------
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 def test_points_remove_equal_shares_and_end_where_they_should():
@@ -324,35 +253,108 @@ def test_points_remove_equal_shares_and_end_where_they_should():
     assert sorted(made, reverse=True) == made
 
 
-def test_a_phase_that_fails_costs_only_its_own_cells(tmp_path, monkeypatch, capsys):
-    def fails(bench):
-        raise RuntimeError("no such kernel")
+@pytest.fixture
+def bench(tmp_path):
+    """What phases get: a small model on a processor, and a sheet of rows."""
+    return lambda layers: phases.Bench(
+        gpu.parse(f"--device cpu --shape tiny --repeats 1 --out {tmp_path}/r".split()), layers
+    )
 
-    def in_this_process(command, timeout):
-        assert 0 < timeout < 480
-        try:
-            return subprocess.CompletedProcess(command, gpu.main(command[3:]))
-        except RuntimeError:
-            return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setitem(gpu.PHASES, "merge", gpu.Phase(fails, False, 5))
-    monkeypatch.setattr(phases, "METHODS", {name: METHODS[name] for name in ("tome", "uniform")})
-    for module in (gpu, phases):
-        monkeypatch.setattr(module, "commit", lambda: "abc")
-    monkeypatch.setattr(gpu.subprocess, "run", in_this_process)
-    monkeypatch.setattr(phases, "run_tower", lambda model, pixels: torch.zeros(1))
+@torch.inference_mode()
+@pytest.mark.parametrize("name", gpu.PHASES)
+def test_every_phase_gives_the_rows_that_the_table_asks_for(name, bench, monkeypatch):
+    run, layers, _ = gpu.PHASES[name]
+    monkeypatch.setattr(phases, "METHODS", {method: METHODS[method] for method in ("pitome", "uniform")})
+    for batches in ("BATCHES", "LLM_BATCHES"):
+        monkeypatch.setattr(phases, batches, (1,))
+    monkeypatch.setattr(
+        sheet.Sheet,
+        "time",
+        lambda self, phase, mode, batch, calls, repeats, times=1: self.add(
+            *(Row(phase, what, mode, batch, call() is None) for what, call in calls.items())
+        ),
+    )
+    made = bench(layers)
+    run(made)
+    keys = {(row.phase, row.what, row.mode, row.batch) for row in made.sheet.rows}
+    assert keys >= {key for key in {**report.SHARES, **report.MERGES} if key[0] == name and key[-1] == 1}
+    if name in ("tower", "prefill", "first token"):
+        assert {(name, "plain", mode, 1) for _, _, mode, _ in keys} <= keys
+    if name in ("bits", "memory"):
+        assert keys and all(row.value != "" for row in made.sheet.rows)
+
+
+def fails(bench: phases.Bench) -> None:
+    raise RuntimeError("no such kernel")
+
+
+def hangs(bench: phases.Bench) -> None:
+    time.sleep(60)
+
+
+def works(bench: phases.Bench) -> None:
+    bench.sheet.add(Row("bits", "tome", "graph and eager", 2, value=1))
+
+
+def test_a_phase_that_fails_or_hangs_costs_only_its_own_cells(tmp_path, monkeypatch, capfd):
+    for name, (run, seconds) in {"tower": (fails, 30), "merge": (hangs, 1), "bits": (works, 30)}.items():
+        monkeypatch.setitem(gpu.PHASES, name, (run, 0, seconds))
+    monkeypatch.setattr(phases, "random_model", lambda *_: None)
     out = tmp_path / "rows.csv"
-    arguments = f"--device cpu --shape tiny --repeats 1 --phases merge bits --out {out}".split()
-    assert gpu.main(arguments) == 1
-    said = capsys.readouterr().out
-    assert "failed: merge" in said and "| bits, graph and eager: tome | 2 | 1 | 1 | yes |" in said
-    assert "| merge, captured: keys | 1 | 0.025 | not measured |  |" in said
-    assert sum(phase.seconds for phase in gpu.PHASES.values()) < 480
+    arguments = f"--device cpu --shape tiny --phases tower merge bits --out {out}".split()
+    assert gpu.main(arguments) == 2
+    said = capfd.readouterr()
+    assert "failed: tower\nfailed: merge" in said.out and "no such kernel" in said.err
+    assert "1 of 1 methods give the same bits" in said.out and "not measured" in said.out
 
 
-def test_promises_are_judged_by_what_was_measured_last():
-    usual = {"phase": "tower", "mode": "captured", "batch": "1"}
-    rows_ = [usual | {"what": "5 points", "share": "0.9"}, usual | {"what": "5 points", "share": "0.8"}]
-    lines = promises.table([*rows_, usual | {"what": "oracle of 5 points", "share": "0.7"}]).splitlines()
-    assert "| tower, captured: 5 points | 1 | 0.86 | 0.8 | yes |" in lines
-    assert "| tower, captured: 5 points / oracle of 5 points | 1 | 1.13 | 1.14 | no |" in lines
+def test_all_phases_end_within_eight_minutes():
+    assert sum(seconds for *_, seconds in gpu.PHASES.values()) < 480
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def row(phase: str, what: str, ms: float, share: float | str = "", mode: str = "eager", batch: int = 1, **given: str):
+    usual = {"device": "chip", "dtype": "float32", "shape": "tiny", "torch": "2", "transformers": "5", "commit": "abc"}
+    timed = {"phase": phase, "what": what, "mode": mode, "batch": str(batch), "ms": str(ms), "share": str(share)}
+    return usual | timed | {"value": "", "date": "today"} | given
+
+
+def test_what_was_measured_last_on_a_gpu_is_judged_by_what_is_promised():
+    made = partial(row, "tower", mode="captured")
+    rows = [made("plain", 2), made("5 points", 1.8, 0.9), made("5 points", 1.6, 0.8), made("oracle of 5 points", 1.4)]
+    lines = report.gpu_table(rows).splitlines()
+    title = "tower, as one graph: 5 merges to 64 tokens, keys"
+    assert f"| {title} | 1 | 2 | 1.6 | 0.8 (<= 0.86) | **1.14** (<= 1.13) |" in lines
+    assert f"| {title} | 4 |  | not measured |  |  |" in lines
+
+
+def test_the_processors_table_has_a_line_for_each_contender():
+    rows = [row("tower", "plain", 30, 1.0), row("first token", "plain", 60, 1.0), row("tower", "pitome, 144", 33, 1.1)]
+    rows += [
+        row("merge", "pitome, 144", 3, 0.1),
+        row("tower", "oracle of pitome, 144", 30),
+        row("decode", "pitome, 144", 1, 1.2),
+    ]
+    *_, plain, pitome = report.cpu_table(rows).splitlines()
+    assert plain == "| tiny | plain | 30 |  |  |  | 60 |  |  |"
+    assert pitome == "| tiny | pitome, 144 | 33 | **1.1** (<= 1) | 1.1 | 0.1 |  |  | 1.2 |"
+
+
+@pytest.mark.parametrize("column", ["device", "torch", "commit"])
+def test_rows_of_several_runs_are_no_table(column, tmp_path):
+    path = tmp_path / "bench.csv"
+    rows = [row("tower", "plain", 1), row("tower", "plain", 1, **{column: "other"})]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match=f"rows of several: {column}"):
+        report.results(path)
+
+
+def test_the_published_results_are_of_clean_commits():
+    for path in report.COMMANDS:
+        assert all(row["commit"] and "dirty" not in row["commit"] for row in documents.read(path, ""))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -16,8 +17,10 @@ from models import processor as plain_processor
 from PIL import Image
 
 from pitome_mllm import METHODS, __version__, attach, cli
+from pitome_mllm.commands import _options
 from pitome_mllm.commands.groups import drawing
 from pitome_mllm.costs.flops import MLP_MATRICES
+from pitome_mllm.settings import DEFAULT_METHOD
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")
@@ -114,7 +117,7 @@ def test_json_is_one_object_and_nothing_else(run):
     said = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert said["question"] == scene()[1][0].text and said["true_answer"] == scene()[1][0].answer
-    assert said["method"] == "pitome-tuned" and said["model"] == "tiny" and said["keep"] == 144
+    assert said["method"] == DEFAULT_METHOD and said["model"] == "tiny" and said["keep"] == 144
     plain, merged = said["runs"]["plain"], said["runs"]["merged"]
     assert said["answer"] == merged["answer"]
     assert plain["visual_tokens"] == 576 and merged["visual_tokens"] == 144
@@ -191,7 +194,8 @@ def test_groups_draws_energies_steps_and_a_chart(run, tmp_path):
     out = tmp_path / "g.png"
     sheets = {}
     for name, options in {"energy": ["--energy"], "steps": ["--steps"], "both": ["--energy", "--steps"]}.items():
-        code, said, err = run("groups", "--method", "pitome", "--keep", 144, "--side", 96, "--out", out, *options)
+        line = ["--method", "pitome", "--where", "tower", "--side", 96, "--out", out, *options]
+        code, said, err = run("groups", *line)
         assert (code, err) == (0, "") and "pitome: 144 of 576 tokens" in said
         with Image.open(out) as drawn:
             sheets[name] = drawn.size
@@ -218,7 +222,7 @@ def test_ask_saves_the_groups_too(run, tmp_path):
 
 def test_methods_lists_every_method(run):
     code, out, _ = run("methods")
-    assert code == 0 and all(name in out for name in METHODS)
+    assert code == 0 and all(name in out for name in METHODS) and f"{DEFAULT_METHOD} (default)" in out
     rows = json.loads(run("methods", "--json")[1])
     assert list(rows) == list(METHODS) and rows["tome"]["reference"] == METHODS["tome"].reference
 
@@ -232,10 +236,10 @@ def test_version_and_help(run):
 
 
 def test_without_its_packages_serve_says_how_to_get_them(run, monkeypatch):
-    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
-    code, out, err = run("serve")
+    monkeypatch.setattr("pitome_mllm.commands.serve.PACKAGES", ("starlette", "no_such_server"))
+    code, out, err = run("serve", "--port", 8642)
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "serving needs fastapi, openai and uvicorn; install them with: pip install 'pitome-mllm[serve]'" in err
+    assert "serving needs starlette, no_such_server; in a checkout of pitome-mllm: pip install '.[serve]'" in err
 
 
 def test_runs_as_a_module():
@@ -272,8 +276,15 @@ MISTAKES = [
     (["ask", "a.png", "what is there", "--scene", "0"], "got the picture 'a.png' and --scene 0; give one of them"),
     (
         ["ask", "--scene", "0", "what colour is the old elephant?"],
-        "the model does not know 'old', 'elephant'; it knows",
+        "the model does not know 'old', 'elephant'; the embedded model answers one-word questions about",
     ),
+    (
+        ["ask", "--scene", "0", "what is this?"],
+        "such as 'what shape is in the bottom left?', 'is there a green triangle?'",
+    ),
+    (["serve", "--port", "99999"], "'99999' is not a port; give a number from 1 to 65535"),
+    (["demo", "--port", "99999"], "'99999' is not a port; give a number from 1 to 65535"),
+    (["groups", "--side", "100000"], "side=100000 is more than 4096 pixels"),
     (["ask", "--scene", "0", "what is <image>?"], "'<image>', which stands for the picture"),
     (["ask", "--scene", "0", "  "], "the question is empty"),
     (["ask", "--scene", "0", "what " * 3000], "do not fit: the model holds 2048; shorten the question to"),
@@ -309,7 +320,10 @@ def test_a_mistake_is_one_line_and_code_2(run, arguments, message, tmp_path, mon
 
 def test_a_picture_needs_a_question(run, photo):
     code, out, err = run("ask", photo)
-    assert (code, out) == (2, "") and "a picture needs a question" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "a picture needs a question" in err and "--model" in err and len(asked := re.findall(r"'([^']+)'", err)) == 3
+    for question in asked:  # what it recommends works
+        assert run("ask", photo, question)[0] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n and no more"])
@@ -325,6 +339,52 @@ def test_a_truncated_picture(run, tmp_path):
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
     code, out, err = run("ask", tmp_path / "half.jpg", "what is there")
     assert (code, out) == (2, "") and "cannot read the picture" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", [["methods"], ["--help"], ["ask", "--json"]], ids=" ".join)
+def test_a_full_disk_is_one_line(line):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "pitome_mllm.cli", *line], stdout=full, stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (1, "pitome-mllm: cannot write: No space left on device\n")
+
+
+def test_help_imports_no_torch_and_an_interrupt_of_imports_is_quiet():
+    code = """
+import sys
+from pitome_mllm import cli
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers"):
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+for line in ["--help"], ["serve", "--help"]:
+    try:
+        cli.main(line)
+    except SystemExit:
+        pass
+sys.exit(cli.main(["ask"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "pitome-mllm: interrupted\n")
+    assert "COMMAND" in done.stdout and "--allow-urls" in done.stdout
+
+
+def test_progress_on_a_pipe_says_something(capsys, monkeypatch):
+    monkeypatch.setattr(_options, "EVERY", 0.001)
+    said = ""
+    with _options.progress("Timing", total=9) as advance:
+        advance()
+        while "\n" not in said:
+            said += capsys.readouterr().err
+    assert said.startswith("Timing: 1 of 9, 0 s\n")
+
+
+def test_a_taken_port_is_said_before_an_address(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, out, err = run("serve", "--port", taken.getsockname()[1])
+    assert (code, out) == (2, "") and err.startswith("pitome-mllm: cannot listen on 127.0.0.1, port ")
 
 
 def test_too_little_memory_is_one_line_with_advice(run, monkeypatch):

@@ -89,7 +89,7 @@ def of_each(mask):
 def test_the_mask_tells_of_sizes_and_distances(title):
     """Against a loop over queries and keys; only a PaliGemma's prompt sees both ways."""
     family, seen = BY_TITLE[title], []
-    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(1))])
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
     handle = attach(model, "pitome", keep=0.25, calibration="distance")
     handle.language.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
     with torch.no_grad():

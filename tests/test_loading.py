@@ -2,15 +2,16 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 from models import QUESTION, build, picture, processor
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from pitome_mllm import attach, load
+from pitome_mllm import attach, load, loading
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +207,17 @@ def test_a_folder_without_processor_is_refused(copy):
         (copy / file).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="cannot load the processor of"):
         load(copy)
+
+
+def test_the_embedded_model_warns_once_of_words_that_it_does_not_know(tmp_path, recwarn):
+    processor = load("tiny")[1]
+    processor.save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)).__name__ == type(processor.tokenizer).__name__
+    pickle.loads(pickle.dumps(processor.tokenizer))
+    loading._warn_of_unknown_words.cache_clear()
+    processor(text="is there a red star?")
+    assert not recwarn.list
+    for question in ("is there a zebra?", "is there a zebra?"):
+        processor(text=question)
+    (warning,) = recwarn.list
+    assert "drawn shapes and handwritten digits" in str(warning.message) and warning.filename == __file__

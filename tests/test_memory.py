@@ -1,12 +1,9 @@
 """Memory from a configuration: weights as loaded, and a bound that what really lives at once stays under."""
 
-import weakref
-
 import pytest
 import torch
+from checks import Alive
 from models import QUESTION, build, config, picture, processor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pitome_mllm import attach, load
 from pitome_mllm.costs.flops import estimate
@@ -43,32 +40,6 @@ def test_weights_of_published_models():
     assert weight_bytes(seven, bits=4) == pytest.approx(6.8e9 * (0.5 + 4 / 64) + 0.263e9 * 2, rel=2e-3)
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors alive at once that are not the model's own."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {held.untyped_storage()._cdata for held in (*model.parameters(), *model.buffers())}
-
-    def free(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.seen and storage.nbytes():
-                    self.seen.add(key)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, key, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return result
-
-
 @pytest.fixture(scope="module")
 def wide():
     """A model in which rows of tokens weigh more than pairs of tokens, as in real ones."""
@@ -95,7 +66,7 @@ def test_what_lives_at_once_stays_under_the_bound_and_near_it(settings, wide):
     bound = footprint(wide, batch=batch, text_tokens=TEXT, new_tokens=3, dtype="float32", **settings)
     handle = attach(wide, **settings) if settings else None
     try:
-        with Peak(wide) as peak:
+        with Alive(wide.parameters(), wide.buffers()) as peak:
             wide.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     finally:
         if handle:

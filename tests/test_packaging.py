@@ -73,9 +73,9 @@ def test_folders_of_a_bare_checkout_are_found():
 def test_a_missing_companion_names_its_extra():
     from pitome_mllm.commands._companion import companion
 
-    with pytest.raises(ValueError, match=r"pip install 'pitome-mllm\[nothing\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[nothing\]'"):
         companion("nothing")
-    with pytest.raises(ValueError, match=r"pitome_mllm_eval.nothing needs .*pip install 'pitome-mllm\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pitome_mllm_eval.nothing needs .*pip install '\.\[eval\]'"):
         companion("eval", "nothing")
 
 

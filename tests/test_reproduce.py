@@ -111,7 +111,7 @@ def test_mistakes_are_one_line_and_code_2(capsys, arguments, message):
 def test_without_lmms_eval_it_says_what_to_install(capsys, tmp_path):
     assert importlib.util.find_spec("lmms_eval") is None, "this suite runs without lmms-eval"
     code, out, err = run(capsys, "--table", "embedded", "--out", tmp_path)
-    assert (code, out) == (2, "") and "pip install 'pitome-mllm[eval]'" in err
+    assert (code, out) == (2, "") and "; in a checkout of pitome-mllm: pip install '.[eval]'" in err
 
 
 def test_a_table_is_narrowed_to_what_is_asked_for():

@@ -140,7 +140,11 @@ def test_a_missing_matplotlib_names_its_extra_before_any_work(run, monkeypatch, 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(spectrum, "open_model", lambda options: pytest.fail("loaded a model first"))
     code, out, err = run("--out", tmp_path / "plot.png")
-    assert (code, out) == (2, "") and "pip install 'pitome-mllm[eval]'" in err and err.count("\n") == 1
+    assert (
+        (code, out) == (2, "")
+        and "; in a checkout of pitome-mllm: pip install '.[eval]'" in err
+        and err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_lengths_are_the_real_ones(model):
     handle = attach(model, "pitome", keep=36)
     seen = logits(model, inputs)
     lengths = handle.stats.lengths
+    assert f"images: 2, visual tokens: {sum(lengths)} of {(inputs['input_ids'] == IMAGE).sum()}" in repr(handle.stats)
     assert lengths[0] != lengths[1] and seen.shape[1] == (inputs["input_ids"] != IMAGE).sum() + sum(lengths)
     newlines, tiles = places_of(model, (60, 150)).count(-1), len(handle.stats.groups) // 2
     assert all(36 + newlines < n <= tiles * 36 + newlines for n in lengths)  # overview, newlines, what is no padding

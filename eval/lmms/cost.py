@@ -14,7 +14,7 @@ from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
-from pitome_mllm.costs.latency import now, spent_ms, timed_tower
+from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.geometry import geometry
 
 
@@ -61,19 +61,12 @@ class Meter:
     @contextmanager
     def lap(self) -> Iterator[Lap]:
         """Time what runs inside the ``with`` block."""
-        lap, start = Lap(), now(self.model.device)
-
-        def after_model(*_: Any) -> None:
-            lap.prefill = lap.prefill or now(self.model.device) - start  # the first call is the prefill
-
-        hook = self.model.register_forward_hook(after_model)
-        try:
-            with timed_tower(self.model) as ticks:
-                yield lap
-        finally:
-            hook.remove()
-        lap.tower = (spent_ms(ticks) or 0.0) / 1000
-        lap.total = now(self.model.device) - start
+        lap = Lap()
+        with timed(self.model) as clock:
+            yield lap
+        cost = clock.cost()
+        lap.prefill, lap.tower = ((ms or 0.0) / 1000 for ms in (cost.prefill_ms, cost.tower_ms))
+        lap.total = clock.total_ms / 1000
 
     def add(self, lap: Lap, rows: Sequence[Row]) -> None:
         """Count a batch."""

@@ -1,11 +1,10 @@
-"""The phases of `gpu`: what each of them times, on models of random weights."""
+"""What `gpu` times and counts, on a model of random weights whose shape is LLaVA-1.5-7B's."""
 
 from __future__ import annotations
 
 import argparse
-import csv
+import gc
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from typing import Any
 
@@ -13,89 +12,67 @@ import torch
 from torch import Tensor, nn
 
 from pitome_mllm import METHODS, Attachment, attach
+from pitome_mllm.hooks.capture import Capture, new_pool
 
-from ..clocks import Call, in_turns, quantiles
-from ..provenance import commit, processor_name
-from .contenders import Slice, configuration, find_shape, random_model, twin
-from .promises import BATCHES, LLM_BATCHES
-from .stages import Load, captured, prompt
+from .models import configuration, find_shape, prompt, random_model, slice_like, twin
+from .sheet import Row, Sheet
 
+BATCHES, LLM_BATCHES = (1, 4, 16), (1, 16)
 POINTS = {  # name -> where the tower merges, patches that leave it, metric
-    "6 points": ((1, 4, 7, 10, 13, 16), 192, "hidden"),
     "5 points": ((0, 4, 8, 12, 16), 64, "keys"),
+    "6 points": ((1, 4, 7, 10, 13, 16), 192, "hidden"),
 }
-KEEP, TEXT = 64, 40
-COLUMNS = "phase what mode batch ms p20 p80 share value device dtype shape torch transformers commit date".split()
+KEEP = 64
+MODES = {"eager": False, "graph": True}  # of generate(), by what `graph` is
+OFTEN, MERGES = 10, 100  # calls of a captured tower, and merges in one graph, that are timed as one
 
 
 def counts(points: tuple[int, ...], patches: int, left: int, blocks: int) -> list[int]:
     """Patch tokens after each merging block: the points remove equal shares."""
-    found, done = [], 0
-    for block in range(blocks):
-        done += block in points
-        found.append(round(patches * (left / patches) ** (done / len(points))))
-    return found
+    done = [sum(point <= block for point in points) / len(points) for block in range(blocks)]
+    return [round(patches * (left / patches) ** share) for share in done]
 
 
 class Bench:
     """A model of random weights, and copies of it that share them and merge."""
 
-    def __init__(self, options: argparse.Namespace, llm: bool) -> None:
+    def __init__(self, options: argparse.Namespace, layers: int | None) -> None:
         self.device, self.repeats = torch.device(options.device), options.repeats
-        self.often = 10 if self.device.type == "cuda" else 1  # what takes less time than its launch
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        config = configuration(find_shape("llava-1.5-7b"), None, tower_only=not llm)
+        self.gpu = self.device.type == "cuda"
+        config = configuration(find_shape("llava-1.5-7b"), layers)
         if options.shape == "tiny":
             shrink(config)
         torch.manual_seed(0)
-        self.model = random_model(config, self.dtype, self.device)
-        self.out, self.about = options.out, about(options, self.dtype)
+        dtype = torch.bfloat16 if self.gpu else torch.float32
+        self.sheet = Sheet(options.out, self.device, dtype, options.shape)
+        self.model = random_model(config, dtype, self.device)
 
-    def plain(self) -> nn.Module:
-        return twin(self.model)
-
-    def merged(self, like: str, oracle: bool = False) -> nn.Module:
-        """A model that merges at these `POINTS`, or slices there, or as ``attach`` does without anything said."""
+    def merged(self, like: str) -> nn.Module:
+        """A plain model, one that merges at these `POINTS` or slices there, or as `attach` does with nothing said."""
         made = twin(self.model)
         if like == "default":
             attach(made, keep=KEEP, graph=False)
-            return made
-        points, left, metric = POINTS[like]
-        vision = self.model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        way = counts(points, patches, left, vision.num_hidden_layers - 1)
-        settings = {"counts": way, "metric": metric, "graph": False}
-        if oracle:
-            settings |= {"metric": "hidden", "proportional_attention": False}
-            attach(made, Slice(METHODS["pitome"].reducer()), **settings)
-        else:
-            attach(made, "pitome", published=True, **settings)
+        elif like != "plain":
+            points, left, metric = POINTS[like.removeprefix("oracle of ")]
+            vision = self.model.config.vision_config
+            patches = (vision.image_size // vision.patch_size) ** 2
+            way = counts(points, patches, left, vision.num_hidden_layers - 1)
+            handle = attach(made, "pitome", published=True, counts=way, metric=metric, graph=False)
+            if like.startswith("oracle"):
+                handle.remove()
+                slice_like(made, handle)
         return made
 
-    def pixels(self, batch: int) -> Tensor:
-        side = self.model.config.vision_config.image_size
-        return torch.randn(batch, 3, side, side, device=self.device, dtype=self.dtype)
+    def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """``call`` as a CUDA graph, which writes over what it made; itself on a processor, which has none."""
+        if not self.gpu:
+            return call
+        call()
+        return partial(Capture(call, [], new_pool(), self.device).replay, [], lambda made: made)
 
     def time(self, phase: str, mode: str, batch: int, calls: dict[str, Callable[[], Any]], times: int = 1) -> None:
-        """Time calls in turns, and write their rows; shares are those of the first one.
-
-        A call does the thing ``times`` times.
-        """
-        taken = in_turns({name: Call(run, times=times) for name, run in calls.items()}, self.device, self.repeats, 3)
-        base = quantiles(next(iter(taken.values())))[1]
-        for what, times in taken.items():
-            low, middle, high = quantiles(times)
-            timed = {"ms": round(middle, 4), "p20": round(low, 4), "p80": round(high, 4)}
-            self.write(phase, what, mode, batch, share=round(middle / base, 4), **timed)
-
-    def write(self, phase: str, what: str, mode: str, batch: int, **values: Any) -> None:
-        row = {"phase": phase, "what": what, "mode": mode, "batch": batch, **values, **self.about}
-        new = not self.out.exists()
-        with self.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        """Rows of calls in turns, each of which does its thing so many times."""
+        self.sheet.time(phase, mode, batch, calls, self.repeats, times)
 
 
 def shrink(config: Any) -> None:
@@ -107,28 +84,27 @@ def shrink(config: Any) -> None:
         part.head_dim = 32
 
 
-def about(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, str]:
-    """What every row says about the run."""
-    import transformers
-
-    return {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor_name(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": options.shape,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
-        "date": date.today().isoformat(),
-    }
+def often(call: Callable[[], Any], times: int) -> None:
+    """Make a call several times."""
+    for _ in range(times):
+        call()
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
 
 
-def often(call: Callable[[], Any], times: int) -> None:
-    """Make a call several times."""
-    for _ in range(times):
-        call()
+def tower(bench: Bench) -> None:
+    """The vision tower, plain, merging and as an oracle has it; captured, and eager."""
+    models = {name: bench.merged(name) for each in POINTS for name in ("plain", each, f"oracle of {each}")}
+    for batch in BATCHES:
+        pixels = prompt(bench.model, batch)["pixel_values"]
+        calls = {name: partial(run_tower, model, pixels) for name, model in models.items()}
+        times = OFTEN if bench.gpu else 1
+        graphs = {name: partial(often, bench.captured(call), times) for name, call in calls.items()}
+        bench.time("tower", "captured", batch, graphs, times)
+        del graphs
+        if batch in LLM_BATCHES:
+            bench.time("tower", "eager", batch, calls)
 
 
 def run_tower(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -137,56 +113,31 @@ def run_tower(model: nn.Module, pixels: Tensor) -> Tensor:
     return output.hidden_states[model.config.vision_feature_layer]
 
 
-def tower(bench: Bench) -> None:
-    """The vision tower, plain, merged and as an oracle has it; captured, eager, and by ``graph=True``."""
-    models = {"plain": bench.plain()} | {name: bench.merged(name) for name in POINTS}
-    models |= {f"oracle of {name}": bench.merged(name, oracle=True) for name in POINTS}
-    for batch in BATCHES:
-        pixels = bench.pixels(batch)
-        calls = {name: partial(run_tower, model, pixels) for name, model in models.items()}
-        graphs = {name: captured(call, bench.device) for name, call in calls.items()}
-        several = {name: partial(often, graph, bench.often) for name, graph in graphs.items()}
-        bench.time("tower", "captured", batch, several, bench.often)
-        del graphs, several
-        bench.time("tower", "eager", batch, calls)
-        for name in POINTS:
-            Attachment.of(models[name]).update(graph=True)
-        bench.time("tower", "graph", batch, calls)
-        for name in POINTS:
-            Attachment.of(models[name]).update(graph=False)
-
-
 def merge(bench: Bench) -> None:
-    """One merge of 577 tokens, by keys and by hidden states, captured."""
+    """One merge of 577 tokens, by keys and by hidden states, captured: a graph of many, launched once."""
     width, reducer = bench.model.config.vision_config.hidden_size, METHODS["pitome"].reducer()
+    times = MERGES if bench.gpu else 1
     for batch in LLM_BATCHES:
-        x = torch.randn(batch, 577, width, device=bench.device, dtype=bench.dtype)
+        x = torch.randn(batch, 577, width, device=bench.device, dtype=bench.model.dtype)
         size = torch.ones(batch, 577, 1, device=bench.device)
+        metrics = {"keys": lambda x: x.unflatten(-1, (-1, 64)).mean(2), "hidden states": lambda x: x}
 
-        def once(metric: Tensor, x: Tensor = x, size: Tensor = size) -> Tensor:
-            return reducer.match(metric, 150, size=size, protected=1, depth=0.3).reduce(x, size)[0]
+        def once(metric: Callable[[Tensor], Tensor], x: Tensor, size: Tensor) -> Tensor:
+            return reducer.match(metric(x), 150, size=size, protected=1, depth=0.3).reduce(x, size)[0]
 
-        calls = {
-            "keys": lambda x=x: once(x.unflatten(-1, (-1, 64)).mean(2)),
-            "hidden states": partial(once, x),
-        }
-        graphs = {name: captured(partial(often, call, bench.often), bench.device) for name, call in calls.items()}
-        bench.time("merge", "captured", batch, graphs, bench.often)  # one graph of several, launched once
+        calls = {what: partial(often, partial(once, metric, x, size), times) for what, metric in metrics.items()}
+        graphs = {what: bench.captured(call) for what, call in calls.items()}
+        bench.time("merge", "captured", batch, graphs, times)
 
 
 def prefill(bench: Bench) -> None:
     """Tower, projector and LLM over the prompt, captured as one graph."""
+    models = {name: bench.merged(name) for name in ("plain", "default", "5 points")}
     for batch in LLM_BATCHES:
-        calls = {}
-        for name in ("plain", "default", "5 points"):
-            model = bench.plain() if name == "plain" else bench.merged(name)
-            calls[name] = captured(partial(run_prefill, model, bench.pixels(batch), text(bench, batch)), bench.device)
-        bench.time("prefill", "captured", batch, calls)
-
-
-def text(bench: Bench, batch: int) -> Tensor:
-    width = bench.model.config.text_config.hidden_size
-    return torch.randn(batch, TEXT, width, device=bench.device, dtype=bench.dtype)
+        inputs = prompt(bench.model, batch)
+        text = bench.model.get_input_embeddings()(inputs["input_ids"][:, 576:])
+        calls = {name: partial(run_prefill, model, inputs["pixel_values"], text) for name, model in models.items()}
+        bench.time("prefill", "captured", batch, {name: bench.captured(call) for name, call in calls.items()})
 
 
 def run_prefill(model: nn.Module, pixels: Tensor, text: Tensor) -> Tensor:
@@ -198,72 +149,64 @@ def run_prefill(model: nn.Module, pixels: Tensor, text: Tensor) -> Tensor:
 
 
 def first_token(bench: Bench) -> None:
-    """generate() of one token: all that surrounds prefill too."""
-    models = {"plain": bench.plain(), "default": bench.merged("default"), "5 points": bench.merged("5 points")}
+    """generate() of one token: all that surrounds the prefill too."""
+    models = {name: bench.merged(name) for name in ("plain", "default")}
+    handle = Attachment.of(models["default"])
     for batch in LLM_BATCHES:
-        load = Load(batch, 1, TEXT, 1, None)
-        inputs = prompt(bench.model, load, bench.pixels(batch))
+        inputs = prompt(bench.model, batch)
         calls = {name: partial(run_generate, model, inputs) for name, model in models.items()}
-        bench.time("first token", "eager", batch, calls)
-        for model in models.values():
-            if handle := Attachment.of(model):
-                handle.update(graph=True)
-        bench.time("first token", "graph", batch, calls)
-        for model in models.values():
-            if handle := Attachment.of(model):
-                handle.update(graph=False)
+        for mode, graph in MODES.items():
+            handle.update(graph=graph)
+            bench.time("first token", mode, batch, calls)
 
 
-def run_generate(model: nn.Module, inputs: dict[str, Tensor], new_tokens: int = 1) -> Tensor:
+def run_generate(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The first token of an answer."""
     return model.generate(
-        **inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0
-    )
+        **inputs, min_new_tokens=1, max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0
+    )  # fmt: skip
 
 
 def bits(bench: Bench) -> None:
-    """How many different results 20 runs of a method give, eager and by a graph; 1 is what is promised."""
-    pixels = bench.pixels(2)
+    """How many different results 20 runs of a method give, eager and by a graph; one is what is promised."""
+    pixels = prompt(bench.model, 2)["pixel_values"]
     for method in METHODS:
         model = twin(bench.model)
         with attach(model, method, keep=144, graph=False) as handle:
-            runs = {"eager": [run_tower(model, pixels) for _ in range(20)]}
+            made = [run_tower(model, pixels) for _ in range(20 if bench.gpu else 2)]
             handle.update(graph=True)
-            runs["graph and eager"] = [runs["eager"][0], *(run_tower(model, pixels) for _ in range(20))]
-            for mode, made in runs.items():
-                different: list[Tensor] = []
-                for each in made:
-                    if not any(torch.equal(each, other) for other in different):
-                        different.append(each)
-                bench.write("bits", method, mode, 2, value=len(different))
+            made += [run_tower(model, pixels) for _ in made]
+        different: list[Tensor] = []
+        for each in made:
+            if not any(torch.equal(each, other) for other in different):
+                different.append(each)
+        bench.sheet.add(Row("bits", method, "graph and eager", 2, value=len(different)))
 
 
 def memory(bench: Bench) -> None:
-    """Most memory beside the weights, MiB: of the tower, and of generate() of one token."""
+    """MiB that generate() of one token takes from the device at most, beside the weights; graphs' own memory too."""
+    run_generate(bench.merged("plain"), prompt(bench.model, 1))  # libraries take their workspace once, for all
     for batch in LLM_BATCHES:
-        pixels = bench.pixels(batch)
-        inputs = prompt(bench.model, Load(batch, 1, TEXT, 1, None), pixels)
-        for name in ("plain", "default", *POINTS):
-            model = bench.plain() if name == "plain" else bench.merged(name)
-            stages = {"tower": partial(run_tower, model, pixels), "first token": partial(run_generate, model, inputs)}
-            for stage, call in stages.items():
-                bench.write("memory", f"{name}, {stage}", "eager", batch, value=peak(call, bench.device))
-                if handle := Attachment.of(model):
-                    handle.update(graph=True)
-                    bench.write("memory", f"{name}, {stage}", "graph", batch, value=peak(call, bench.device))
-                    handle.update(graph=False)
-            del stages, call, model
+        inputs = prompt(bench.model, batch)
+        for what, mode in (("plain", "eager"), *(("default", mode) for mode in MODES)):
+            model = bench.merged(what)
+            if handle := Attachment.of(model):
+                handle.update(graph=MODES[mode])
+            bench.sheet.add(Row("memory", what, mode, batch, value=peak(partial(run_generate, model, inputs), bench)))
+            if handle:
+                handle.remove()  # its graphs go, before the next is measured
 
 
-def peak(call: Callable[[], Any], device: torch.device) -> float:
-    """MiB that torch takes from the device at most, beside what it held before the first call: graphs' pools too."""
-    if device.type != "cuda":
+def peak(call: Callable[[], Any], bench: Bench) -> float:
+    """MiB that torch takes from the device at most in three calls, beside what it holds before."""
+    if not bench.gpu:
         call()
         return 0.0
+    gc.collect()  # models before this one hold graphs in circles
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
-    for _ in range(3):
-        call()
+    often(call, 3)
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_reserved() - before) / 2**20, 1)

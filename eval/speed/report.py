@@ -1,158 +1,175 @@
-"""Tables and plots of speed, from what was measured."""
+"""One table of speed for each device, and what the README says of it, from what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pitome_mllm.methods import UserError
 
-from ..documents import markdown, panels, read, save, style, ticks
-from . import promises
-from .contenders import ORACLE, PLAIN, PUBLISHED
-from .rows import GPU_RESULTS, RESULTS, RUN, SERIES, name
-from .stages import STAGES
+from ..documents import markdown, read
+from .phases import BATCHES, KEEP, LLM_BATCHES, MODES, POINTS
+from .sheet import CPU_RESULTS, GPU_RESULTS
 
 Found = dict[str, str]
-OLD_DEFAULT = {"pitome-tuned": "pitome"}
-BRIEF = ("576", "144")  # numbers of visual tokens that the README shows
+Key = tuple[str, str, str, int]  # phase, what, mode, batch
+COMMANDS = {CPU_RESULTS: "make bench", GPU_RESULTS: "make bench-gpu"}
+
+# What is promised at most: of the plain model's time, of slicing's, or else milliseconds of one merge.
+SHARES: dict[Key, float] = {
+    **{("tower", "5 points", "captured", batch): most for batch, most in zip(BATCHES, (0.86, 0.56, 0.40))},
+    **{("tower", "6 points", "captured", batch): most for batch, most in zip(BATCHES, (0.97, 0.76, 0.66))},
+    **{("tower", name, "eager", batch): most for name in POINTS for batch, most in zip(LLM_BATCHES, (1.5, 1.0))},
+    **{("prefill", "default", "captured", batch): most for batch, most in zip(LLM_BATCHES, (0.476, 0.2))},
+    **{("prefill", "5 points", "captured", batch): most for batch, most in zip(LLM_BATCHES, (0.455, 0.185))},
+    **{
+        ("first token", "default", mode, batch): most
+        for mode, first in zip(MODES, (1.15, 0.4))
+        for batch, most in zip(LLM_BATCHES, (first, 0.25))
+    },
+}
+MERGES: dict[Key, float] = {
+    **{("merge", "keys", "captured", batch): most for batch, most in zip(LLM_BATCHES, (0.025, 0.065))},
+    **{("merge", "hidden states", "captured", batch): most for batch, most in zip(LLM_BATCHES, (0.035, 0.11))},
+}
+OVER_SLICING = 1.13
+TITLES = {
+    "5 points": "5 merges to 64 tokens, keys",
+    "6 points": "6 merges to 192 tokens, hidden states",
+    "default": f"the default, {KEEP} tokens",
+    "keys": "577 tokens once, keys",
+    "hidden states": "577 tokens once, hidden states",
+}
+GRAPHS = {"captured": "as one graph", "graph": "`graph=True`", "eager": "eager"}
+# On a processor, by model and contender: of the plain tower's time, of slicing's, and of merging in the tower's.
+LIMITS = {
+    ("tiny", "pitome, 144", "tower"): 1.0,
+    ("LLaVA-1.5-7B, the tower alone", "pitome, 144", "tower"): 0.68,
+    **{
+        ("LLaVA-1.5-7B, the tower alone", f"pitome:published, ratio {r}", "slicing"): 1.03
+        for r in ("0.9", "0.95", "0.975")
+    },
+    ("LLaVA-1.5-7B, the tower alone", "pitome:keys, 144", "merge"): 0.01,
+    ("LLaVA-1.5-7B, the tower alone", "pitome:hidden, 144", "merge"): 0.025,
+}
 
 
-def called(row: Found) -> str:
-    """What the contender of a row is called."""
-    return name(row["method"], row["variant"], row["like"])
-
-
-def results(path: Path = RESULTS) -> list[Found]:
-    """The rows of a CSV of the benchmark; ValueError as `read`."""
-    return [_as_today(row) for row in read(path, "pitome-mllm bench, as docs/speed.md says", RUN)]
-
-
-def _as_today(row: Found) -> Found:
-    """A row of before version 0.2: methods ran as published then, but for the default, `pitome` today."""
-    if not row["pitome_mllm"].startswith("0.1."):
-        return row
-    names = [OLD_DEFAULT.get(name, f"{name}:{PUBLISHED}") for name in row["like"].split()]
-    method = OLD_DEFAULT.get(row["method"], row["method"])
-    published = method == row["method"] and method not in (PLAIN, ORACLE)
-    variant = row["variant"] or (PUBLISHED if published else "")
-    return row | {"method": method, "variant": variant, "like": " ".join(names)}
-
-
-def on_gpu() -> tuple[str, str]:
-    """What was measured on a GPU: as a paragraph, and beside what was promised."""
-    rows = read(GPU_RESULTS, "make bench-gpu", ("phase", "share"))
-    return promises.brief(rows), f"{promises.about(rows)}\n\n{promises.table(rows)}"
-
-
-def tables(rows: list[Found], brief: bool = False) -> str:
-    """A table for each run; ``brief``: only of what the README shows."""
-    if brief:
-        usual = [row for row in rows if (row["batch"], row["dtype"], row["mode"]) == ("1", "float32", "eager")]
-        shown = [row for row in usual if row["rho"] or row["keep"] in BRIEF]
-    else:
-        shown = rows
-    return "\n\n".join(map(table, runs(shown)))
-
-
-def table(rows: list[Found]) -> str:
-    """A Markdown table of one run: contenders down, stages across, ms and in brackets the share of plain.
-
-    Raises
-    ------
-    ValueError : a stage of a contender was measured twice; both cannot be shown.
-    """
-    stages = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
-    lines = [["", "keep", *stages]]
-    cells: dict[tuple[str, str, int, str], Found] = {}
-    for row in rows:
-        key = (called(row), row["rho"], int(row["keep"]), row["stage"])
-        if key in cells:
+def results(path: Path) -> list[Found]:
+    """The rows of a CSV of speed; ValueError as `read`, or where they are of several devices or versions."""
+    rows = read(path, COMMANDS.get(path, "pitome-mllm bench"), ("phase", "what", "share", "value", "commit"))
+    for name in ("device", "torch", "commit"):
+        if len(several := {row[name] for row in rows}) > 1:
             raise UserError(
-                f"measured twice: {', '.join(map(str, key))} in the run of {row['model']}, batch {row['batch']}, "
-                f"commit {row['commit']}, {row['date']}; take one of them out of the results"
+                f"{path.name} has rows of several: {name} {', '.join(sorted(several))}; keep those of one run"
             )
-        cells[key] = row
-    for who, rho, keep in dict.fromkeys(key[:3] for key in cells):
-        figures = [cells.get((who, rho, keep, stage)) for stage in stages]
-        shown = f"{who}, ratio {rho}" if rho else who
-        lines.append([shown, str(keep), *map(_cell, figures)])
-    return f"{markdown(lines, numbers=1)}\n\n{about(rows[0])}"
+    return rows
 
 
-def _cell(row: Found | None) -> str:
-    if row is None:
-        return ""
-    share = "" if row["method"] == "plain" or not row["ratio"] else f" ({float(row['ratio']):.3f})"
-    return f"{float(row['ms']):.4g}{share}"
+def texts() -> dict[str, str]:
+    """The tables of docs/speed.md by device, and the README's paragraph."""
+    cpu, gpu = results(CPU_RESULTS), results(GPU_RESULTS)
+    return {
+        "processor": f"{about(cpu, 'make bench')}\n\n{cpu_table(cpu)}",
+        "gpu": f"{about(gpu, 'make bench-gpu')}\n\n{gpu_table(gpu)}",
+        "brief": brief(cpu, gpu),
+    }
 
 
-def about(row: Found) -> str:
-    """Where the numbers of a run come from."""
+def about(rows: Sequence[Found], command: str) -> str:
+    """Where rows come from."""
+    row = rows[0]
     return (
-        f"{row['model']}{blocks(row)}, batch {row['batch']}, {row['images']} picture a row, {row['text_tokens']} text "
-        f"tokens, {row['dtype']}, {row['mode']}; {row['device']}, {row['threads']} thread, torch {row['torch']}, "
-        f"commit {row['commit']}, {row['date']}. ms of {row['clock']} time, medians of {row['repeats']} rounds in "
-        "turns; in brackets the share of plain, of merge and yardstick that of the model's own tower. What a contender "
-        "does not have stays empty."
+        f"`{command}` on {row['device']}: {row['dtype']}, random weights but for the embedded model, 40 text tokens, "
+        f"torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}, {row['date']}."
     )
 
 
-def blocks(row: Found) -> str:
-    """How much of the LLM there was, as a part of a sentence."""
-    return {"none": ", the tower alone", "all": ""}.get(row["llm_layers"], f", {row['llm_layers']} LLM blocks")
+def judged(value: float, most: float | None) -> str:
+    """A share, and whether a promise is kept."""
+    shown = f"{value:.3g}"
+    return shown if most is None else f"{shown} (<= {most:.3g})" if value <= most else f"**{shown}** (<= {most:.3g})"
 
 
-def runs(rows: list[Found], columns: Sequence[str] = RUN) -> list[list[Found]]:
-    """Rows that are alike in ``columns``; by default those of one table: same model, device, settings and batch."""
-    groups: dict[tuple[str, ...], list[Found]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in columns), []).append(row)
-    return list(groups.values())
+def gpu_table(rows: Iterable[Found]) -> str:
+    """Times and shares on a GPU beside what is promised; the last measurement of each counts."""
+    last = {(row["phase"], row["what"], row["mode"], int(row["batch"])): row for row in rows}
+    lines = [["", "batch", "plain, ms", "ms", "share of plain", "over slicing"]]
+    for key, most in {**SHARES, **MERGES}.items():
+        phase, what, mode, batch = key
+        line = [f"{phase}, {GRAPHS[mode]}: {TITLES[what]}", str(batch), "", "not measured", "", ""]
+        if found := last.get(key):
+            ms = float(found["ms"])
+            line[3] = judged(ms, most) if key in MERGES else f"{ms:.3g}"
+            if key in SHARES:
+                line[2] = f"{float(last[phase, 'plain', mode, batch]['ms']):.3g}"
+                line[4] = judged(float(found["share"]), most)
+            if slicing := last.get((phase, f"oracle of {what}", mode, batch)):
+                line[5] = judged(ms / float(slicing["ms"]), OVER_SLICING if mode == "captured" else None)
+        lines.append(line)
+    return f"{markdown(lines, numbers=1)}\n\n{memory(last)} {bits(last)}"
 
 
-def longest(rows: list[Found], columns: Sequence[str], x: str) -> list[Found]:
-    """Of the rows that are alike in ``columns``, those with the most values of ``x``; the first of equals."""
-    return max(runs(rows, columns), key=lambda group: len({row[x] for row in group}))
+def memory(last: dict[Key, Found]) -> str:
+    """Peaks of memory of a first token, as a sentence."""
+    said = []
+    for batch in LLM_BATCHES:
+        values = [last.get(("memory", what, mode, batch)) for what, mode in (("plain", "eager"), ("default", "graph"))]
+        shown = [f"{float(row['value']):.0f} MiB" if row and row["value"] else "not measured" for row in values]
+        said.append(f"{shown[0]} plain and {shown[1]} with the default and its graph at batch {batch}")
+    return f"Most memory beside the weights until the first token: {'; '.join(said)}."
 
 
-def plot(
-    rows: list[Found], path: Path, x: str, y: Callable[[Found], float], xlabel: str, ylabel: str, title: str
-) -> None:
-    """``y`` over the column ``x``, a line for each contender that was measured at more than one value of it."""
-
-    values = {who: {row[x] for row in rows if called(row) == who} for who in map(called, rows)}
-    rows = [row for row in rows if len(values[called(row)]) > 1 or row["method"] == PLAIN]
-    marked = {int(row[x]) for row in rows}
-    if len(marked) < 2:
-        return
-    figure, (axis,) = panels([title], ylabel, width=5.6, ylim=(0, None), xlabel=xlabel)
-    lines = {}
-    for number, who in enumerate(dict.fromkeys(map(called, rows))):
-        points = sorted((int(row[x]), y(row)) for row in rows if called(row) == who)
-        (lines[who],) = axis.plot(*zip(*points), marker="o", **style(number))
-    ticks(axis, marked)
-    save(figure, path, lines)
+def bits(last: dict[Key, Found]) -> str:
+    """Whether runs give the same bits, as a sentence."""
+    found = {what: int(row["value"]) for (phase, what, _, _), row in last.items() if phase == "bits"}
+    if not found:
+        return "Whether 20 runs give the same bits was not measured."
+    others = [what for what, different in found.items() if different > 1]
+    kept = f"{len(found) - len(others)} of {len(found)} methods give the same bits in 20 runs, eager and as a graph"
+    return f"{kept}{', not ' + ', '.join(others) if others else ''}."
 
 
-def plots(rows: list[Found], folder: Path) -> None:
-    """Time to the first token over keep, and pictures per second over batch at keep 144; each of one run."""
-    first = [row for row in rows if row["stage"] == "first token"]
-    if not first:
-        return
-    single = longest(first, RUN, "keep")
-    labels = ("visual tokens", "ms to the first token", place(single[0]))
-    plot(single, folder / "speed-keep.png", "keep", lambda row: float(row["ms"]), *labels)
-    several = longest([row for row in first if row["method"] == PLAIN or row["keep"] == "144"], SERIES, "batch")
-    labels = ("batch", "pictures per second, first token", place(several[0]))
-    images = int(several[0]["images"])
+def cpu_table(rows: Iterable[Found]) -> str:
+    """Models and methods down; ms, and shares beside what is promised, across."""
+    cells: dict[tuple[str, str], dict[str, Found]] = {}
+    for row in (row for row in rows if row["batch"] == "1"):
+        cells.setdefault((row["shape"], row["what"]), {})[row["phase"]] = row
+    lines = [["", "", "tower, ms", "share", "over slicing", "merging's share", "first token, ms", "share", "decode"]]
+    for (shape, what), found in cells.items():
+        if what.startswith("oracle"):
+            continue
+        method, _, amount = what.partition(", ")
+        slicing = cells.get((shape, f"oracle of {method}, {amount}"), {}).get("tower")
+        tower, plain = found["tower"], what == "plain"
+        over = float(tower["ms"]) / float(slicing["ms"]) if slicing else None
+        lines.append([
+            shape,
+            what,
+            f"{float(tower['ms']):.3g}",
+            "" if plain else judged(float(tower["share"]), LIMITS.get((shape, what, "tower"))),
+            "" if over is None else judged(over, LIMITS.get((shape, what, "slicing"))),
+            judged(float(found["merge"]["share"]), LIMITS.get((shape, what, "merge"))) if "merge" in found else "",
+            f"{float(found['first token']['ms']):.3g}" if "first token" in found else "",
+            *("" if plain or name not in found else f"{float(found[name]['share']):.3g}"
+              for name in ("first token", "decode")),
+        ])  # fmt: skip
+    return markdown(lines, numbers=2)
 
-    def per_second(row: Found) -> float:
-        return 1000 * images * int(row["batch"]) / float(row["ms"])
 
-    plot(several, folder / "speed-batch.png", "batch", per_second, *labels)
+def brief(cpu: Sequence[Found], gpu: Sequence[Found]) -> str:
+    """What attaching with nothing said does to the first token, in a paragraph."""
+    found = {(row["what"], row["batch"]): row for row in gpu if (row["phase"], row["mode"]) == ("first token", "graph")}
 
+    def took(batch: int) -> str:
+        before, after = (float(found[what, str(batch)]["ms"]) for what in ("plain", "default"))
+        return f"{before:.1f} to {after:.1f} ms at batch {batch}"
 
-def place(row: Found) -> str:
-    """Model and device of a run, for a title."""
-    return f"{row['model']}{blocks(row)}, {row['device']}, {row['threads']} thread, {row['dtype']}, {row['mode']}"
+    ways = " and from ".join(map(took, LLM_BATCHES)) if found else "(not measured)"
+    tower = {row["shape"]: row for row in cpu if (row["phase"], row["what"]) == ("tower", "pitome, 144")}
+    shares = " and ".join(f"{float(row['share']):.2f} of the plain tower's ({shape})" for shape, row in tower.items())
+    return (
+        f"On one {gpu[0]['device']} the first token of a LLaVA-1.5-7B (random weights, {gpu[0]['dtype']}, {KEEP} "
+        f"visual tokens in place of 576, `graph=True`) goes from {ways}; on one thread of a processor the "
+        f"vision tower takes with 144 tokens {shares}. Tables, and how they were measured: "
+        "[docs/speed.md](docs/speed.md)."
+    )

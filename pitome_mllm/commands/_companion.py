@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from ..methods import UserError
+from ..errors import missing_package
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -25,11 +25,6 @@ def companion(name: str, module: str = "") -> ModuleType:
         "eval" or "demo".
     module : str, default ''
         Dotted name of a module inside it; empty for the package itself.
-
-    Raises
-    ------
-    ValueError
-        A package it needs is missing, or it is neither installed nor beside this one; names the extra.
     """
     package = f"pitome_mllm_{name}"
     try:
@@ -37,10 +32,8 @@ def companion(name: str, module: str = "") -> ModuleType:
             _load_folder(package, CHECKOUT / name)
         return importlib.import_module(f"{package}.{module}" if module else package)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{package}{'.' + module if module else ''} needs {error.name!r}, which is not installed; "
-            f"install it with: pip install 'pitome-mllm[{name}]'"
-        ) from error
+        need = f"{package}{'.' + module if module else ''} needs {error.name!r}, which is not installed"
+        raise missing_package(need, name) from error
 
 
 def _load_folder(package: str, folder: Path) -> None:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..settings import DEFAULT_METHOD
-
 QUARTER = 0.25  # share of the visual tokens kept when neither --keep nor --ratio is given
+EVERY = 10  # seconds between the lines of a progress bar on a pipe
 
 
 def keep(text: str) -> int | float:
@@ -47,7 +47,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --bits, --dtype and --device."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="'tiny' (embedded), a folder, or a hub name (%(default)s)")
-    group.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs pitome-mllm[bnb])")
+    group.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs bitsandbytes)")
     group.add_argument("--dtype", help="float32, float16 or bfloat16")
     group.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
 
@@ -59,7 +59,7 @@ def add_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
         "--method",
         nargs="+" if several else None,
         metavar="M",
-        help=f"{'one or more of' if several else 'see'} `pitome-mllm methods` (default: {DEFAULT_METHOD})",
+        help=f"{'one or more of' if several else 'see'} `pitome-mllm methods`, which marks the default",
     )
     add_published(group)
     amount = group.add_mutually_exclusive_group()
@@ -93,7 +93,7 @@ def merging(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def progress(text: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """A spinner on stderr, or a bar of ``total`` steps, with the time elapsed; nothing where stderr is no terminal.
+    """A spinner on stderr, or a bar of ``total`` steps, with the time elapsed; lines where stderr is a pipe.
 
     Yields a function to call after every step.
     """
@@ -101,11 +101,24 @@ def progress(text: str, total: int | None = None) -> Iterator[Callable[[], None]
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     if total is not None:
         columns.insert(2, BarColumn())
-    hidden = not console.is_terminal
     # Two redraws per second: what runs underneath is sometimes being timed.
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=hidden) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
+    bar = Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal)
+    task, ended = bar.add_task(text, total=total), Event()
+
+    def say() -> None:
+        while not ended.wait(EVERY):
+            steps = "" if total is None else f" {bar.tasks[task].completed:.0f} of {total},"
+            console.file.write(f"{text}:{steps} {bar.tasks[task].elapsed or 0:.0f} s\n")
+            console.file.flush()
+
+    with bar:
+        bar.reset(task)
+        if not console.is_terminal:
+            Thread(target=say, daemon=True).start()
+        try:
+            yield lambda: bar.advance(task)
+        finally:
+            ended.set()
 
 
 def open_model(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -49,9 +50,7 @@ TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
 def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
-    """The runs with their times, medians of ``repeats``.
-
-    They take turns, so that whatever else the machine does hits all of them; the first turn of each warms up.
+    """The runs with their times, medians of ``repeats`` in turns.
 
     Parameters
     ----------
@@ -64,17 +63,14 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
     handle : object
         Of the attached model.
     """
-    from ..costs.flops import measure
+    from ..costs.latency import in_turns, measure
 
-    seen: dict[str, list[Any]] = {run.mode: [] for run in runs}
+    def once(mode: str) -> AnswerCost:
+        with in_mode(handle, mode):
+            return measure(model, inputs, new_tokens=TIMED_TOKENS)
+
     with progress("Timing", total=(repeats + 1) * len(runs)) as advance:
-        for turn in range(repeats + 1):
-            for run in runs:
-                with in_mode(handle, run.mode):
-                    latency = measure(model, inputs, new_tokens=TIMED_TOKENS, repeats=1, warmup=0)
-                if turn:
-                    seen[run.mode].append(latency)
-                advance()
+        seen = in_turns({run.mode: partial(once, run.mode) for run in runs}, repeats, done=advance)
     return [replace(run, **{f: median(getattr(t, f) for t in seen[run.mode]) for f in TIMES}) for run in runs]
 
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from ..methods import UserError
+from ..errors import UserError
+from ..serving.prompts import what_it_answers
 from ._inputs import Subject, encode, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model
 from ._report import TIMED_TOKENS, Run, add_costs, add_times, describe_device, in_mode, print_comparison, print_json
@@ -35,13 +36,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answer one question.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Answer one question."""
     from ..attach import attach
     from ..visualize import check_drawable
 
@@ -54,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         check_picture_file(options.save_groups)
     subject = read_subject(options)
     if subject.question is None:
-        raise UserError(f"a picture needs a question: pitome-mllm ask {subject.name} 'What is this?'")
+        raise UserError(_ask_for_a_question(options, subject))
     model, processor = open_model(options)
     if options.max_new_tokens is None:
         options.max_new_tokens = model.generation_config.max_new_tokens or NEW_TOKENS
@@ -74,6 +69,14 @@ def run(options: argparse.Namespace) -> None:
             runs = [add_costs(run, model, settings[run.mode]) for run in runs]
             runs = add_times(runs, model, inputs, handle, options.repeats)
         _conclude(options, model, subject, handle, runs)
+
+
+def _ask_for_a_question(options: argparse.Namespace, subject: Subject) -> str:
+    if options.model != "tiny":
+        return f"a picture needs a question: pitome-mllm ask {subject.name} 'What is this?' --model {options.model}"
+    from ..loading import TokenizersBackend
+
+    return f"a picture needs a question; {what_it_answers(TokenizersBackend)}"
 
 
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ._options import add_published, check_method, keep, progress
 
-RATIOS, KEEPS = (0.975, 0.95, 0.925, 0.9), (0.5, 0.25, 0.125)
+RATIOS, KEEPS = (0.95, 0.9), (0.5, 0.25, 0.125)
 COLUMNS = {  # field of Row: its heading and how it is written; columns without any figure are left out
     "setting": ("setting", "{}"),
     "tokens": ("visual tokens", "{}"),
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         A mistake the user can mend, in one sentence.
     """
     from ..costs.published import SHAPES, get_shape
-    from ._cost_tables import Costs, section
+    from ._cost_tables import Costs
 
     check_method(options.method)
     asked = {name: getattr(options, name) for name in ("method", "published", "text_tokens", "new_tokens", "bits")}
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     sections = {}
     with progress("Calculating", total=len(shapes)) as advance:
         for name, shape in shapes.items():
-            sections[name] = section(Costs(shape, memory=1e9 * options.memory, **asked), options.ratio, options.keep)
+            sections[name] = Costs(shape, memory=1e9 * options.memory, **asked).section(options.ratio, options.keep)
             advance()
     mode = ", as published" if options.published else ", under the library's defaults"
     about = ABOUT.format(**vars(options), mode=mode, weights=f"{options.bits}-bit" if options.bits else "float16")
@@ -95,13 +95,7 @@ def _cells(rows: Sequence[Any]) -> list[list[str]]:
 
 def markdown(sections: Sequence[Any], about: str) -> str:
     """All of it as a page."""
-    lines = [
-        "# What merging costs and saves",
-        "",
-        "Made by `pitome-mllm cost --published --markdown > docs/cost.md`.",
-        "",
-        about,
-    ]
+    lines = ["# What merging costs and saves", "", "Made by `pitome-mllm cost --markdown > docs/cost.md`.", "", about]
     for found in sections:
         heading, *body = _cells(found.rows)
         lines += ["", f"## {found.title}", "", _line(heading), "|---" + "|---:" * (len(heading) - 1) + "|"]
@@ -115,13 +109,14 @@ def _line(cells: Sequence[str]) -> str:
 
 def show(sections: Sequence[Any], about: str) -> None:
     """All of it in the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     for found in sections:
         heading, *body = _cells(found.rows)
-        table = Table(title=found.title, title_justify="left")
+        table = Table(title=found.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for number, text in enumerate(heading):
             table.add_column(text, justify="right" if number else "left", no_wrap=not number)
         for cells in body:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..methods import UserError
 from ._companion import companion
 from ._options import add_model, open_model
-
-PORTS = range(7860, 7960)  # the first free one of them, where none is given
+from ._server import add_server, bound
 
 
 def register(commands: Any) -> None:
@@ -26,23 +23,16 @@ def register(commands: Any) -> None:
         description="Open a chat in the browser: ask, compare with the plain model, look at the merged tokens.",
     )
     add_model(parser)
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    group.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]}")
+    group = add_server(parser, default=None)
     group.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     group.add_argument("--open", action="store_true", help="open the browser")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve the chat until interrupted.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
-    port = free_port(options.host, options.port)
+    """Serve the chat until interrupted."""
+    with bound(options.host, options.port) as found:
+        port = found.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "cache")  # read when Gradio is imported,
         os.environ.setdefault("MPLCONFIGDIR", str(Path(folder) / "matplotlib"))  # and matplotlib, for its list of fonts
@@ -54,24 +44,3 @@ def run(options: argparse.Namespace) -> None:
         name = f"{options.model} ({options.bits} bit)" if options.bits else options.model
         engine = engines.Engine(name, *open_model(options))
         app.serve(engine, Path(folder), options.host, port, options.share, inbrowser=options.open)
-
-
-def free_port(host: str, port: int | None) -> int:
-    """The port to listen on: the one given, else the first free one of `PORTS`.
-
-    Raises
-    ------
-    ValueError
-        It is taken, or there is no such address here.
-    """
-    for number in PORTS if port is None else [port]:
-        try:
-            family, kind, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # free again once its last user is gone
-                tried.bind((address[0], number, *address[2:]))  # as given: look-ups cut ports to 16 bits
-                return number
-        except (OSError, OverflowError) as error:
-            failed = error
-    said = f"port {port}" if port is not None else f"any port from {PORTS[0]} to {PORTS[-1]}"
-    raise UserError(f"cannot listen on {host}, {said}: {failed}; choose another --host or --port") from failed

@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="local data instead of the hub's data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="%(default)s")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="%(default)s")
-    parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs pitome-mllm[bnb])")
+    parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs bitsandbytes)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
     parser.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
     parser.add_argument("--tflops", type=_rate, metavar="T", help="rate that --plan reckons with (default: a paper's)")
@@ -59,13 +59,7 @@ def _rate(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan or run the table; exit code 1 where it could not be run to its end.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Plan or run the table; exit code 1 where it could not be run to its end."""
     tables = companion("eval", "lmms.tables")
     table = tables.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
     if options.plan:

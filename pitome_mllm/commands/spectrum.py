@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..methods import UserError
+from ..errors import UserError, missing_package
 from ._inputs import read_subject
 from ._options import add_model, add_published, add_subject, check_method, keep, open_model, progress
 from .groups import check_picture_file
@@ -60,13 +60,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compare methods on one image.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Compare methods on one image."""
     from ..families.features import pixel_values
     from ..methods import METHODS
 
@@ -104,11 +98,6 @@ def compare(
         (I, 3, H, W); distances are means over the images.
     methods, keeps, place
         As for `attach`; ``place`` holds where and published.
-
-    Raises
-    ------
-    ValueError
-        A keep out of range, or settings of which none is possible.
     """
     from ..families.features import tower_features
     from ..families.geometry import geometry
@@ -169,7 +158,7 @@ def show(found: Comparison, title: str) -> None:
 def check_matplotlib() -> None:
     """ValueError without matplotlib, which draws the plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib; install it with: pip install 'pitome-mllm[eval]'")
+        raise missing_package("plots need matplotlib", "eval")
 
 
 def plot(found: Comparison, path: str, title: str) -> None:

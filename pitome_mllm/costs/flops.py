@@ -1,4 +1,4 @@
-"""What a call costs: FLOPs and KV cache from a configuration alone; latency by the clock is in `latency`.
+"""What a call costs: FLOPs and KV cache from a configuration alone.
 
 A multiply-add counts as two FLOPs and only matrix products and convolutions count, as in ``torch.utils.flop_counter``.
 Attention counts every query with every key, causal or not, as that tool does. Token counts come from the schedule.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from ..families.geometry import geometry
 from ..methods import Reducer, UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
-from .latency import Latency, Timing, at_least, measure
 
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {
@@ -71,7 +70,7 @@ class Estimate:
 
 def estimate(
     model_or_config: Any,
-    method: str | Reducer | None = None,
+    method: str | Reducer | Plan | None = None,
     *,
     keep: int | float | None = None,
     ratio: float | None = None,
@@ -98,7 +97,7 @@ def estimate(
         A LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there is no text,
         and nothing but the tower costs); nothing runs and no weights are needed.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings
-        As for `attach`.
+        As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
         Rows.
     images : int, default 1
@@ -141,7 +140,7 @@ def estimate(
     )
 
 
-def resolve(model_or_config: Any, method: str | Reducer | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
+def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
     """The configurations of vision tower and LLM (None: a tower alone), and what the settings of `attach` mean there.
 
     Raises
@@ -154,7 +153,7 @@ def resolve(model_or_config: Any, method: str | Reducer | None = None, **setting
     shape = geometry(config)
     if text is None:  # whatever the place of the method's preset
         settings["where"] = settings.get("where") or "tower"
-    plan = make_plan(Settings().changed(method=method, **settings), shape)
+    plan = method if isinstance(method, Plan) else make_plan(Settings().changed(method=method, **settings), shape)
     if text is None and plan.where != "tower":
         raise UserError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
     return vision, text, plan
@@ -201,22 +200,36 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
 
 def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
-    blank = partial(torch.zeros, device="cpu")
-    everything, width = plan.context.get("protected", 0) + tokens, vision.hidden_size
+    shape, context = plan.geometry, plan.context
+    everything, width = context.get("protected", 0) + tokens, vision.hidden_size
     if plan.where == "packed":
         width = text.hidden_size
     widths = {
         "keys": width // vision.num_attention_heads,
-        "hidden": width * max(1, len(plan.geometry.layers)) if depth == 1 else width,
+        "hidden": width * max(1, len(shape.layers)) if depth == 1 else width,
         "projected": getattr(text, "hidden_size", None),
     }
-    attention: dict[str, Any] = {"attention": blank(1, everything)} if "attention" in plan.match_inputs else {}
+    given = tuple(context.items()), "attention" in plan.match_inputs, everything, widths[plan.metric], width
+    try:
+        flops = _counted(plan.reducer, *given, tokens - left, depth)
+    except TypeError:  # a method of a caller's own, whose options have no hash
+        flops = _counted.__wrapped__(plan.reducer, *given, tokens - left, depth)
+    return flops + (everything * _projector(vision, text, plan) if plan.metric == "projected" else 0)
+
+
+@lru_cache(4096)
+def _counted(
+    reducer: Reducer, context: tuple[Any, ...], attention: bool, tokens: int, metric: int, width: int, r: int,
+    depth: float,
+) -> int:  # fmt: skip
+    """FLOPs of a merge of ``tokens`` of this ``width`` by a metric of its own one."""
+    blank = partial(torch.zeros, device="cpu")
+    given: dict[str, Any] = {"attention": blank(1, tokens)} if attention else {}
     # In inference mode operators arrive whole, so that the counter would see no matrix product.
     with torch.inference_mode(False), torch.no_grad(), _Counter() as counter:
-        metric = blank(1, everything, widths[plan.metric])
-        merge = plan.reducer.match(metric, tokens - left, depth=depth, **plan.context, **attention)
-        merge.reduce(blank(1, everything, width))
-    return counter.flops + (everything * _projector(vision, text, plan) if plan.metric == "projected" else 0)
+        merge = reducer.match(blank(1, tokens, metric), r, depth=depth, **dict(context), **given)
+        merge.reduce(blank(1, tokens, width))
+    return counter.flops
 
 
 class _Counter(TorchDispatchMode):
@@ -271,4 +284,11 @@ def kv_bytes_per_token(text: Any, dtype: torch.dtype | str | None) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_width * itemsize(dtype)
 
 
-__all__ = ["MLP_MATRICES", "Estimate", "Latency", "Timing", "estimate", "kv_bytes_per_token", "measure", "resolve"]
+def at_least(**numbers: tuple[int, int]) -> None:
+    """ValueError for the first of ``name=(value, least)`` that is too small."""
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise UserError(f"{name}={value} is not possible; give {least} or more")
+
+
+__all__ = ["MLP_MATRICES", "Estimate", "estimate", "kv_bytes_per_token", "resolve"]

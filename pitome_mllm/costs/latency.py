@@ -1,94 +1,112 @@
-"""How long a call takes, by the clock."""
+"""How long things take, by one clock: calls that are compared in turns, and an answer while it is given."""
 
 from __future__ import annotations
 
-import statistics
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..families.features import pixels_of
-from ..families.geometry import family_of, geometry
-from ..methods import UserError
+from ..families.geometry import family_of
+from .answer import AnswerCost
+from .flops import at_least
+
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Repeated wall-clock times of one thing.
+def now(device: torch.device, own: bool = False) -> float:
+    """Seconds on a steady clock, once ``device`` has finished what it was given; ``own``: this thread's time only."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
+    return time.thread_time() if own else time.perf_counter()
 
-    Attributes
-    ----------
-    runs : tuple of float
-        Milliseconds of each repetition, in the order they ran.
+
+def runs_alone(device: torch.device) -> bool:
+    """Whether one thread does all the work, so that its own time counts and what others do does not."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    """How long a call takes that does a thing ``times`` times, for each."""
+    own = runs_alone(device)
+    began = now(device, own)
+    call()
+    return 1000 * (now(device, own) - began) / times
+
+
+def in_turns(
+    calls: Mapping[Key, Callable[[], Made]], repeats: int, warmup: int = 1, done: Callable[[], Any] = lambda: None
+) -> dict[Key, list[Made]]:
+    """What every call gives in ``repeats`` rounds, after ``warmup`` rounds that do not count.
+
+    Times of the same round belong together: whatever else the machine did then hit all of them. Rounds differ in their
+    order, so that nothing always comes behind the same.
     """
-
-    runs: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Milliseconds."""
-        return statistics.median(self.runs)
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """The 20th and the 80th percentile, interpolated."""
-        if len(self.runs) == 1:
-            return self.runs[0], self.runs[0]
-        cuts = statistics.quantiles(self.runs, n=5, method="inclusive")
-        return cuts[0], cuts[-1]
+    taken: dict[Key, list[Made]] = {key: [] for key in calls}
+    order = list(calls)
+    for turn in range(warmup + repeats):
+        random.Random(turn).shuffle(order)
+        for key in order:
+            made = calls[key]()
+            if turn >= warmup:
+                taken[key].append(made)
+            done()
+    return taken
 
 
-@dataclass(frozen=True)
-class Latency:
-    """How long a model takes.
+class AnswerClock:
+    """When the vision tower began and ended, and when each call of the model ended, since the clock was made."""
 
-    Attributes
-    ----------
-    tower : Timing
-        The vision tower with its merging, all images of the batch at once.
-    prefill : Timing
-        From images and prompt to the first new token: tower, projector and LLM.
-    per_token : Timing
-        Each new token after the first.
-    new_tokens : int
-        How many tokens every run wrote.
-    device : str
-        Where the model ran.
-    """
-
-    tower: Timing
-    prefill: Timing
-    per_token: Timing
-    new_tokens: int
-    device: str
+    def __init__(self, device: torch.device, own: bool = False) -> None:
+        self.device, self.own, self.start = device, own, now(device, own)
+        self.tower: list[float] = []
+        self.calls: list[float] = []
 
     @property
-    def tower_ms(self) -> float:
-        """The median of ``tower``."""
-        return self.tower.median
+    def total_ms(self) -> float:
+        """Milliseconds until now."""
+        return 1000 * (now(self.device, self.own) - self.start)
 
-    @property
-    def prefill_ms(self) -> float:
-        """The median of ``prefill``."""
-        return self.prefill.median
+    def cost(self) -> AnswerCost:
+        """The times of an answer; None for what did not happen."""
+        tower, calls, ms = self.tower, self.calls, 1000.0
+        spent = sum(tower[1::2]) - sum(tower[: len(tower) // 2 * 2 : 2])
+        return AnswerCost(
+            tower_ms=ms * spent if len(tower) > 1 else None,
+            prefill_ms=ms * (calls[0] - self.start) if calls else None,
+            per_token_ms=ms * (calls[-1] - calls[0]) / (len(calls) - 1) if len(calls) > 1 else None,
+        )
 
-    @property
-    def per_token_ms(self) -> float:
-        """The median of ``per_token``."""
-        return self.per_token.median
+
+@contextmanager
+def timed(model: Any, own: bool = False) -> Iterator[AnswerClock]:
+    """A clock of the one answer that ``model`` gives within; merging is part of the tower. ``own`` as in `now`."""
+    tower, clock = model.get_submodule(family_of(model.config).tower), AnswerClock(model.device, own)
+
+    def ticks(times: list[float]) -> Callable[..., None]:
+        return lambda *_: times.append(now(clock.device, own))
+
+    hooks = [
+        tower.register_forward_pre_hook(ticks(clock.tower), prepend=True),
+        tower.register_forward_hook(ticks(clock.tower)),
+        model.register_forward_hook(ticks(clock.calls)),
+    ]
+    try:
+        yield clock
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def measure(
-    model: Any, inputs: Mapping[str, Any], *, new_tokens: int = 8, repeats: int = 5, warmup: int = 1
-) -> Latency:
-    """Time a model as it is now: plain, attached, or inside ``handle.using(...)``.
+def measure(model: Any, inputs: Mapping[str, Any], *, new_tokens: int = 8, own: bool = False) -> AnswerCost:
+    """Time one greedy answer of a model as it is now: plain, attached, or inside ``handle.using(...)``.
 
-    Every repetition runs the tower alone and one greedy ``generate``. The model is left as it was; an attached
-    handle's ``stats`` then show the last repetition.
+    The model is left as it was; an attached handle's ``stats`` then show this answer.
 
     Parameters
     ----------
@@ -98,116 +116,20 @@ def measure(
         From the processor, with pixel_values and input_ids.
     new_tokens : int, default 8
         Tokens to write, at least 2; the end-of-sequence token is suppressed so that all get written.
-    repeats : int, default 5
-        Timed repetitions.
-    warmup : int, default 1
-        Repetitions before those, not timed.
+    own : bool, default False
+        Count this thread's processor time instead of the time that passes.
 
     Raises
     ------
     ValueError
         No images in ``inputs``; an unsupported model; a number out of range.
     """
-    at_least(new_tokens=(new_tokens, 2), repeats=(repeats, 1), warmup=(warmup, 0))
-    pixels = pixels_of(inputs)
-    geometry(model.config)
-    tower = model.get_submodule(family_of(model.config).tower)
-    device = pixels.device
-    taken: list[Any] = []
-    for _ in range(warmup + repeats):
-        tower_ms = _tower_ms(tower, pixels)
-        clock = _answered(model, inputs, new_tokens)
-        taken.append((tower_ms, clock.prefill_ms, clock.per_token_ms))
-    towers, prefills, others = (Timing(times) for times in zip(*taken[warmup:], strict=True))
-    return Latency(towers, prefills, others, new_tokens, str(device))
+    at_least(new_tokens=(new_tokens, 2))
+    pixels_of(inputs)
+    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    with timed(model, own) as clock:
+        model.generate(**inputs, **length, do_sample=False, num_beams=1, use_cache=True)
+    return clock.cost()
 
 
-@torch.no_grad()
-def _tower_ms(tower: Any, pixels: torch.Tensor) -> float:
-    start = now(pixels.device)
-    tower(pixels.flatten(0, -4), output_hidden_states=True, return_dict=True)
-    return 1000 * (now(pixels.device) - start)
-
-
-def _answered(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> TokenClock:
-    """A clock that has timed one answer of so many tokens."""
-    from transformers import StoppingCriteriaList
-
-    clock = TokenClock(pixels_of(inputs).device)
-    model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
-    return clock
-
-
-class TokenClock:
-    """Notes when every new token of ``generate`` is known, as one of its stopping criteria.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the model is; the clock starts here and now.
-    ended : callable
-        Whether the answer is to end with this token.
-    """
-
-    def __init__(self, device: torch.device, ended: Callable[[], bool] = lambda: False) -> None:
-        self.device, self.ended = device, ended
-        self.ticks: list[float] = []
-        self.start = now(device)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.ticks.append(now(self.device))
-        return torch.full((len(input_ids),), self.ended(), device=input_ids.device)
-
-    @property
-    def prefill_ms(self) -> float | None:
-        """Milliseconds until the first new token; None without any."""
-        return 1000 * (self.ticks[0] - self.start) if self.ticks else None
-
-    @property
-    def per_token_ms(self) -> float | None:
-        """Milliseconds of each token after the first; None without any."""
-        count = len(self.ticks) - 1
-        return 1000 * (self.ticks[-1] - self.ticks[0]) / count if count > 0 else None
-
-
-@contextmanager
-def timed_tower(model: Any) -> Iterator[list[float]]:
-    """Seconds at the start and at the end of every call of the vision tower within the block, its merging included."""
-    tower, ticks = model.get_submodule(family_of(model.config).tower), []
-
-    def tick(*_: Any) -> None:
-        ticks.append(now(model.device))
-
-    hooks = [tower.register_forward_pre_hook(tick, prepend=True), tower.register_forward_hook(tick)]
-    try:
-        yield ticks
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def spent_ms(ticks: list[float]) -> float | None:
-    """Milliseconds of all calls that `timed_tower` noted; None without any."""
-    return 1000 * (sum(ticks[1::2]) - sum(ticks[: len(ticks) // 2 * 2 : 2])) if len(ticks) > 1 else None
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a steady clock, once ``device`` has finished what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
-    return time.perf_counter()
-
-
-def at_least(**numbers: tuple[int, int]) -> None:
-    """ValueError for the first of ``name=(value, least)`` that is too small."""
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise UserError(f"{name}={value} is not possible; give {least} or more")
+__all__ = ["AnswerClock", "in_turns", "measure", "milliseconds", "now", "runs_alone", "timed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,7 @@ from ..families import FAMILY_OF_CONFIG
 from ..families.geometry import family_of
 from ..methods import Reducer, UserError
 from ..plan import Plan
-from .flops import itemsize, kv_bytes_per_token, resolve, row_lengths
-from .latency import at_least
+from .flops import at_least, itemsize, kv_bytes_per_token, resolve, row_lengths
 
 BITS = (4, 8)
 NF4_BLOCK = 64  # weights that share one float32 scale, as bitsandbytes has it by default
@@ -123,31 +123,42 @@ def weight_bytes(config: Any, dtype: torch.dtype | str = "float16", bits: int | 
     ValueError
         An unsupported family, dtype or number of bits.
     """
-    import transformers
-
     if bits is not None and (isinstance(bits, bool) or bits not in BITS):
         raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
     family_of(config)  # raises for what is not supported
-    size = itemsize(dtype)
+    key, size = config.to_json_string(), itemsize(dtype)
+    if key not in _SIZES:
+        _SIZES[key] = _sizes(config)
+    plain, linear, buffers = _SIZES[key]
+    if bits is None:
+        return (plain + sum(math.prod(shape) for shape in linear)) * size + buffers
+    return plain * size + sum(_packed(math.prod(shape), shape[0], bits) for shape in linear) + buffers
+
+
+_Sizes = tuple[int, list[torch.Size], int]
+_SIZES: dict[str, _Sizes] = {}  # of configurations that were asked for
+
+
+def _sizes(config: Any) -> _Sizes:
+    """Weights that stay as they are, the matrices that bitsandbytes quantises, and the bytes of buffers.
+
+    These matrices are all linear layers but the output head.
+    """
+    import transformers
+
     with torch.device("meta"):
         model = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])(config)
-    quantised = [] if bits is None else _quantised(model)
-    packed = sum(_packed(weight, bits) for weight in quantised)
-    plain = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in quantised)
-    return plain * size + packed + sum(buffer.nbytes for buffer in model.buffers())
+    head = model.get_output_embeddings()
+    linear = [part.weight.shape for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
+    plain = sum(weight.numel() for weight in model.parameters()) - sum(math.prod(shape) for shape in linear)
+    return plain, linear, sum(buffer.nbytes for buffer in model.buffers())
 
 
-def _quantised(model: Any) -> list[torch.Tensor]:
-    """The matrices that bitsandbytes quantises: of all linear layers but the output head."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return [module.weight for module in linear if module is not model.get_output_embeddings()]
-
-
-def _packed(weight: torch.Tensor, bits: int | None) -> int:
+def _packed(count: int, rows: int, bits: int) -> int:
     """Bytes of a quantised matrix with its scales: one for each row of 8 bits, or for each block of 4 bits."""
     if bits == 8:
-        return weight.numel() + 4 * weight.shape[0]
-    return -(-weight.numel() // 2) + 4 * -(-weight.numel() // NF4_BLOCK) + NF4_TABLE
+        return count + 4 * rows
+    return -(-count // 2) + 4 * -(-count // NF4_BLOCK) + NF4_TABLE
 
 
 def _tower_bytes(vision: Any, plan: Plan, size: int) -> tuple[int, int]:

@@ -151,8 +151,8 @@ def calibrated_mask(
     if table is not None:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
         told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
-        distance = (asking[:, :, None] - position[:, None]).abs().clamp(max=len(table) - 1)
-        bias = bias + table[distance] * told
+        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
+        bias = table[distance].mul_(told).add_(bias)
     bias = bias[:, None].to(dtype)
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
 

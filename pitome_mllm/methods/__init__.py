@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..errors import UserError
 from .baselines import RandomDrop, Uniform
 from .cdpruner import CDPruner
 from .crossget import CrossGET
@@ -14,7 +15,6 @@ from .dart import DART
 from .dct import DCT
 from .diffrate import DiffRate
 from .divprune import DivPrune
-from .errors import UserError
 from .mctf import MCTF
 from .merge import Merge
 from .pitome import PiToMe

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power, stream_of
 from .merge import Merge
 

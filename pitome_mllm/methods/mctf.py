@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .matching import cosine, ranked, unit_metric
 from .merge import Merge, rows
 from .reducer import Reducer, check_number

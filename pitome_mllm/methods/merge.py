@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

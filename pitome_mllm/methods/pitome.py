@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from . import kernels
-from .errors import UserError
 from .matching import cosine, most_similar_first, ranked, unit_metric
 from .merge import Merge
 from .reducer import Reducer, check_count, check_number

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .merge import Merge
 from .reducer import Reducer
 

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeGuard
 
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .merge import Merge
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .merge import Merge
 from .pitome import PiToMe
 from .reducer import Reducer, check_number

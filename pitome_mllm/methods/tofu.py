@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .matching import most_similar_first, unit_metric
 from .merge import Merge, rows
 from .reducer import Reducer

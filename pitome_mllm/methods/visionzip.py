@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .matching import nearest, ranked, split_evenly, unit_metric
 from .merge import Merge
 from .reducer import Reducer, check_number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..methods import UserError
+from ..errors import UserError
 
 PUNCTUATION = ".,;:!?\"'()"
 Message = Mapping[str, Any]  # "role", and as "content" parts {"type": "image"} or {"type": "text", "text": ...}
@@ -40,17 +40,27 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
     return " ".join(said)
 
 
-def check_question(processor: Any, question: str) -> None:
-    """Refuse an empty question, one with the image's placeholder, and words the tokenizer does not know."""
+def check_question(processor: Any, question: str, examples: Sequence[str] = ()) -> None:
+    """Refuse an empty question, one with the image's placeholder, and words the tokenizer does not know.
+
+    ``examples`` are questions that the embedded model can answer about this image.
+    """
     if not question.strip():
         raise UserError("the question is empty; ask something about the picture")
     if processor.image_token in question:
         raise UserError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
     unknown = unknown_words(processor.tokenizer, question)
     if unknown:
-        words = sorted(filter(str.isalnum, processor.tokenizer.get_vocab()))
-        known = f"; it knows {len(words)} words: {' '.join(words)}" if len(words) < 200 else ""
-        raise UserError(f"the model does not know {', '.join(map(repr, unknown))}{known}")
+        said = what_it_answers(processor.tokenizer, examples)
+        raise UserError(f"the model does not know {', '.join(map(repr, unknown))}{said and '; '}{said}")
+
+
+def what_it_answers(tokenizer: Any, examples: Sequence[str] = ()) -> str:
+    """What the embedded model is for, three questions for it, and where to turn with others; '' of other models."""
+    if not hasattr(tokenizer, "purpose"):
+        return ""
+    said = ", ".join(map(repr, (examples or tokenizer.examples)[:3]))
+    return f"{tokenizer.purpose}, such as {said}; for others choose another --model, such as llava-hf/llava-1.5-7b-hf"
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
@@ -59,4 +69,4 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
     if unknown is None:
         return []
     words = dict.fromkeys(word.strip(PUNCTUATION) or word for word in text.split())
-    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
+    return [word for word in words if unknown in tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))]

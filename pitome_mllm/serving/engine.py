@@ -1,0 +1,182 @@
+"""Answers of one attached model to chat requests, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import AsyncTextIteratorStreamer, StoppingCriteria
+
+from ..attach import Attachment
+from ..errors import UserError
+from .prompts import write
+from .requests import ChatRequest, Refused, Text
+
+NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
+
+
+@dataclass
+class Job(StoppingCriteria):
+    """One request on its way: what the model takes, and what came of it. As a criterion it ends the answer.
+
+    Attributes
+    ----------
+    inputs : object
+        Of the processor.
+    visual : int
+        Visual tokens of the prompt before merging.
+    new_tokens : int
+        Limit of the answer.
+    stopped : bool
+        One of the request's stop strings came.
+    merged : int
+        Visual tokens that the LLM got.
+    """
+
+    request: ChatRequest
+    tokenizer: Any
+    inputs: Any
+    visual: int
+    new_tokens: int
+    given_up: Event = field(default_factory=Event)
+    stopped: bool = False
+    merged: int = 0
+    written: int = 0
+
+    @property
+    def prompt(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    @property
+    def stop(self) -> Sequence[str]:
+        return self.request.stop or ()
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if self.stop:
+            text = self.tokenizer.decode(ids[0, self.prompt :], skip_special_tokens=True)
+            self.stopped = any(stop in text for stop in self.stop)
+        return torch.full((len(ids),), self.stopped or self.given_up.is_set(), device=ids.device)
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.written >= self.new_tokens and not self.stopped else "stop"
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's figures, of the prompt as the LLM reads it, and visual tokens before and after merging."""
+        prompt = self.prompt - self.visual + self.merged
+        counts = {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
+        return {**counts, "visual_tokens": {"before": self.visual, "after": self.merged}}
+
+
+class Engine:
+    """One attached model and its processor, under the name that requests call it by."""
+
+    def __init__(self, name: str, handle: Attachment, processor: Any) -> None:
+        self.name, self.handle, self.processor = name, handle, processor
+        self._thread = ThreadPoolExecutor(1)  # CUDA graphs want one thread, and answers take turns anyway
+
+    def prepare(self, request: ChatRequest, pictures: Sequence[Image.Image]) -> Job:
+        """All that may be wrong with a request is found here, before anything runs; `Refused`."""
+        keep = self._keep(request)
+        processor, model = self.processor, self.handle.model
+        try:
+            prompt = write(processor, list(self._turns(request)))
+            inputs = processor(images=list(pictures) or None, text=prompt, return_tensors="pt")
+        except TemplateError as error:
+            raise Refused(f"the messages do not fit the model's chat template: {error}", "messages") from error
+        visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+        if self.handle.plan.calibration == "none" and not self.handle.geometry.family.tiles:
+            length -= len(pictures) * (self.handle.plan.available - keep)
+        wanted = request.new_tokens or 1
+        if length + wanted > most:
+            raise Refused(
+                f"the prompt of {length} tokens and {wanted} new ones do not fit: the model holds {most}; shorten the "
+                "conversation, or ask for fewer new tokens",
+                "messages",
+                "context_length_exceeded",
+            )
+        usual = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
+        return Job(request, processor.tokenizer, inputs, visual, request.new_tokens or usual)
+
+    def _keep(self, request: ChatRequest) -> int:
+        """Visual tokens per image that a request comes to."""
+        most = self.handle.plan.keep
+        if request.keep is None:
+            return most
+        try:
+            with self.handle.using(keep=request.keep):
+                asked = self.handle.plan.keep
+        except UserError as error:
+            raise Refused(f"keep: {error}", "keep") from error
+        if asked > most:
+            raise Refused(f"keep={request.keep} comes to {asked} visual tokens; at most {most} are served", "keep")
+        return asked
+
+    def _turns(self, request: ChatRequest) -> Any:
+        """The messages as `prompts` takes them."""
+        for number, message in enumerate(request.messages):
+            parts = []
+            for part in message.content:
+                is_text = isinstance(part, Text)
+                if is_text and self.processor.image_token in part.text:
+                    raise Refused(
+                        f"a text holds {self.processor.image_token!r}, which stands for a picture; leave it out",
+                        f"messages.{number}",
+                    )
+                parts.append({"type": "text", "text": part.text} if is_text else {"type": "image"})
+            yield {"role": "system" if message.role == "developer" else message.role, "content": parts}
+
+    async def answer(self, job: Job) -> AsyncIterator[str]:
+        """The answer's text as it comes; whoever stops to listen ends it."""
+        streamer = AsyncTextIteratorStreamer(job.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._generate, job, streamer)
+        try:
+            async for text in until(streamer, job.stop):
+                yield text
+            await running
+        finally:
+            job.given_up.set()
+
+    def _generate(self, job: Job, streamer: Any) -> None:
+        try:
+            if job.given_up.is_set():
+                return
+            request, model = job.request, self.handle.model
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            chosen = nullcontext() if request.keep is None else self.handle.using(keep=request.keep)
+            with chosen:
+                inputs = job.inputs.to(model.device, dtype=model.dtype)
+                limits: dict[str, Any] = {"max_new_tokens": job.new_tokens, "stopping_criteria": [job]}
+                ids = model.generate(**inputs, **request.sampling, **limits, streamer=streamer)
+            job.written = ids.shape[1] - job.prompt
+            job.merged = sum(self.handle.stats.lengths) if job.visual else 0
+        finally:
+            streamer.end()
+
+
+async def until(texts: AsyncIterator[str], stops: Sequence[str]) -> AsyncIterator[str]:
+    """The texts up to the first of ``stops``; what may be the beginning of one waits for what follows."""
+    held, ahead = "", max(map(len, stops), default=1) - 1
+    async for text in texts:
+        held += text
+        ends = [at for at in map(held.find, stops) if at >= 0]
+        ready = held[: min(ends)] if ends else held[: len(held) - ahead]
+        if ready:
+            yield ready
+        if ends:
+            held = ""
+            break
+        held = held[len(ready) :]
+    if held:
+        yield held
