@@ -106,6 +106,7 @@ class Attachment(Attached):
         """What ``settings`` mean for this model."""
         plan = make_plan(settings, self.geometry)
         install.check(self, plan)
+        install.listen(self, plan)
         return plan
 
     def _check_attached(self) -> None:

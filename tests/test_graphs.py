@@ -121,7 +121,7 @@ def test_the_second_equal_call_makes_a_graph_and_the_third_uses_it(one, pair):
 
 def test_nothing_of_an_earlier_call_changes(one, pair):
     model, tower = build(layers=3), None
-    with attach(model, "pitome", keep=100, where="both", graph=True) as handle, torch.no_grad():
+    with attach(model, "pitome", keep=100, where="both", graph=True, published=True) as handle, torch.no_grad():
         tower = model.model.vision_tower
         tower(one["pixel_values"], output_hidden_states=True)
         first, stats = tower(one["pixel_values"], output_hidden_states=True), handle.stats
