@@ -45,7 +45,7 @@ bench: $(VENV)/.ready
 	$(BENCH) --keep 288 144 72
 	$(BENCH) --shape llava-1.5-7b --layers 0 --keep 144 --methods pitome pitome:keys pitome:hidden --repeats 3
 	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 3
-	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome tome downsample --repeats 2
+	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome downsample --repeats 2
 
 # On a machine whose python has torch for its GPU; nothing is installed.
 BENCH_GPU_OUT ?= bench-gpu.csv
@@ -94,11 +94,13 @@ test-serve: $(SERVE)/.ready
 test-trl: $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
 
-# An installed Chromium, else the one that Playwright brings, else Debian's.
+# An installed Chromium, else the one that Playwright brings, else Debian's; never a newer version of a system package.
 chromium: $(BROWSER)/.ready
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-		$(BROWSER)/bin/playwright install --with-deps chromium || \
-		{ apt-get update && apt-get install -y chromium; }
+		{ $(BROWSER)/bin/playwright install chromium && $(BROWSER)/bin/playwright screenshot about:blank $(BROWSER)/blank.png; } || \
+		{ apt-get update && ! apt-get install --simulate chromium | grep '^Inst [^ ]* \[' && \
+		  apt-get install -y --no-upgrade chromium; } || \
+		{ echo "no Chromium without upgrading the packages above; install one yourself" >&2; exit 1; }
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -12,22 +12,20 @@ from PIL import Image
 
 from pitome_mllm import attach, estimate
 from pitome_mllm.costs.flops import MLP_MATRICES, kv_bytes_per_token
+from pitome_mllm.costs.published import SHAPES
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
 from .controls import Controls
 
+SEVEN = SHAPES["llava-1.5-7b"]
+
 
 class Engine:
     """The attached model of this process, with a thread on which runs take turns in the order they came.
 
-    Settings are per run, through ``handle.using``.
-
-    Parameters
-    ----------
-    name : what the model is called.
-    model, processor : plain, as `load` gives them.
+    Settings are per run, through ``handle.using``; ``model`` and ``processor`` come plain, as `load` gives them.
     """
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
@@ -38,6 +36,7 @@ class Engine:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._desk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="desk")
+        self.burden = lru_cache(maxsize=1)(self._burden)
         self._picture_flops = lru_cache(maxsize=256)(self._per_picture)  # counting them takes a good part of a second
 
     @property
@@ -53,14 +52,11 @@ class Engine:
             tower_features(self.model, blank)
 
     def plan(self, controls: Controls) -> Plan:
-        """What the settings come to; ValueError if they are not possible here."""
+        """What the settings come to; UserError if they are not possible here."""
         return make_plan(Settings().changed(**controls.settings()), self.geometry)
 
     def prepare(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Do something short that takes much memory for a moment, such as decoding, on one thread for all visitors.
-
-        The C library keeps what every thread once needed, and a page has dozens of threads.
-        """
+        """Do something short that takes much memory, such as decoding, on one thread; threads keep what they had."""
         return self._desk.submit(work, *given).result()
 
     def submit(self, run: Callable[[], Any]) -> Future:
@@ -81,19 +77,37 @@ class Engine:
             self._runs.remove(run)  # and with it what its visitor holds
 
     def cost(self, controls: Controls | None, pictures: int, prompt_tokens: int) -> tuple[float, float | None]:
-        """MB of the prompt's KV cache, and 10^9 FLOPs up to the first new token.
+        """MB of the prompt's KV cache, and 10^9 FLOPs up to the first new token (None = not known).
 
-        The latter None = not known: of this LLM, or of pictures that are cut into tiles. ``controls`` None = the plain
-        model; ``prompt_tokens`` as the LLM reads them.
+        ``controls`` None = the plain model; ``prompt_tokens`` as the LLM reads them.
         """
-        text = self.model.config.text_config
-        kv = prompt_tokens * kv_bytes_per_token(text, self.model.dtype) / 1e6
-        if text.model_type not in MLP_MATRICES or self.geometry.family.tiles:
+        kv = prompt_tokens * kv_bytes_per_token(self.model.config.text_config, self.model.dtype) / 1e6
+        if not self._countable:
             return kv, None
         llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
         return kv, (pictures * self._picture_flops(controls) + llm) / 1e9
+
+    @property
+    def _countable(self) -> bool:
+        """Whether FLOPs are known: not of every LLM, nor of pictures that are cut into tiles."""
+        return self.model.config.text_config.model_type in MLP_MATRICES and not self.geometry.family.tiles
+
+    def _burden(self) -> str:
+        """What decides the cost of an answer, here and in a model of seven billion parameters, in words."""
+        here = f"In {self.name} {_of_tower(self.model)}. " if self._countable else ""
+        there = f"In {SEVEN.title} {_of_tower(SEVEN.config())}"
+        return (
+            f"{here}{there}. Where that share is large, merging inside the tower saves most; where it is small, the "
+            "number of tokens that the language model reads decides."
+        )
 
     def _per_picture(self, controls: Controls | None) -> int:
         """FLOPs of tower, merging and projector for one picture."""
         one = estimate(self.model, **({} if controls is None else controls.settings()), text_tokens=0)
         return one.tower_flops + one.merging_flops + one.projector_flops
+
+
+def _of_tower(model: Any) -> str:
+    cost = estimate(model)
+    tower = cost.tower_flops + cost.projector_flops
+    return f"{tower / (tower + cost.prefill_flops):.0%} of the arithmetic before the first word is the vision tower's"

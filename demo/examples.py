@@ -20,7 +20,7 @@ NOTE = (
 
 
 def write(folder: Path) -> list[tuple[str, Path]]:
-    """Write the pictures into a folder; returns a question ("" = only look) with each."""
+    """Write the pictures into a folder; returns a question ("" = only look) with each, the photographs last."""
     made = []
     for number in SCENES:
         picture, questions = scene(number, split="test")

@@ -15,26 +15,27 @@ import gradio as gr
 from pitome_mllm.methods import UserError
 
 from . import charts, view
-from .belongings import Belongings
-from .controls import AMOUNTS, Controls, describe
+from .controls import Controls, describe
 from .engine import Engine
 from .look import Look
+from .pictures import Picture
 from .session import Conversation
 from .visitors import Visitors
 
 LEGEND = (
     "What shares an outline became one token; a dot is a patch that stayed alone, a diamond one that the method "
-    "protects. Click on a patch to light up everything that shares its token."
+    "protects. Click on a patch, or move the slider, to light up one token."
 )
 QUIET = gr.update(value="", visible=False)  # the line for mistakes, when there is none
+NOW = "now"  # of the pictures to look into, the one merged as the settings are
 
 
 class Handlers:
-    """For one page; ``belongings`` are the files of its visitors."""
+    """For one page; ``first`` is the picture that it opens with."""
 
-    def __init__(self, engine: Engine, belongings: Belongings) -> None:
-        self.belongings = belongings
-        self.visitors = Visitors(engine, farewell=belongings.drop)
+    def __init__(self, engine: Engine, first: Picture) -> None:
+        self.first = first
+        self.visitors = Visitors(engine)
 
     def of(self, request: gr.Request) -> Conversation:
         try:
@@ -45,24 +46,27 @@ class Handlers:
     def leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)
 
-    def send(self, request: gr.Request, box: dict[str, Any], *values: Any) -> Iterator[Any]:
+    def send(self, request: gr.Request, box: dict[str, Any], *values: Any, anew: bool = False) -> Iterator[Any]:
         """Ask; the question goes back into the box if it cannot be asked."""
         *values, compare = values
         chat = self.of(request)
-        self.belongings.add(request.session_hash, box["files"])
         emptied = None  # once: meanwhile the visitor may write the next question
         try:
-            for _ in chat.ask(box["text"] or "", box["files"], _controls(*values), compare):
+            for _ in chat.ask(box["text"] or "", box["files"], self._controls(values), compare, anew):
                 yield view.messages(chat.turns), QUIET, emptied
                 emptied = gr.skip()
         except UserError as error:
             yield view.messages(chat.turns), _loud(str(error)), box
 
+    def begin(self, request: gr.Request, box: dict[str, Any], *values: Any) -> Iterator[Any]:
+        """An example: it is asked in a new conversation."""
+        yield from self.send(request, box, *values, anew=True)
+
     def ask_again(self, request: gr.Request, *values: Any) -> Iterator[Any]:
         *values, compare = values
         chat = self.of(request)
         try:
-            for _ in chat.retry(_controls(*values), compare):
+            for _ in chat.retry(self._controls(values), compare):
                 yield view.messages(chat.turns), QUIET, gr.skip()
         except UserError as error:
             yield view.messages(chat.turns), _loud(str(error)), gr.skip()
@@ -74,15 +78,8 @@ class Handlers:
         self.of(request).clear()
         return [], QUIET, None
 
-    def tidy(self, request: gr.Request) -> None:
-        """Delete the files of a conversation that was cleared, once the page shows none of them any more."""
-        if not self.of(request).turns:
-            self.belongings.drop(request.session_hash)
-
-    def write_json(self, request: gr.Request) -> str:
-        path = self.belongings.path(request.session_hash, "conversation.json")
-        path.write_text(json.dumps(self.of(request).to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return str(path)
+    def to_json(self, request: gr.Request) -> str:
+        return json.dumps(self.of(request).to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     def snap(self, box: dict[str, Any], photo: str | None) -> tuple[Any, ...]:
         """A webcam's picture goes to the others in the box."""
@@ -92,88 +89,111 @@ class Handlers:
 
     def show_plan(self, request: gr.Request, *values: Any) -> tuple[Any, ...]:
         """What the settings come to, or why they cannot be, and what the benchmark says about them."""
-        engine, by_tokens = self.of(request).engine, values[1] == AMOUNTS[0]
+        engine, by_tokens = self.of(request).engine, values[1] != "ratio"
         sliders = gr.update(visible=by_tokens), gr.update(visible=not by_tokens)
         try:
-            plan = engine.plan(_controls(*values))
+            plan = engine.plan(self._controls(values))
         except UserError as error:
             return view.notice(str(error)), gr.skip(), *sliders
         return f'<div class="pm-plan">{describe(plan)}</div>', _accuracy(engine.name, plan, by_tokens), *sliders
 
     def show_model(self, request: gr.Request) -> str:
         engine = self.of(request).engine
-        return f'<div class="pm-plan">{view.text(engine.name)}: {engine.available} visual tokens per picture</div>'
+        about = f"{engine.name} makes {engine.available} visual tokens of a picture. {engine.burden()}"
+        return f'<div class="pm-note"><b>What decides the cost:</b> {view.text(about)}</div>'
 
     # looking inside
 
     def newest_look(self, request: gr.Request) -> tuple[Any, ...]:
         """The list of pictures to look into, and the last one of the last turn."""
-        found = _looks(self.of(request))
-        choices = [
-            (f"{turn + 1}. {look.name} · {look.title.split(' tokens')[0]}", f"{turn}/{number}")
-            for turn, number, look in found
-        ]
-        value = choices[-1][1] if choices else None
-        shown = gr.update(choices=choices, value=value), *self.show_look(request, value)
-        if _looks(self.of(request)) != found:  # cleared or asked again while this was drawn
-            return tuple(gr.skip() for _ in shown)
-        return shown
+        chat = self.of(request)
+        found = _looks(chat)
+        if not found:
+            return gr.skip()
+        shown = _choices(chat, [*found][-1]), *self.show_groups(request, [*found][-1])
+        return shown if _looks(chat) == found else gr.skip()  # cleared or asked again while this was drawn
+
+    def redraw(self, request: gr.Request, value: str, *values: Any) -> tuple[Any, ...]:
+        """The picture that is looked into, merged anew as the settings are now."""
+        chat, look = self.of(request), self._look(request, value)
+        try:
+            controls = self._controls(values)
+            chat.engine.plan(controls)
+        except UserError:  # `show_plan` says it
+            return gr.skip()
+        try:
+            chat.live = chat.preview(self.first if look is None else look.picture, controls)
+        except UserError as error:
+            return gr.skip(), None, gr.update(visible=False), view.notice(str(error), "info")
+        return _choices(chat, NOW), *self.show_groups(request, NOW)
 
     def _look(self, request: gr.Request, value: str | None) -> Look | None:
-        return next((look for t, n, look in _looks(self.of(request)) if f"{t}/{n}" == value), None)
+        chat = self.of(request)
+        return chat.live if value == NOW else _looks(chat).get(value or "")
 
-    def show_look(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
+    def show_groups(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
         look = self._look(request, value)
         if look is None:
-            return None, "", gr.update(visible=False), None, "", ""
+            return None, gr.update(visible=False), ""
         try:
-            groups = self._drawn(request, look.draw())
-            picked = _note(LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else ""))
+            groups, most = look.draw(), int(look.groups.max())
         except UserError as error:
-            groups, picked = None, view.notice(str(error), "info")
+            return None, gr.update(visible=False), view.notice(str(error), "info")
+        words = LEGEND + (" Hatched patches were dropped." if (look.groups < 0).any() else "")
+        return groups, gr.update(visible=most > 0, maximum=max(most, 1), value=0), _note(words)
+
+    def show_steps(self, request: gr.Request, value: str | None) -> tuple[Any, ...]:
+        """What the tabs beside the groups show."""
+        look = self._look(request, value)
+        if look is None:
+            return gr.update(visible=False), None, "", ""
         steps = look.energy_steps
         first = steps[0] if steps else 0
         slider = gr.update(visible=len(steps) > 1, minimum=first, maximum=max([first + 1, *steps]), value=first)
         title = _note(f"{look.name}: patch tokens after every merge")
-        return groups, picked, slider, *self.show_energy(request, value, first), title + charts.bars(look)
+        return slider, *self.show_energy(request, value, first), title + charts.bars(look)
 
-    def show_energy(self, request: gr.Request, value: str | None, step: int) -> tuple[Any, ...]:
+    def show_energy(self, request: gr.Request, value: str | None, step: float | None) -> tuple[Any, ...]:
         look = self._look(request, value)
-        if look is None:
-            return None, ""
+        if look is None or step is None:
+            return gr.skip()
         try:
             drawing, text = look.draw_energy(int(step))
         except UserError as error:
             return None, view.notice(str(error), "info")
-        return self._drawn(request, drawing), _note(f"{text}. High energy (yellow): many alike, merged first.")
+        return drawing, _note(f"{text}. High energy (yellow): many alike, merged first.")
 
     def pick(self, request: gr.Request, value: str | None, event: gr.SelectData) -> tuple[Any, ...]:
-        """Light up the group under a click."""
+        """Light up the token under a click."""
         look = self._look(request, value)
         if look is None:
-            return gr.skip(), gr.skip()
+            return gr.skip()
         whole = look.draw()
         group = look.pick(event.index[0] / whole.width, event.index[1] / whole.height)
         if group is None:
-            return self._drawn(request, whole), _note("This patch was dropped; it belongs to no token.")
-        return self._drawn(request, look.draw(group)), f'<div class="pm-plan">{view.text(look.describe(group))}</div>'
+            return whole, _note("This patch was dropped; it belongs to no token."), gr.skip()
+        return *self.light(request, value, group), group
 
-    def _drawn(self, request: gr.Request, image: Any) -> str | None:
-        return self.belongings.drawing(request.session_hash, image)
+    def light(self, request: gr.Request, value: str | None, group: float | None) -> tuple[Any, ...]:
+        """Light up a token."""
+        look = self._look(request, value)
+        if look is None or group is None:
+            return gr.skip()
+        try:
+            return look.draw(int(group)), f'<div class="pm-plan">{view.text(look.describe(int(group)))}</div>'
+        except UserError as error:
+            return gr.skip(), view.notice(str(error), "info")
 
     # for gradio_client
 
     def api_ask(self, request: gr.Request, question: str, picture: str | None, *values: Any) -> Iterator[Any]:
         """Ask in this client's conversation; yields the turn as JSON while it is written.
 
-        picture: a file, or None to go on with the pictures so far.
+        picture: a file, or None to go on with the pictures so far. compare: "nothing", "plain", or a method.
         """
         *values, compare = values
-        files = [picture] if picture else []
-        chat = self.of(request)
-        self.belongings.add(request.session_hash, files)
         try:
-            for turn in chat.ask(question, files, _controls(*values), compare):
+            for turn in self.of(request).ask(question, [picture] if picture else [], self._controls(values), compare):
                 yield turn.to_dict()
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -182,16 +202,31 @@ class Handlers:
         """This client's conversation so far, as JSON."""
         return self.of(request).to_dict()
 
+    def _controls(self, values: Any) -> Controls:
+        """From what the page's controls hold, in the order of `Controls`."""
+        named = {field.name: value for field, value in zip(fields(Controls), values, strict=True)}
+        return Controls.of(named, self.visitors.engine.available)
 
-def _controls(*values: Any) -> Controls:
-    """From what the page's controls hold, in the order of `Controls`."""
-    return Controls.of({field.name: value for field, value in zip(fields(Controls), values, strict=True)})
+
+def _looks(chat: Conversation) -> dict[str, Look]:
+    """Every picture of the turns that can be looked into, by turn, lane and number."""
+    return {
+        f"{number}/{lane}/{place}": look
+        for number, turn in enumerate(list(chat.turns))
+        for lane, reply in list(turn.replies.items())
+        for place, look in enumerate(reply.looks)
+    }
 
 
-def _looks(chat: Conversation) -> list[tuple[int, int, Look]]:
-    """Turn, number and look of every picture that can be looked into."""
-    merged = [(number, turn.replies["merged"].looks) for number, turn in enumerate(list(chat.turns))]
-    return [(turn, number, look) for turn, looks in merged for number, look in enumerate(looks)]
+def _choices(chat: Conversation, value: str) -> Any:
+    named = {name: f"{int(name.split('/')[0]) + 1}. {_title(look)}" for name, look in _looks(chat).items()}
+    if chat.live is not None:
+        named = {NOW: f"As set above: {_title(chat.live)}", **named}
+    return gr.update(choices=[(title, name) for name, title in named.items()], value=value)
+
+
+def _title(look: Look) -> str:
+    return f"{look.name} · {look.title.split(' tokens')[0]}"
 
 
 def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:

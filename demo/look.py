@@ -22,36 +22,26 @@ from pitome_mllm.visualize import (
     token_counts,
 )
 
+from .pictures import Picture
+
 SIDE = 672  # pixels of the longer side of a drawing
 DIM = 0.45  # share of its light that a patch keeps outside the group that was picked
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """One picture (or tile) of one run; N patches in reading order.
+    """One picture (or tile) of one run; N patches in reading order."""
 
-    Attributes
-    ----------
-    name : which picture.
-    title : with which settings.
-    seen : the picture as the vision tower got it.
-    grid : rows and columns of patches.
-    groups : (N,) int, the token of each patch, -1 = dropped; None for methods without groups.
-    protected : (N,) bool, patches that the method keeps out of merging.
-    counts : patch tokens before the first merge and after each one.
-    steps : what the merges are called.
-    energies : per merge (N,) float, the energy of each patch's token before it, NaN = dropped; None = has no energies.
-    """
-
-    name: str
-    title: str
-    seen: Image.Image
-    grid: tuple[int, int]
-    groups: np.ndarray | None
-    protected: np.ndarray
-    counts: tuple[int, ...]
-    steps: tuple[str, ...]
-    energies: tuple[np.ndarray | None, ...]
+    picture: Picture
+    name: str  # of the picture or its tile
+    title: str  # with which settings
+    seen: Image.Image  # the picture as the vision tower got it
+    grid: tuple[int, int]  # rows and columns of patches
+    groups: np.ndarray | None  # (N,) the token of each patch, -1 = dropped; None for methods without groups
+    protected: np.ndarray  # (N,) patches that the method keeps out of merging
+    counts: tuple[int, ...]  # patch tokens before the first merge and after each one
+    steps: tuple[str, ...]  # what the merges are called
+    energies: tuple[np.ndarray | None, ...]  # per merge (N,) of each patch's token before it, NaN = dropped
 
     def pick(self, x: float, y: float) -> int | None:
         """The group under a point, given as shares of width and height; None where a patch was dropped."""
@@ -61,12 +51,7 @@ class Look:
         return None if label < 0 else label
 
     def draw(self, group: int | None = None) -> Image.Image:
-        """All groups; with ``group`` only its patches keep their light.
-
-        Raises
-        ------
-        ValueError : the method forms no groups, or there is no such group.
-        """
+        """All groups; with ``group`` only its patches keep their light."""
         labels = self._labels()
         drawing = draw_groups(self.seen, labels, protected=self.protected, grid=self.grid, side=SIDE)
         if group is None:
@@ -77,21 +62,16 @@ class Look:
         return Image.composite(drawing, drawing.point(lambda value: DIM * value), mask)
 
     def describe(self, group: int) -> str:
-        """Size and energy of a group in words.
-
-        Raises
-        ------
-        ValueError : as `draw`.
-        """
+        """Size and energy of a group in words."""
         self._check(group)
         patches = np.flatnonzero(self._labels() == group)
         size = f"{len(patches)} patch{'es' if len(patches) > 1 else ''} of {self._labels().size}"
         text = f"Token {group}: {size}"
         if len(patches) == 1 and self.protected[patches[0]]:
             text += ", protected from merging"
-        step = self.first_energies
-        if step is None:
+        if not self.energy_steps:
             return f"{text}. {self.title.split(' ')[0]} has no energies."
+        step = self.energy_steps[0]
         values = self.energies[step]
         mean, low, high = values[patches].mean(), np.nanmin(values), np.nanmax(values)
         return (
@@ -100,22 +80,12 @@ class Look:
         )
 
     @property
-    def first_energies(self) -> int | None:
-        """The first merge that has energies."""
-        return next((step for step, values in enumerate(self.energies) if values is not None), None)
-
-    @property
     def energy_steps(self) -> list[int]:
         """All merges that have energies."""
         return [step for step, values in enumerate(self.energies) if values is not None]
 
     def draw_energy(self, step: int) -> tuple[Image.Image, str]:
-        """The energies before a merge, and what that merge did, in words.
-
-        Raises
-        ------
-        ValueError : there are none.
-        """
+        """The energies before a merge, and what that merge did, in words."""
         if step not in self.energy_steps:
             raise UserError("this run has no energies to show; choose a method that has some, such as pitome")
         drawing = draw_energies(self.seen, self.energies[step], grid=self.grid, side=SIDE)
@@ -132,33 +102,25 @@ class Look:
             raise UserError(f"there is no token {group}; choose 0 to {most}")
 
 
-def looks(processor: Any, pictures: Sequence[Any], stats: Any, title: str) -> list[Look]:
+def looks(processor: Any, pictures: Sequence[Picture], stats: Any, title: str) -> list[Look]:
     """What a run did to each of its pictures, in their order; those of several tiles once for every tile.
 
     There is nothing to see where merging comes behind the projector, when patches are patches no more.
-
-    Parameters
-    ----------
-    pictures : `Picture` objects, those of the run.
-    stats : of the run, with energies.
     """
     if stats.plan.where == "packed":
         return []
-    seen, names = [], []
-    for picture in pictures:
-        tiles = tiles_seen_by(processor, picture.image)
-        seen += tiles
-        names += [picture.name + (f", tile {number}" if number else "") for number in range(len(tiles))]
-    return [_look(stats, image, names[image], title, seen[image]) for image in range(stats.images)]
+    tiles = [(p, number, seen) for p in pictures for number, seen in enumerate(tiles_seen_by(processor, p.image))]
+    return [_look(stats, image, title, *tiles[image]) for image in range(stats.images)]
 
 
-def _look(stats: Any, image: int, name: str, title: str, seen: Image.Image) -> Look:
+def _look(stats: Any, image: int, title: str, picture: Picture, tile: int, seen: Image.Image) -> Look:
     grouped = all(merge.group is not None for merge in stats.merges)
     energies = patch_energies(stats, image) if grouped else [None] * len(stats.merges)
     plan = stats.plan
     protected = protected_patches(stats, image) if grouped else torch.zeros(plan.geometry.patches, dtype=torch.bool)
     return Look(
-        name=name,
+        picture=picture,
+        name=picture.name + (f", tile {tile}" if tile else ""),
         title=title,
         seen=seen,
         grid=plan.geometry.grid,

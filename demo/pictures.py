@@ -24,12 +24,7 @@ class Picture:
 
 
 def open_upload(path: str | Path) -> Picture:
-    """Decode a file that a visitor sent.
-
-    Raises
-    ------
-    ValueError : as `read_upload`, or there is no such file. It names the file without its folder.
-    """
+    """Decode a file that a visitor sent; a UserError names it without its folder."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"the picture {path.name!r} is gone; add it again")

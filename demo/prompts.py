@@ -30,17 +30,7 @@ def messages(lines: Sequence[Line]) -> Iterator[Message]:
 
 
 def encode(engine: Any, lines: Sequence[Line], images: Sequence[Any], plan: Any) -> tuple[Any, int]:
-    """Model inputs on the model's device, and how many new tokens the answer may have.
-
-    Parameters
-    ----------
-    images : of all lines, in their order.
-    plan : of the run; None = the plain model.
-
-    Raises
-    ------
-    ValueError : a question with unknown words or with the picture's placeholder, or a conversation that does not fit.
-    """
+    """Model inputs on the model's device, and how many new tokens the answer may have; no plan = the plain model."""
     model, processor = engine.model, engine.processor
     check_question(processor, lines[-1].question)
     inputs = processor(images=list(images), text=write(processor, list(messages(lines))), return_tensors="pt")

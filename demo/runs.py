@@ -23,24 +23,15 @@ from .look import Look, looks
 
 @dataclass
 class Outcome:
-    """What a run left.
+    """What a run left; None = not known."""
 
-    Attributes
-    ----------
-    visual_tokens, plain_tokens : of all pictures, those that reached the LLM, and those of the plain model; None = not
-        known.
-    text_tokens : the rest of the prompt.
-    looks : one for every picture or tile; none of the plain model, and none where nothing merged in front of the
-        projector.
-    """
-
-    visual_tokens: int | None
-    plain_tokens: int | None
-    text_tokens: int = 0
+    visual_tokens: int | None  # of all pictures, those that reached the LLM
+    plain_tokens: int | None  # those of the plain model
+    text_tokens: int = 0  # the rest of the prompt
     tower_ms: float | None = None
     prefill_ms: float | None = None
     per_token_ms: float | None = None
-    looks: tuple[Look, ...] = ()
+    looks: tuple[Look, ...] = ()  # of every picture or tile, where something merged in front of the projector
 
 
 @dataclass(frozen=True)
@@ -70,14 +61,8 @@ class _Words(TextStreamer):
 def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: threading.Event) -> Iterator[Event]:
     """Run ``work`` on the engine's thread and yield what happens, the last event with its result.
 
-    Parameters
-    ----------
-    work : gets a function to say pieces of text with.
-    stop : ends the run; set too when the caller of this generator goes away.
-
-    Raises
-    ------
-    Stopped : stopped before it began. Else what ``work`` raises; ValueError where memory was short.
+    ``work`` gets a function to say pieces of text with. ``stop`` ends the run (`Stopped` if it had not begun), and is
+    set when the caller of this generator goes away.
     """
     said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -145,12 +130,7 @@ def answer(
 def look_only(
     engine: Engine, pictures: Any, plan: Plan, controls: Controls, title: str, stop: threading.Event
 ) -> Iterator[Event]:
-    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`.
-
-    Raises
-    ------
-    ValueError : nothing merges in front of the projector.
-    """
+    """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`."""
     if plan.where == "packed":
         raise UserError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
 
@@ -160,10 +140,10 @@ def look_only(
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
         seen = tuple(looks(engine.processor, pictures, stats, title))
+        counts = len(pictures) * plan.keep, len(pictures) * plan.available
         if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
-            return Outcome(None, None, tower_ms=clock.cost().tower_ms, looks=seen)
-        each = len(pictures) * plan.keep, len(pictures) * plan.available
-        return Outcome(*each, tower_ms=clock.cost().tower_ms, looks=seen)
+            counts = None, None
+        return Outcome(*counts, tower_ms=clock.cost().tower_ms, looks=seen)
 
     return stream(engine, work, stop)
 

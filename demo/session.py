@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm.methods import UserError
 
-from .controls import Controls, label
+from .controls import NOTHING, PLAIN, Controls, label
 from .engine import Engine
+from .look import Look
 from .pictures import Picture, open_upload
 from .prompts import encode
 from .runs import Event, Outcome, Stopped, answer, look_only
@@ -26,7 +28,7 @@ from .turns import Reply, Turn, history
 MAX_PICTURES = 8  # in one conversation
 MAX_TURNS = 100
 MAX_LOOKS = 10  # turns back for which one can still look inside
-PATIENCE = 0.5  # seconds
+PATIENCE, ENDING = 0.5, 20.0  # seconds to wait for an answer's last words, and for one that was told to stop
 
 
 class Conversation:
@@ -35,6 +37,7 @@ class Conversation:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.turns: list[Turn] = []
+        self.live: Look | None = None  # of the last `preview` that was shown
         self.seen = time.monotonic()
         self._busy = threading.Lock()
         self._stop = threading.Event()
@@ -43,26 +46,27 @@ class Conversation:
     # asking
 
     def ask(
-        self, question: str, files: Sequence[str | Path], controls: Controls, compare: bool = False
+        self, question: str, files: Sequence[str | Path], controls: Controls, compare: str = NOTHING, anew: bool = False
     ) -> Iterator[Turn]:
         """Add a turn and write its replies, yielding the turn whenever there is something new to show.
+
+        A UserError (a broken picture, an impossible setting or question, an answer still being written) leaves the
+        conversation as before.
 
         Parameters
         ----------
         question : "" with pictures = only look at them.
         files : new pictures.
-        compare : the plain model answers too, before the merged one.
-
-        Raises
-        ------
-        ValueError : a broken picture, an impossible setting or question, or an answer still being written. The
-            conversation is then as before.
+        compare : who answers too, before: `PLAIN`, a method (with the same settings), or `NOTHING`.
+        anew : end and forget what was before.
         """
-        with self._one_at_a_time():
+        if anew:
+            self.clear()
+        with self._one_at_a_time(ENDING if anew else PATIENCE):
             pictures = [self.engine.prepare(open_upload, path) for path in files]
             yield from self._ask(question.strip(), pictures, controls, compare)
 
-    def retry(self, controls: Controls, compare: bool = False) -> Iterator[Turn]:
+    def retry(self, controls: Controls, compare: str = NOTHING) -> Iterator[Turn]:
         """Ask the last question again, with other settings if you like; as `ask`."""
         with self._one_at_a_time():
             if not self.turns:
@@ -74,6 +78,14 @@ class Conversation:
                 self.turns.append(last)
                 raise
 
+    def preview(self, picture: Picture, controls: Controls) -> Look:
+        """What these settings do to a picture: one pass of the tower, outside of the conversation."""
+        self.seen = time.monotonic()
+        plan = self.engine.plan(controls)
+        title = label(plan, self.engine.geometry)
+        *_, last = look_only(self.engine, [picture], plan, controls, title, threading.Event())
+        return last.result.looks[0]
+
     def stop(self) -> None:
         """End the answer that is being written; what there is of it stays."""
         self._stop.set()
@@ -81,7 +93,7 @@ class Conversation:
     def clear(self) -> None:
         """Forget everything."""
         self.stop()
-        self.turns = []
+        self.turns, self.live = [], None
 
     def to_dict(self) -> dict[str, Any]:
         """The conversation for a JSON file."""
@@ -99,8 +111,8 @@ class Conversation:
     # inside
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        if not self._busy.acquire(timeout=PATIENCE):  # the last words may be out a moment before the end is
+    def _one_at_a_time(self, patience: float = PATIENCE) -> Iterator[None]:
+        if not self._busy.acquire(timeout=patience):  # the last words may be out a moment before the end is
             raise UserError("an answer is still being written; wait for it, or stop it")
         try:
             self.seen = time.monotonic()
@@ -112,17 +124,14 @@ class Conversation:
             self.seen = time.monotonic()
             self._busy.release()
 
-    def _ask(self, question: str, pictures: list[Picture], controls: Controls, compare: bool) -> Iterator[Turn]:
-        engine = self.engine
-        plan = engine.plan(controls)
+    def _ask(self, question: str, pictures: list[Picture], controls: Controls, compare: str) -> Iterator[Turn]:
         turn = Turn(question, pictures)
         past = [*self.turns, turn]
+        lanes = self._lanes(question, controls, compare)
         self._check_room(past)
-        lanes: dict[str, Any] = {"merged": (controls, plan)}
-        if compare and question:
-            lanes = {"plain": (None, None), **lanes}
-        for lane, (settings, planned) in lanes.items():
-            turn.replies[lane] = Reply(label(planned, engine.geometry), settings, engine.name)
+        count = sum(len(asked.pictures) for asked in (past if question else [turn]))
+        for lane, (settings, plan) in lanes.items():
+            turn.replies[lane] = Reply(label(plan, self.engine.geometry, count), settings, self.engine.name)
         runs = {lane: self._run(past, lane, *lanes[lane]) for lane in lanes}  # checked before anything shows
         self.turns = past
         for old in past[:-MAX_LOOKS]:
@@ -139,6 +148,16 @@ class Conversation:
         finally:
             turn.end()
         yield turn
+
+    def _lanes(self, question: str, controls: Controls, compare: str) -> dict[str, tuple[Controls | None, Any]]:
+        """Settings and plan of everyone who answers; the plain model has none."""
+        lanes: dict[str, tuple[Controls | None, Any]] = {}
+        if compare == PLAIN and question:
+            lanes[PLAIN] = None, None
+        elif compare not in (PLAIN, NOTHING):
+            other = replace(controls, method=compare)
+            lanes["other"] = other, self.engine.plan(other)
+        return {**lanes, "merged": (controls, self.engine.plan(controls))}
 
     def _check_room(self, turns: list[Turn]) -> None:
         count = sum(len(turn.pictures) for turn in turns)

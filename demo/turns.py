@@ -16,25 +16,16 @@ from .prompts import Line
 
 @dataclass
 class Reply:
-    """One model's answer in a turn.
+    """One model's answer in a turn."""
 
-    Attributes
-    ----------
-    label : the settings it was asked with, in words.
-    controls : these settings; None = the plain model.
-    state : "waiting", "writing", "done" or "stopped".
-    ahead : runs of others before this one, while it waits.
-    plain : what the plain model would cost or, where it was asked too, did cost.
-    """
-
-    label: str
-    controls: Controls | None
+    label: str  # the settings it was asked with, in words
+    controls: Controls | None  # these settings; None = the plain model
     model: str
     text: str = ""
-    state: str = "waiting"
-    ahead: int = 0
+    state: str = "waiting"  # then "writing", "done" or "stopped"
+    ahead: int = 0  # runs of others before this one, while it waits
     figures: AnswerCost | None = None
-    plain: AnswerCost | None = None
+    plain: AnswerCost | None = None  # what the plain model would cost or, where it was asked too, did cost
     looks: tuple[Look, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +43,7 @@ class Reply:
 
 @dataclass
 class Turn:
-    """A question ("" = only look), the pictures that came with it, and the replies by lane: "plain", "merged"."""
+    """A question ("" = only look), its pictures, and the replies by lane: "plain" or "other", "merged"."""
 
     question: str
     pictures: list[Picture]

@@ -11,6 +11,7 @@ from html import escape
 
 from pitome_mllm.costs.answer import AnswerCost
 
+from .controls import PLAIN
 from .pictures import data_uri
 from .turns import Reply, Turn
 
@@ -87,19 +88,28 @@ def figures(found: AnswerCost, shares: dict[str, float], lane: str) -> str:
         value = getattr(found, name)
         if value is None:
             continue
-        ratio = f'<div class="pm-ratio">×{shares[name]:.2f}</div>' if lane == "merged" and name in shares else ""
+        ratio = _ratio(shares[name]) if lane != PLAIN and name in shares else ""
         cells.append(
             f'<div class="pm-cell" title="{how}"><div class="pm-name">{title}</div>'
             f'<div class="pm-value">{form(value)}</div>{ratio}</div>'
         )
-    return f'<div class="pm-strip">{"".join(cells)}</div>' + (saved(shares) if lane == "merged" and shares else "")
+    words = saved(shares) if lane != PLAIN and shares else ""
+    if found.tower_ms and found.prefill_ms:
+        words += f" {found.tower_ms / found.prefill_ms:.0%} of the time to the first token went to the vision tower."
+    return f'<div class="pm-strip">{"".join(cells)}</div><div class="pm-saved">{words}</div>'
+
+
+def _ratio(share: float) -> str:
+    """A share of the plain model's figure: less is better, and said by sign and colour."""
+    kind, sign = ("better", "▼") if share < 0.995 else ("worse", "▲") if share >= 1.005 else ("same", "")
+    return f'<div class="pm-ratio pm-{kind}">×{share:.2f} {sign}</div>'
 
 
 def saved(shares: dict[str, float]) -> str:
     """What merging saves of the plain model's figures, in words."""
     found = [f"{1 - shares[name]:.0%} of the {what}" for name, what in SAVED.items() if shares.get(name, 1) < 1]
     words = f"Saved: {', '.join(found)}" if found else "Nothing saved"
-    return f'<div class="pm-saved"><b>{words}.</b> × = share of the plain model\'s.</div>'
+    return f"<b>{words}.</b> × = share of the plain model's."
 
 
 def text(words: str) -> str:

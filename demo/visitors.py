@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from pitome_mllm.methods import UserError
 
@@ -16,33 +16,15 @@ IDLE_SECONDS = 1800  # after which a visitor who did not say goodbye counts as g
 
 
 class Visitors:
-    """Who is there: one `Conversation` per key, freed when its visitor leaves or was away for long.
+    """Who is there: one `Conversation` per key, freed when its visitor leaves or was away for ``idle`` seconds."""
 
-    Parameters
-    ----------
-    most : visitors at once.
-    idle : seconds after which a visitor who was away is let go by `expire`.
-    farewell : is called with the key of everyone who left.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        most: int = MAX_VISITORS,
-        idle: float = IDLE_SECONDS,
-        farewell: Callable[[Hashable], None] = lambda key: None,
-    ) -> None:
-        self.engine, self.most, self.idle, self.farewell = engine, most, idle, farewell
+    def __init__(self, engine: Engine, most: int = MAX_VISITORS, idle: float = IDLE_SECONDS) -> None:
+        self.engine, self.most, self.idle = engine, most, idle
         self._lock = threading.Lock()
         self.conversations: dict[Hashable, Conversation] = {}
 
     def of(self, key: Hashable) -> Conversation:
-        """The conversation of a visitor, a new one for a new visitor.
-
-        Raises
-        ------
-        ValueError : too many visitors.
-        """
+        """The conversation of a visitor, a new one for a new visitor."""
         if key not in self.conversations:
             self.expire()
         with self._lock:
@@ -58,7 +40,6 @@ class Visitors:
             gone = self.conversations.pop(key, None)
         if gone is not None:
             gone.leave()
-        self.farewell(key)
 
     def watch(self, every: float = 60.0) -> None:
         """`expire` for ever, on a thread that ends with the program."""

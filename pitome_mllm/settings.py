@@ -201,7 +201,7 @@ def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
     return wanted if geometry.llm_rotary else "size"
 
 
-def _check_calibration(kind: str, reducer: Reducer, name: str, geometry: Geometry) -> None:
+def _check_calibration(kind: str | None, reducer: Reducer, name: str, geometry: Geometry) -> None:
     """UserError where the method or the LLM does not take a calibration that is asked for."""
     reason = geometry.llm_unsupported_reason
     if kind != "none" and not reducer.forms_groups:

@@ -1,6 +1,6 @@
 """Asking in a conversation of the chat."""
 
-from pitome_mllm_demo.controls import Controls
+from pitome_mllm_demo.controls import NOTHING, Controls
 
 PITOME = Controls("pitome", keep=144)
 
@@ -11,5 +11,5 @@ def said(events):
     return last
 
 
-def ask(chat, question, files=(), controls=PITOME, compare=False):
+def ask(chat, question, files=(), controls=PITOME, compare=NOTHING):
     return said(chat.ask(question, files, controls, compare))

@@ -86,7 +86,7 @@ def test_rows_hold_times_and_shares_of_the_same_rounds(field, monkeypatch):
     """On a clock that every block of the tower moves by 1 s, the head of the LLM by 8, and merging by 1/2."""
     passed = [0.0]
     monkeypatch.setattr(latency, "now", lambda *_: passed[0])
-    monkeypatch.setattr(measure.Picture, "merge", lambda _: passed.append(passed.pop() + 0.5))
+    monkeypatch.setattr(measure, "merging", lambda *_: lambda: passed.append(passed.pop() + 0.5))
 
     def moves(module, seconds):
         module.register_forward_hook(lambda *_: passed.append(passed.pop() + seconds))

@@ -64,7 +64,7 @@ def prompts_of(chat):
 def test_figures_are_what_the_language_model_read(chat_of, paths, title, controls):
     chat = chat_of(title)
     read = prompts_of(chat)
-    turn = ask(chat, QUESTION, paths, controls, compare=True)
+    turn = ask(chat, QUESTION, paths, controls, compare="plain")
     plain, merged = turn.replies["plain"].figures, turn.replies["merged"].figures
     assert [plain.prompt_tokens, merged.prompt_tokens] == read
     assert plain.prompt_tokens - plain.visual_tokens == merged.prompt_tokens - merged.visual_tokens
@@ -86,7 +86,7 @@ def test_figures_of_tiles_are_counted_not_multiplied(chat_of, paths):
     assert reply.figures.visual_tokens == sum(map(len, features)) not in (3 * 10, 0)
     assert reply.plain.visual_tokens == full != 3 * engine.available
     assert reply.figures.gflops is None and reply.plain.gflops is None  # not known; not wrong
-    assert reply.label == "tome · 10 of 144 tokens per tile (7%) · tower"
+    assert reply.label == "tome · 3 pictures of 10 of 144 tokens per tile (7%) · inside the vision tower"
 
 
 def test_every_tile_can_be_looked_into(chat_of, paths):

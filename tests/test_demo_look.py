@@ -64,7 +64,7 @@ def test_a_group_tells_its_size_and_its_energy(look):
 
 
 def test_energies_of_every_merge(look):
-    assert look.energy_steps == list(range(len(look.steps))) and look.first_energies == 0
+    assert look.energy_steps == list(range(len(look.steps)))
     drawn = [look.draw_energy(step) for step in look.energy_steps]
     assert [text for _, text in drawn][0] == f"block 0: 576 → {look.counts[1]} tokens"
     assert len({np.asarray(picture).tobytes() for picture, _ in drawn}) == len(look.steps)

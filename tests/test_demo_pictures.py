@@ -2,6 +2,7 @@
 
 import io
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pitome_mllm.serving.uploads import FORMATS, MAX_BYTES, MAX_SIDE
 from pitome_mllm_demo.pictures import data_uri, open_upload
 
 
-@pytest.mark.parametrize("width, height", [(30_000, 30_000), (7_000, 7_000), (100_000, 10_000)])
+@pytest.mark.parametrize("width, height", [(30_000, 30_000), (9_000, 9_000), (100_000, 10_000)])
 def test_decompression_bombs_are_refused_by_their_header(tmp_path, width, height):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of(width, height))
@@ -82,6 +83,16 @@ def test_large_pictures_are_scaled_down_and_odd_ones_become_rgb(tmp_path):
     Image.new("RGBA", (50, 60), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     made = open_upload(tmp_path / "clear.png")
     assert made.image.mode == "RGB" and made.name == "clear.png" and made.image.getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_a_photo_of_48_megapixels_is_scaled_down_while_it_is_decoded(tmp_path):
+    """Only a JPEG can be; what comes out is as sharp as before, and turned as its camera says."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken upright
+    Image.new("RGB", (8000, 6000), "red").save(tmp_path / "photo.jpg", exif=exif)
+    with mock.patch.object(Image.Image, "resize", autospec=True, side_effect=Image.Image.resize) as resized:
+        assert open_upload(tmp_path / "photo.jpg").image.size == (MAX_SIDE * 3 // 4, MAX_SIDE)
+    assert all(call.args[0].width * call.args[0].height < 8e6 for call in resized.call_args_list)
 
 
 def test_the_small_copy_needs_no_file():

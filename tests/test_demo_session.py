@@ -1,6 +1,7 @@
 """The chat without a page: turns, streaming, stopping, comparing."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -10,9 +11,9 @@ import torch
 from asking import PITOME, ask, said
 from models import LONG
 
-from pitome_mllm import estimate, load
+from pitome_mllm import METHODS, estimate, load
 from pitome_mllm_demo import session
-from pitome_mllm_demo.controls import Controls
+from pitome_mllm_demo.controls import KINDS, Controls, menu
 from pitome_mllm_demo.engine import Engine
 from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Conversation
 from pitome_mllm_eval.benchmark.sets import scene
@@ -35,7 +36,7 @@ def test_an_answer_is_that_of_the_command_line(chat, files, capsys):
     reply = ask(chat, question, files[:1]).replies["merged"]
     assert cli.main(["ask", "--method", "pitome", "--keep", "144", "--json", "--scene", "0", question]) == 0
     assert reply.text == json.loads(capsys.readouterr().out)["answer"] != ""
-    assert reply.state == "done" and reply.label == "pitome · 144 of 576 tokens (25%) · tower"
+    assert reply.state == "done" and reply.label == "pitome · 144 of 576 tokens (25%) · inside the vision tower"
 
 
 def test_words_appear_one_after_the_other(wordy_engine, photo):
@@ -101,9 +102,9 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
         turn = ask(chat, "is there a star?", files[:1] if not merges else (), controls)
         merges.append(turn.replies["merged"].looks[0].counts[-1])
     labels = [turn.replies["merged"].label for turn in chat.turns]
-    assert labels[0] == "pitome · 144 of 576 tokens (25%) · tower"
-    assert labels[1] == "tome · 72 of 576 tokens (12%) · projector"
-    assert labels[3] == "pitome · 144 of 576 tokens (25%) · both"
+    assert labels[0] == "pitome · 144 of 576 tokens (25%) · inside the vision tower"
+    assert labels[1] == "tome · 72 of 576 tokens (12%) · after the vision tower"
+    assert labels[3] == "pitome · 144 of 576 tokens (25%) · inside and after the vision tower"
     expected = chat.engine.plan(Controls("pitome", amount="ratio")).keep
     assert merges == [144, 72, expected, 144, 144] and chat.engine.model is model
 
@@ -143,6 +144,28 @@ def test_mistakes_are_one_readable_error_and_leave_no_trace(chat, files, questio
     assert ask(chat, "is there a star?", files[:1]).replies["merged"].state == "done"
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"keep": 9999}, "9999 tokens are not possible; give a whole number from 1 to 576"),
+        ({"keep": 0}, "0 tokens"), ({"keep": 1.5}, "1.5 tokens"), ({"keep": None}, "no number; give 1 to 576 tokens"),
+        ({"keep": True}, "no number"), ({"amount": "ratio", "ratio": None}, "no number; give a ratio up to 1"),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_cleared_or_out_of_range_is_said_in_words(changed, message):
+    given = {**Controls(keep=144).to_dict(), **changed}
+    with pytest.raises(ValueError, match=message):
+        Controls.of(given, 576)
+    assert Controls.of({**given, "amount": "tokens", "keep": 99.0}, 576).keep == 99
+
+
+def test_the_menu_has_a_line_for_every_method_in_groups():
+    lines = menu()
+    assert sorted(name for _, name in lines) == sorted(METHODS)
+    kinds = [re.match(r"[\w-]+ \((\w+)\): \w", line)[1] for line, _ in lines]
+    assert kinds == sorted(kinds, key=KINDS.index) and {*kinds} == {*KINDS}
+
+
 def test_a_first_question_needs_a_picture_and_a_turn_needs_something(chat, files):
     with pytest.raises(ValueError, match="add a picture first"):
         ask(chat, "is there a star?")
@@ -152,7 +175,7 @@ def test_a_first_question_needs_a_picture_and_a_turn_needs_something(chat, files
 
 
 def test_a_picture_without_a_question_is_only_looked_at(chat, files):
-    reply = ask(chat, "", files[:1], compare=True).replies["merged"]
+    reply = ask(chat, "", files[:1], compare="plain").replies["merged"]
     assert reply.text == "" and reply.state == "done" and reply.looks[0].counts[-1] == 144
     assert reply.figures.tower_ms > 0 and reply.figures.prefill_ms is None
     assert ask(chat, "is there a star?").replies["merged"].text in ("yes", "no")
@@ -222,7 +245,7 @@ def test_one_answer_at_a_time(wordy_engine, photo):
 def test_retry_asks_again_with_other_settings(chat, files):
     ask(chat, "is there a star?", files[:1])
     ask(chat, "is there a circle?")
-    turn = said(chat.retry(Controls("tome", keep=36), compare=True))
+    turn = said(chat.retry(Controls("tome", keep=36), compare="plain"))
     assert [t.question for t in chat.turns] == ["is there a star?", "is there a circle?"] and chat.turns[-1] is turn
     assert turn.replies["merged"].label.startswith("tome · 36 of 576") and set(turn.replies) == {"plain", "merged"}
     chat.clear()
@@ -239,7 +262,7 @@ def test_clear_while_an_answer_is_written(wordy_engine, photo):
 
 
 def test_the_conversation_as_json(chat, files):
-    ask(chat, "is there a star?", files[:1], compare=True)
+    ask(chat, "is there a star?", files[:1], compare="plain")
     told = json.loads(json.dumps(chat.to_dict()))
     assert told["model"] == "tiny"
     (turn,) = told["turns"]
@@ -249,17 +272,61 @@ def test_the_conversation_as_json(chat, files):
     merged = turn["replies"]["merged"]
     assert merged["settings"] == {
         "method": "pitome", "amount": "tokens", "keep": 144, "ratio": 0.9, "where": "default",
-        "merges": "default",
+        "merges": "default", "published": False,
     }  # fmt: skip
     assert merged["answer"] in ("yes", "no") and merged["figures"]["visual_tokens"] == 144
     assert merged["of_plain"]["visual_tokens"] == 0.25 and turn["replies"]["plain"]["settings"] is None
+
+
+def test_a_new_conversation_ends_and_forgets_the_one_before(wordy_engine, engine, files, photo):
+    """As an example starts it: no picture of before comes along, and an answer that is being written ends."""
+    chat = Conversation(engine)
+    for path in files[:3]:
+        turn = said(chat.ask("is there a star?", [path], PITOME, anew=True))
+        assert [len(t.pictures) for t in chat.turns] == [1] and turn.replies["merged"].figures.visual_tokens == 144
+    chat = Conversation(wordy_engine)
+    events = chat.ask(QUESTION, [photo], PITOME)
+    while not next(events).replies["merged"].text:
+        pass
+    rest = threading.Thread(target=said, args=[events])
+    rest.start()
+    turn = said(chat.ask("what shape is the thing", [photo], PITOME, anew=True))
+    rest.join()
+    assert chat.turns == [turn] and turn.replies["merged"].state == "done"
+
+
+def test_the_card_says_how_many_pictures_there_are(chat, files):
+    ask(chat, "is there a star?", files[:1])
+    labels = [ask(chat, question, files[1:2]).replies["merged"].label for question in ("is there a circle?", "")]
+    assert labels == [f"pitome · {n}144 of 576 tokens (25%) · inside the vision tower" for n in ("2 pictures × ", "")]
+
+
+def test_two_methods_side_by_side(chat, files):
+    turn = ask(chat, "is there a star?", files[:1], PITOME, compare="tome")
+    assert [reply.label.split(" · ")[0] for reply in turn.replies.values()] == ["tome", "pitome"]
+    for reply in turn.replies.values():
+        assert reply.figures.visual_tokens == 144 and reply.plain.visual_tokens == 576 and len(reply.looks) == 1
+    assert [*ask(chat, "", files[1:2], PITOME, compare="tome").replies] == ["other", "merged"]
+    with pytest.raises(ValueError, match="did you mean 'tome'"):
+        ask(chat, "is there a star?", compare="tom")
+
+
+def test_a_preview_is_one_pass_of_the_tower_outside_of_the_conversation(chat, files, monkeypatch):
+    ask(chat, "is there a star?", files[:1])
+    picture, passes = chat.turns[0].pictures[0], []
+    hook = chat.engine.handle.tower.register_forward_pre_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(chat.engine.model, "generate", None)
+    looks = [chat.preview(picture, Controls("pitome", keep=keep)) for keep in (144, 72)]
+    hook.remove()
+    assert [look.counts[-1] for look in looks] == [144, 72] and len(passes) == 2 and len(chat.turns) == 1
+    assert looks[0].groups.tolist() == chat.turns[0].replies["merged"].looks[0].groups.tolist()
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def test_compare_gives_both_answers_and_their_figures(chat, files):
-    turn = ask(chat, "is there a star?", files[:1], Controls("pitome", keep=72), compare=True)
+    turn = ask(chat, "is there a star?", files[:1], Controls("pitome", keep=72), compare="plain")
     plain, merged = turn.replies["plain"], turn.replies["merged"]
     assert plain.label == "plain · all 576 tokens" and plain.looks == () and merged.plain is plain.figures
     assert (plain.figures.visual_tokens, merged.figures.visual_tokens) == (576, 72)
@@ -283,8 +350,8 @@ def test_calculated_figures_are_those_of_estimate(engine, controls, pictures):
 
 def test_a_plain_run_in_between_is_really_plain(chat, files):
     """The plain lane remembers the plain answers, and merging holds again after it."""
-    ask(chat, "is there a star?", files[:1], compare=True)
-    turn = ask(chat, "is there a circle?", compare=True)
+    ask(chat, "is there a star?", files[:1], compare="plain")
+    turn = ask(chat, "is there a circle?", compare="plain")
     assert turn.replies["plain"].figures.visual_tokens == 576
     assert turn.replies["merged"].looks[0].counts[-1] == 144
 

@@ -1,9 +1,12 @@
 """The chat as HTML, and the command that serves it, as far as they go without Gradio."""
 
 import re
+import shutil
 import socket
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +80,9 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
         "GFLOPs",
     ):
         assert said["content"].count(f">{name}<") == 2
+    kinds = re.findall(r'class="pm-ratio pm-(\w+)"', said["content"])
+    assert kinds == ["better"] * 4 + ["worse", "better", "worse"] and words.count("▲") == 2
+    assert "50% of the time to the first token went to the vision tower" in words  # of the plain model, 100 of 200 ms
     assert re.findall(r"×\d+\.\d\d", words) == ["×0.25", "×0.27", "×0.50", "×0.40", "×1.11", "×0.27", "×287.09"]
     assert "1,234" in words or "1,235" in words
     assert words.count("Saved: 75% of the visual tokens, 73% of the KV cache.") == 1  # FLOPs became more in this one
@@ -84,7 +90,7 @@ def test_the_strip_has_every_figure_and_ratios_beside_merged_ones():
 
 def test_where_nothing_is_saved_nothing_is_promised():
     assert "Nothing saved." in view.figures(AnswerCost(576), {"visual_tokens": 1.0, "gflops": 1.1}, "merged")
-    assert "aved" not in view.figures(AnswerCost(576), {}, "plain")
+    assert "Saved" not in view.figures(AnswerCost(576), {}, "plain")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +162,26 @@ def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(started
         monkeypatch.setattr(_server, "PORTS", (port, free))
         with _server.bound("127.0.0.1", None) as found:
             assert found.getsockname()[1] == free
+
+
+def test_a_chromium_is_installed_only_where_nothing_is_upgraded(tmp_path):
+    """`make chromium` with stand-ins for the commands that it calls."""
+    made = {
+        "playwright": "exit 1",
+        "apt-get": 'echo "$*" >> apt.log; case "$*" in *simulate*) echo "Inst libc6 [2.36] (2.41 Debian)";; esac',
+    }
+    for name, does in made.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for tool in ("sh", "grep", "make", "touch"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    (tmp_path / ".ready").touch()
+    root = Path(__file__).parents[1]
+    command = ["make", "-f", root / "Makefile", "-o", f"{tmp_path}/.ready", f"BROWSER={tmp_path}", "chromium"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": f"{tmp_path}/bin"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "no Chromium without upgrading" in done.stderr and "libc6" in done.stdout
+    assert (tmp_path / "apt.log").read_text().splitlines() == ["update", "install --simulate chromium"]
 
 
 def test_without_gradio_the_command_says_how_to_get_it(capsys, monkeypatch):

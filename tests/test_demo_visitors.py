@@ -43,12 +43,13 @@ def test_who_was_away_is_let_go_though_nobody_comes(engine, files, monkeypatch):
     slept, left, nap = [], queue.Queue(), threading.Semaphore(1)
     clock = SimpleNamespace(sleep=lambda every: (slept.append(every), nap.acquire()), monotonic=time.monotonic)
     monkeypatch.setattr("pitome_mllm_demo.visitors.time", clock)
-    visitors = Visitors(engine, idle=100, farewell=left.put)
+    visitors = Visitors(engine, idle=100)
+    monkeypatch.setattr(Conversation, "leave", lambda chat, leave=Conversation.leave: (leave(chat), left.put(chat)))
     chat = visitors.of("a")
     ask(chat, "is there a star?", files[:1])
     chat.seen -= 101
     visitors.watch(every=7)
-    assert left.get(timeout=60) == "a" and visitors.conversations == {} and chat.turns == [] and slept[0] == 7
+    assert left.get(timeout=60) is chat and visitors.conversations == {} and chat.turns == [] and slept[0] == 7
 
 
 def test_there_is_room_for_so_many_visitors(engine):

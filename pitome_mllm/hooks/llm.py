@@ -26,8 +26,8 @@ from .layout import Layout
 from .positions import at_placeholders, shift_to_median
 from .transfers import on
 
-NEAR = 2.0  # what a near key's D, which is 1 at distance 0, is subtracted from
-SHORTEST = 4096  # distances in a table
+NEAR = 2.0  # what D is subtracted from, which is 1 at distance 0
+TABLE = 4096  # distances that are worked out at once
 
 
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -51,6 +51,10 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
             sample = on(tokens.device, call.sample)
         kwargs["attention_mask"] = _calibrated(language, layout, tokens, kwargs, sample)
+    elif call is not None and past is not None and not caches.length_of(past) and bool(call.layout.real.all()):
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+            kwargs["attention_mask"] = None  # all ones, which transformers would wait for the device to see
     return args, kwargs
 
 
@@ -88,19 +92,19 @@ def check(config: Any, calibration: str) -> None:
 
 
 def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
-    """(L,) float32, log(2 - D(d)) for every distance d below ``reach`` and some more, of the model's own frequencies.
+    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies.
 
-    Kept until those change; where they do so with the length of a prompt, ``ids`` (B, T) say which it is.
+    Kept until those change; where they do so with the length of a prompt, position ``ids`` (B, T) say which it is.
     """
     handle, rotary = language._pitome, language.rotary_emb
     scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
     if scaled:
         rotary(ids, ids)
     frequencies, table = handle.distances
-    if scaled or frequencies is not rotary.inv_freq or len(table) < reach:
-        length = max(SHORTEST, 1 << (reach - 1).bit_length())
-        angles = torch.arange(length, device=rotary.inv_freq.device)[:, None] * rotary.inv_freq.float()
-        handle.distances = rotary.inv_freq, (NEAR - angles.cos().mean(-1)).log()
+    if scaled or frequencies is not rotary.inv_freq or len(table) <= reach:
+        distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
+        near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
+        handle.distances = rotary.inv_freq, (NEAR - near).log()
     return handle.distances[1]
 
 
@@ -110,15 +114,17 @@ def _calibrated(
     """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
     past, mask = caches.cache_in(kwargs), kwargs.get("attention_mask")
     dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
-    layout, table = layout.on(tokens.device), None
-    asking = kwargs["position_ids"] - language._pitome.family.first_position
-    if layout.calibration == "distance":
-        table = on(tokens.device, distances(language, kwargs["position_ids"], layout.reach + tokens.shape[1]))
+    layout, ids = layout.on(tokens.device), kwargs["position_ids"]
+    asking = ids - language._pitome.family.first_position
 
     def calibrated(one: Tensor | None) -> Tensor:
         if one is None or one.dim() == 2:
             one = _seen(tokens, past, one, sample)
         position, size = layout.of_places(one.shape[-1])
+        table = None
+        if layout.calibration == "distance":
+            reach = layout.reach + max(one.shape[-1] - layout.places, 0)
+            table = on(tokens.device, distances(language, ids, reach))
         return calibrated_mask(one, asking, position, size, table, dtype)
 
     return {kind: calibrated(one) for kind, one in mask.items()} if isinstance(mask, dict) else calibrated(mask)
@@ -145,10 +151,10 @@ def calibrated_mask(
     if table is not None:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
         told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
-        distance = (asking[:, :, None] - position[:, None]).abs().clamp(max=len(table) - 1)
-        bias = bias + table[distance].masked_fill(~told, 0)
+        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
+        bias = table[distance].mul_(told).add_(bias)
     bias = bias[:, None].to(dtype)
-    return bias.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
+    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
 
 
 def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None) -> Tensor:
@@ -173,4 +179,4 @@ def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None)
     if sample is not None:
         seen = seen & (sample[:, None, :] == sample[:, keys - queries :, None])
     room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)
-    return F.pad(seen, (0, room - keys))[:, None]
+    return (seen if room == keys else F.pad(seen, (0, room - keys)))[:, None]

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import UserError
 
 MAX_BYTES = 20_000_000
-MAX_PIXELS = 40_000_000  # a phone's camera; more would take over 160 MB once decoded
+MAX_PIXELS = 64_000_000  # decoded at a time, 256 MB; a JPEG is scaled down while it is decoded, so it may have more
 MAX_SIDE = 1344  # pixels kept of the longer side: four times what the towers of LLaVA models see
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded by Pillow itself; others start programs or rare decoders
 
@@ -38,7 +38,7 @@ def read_upload(source: Path | bytes, name: str) -> Image.Image:
         raise UserError(f"{name!r} has {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB are possible")
     data = source if isinstance(source, bytes) else source.read_bytes()
     _check_header(data, name)
-    image = decode(io.BytesIO(data), name, FORMATS)
+    image = decode(io.BytesIO(data), name, FORMATS, MAX_SIDE)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 
@@ -50,27 +50,33 @@ def _check_header(data: bytes, name: str) -> None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                 width, height = file.size
+                file.draft("RGB", (MAX_SIDE, MAX_SIDE))
+                pixels = file.width * file.height
     except UnidentifiedImageError as error:
         raise UserError(f"{name!r} is no picture in one of the formats {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name!r} would have far too many pixels; scale it down") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name!r} is damaged: {error}") from error
-    if width * height > MAX_PIXELS:
+    if pixels > MAX_PIXELS:
         raise UserError(
             f"{name!r} has {width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million are possible; "
             "scale it down"
         )
 
 
-def decode(source: str | Path | BinaryIO, name: str, formats: Sequence[str] | None = None) -> Image.Image:
+def decode(
+    source: str | Path | BinaryIO, name: str, formats: Sequence[str] | None = None, side: int | None = None
+) -> Image.Image:
     """The image in a file, open or not; RGB, turned as its camera says, transparency on white.
 
-    ``name`` is what messages call it. ValueError where it is not a whole image in one of the formats (None: those that
-    Pillow knows).
+    ``name`` is what messages call it; a JPEG is scaled down on the way, to no less than ``side`` x ``side``. ValueError
+    where it is not a whole image in one of the formats (None: those that Pillow knows).
     """
     try:
         with Image.open(source, formats=formats) as file:
+            if side is not None:
+                file.draft("RGB", (side, side))
             picture = ImageOps.exif_transpose(file)
             picture.load()
     except UnidentifiedImageError as error:

@@ -5,6 +5,7 @@ Patches are labelled in reading order over the tower's grid, so the image must b
 Read `groups` first.
 """
 
+from .canvas import below
 from .groups import PALETTE, STYLES, draw_groups
 from .heat import draw_energies
 from .run import (
@@ -20,7 +21,7 @@ from .run import (
     token_counts,
 )
 from .seen import seen_by, tiles_seen_by
-from .sheet import below, captioned, draw_counts, like, side_by_side
+from .sheet import captioned, draw_counts, like, side_by_side
 
 __all__ = [
     "PALETTE",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isqrt
 from typing import Any, cast
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ..methods import UserError
 
 DROPPED = -1  # the label of patches that belong to no token
+DPI = 100  # of what matplotlib draws
 MOST = 4096  # pixels a side; drawing takes some 75 bytes for each pixel, so 1.3 GB
 CELL = 28  # default pixels per patch: a single patch stays readable, and 24 x 24 of them fill 672 pixels
 
@@ -72,6 +76,23 @@ def per_pixel(values: np.ndarray, height: int, width: int) -> np.ndarray:
 def to_picture(pixels: np.ndarray) -> Image.Image:
     """The picture of (H, W, 3) pixels, values cut off at 0 and 255."""
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def below(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Images one below the other on white, from the left edge on."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def painted(figure: Figure) -> Image.Image:
+    """A figure of matplotlib as a picture."""
+    paper = FigureCanvasAgg(figure)
+    paper.draw()
+    return Image.fromarray(np.asarray(paper.buffer_rgba())).convert("RGB")
 
 
 def font_of(size: int) -> ImageFont.FreeTypeFont:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
 from PIL import Image, ImageDraw
 
 from ..methods import UserError
@@ -142,7 +143,7 @@ def _mean(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: 
 
 def _size(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
     """Every token of several patches in the colour of its size, on a logarithmic scale."""
-    tones = colours(_shade(np.maximum(sizes, 1), max(2, sizes[:-1].max(initial=1))))
+    tones = colours(_scale(sizes)(np.maximum(sizes, 1)))
     drawn = np.where(_framed(label_map, sizes)[..., None], tones[label_map], pixels)
     return np.where(hairline(label_map, max(1, cell // 14))[..., None], 0.2 * drawn, drawn)
 
@@ -157,14 +158,13 @@ def _mark(drawing: Image.Image, alone: np.ndarray, protected: Any, cell: int) ->
 def _with_sizes(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> Image.Image:
     """The drawing with the sizes of its tokens as numbers, above what their colours mean."""
     _numbers(drawing, labels, sizes, cell)
-    most = max(2, sizes[:-1].max(initial=1))
-    ticks = [2**power for power in range(int(np.log2(most)) + 1)]
-    return with_bar(drawing, "patches per token", [(_shade(tick, most), f"{tick}") for tick in ticks])
+    scale = _scale(sizes)
+    return with_bar(drawing, "patches per token", scale, [2**n for n in range(int(np.log2(scale.vmax)) + 1)])
 
 
-def _shade(size: Any, most: float) -> Any:
-    """Where a size lies on the colour scale, from 0 for one patch to 1 for ``most``."""
-    return np.log2(size) / np.log2(most)
+def _scale(sizes: np.ndarray) -> LogNorm:
+    """The scale of colours, from one patch to the most of a token."""
+    return LogNorm(1, max(2, sizes[:-1].max(initial=1)))
 
 
 def _numbers(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image
 
 from ..methods import UserError
-from .canvas import array, canvas, check_picture, dots, font_of, hatch, on_grid, per_pixel, stretched, to_picture
+from .canvas import (
+    DPI,
+    array,
+    below,
+    canvas,
+    check_picture,
+    dots,
+    hatch,
+    on_grid,
+    painted,
+    per_pixel,
+    stretched,
+    to_picture,
+)
 
-# Nine colours of viridis, which grows evenly in lightness and reads the same for every common kind of colour blindness.
-VIRIDIS = np.array(
-    [
-        (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98),
-        (173, 220, 48), (253, 231, 37),
-    ],
-    dtype=np.float32,
-)  # fmt: skip
+VIRIDIS = "viridis"  # grows evenly in lightness and reads the same for every common kind of colour blindness
 PICTURE = 0.25  # share of the image's own lightness that shows through
 
 
@@ -62,15 +72,14 @@ def draw_energies(
     height, width = canvas(values.shape, picture.size, side)
     cell = min(height // values.shape[0], width // values.shape[1])
     low, high = limits([values]) if span is None else span
-    scaled = np.nan_to_num((values - low) / (high - low or 1.0))
+    scale = Normalize(low, high if high > low else low + 1)
     pixels = stretched(picture, height, width)
     light = pixels.mean(-1, keepdims=True) - 128
-    drawn = per_pixel(colours(scaled), height, width) + PICTURE * light
+    drawn = per_pixel(colours(scale(np.nan_to_num(values, nan=low))), height, width) + PICTURE * light
     drawing = to_picture(hatch(drawn, per_pixel(~np.isfinite(values), height, width), cell))
     if protected is not None:
         dots(drawing, on_grid(array(protected).astype(bool), values.shape), max(1, cell // 14))
-    ticks = [(share, f"{low + share * (high - low):.2f}") for share in (0.0, 0.5, 1.0)]
-    return with_bar(drawing, "energy", ticks)
+    return with_bar(drawing, "energy", scale)
 
 
 def limits(values: Iterable[np.ndarray]) -> tuple[float, float]:
@@ -81,29 +90,18 @@ def limits(values: Iterable[np.ndarray]) -> tuple[float, float]:
 
 def colours(shares: Any) -> np.ndarray:
     """Colours (..., 3) of viridis for values from 0 to 1."""
-    shares = np.clip(np.asarray(shares, dtype=np.float64), 0, 1)
-    stops = np.linspace(0, 1, len(VIRIDIS))
-    return np.stack([np.interp(shares, stops, VIRIDIS[:, channel]) for channel in range(3)], -1)
+    return 255 * np.asarray(colormaps[VIRIDIS](np.asarray(shares, dtype=np.float64)))[..., :3]
 
 
-def with_bar(drawing: Image.Image, title: str, ticks: Sequence[tuple[float, str]]) -> Image.Image:
-    """The drawing above a colour bar from 0 to 1 with ``ticks`` (place, text)."""
-    font = font_of(max(11, drawing.width // 32))
-    line = int(font.size) + 4
-    margin = int(max(font.getlength(text) for _, text in ticks)) // 2 + 4
-    left = int(font.getlength(title)) + 2 * line
-    if left > drawing.width // 2:  # no room for words
-        title, left = "", margin
-    length = drawing.width - left - margin
-    whole = Image.new("RGB", (drawing.width, drawing.height + 3 * line), "white")
-    whole.paste(drawing, (0, 0))
-    top = drawing.height + line // 2
-    bar = np.broadcast_to(colours(np.linspace(0, 1, length)), (line, length, 3))
-    whole.paste(to_picture(bar), (left, top))
-    brush = ImageDraw.Draw(whole)
-    brush.text((4, top + line / 2), title, fill="black", font=font, anchor="lm")
-    for place, text in ticks:
-        x = left + place * (length - 1)
-        brush.line((x, top + line, x, top + line + 3), fill="black")
-        brush.text((x, top + line + 5), text, fill="black", font=font, anchor="mt")
-    return whole
+def with_bar(drawing: Image.Image, title: str, scale: Normalize, ticks: Any = None) -> Image.Image:
+    """The drawing above a colour bar of ``scale``."""
+    size = max(11, drawing.width // 32)
+    figure = Figure((drawing.width / DPI, 5 * size / DPI), dpi=DPI)
+    axis = figure.add_axes((0.08, 0.66, 0.84, 0.26))
+    bar = figure.colorbar(ScalarMappable(scale, VIRIDIS), axis, orientation="horizontal", ticks=ticks)
+    bar.ax.tick_params(labelsize=size * 72 / DPI)
+    bar.ax.minorticks_off()
+    bar.ax.set_xlabel(title, fontsize=size * 72 / DPI, labelpad=1)
+    if ticks is not None:
+        bar.ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    return below([drawing, painted(figure)])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ..methods import UserError
-from .canvas import font_of
+from .canvas import DPI, below, font_of, painted
 from .groups import PALETTE
 
 
@@ -35,16 +38,6 @@ def side_by_side(
     scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
     starts = range(0, len(pictures), columns)
     return below([_row(scaled[i : i + columns], titles[i : i + columns], gap) for i in starts])
-
-
-def below(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Images one below the other on white, from the left edge on."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    return whole
 
 
 def captioned(sheet: Image.Image, text: str, gap: int = 16) -> Image.Image:
@@ -97,7 +90,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = (672, 672)) -> Image.Image:
-    """A chart of the tokens after every step: a group of bars per step, a colour per name, numbers where they fit.
+    """A chart of the tokens after every step: a group of bars per step, a colour per name.
 
     Parameters
     ----------
@@ -113,24 +106,15 @@ def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = 
     """
     if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
         raise UserError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
-    font = font_of(max(11, size[1] // 32))
-    line = int(font.size) + 4
-    drawing = Image.new("RGB", size, "white")
-    brush = ImageDraw.Draw(drawing)
-    most, steps = max(map(max, counts.values())), max(map(len, counts.values()))
-    slot, top, bottom = (size[0] - line) / steps, line * (len(counts) + 2), size[1] - 2 * line
-    bar = 0.8 * slot / len(counts)
+    figure = Figure((size[0] / DPI, size[1] / DPI), dpi=DPI, layout="constrained")
+    axis = figure.subplots()
+    width, many = 0.8 / len(counts), len(counts) * max(map(len, counts.values())) > 16
     for number, (name, values) in enumerate(counts.items()):
-        colour = tuple(map(int, PALETTE[number]))
-        brush.rectangle((line, line * (number + 0.25), 2 * line - 4, line * (number + 1) - 4), fill=colour)
-        brush.text((2 * line + 2, line * number), name, fill="black", font=font)
-        for step, value in enumerate(values):
-            left, upper = line / 2 + (step + 0.1) * slot + number * bar, bottom - (bottom - top) * value / most
-            brush.rectangle((left, upper, left + bar - 1, bottom), fill=colour)
-            if font.getlength(str(value)) <= bar + 0.1 * slot:
-                brush.text((left + bar / 2, upper - 2), str(value), fill="black", font=font, anchor="mb")
-    for step in range(0, steps, max(1, round(1.5 * font.getlength("00") / slot + 0.5))):
-        brush.text((line / 2 + (step + 0.5) * slot, bottom + 4), str(step), fill="black", font=font, anchor="mt")
-    brush.line((line / 2, bottom, size[0] - line / 2, bottom), fill="black")
-    brush.text((size[0] / 2, size[1] - 2), "tokens after so many steps", fill="black", font=font, anchor="mb")
-    return drawing
+        places = np.arange(len(values)) + (number - (len(counts) - 1) / 2) * width
+        bars = axis.bar(places, values, width, label=name, color=PALETTE[number] / 255)
+        axis.bar_label(bars, rotation=90 if many else 0, fontsize="small", padding=2)
+    axis.set(xlabel="tokens after so many steps")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(y=0.1)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    return painted(figure)

@@ -4,6 +4,7 @@ Every page must come without errors on its console and without one request to an
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -15,7 +16,7 @@ from pitome_mllm import load
 from pitome_mllm_demo.app import CACHE, serve
 from pitome_mllm_demo.engine import Engine
 
-WIDE, NARROW = (1280, 900), (390, 844)
+WIDE, NARROW = (1280, 720), (390, 844)
 FLAGS = [
     "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking",
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
@@ -60,8 +61,9 @@ def chromium():
 class Visitor:
     """One person with a browser context of their own; ``page`` is Playwright's."""
 
-    def __init__(self, browser, url, size=WIDE):
-        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, permissions=["camera"])
+    def __init__(self, browser, url, size=WIDE, scheme="light"):
+        view = {"width": size[0], "height": size[1]}
+        self.context = browser.new_context(viewport=view, permissions=["camera"], color_scheme=scheme)
         self.page = self.context.new_page()
         self.complaints = []
         self.page.on("console", self._console)
@@ -70,6 +72,7 @@ class Visitor:
         self.page.goto(url)
         self.page.wait_for_selector("#pm-box textarea", timeout=60_000)
         self.page.wait_for_selector("#pm-plan .pm-plan", timeout=60_000)
+        self.page.wait_for_selector("#pm-groups img", timeout=60_000)  # the picture that it opens with
 
     def _console(self, message):
         if message.type == "error":
@@ -108,8 +111,11 @@ class Visitor:
         self.until(lambda: f"{count} of 576" in self.page.locator("#pm-plan").inner_text())
 
     def choose(self, part, text):
+        """From a menu; a method by its name alone."""
+        if not self.page.locator(part).is_visible():
+            self.page.get_by_role("button", name="More settings").click()
         self.page.locator(f"{part} input").first.click()
-        self.page.get_by_role("option", name=text, exact=True).click()
+        self.page.get_by_role("option", name=re.compile(rf"^{re.escape(text)}( \(.*|)$")).click()
 
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()
@@ -123,12 +129,18 @@ class Visitor:
                 raise AssertionError(f"not within {seconds} s; {self.complaints}, notice {notice}, chat {chat}")
             self.page.wait_for_timeout(50)
 
-    def shot(self, name):
+    def in_view(self, selector):
+        """Whether all of the first such part lies in the window."""
+        return self.page.locator(selector).first.evaluate(
+            "e => { const b = e.getBoundingClientRect(); return b.top >= 0 && b.bottom <= innerHeight + 1 }"
+        )
+
+    def shot(self, name, whole=True):
         """A screenshot of the whole page, kept where PITOME_SHOTS says."""
         if os.environ.get("PITOME_SHOTS"):
             folder = Path(os.environ["PITOME_SHOTS"])
             folder.mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=folder / f"{name}.png", full_page=True)
+            self.page.screenshot(path=folder / f"{name}.png", full_page=whole)
 
 
 @pytest.fixture
@@ -136,8 +148,8 @@ def visit(chromium, served):
     """Visitors by calling it; when the test ends, none of them may have anything to complain about."""
     visitors = []
 
-    def come(size=WIDE, url=served.url):
-        visitors.append(Visitor(chromium, url, size))
+    def come(size=WIDE, url=served.url, scheme="light"):
+        visitors.append(Visitor(chromium, url, size, scheme))
         return visitors[-1]
 
     yield come

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from gradio_client import Client, handle_file
 from record import record
-from test_client import program  # noqa: F401, the server as a user starts it
+from test_client import OWN, program  # noqa: F401, the server as a user starts it
 
 from pitome_mllm_eval.benchmark.sets import scene
 
@@ -48,7 +48,7 @@ class Guest:
             for number, question in enumerate(self.random.sample(self.questions[:6], 3)):
                 file = handle_file(str(self.path)) if number == 0 else None
                 compare = self.random.random() < 0.3
-                values = (self.method, "tokens", self.keep, 0.9, "default", "default", False, compare)
+                values = (self.method, "tokens", self.keep, 0.9, OWN, OWN, False, "plain" if compare else "nothing")
                 self.check(question, client.predict(question.text, file, *values, api_name="/ask"), first=number == 0)
         finally:
             client.close()
