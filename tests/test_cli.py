@@ -352,14 +352,21 @@ def test_a_full_disk_is_one_line(line):
     assert (done.returncode, done.stderr) == (1, "pitome-mllm: cannot write: No space left on device\n")
 
 
-def test_help_imports_no_torch_and_an_interrupt_of_imports_is_quiet():
-    code = """
-import sys
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_help_imports_no_torch_and_an_interrupt_of_imports_is_quiet(swallowed):
+    """Some imports swallow the interrupt, and what they left undone fails later."""
+    code = f"""
+import os, signal, sys
 from pitome_mllm import cli
 class Interrupt:
     def find_spec(self, name, *_):
         if name in ("torch", "transformers"):
-            raise KeyboardInterrupt
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                if not {swallowed}:
+                    raise
+            raise RecursionError
 sys.meta_path.insert(0, Interrupt())
 for line in ["--help"], ["serve", "--help"]:
     try:
