@@ -61,7 +61,6 @@ class Plan:
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merged_before: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _merged_before: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
