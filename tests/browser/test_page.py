@@ -12,15 +12,15 @@ from conftest import NARROW, WIDE
 from gradio_client import Client
 from PIL import Image
 
-from pitome_mllm import METHODS, load
-from pitome_mllm.settings import DEFAULT_METHOD
+from pitome_mllm import load
+from pitome_mllm.settings import DEFAULT_METHOD, Settings
 from pitome_mllm_demo.app import serve
 from pitome_mllm_demo.controls import PLACES
 from pitome_mllm_demo.engine import Engine
 from pitome_mllm_demo.session import Conversation
 from pitome_mllm_eval.benchmark.sets import scene
 
-DEFAULT_PLACE = PLACES[METHODS[DEFAULT_METHOD].settings.get("where", "tower")]
+DEFAULT_PLACE = PLACES[Settings().defaults["where"]]
 
 
 def truth(number):
