@@ -45,7 +45,7 @@ bench: $(VENV)/.ready
 	$(BENCH) --keep 288 144 72
 	$(BENCH) --shape llava-1.5-7b --layers 0 --keep 144 --methods pitome pitome:keys pitome:hidden --repeats 3
 	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 3
-	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome tome downsample --repeats 2
+	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome downsample --repeats 2
 
 # On a machine whose python has torch for its GPU; nothing is installed.
 BENCH_GPU_OUT ?= bench-gpu.csv

@@ -69,7 +69,7 @@ def curve(method: str, where: str, published: bool = False) -> Curve | None:
 
 @lru_cache(maxsize=1)
 def _record() -> Any:
-    return tables.Results.of(curves.results(curves.RESULTS.with_name(curves.SUMMARY)))
+    return tables.Results.of(curves.summary())
 
 
 @rc_context(STYLE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def _as_today(row: dict[str, str]) -> dict[str, str]:
 
 
 def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None = None) -> None:
-    """Write dataclass rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
-    rows = [asdict(row) | dict(about or {}) for row in made]
+    """Write rows, each with what holds ``about`` all of them; a crash leaves the old file or the new one."""
+    rows = _rows(made, about or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
@@ -57,15 +57,15 @@ def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None =
 
 
 def append(path: Path, made: Iterable[Any], about: Mapping[str, Any]) -> None:
-    """Add dataclass rows to a CSV, which is made if there is none.
+    """Add rows to a CSV, which is made if there is none.
 
     Raises
     ------
     ValueError : it has other columns.
     """
-    rows = [asdict(row) | dict(about) for row in made]
+    rows = _rows(made, about)
     if not path.exists():
-        return write_csv(path, made, about)
+        return write_csv(path, rows)
     check_appends(path, list(rows[0]))
     with path.open("a", newline="") as file:
         csv.DictWriter(file, list(rows[0])).writerows(rows)
@@ -79,6 +79,10 @@ def check_appends(path: Path, columns: Sequence[str]) -> None:
         with path.open(newline="") as file:
             if next(csv.reader(file), None) != list(columns):
                 raise UserError(f"{str(path)!r} has other columns than this version writes; choose another --out")
+
+
+def _rows(made: Iterable[Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [(asdict(row) if is_dataclass(row) else row) | dict(about) for row in made]
 
 
 def markdown(lines: Sequence[Sequence[str]], numbers: int | None = None) -> str:

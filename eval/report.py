@@ -6,44 +6,42 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .accuracy import costs, curves, gates, search, spectra, tables
+from .accuracy import curves, search, spectra, tables
+from .accuracy.figures import gate_table
 from .documents import marks, put_in, read
 from .provenance import RESULTS
 from .speed import report as speed
 
 COMMAND = "make report"
-GATES = """## What the embedded model and its benchmark must show
-
-From the same results, in per cent or points, by `python -m pitome_mllm_eval.accuracy.gates`, which fails if one of them
-does:"""
+GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in per cent or points:"
 Row = Mapping[str, str]
 
 
 def texts() -> dict[str, dict[str, str]]:
     """What stands between the marks of each name, by document."""
-    found, spent = curves.results(), tables.spending(costs.stored(costs.RESULTS))
-    timed, (gpu, promised) = speed.results(), speed.on_gpu()
+    found, answered = curves.summary(), curves.answered(curves.results())
+    timed = speed.texts()
     tuned = read(RESULTS / "finetune.csv", "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
-    everywhere = [tables.table(found, spent, everywhere=True), GATES, gates.table(found)]
-    ablation = tables.ablation(read(search.RESULTS, search.COMMAND, ("sweep", "alternative")))
+    said, leads = tables.about(found), tables.leaders(found)
+    measured = (f"## {name.capitalize()}\n\n{tables.table(found, key)}" for key, name in tables.TABLES.items())
+    ablation = tables.ablation(read(search.RESULTS, search.COMMAND, ("round", "alternative")))
     return {
         "README.md": {
-            "accuracy": tables.table(found, spent),
-            "spectra": spectra.sentence(*spectra.stored(spectra.OUT)),
-            "speed": f"{speed.tables(timed, brief=True)}\n\n{gpu}",
+            "accuracy": "\n\n".join([leads, tables.table(found, False), said]),
+            "spectra": spectra.sentence(*spectra.stored()),
+            "speed": timed.pop("brief"),
             "finetune": finetuned(tuned),
         },
-        "docs/accuracy.md": {"accuracy": "\n\n".join(everywhere)},
+        "docs/accuracy.md": {"accuracy": "\n\n".join([leads, *measured, said, GATES, gate_table(*answered)])},
         "docs/search.md": {"accuracy": ablation},
-        "docs/speed.md": {"gpu": promised, "speed": speed.tables(timed)},
+        "docs/speed.md": timed,
     }
 
 
 def plots(docs: Path) -> None:
-    """Draw accuracy, spectra and speed."""
-    tables.plot(curves.results(), docs / "accuracy.png")
-    spectra.plot(*spectra.stored(spectra.OUT), docs / "spectra.png")
-    speed.plots(speed.results(), docs)
+    """Draw accuracy and spectra."""
+    tables.plot(curves.summary(), docs / "accuracy.png")
+    spectra.plot(*spectra.stored(), docs / "spectra.png")
 
 
 def finetuned(rows: Sequence[Row]) -> str:

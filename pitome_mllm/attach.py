@@ -56,7 +56,7 @@ class Attachment(Attached):
         found = geometry(model)
         super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
-        self.graphs = Graphs()
+        self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
 
@@ -84,6 +84,7 @@ class Attachment(Attached):
             logger.warning("tokens now merge where=%r, no longer where=%r", self._plan.where, before.where)
         if not self._plan.graph:
             self.graphs.clear()
+            self.prefills.clear()
 
     @contextmanager
     def using(self, *method: str | Reducer | None, **settings: Any) -> Iterator[Attachment]:
@@ -154,7 +155,7 @@ class Attachment(Attached):
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""
         twin = memo[id(self)] = object.__new__(type(self))
-        own = {"graphs": Graphs(), "_updating": threading.Lock()}
+        own = {"graphs": Graphs(), "prefills": Graphs(), "_updating": threading.Lock()}
         vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
         return twin
 

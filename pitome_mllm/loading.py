@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError, missing_package
 from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
@@ -24,8 +24,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class TokenizersBackend(PreTrainedTokenizerFast):  # save_pretrained writes this name, and transformers knows it
-    """The embedded model's tokenizer, which warns once per process of words that it does not know."""
+class TokenizersBackend(transformers.PreTrainedTokenizerFast):
+    """The embedded model's tokenizer, which warns once per process of words that it does not know.
+
+    Its name is what save_pretrained writes, so that transformers can load what was saved.
+    """
 
     purpose = "the embedded model answers one-word questions about drawn shapes and handwritten digits"
     examples = ("how many circles are there?", "is there a red star?", "what shape is in the top left?")
@@ -155,10 +158,8 @@ def _source(name_or_path: str | Path) -> str:
 
 def _original_architecture(source: str) -> str | None:
     """The class of the original llava package that a checkpoint is of; None for any other checkpoint."""
-    from transformers import PretrainedConfig
-
     try:
-        architectures = PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
+        architectures = transformers.PretrainedConfig.get_config_dict(source)[0].get("architectures") or ()
     except (OSError, ValueError):  # read_config says what is wrong with it
         return None
     return next((name for name in architectures if name in LLAVA_PACKAGE), None)
@@ -183,10 +184,9 @@ def read_config(name_or_path: str | Path) -> Any:
             "pictures, so command line and chat do not take it; in Python, pitome_mllm.load does, and then attach"
         )
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
             raise UserError(
@@ -215,24 +215,14 @@ def read_config(name_or_path: str | Path) -> Any:
 
 
 def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
-    from transformers import BitsAndBytesConfig
-
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
-    """The model with all its weights.
-
-    Raises
-    ------
-    ValueError
-        Weights that cannot be read, are missing, or have other shapes than the configuration says.
-    """
-    import transformers
-
+    """The model with all its weights."""
     family = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])
     # Weights of another shape are ignored at first so that the report names them; then they are refused here.
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **options}
@@ -273,10 +263,8 @@ def _broken_file(source: str) -> str:
 
 def _processor(source: str, config: Any) -> Any:
     """The processor; older checkpoints leave out what it needs to know of the tower."""
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = transformers.AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the processor of {source!r} ({_first_line(error)}); "

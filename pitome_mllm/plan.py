@@ -65,9 +65,12 @@ class Plan:
         """Work out at once what every block asks for; torch.compile knows no `cached_property` of a frozen class."""
         removed = tuple(before - left for before, left in zip((self.input_patches, *self.counts), self.counts))
         needed = {"keys": self.metric == "keys", "attention": "attention" in self.reducer.needs}
+        merging = tuple(block for block, r in enumerate(removed) if r)
+        before = (max((b for b in merging if b < block), default=-1) for block in range(len(removed) + 1))
         vars(self).update(
             _removed=removed,
-            _merging=tuple(block for block, r in enumerate(removed) if r),
+            _merging=merging,
+            _merged_before=tuple(before),
             _match_inputs=tuple(name for name, wanted in needed.items() if wanted),
         )
 
@@ -87,6 +90,10 @@ class Plan:
     def removed(self, block: int) -> int:
         """Tokens that block ``block`` removes; 0 for blocks after the feature layer."""
         return self._removed[block] if block < len(self.counts) else 0
+
+    def merged_before(self, block: int) -> int:
+        """The last block before ``block`` that removes tokens, -1 = none does."""
+        return self._merged_before[block] if block <= len(self.counts) else self._merged_before[-1]
 
     @property
     def match_inputs(self) -> tuple[str, ...]:

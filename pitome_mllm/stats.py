@@ -46,10 +46,9 @@ class Stats:
     def __repr__(self) -> str:
         """One line: counts of tokens, and the sizes of their groups."""
         before = sum(len(one.group) for one in self.packed) or self.images * self.tokens_before
-        said = (
-            f"{self.method}, images: {len(self.packed) or self.images}, visual tokens: {sum(self.lengths)} of {before}"
-        )
-        if all(merge.group is not None for merge in self.merges) and sum(self.lengths):
+        after = sum(self.lengths)
+        said = f"{self.method}, images: {len(self.packed) or self.images}, visual tokens: {after} of {before}"
+        if after and all(merge.group is not None for merge in self.merges):
             sizes = self.sizes.flatten() if isinstance(self.sizes, Tensor) else torch.cat(self.sizes)
             said += f", largest group: {sizes.max():.0f} patches, alone: {(sizes == 1).sum()}"
         return f"Stats({said})"

@@ -46,6 +46,7 @@ LONG = 120  # words of every answer of a model that never ends by itself
 _TAKES = signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"
 BEFORE_518 = Version(transformers.__version__) < Version("5.18")
+BEFORE_524 = CACHE == "past_key_values"
 since_518 = pytest.mark.skipif(
     BEFORE_518,
     reason="before 5.18 transformers itself goes wrong with images in chunks of a prompt and in drafts",
@@ -120,6 +121,7 @@ def config(
     tower: str = "clip",
     width: int = 64,
     attention: str = "sdpa",
+    text: dict[str, Any] | None = None,
 ) -> LlavaConfig:
     """A LLaVA-1.5 configuration with 24 x 24 patches and ``layers`` encoder blocks."""
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
@@ -134,7 +136,7 @@ def config(
     )
     return LlavaConfig(
         vision_config=vision,
-        text_config=llama_config(width),
+        text_config=text or llama_config(width),
         image_token_id=IMAGE,
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy=strategy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
-from pitome_mllm.families.geometry import Geometry
+from pitome_mllm.families.geometry import Geometry, geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import projector_counts
 from pitome_mllm.settings import Settings
@@ -201,6 +202,14 @@ def test_the_default_goes_without_what_the_llm_does_not_take(model, caplog, text
     for calibration in ("size", "distance"):  # what the caller asks for is not taken away in silence
         with pytest.raises(ValueError, match=f"calibration='{calibration}' is not possible: the LLM.*'none'"):
             attach(model, keep=144, calibration=calibration)
+
+
+def test_an_llm_without_rotary_embedding_is_told_of_sizes(model):
+    without = replace(geometry(model), llm_rotary=False)
+    asked = Settings().changed(method="pitome", keep=144)
+    assert make_plan(asked, without).calibration == "size"
+    with pytest.raises(ValueError, match="calibration='distance' is not possible.*calibration='size'"):
+        make_plan(asked.changed(calibration="distance"), without)
 
 
 def test_a_reducer_instance_is_a_method(model, plain, one):

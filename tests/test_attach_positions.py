@@ -6,7 +6,7 @@ import pytest
 import torch
 from by_hand import Reference, Tokens
 from checks import assert_row, logits, new_ids, reference
-from models import CACHE, PATCHES, QUESTION, picture, processor
+from models import CACHE, IMAGE, PATCHES, QUESTION, build, config, picture, processor
 
 from pitome_mllm import attach
 from pitome_mllm.hooks import llm
@@ -75,6 +75,42 @@ def test_beams_repeat_the_positions_of_their_row(model, plain, handle):
         assert model.generate(**alone, num_beams=3, max_new_tokens=5, do_sample=False)[0, -5:].tolist() == together[row]
     three = model.generate(**inputs, num_beams=3, num_return_sequences=3, max_new_tokens=5, do_sample=False)
     assert three[::3, -5:].tolist() == together
+
+
+ROPES = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    {"rope_type": "dynamic", "factor": 4.0},  # which grows with the prompt
+    {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
+    | {"original_max_position_embeddings": 256},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_distances_are_those_of_the_models_own_frequencies(one, rope):
+    text = config().text_config.to_dict() | {"rope_parameters": {"rope_theta": 1e4, **rope}}
+    text |= {"max_position_embeddings": 256}
+    model, plain = build(text=text), build(text=text)
+    with attach(model, "pitome", published=True, keep=144, calibration="distance") as handle:
+        seen = logits(model, one)[0]
+        expected = expect(plain, one, handle)
+        expected.logits()  # this prompt decides about frequencies
+        assert_row(seen, expected.logits())
+        usual = reference(build(), one, handle.plan.counts, calibration="distance").term([0, 500], [1, 1])
+        assert (expected.term([0, 500], [1, 1])[1] - usual[1]).abs().max() > 1e-3, "the test would prove nothing"
+
+
+def test_text_in_front_of_a_picture_is_what_it_is_without_one(model, plain, handle):
+    """So a cache of it can be continued with a picture, and one of both without, whatever call brings the picture."""
+    inputs = make([([0], "USER: how many are there in <image> ASSISTANT:")])
+    start = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    front = {name: inputs[name][:, :start] for name in ("input_ids", "attention_mask")}
+    expected = expect(plain, inputs, handle).logits()
+    assert_row(logits(plain, front)[0], expected[:start])
+    with torch.no_grad():
+        past = model(**front, use_cache=True)[CACHE]
+        rest = model(**{**inputs, "input_ids": inputs["input_ids"][:, start:]}, **{CACHE: past}).logits
+    assert_row(rest[0], expected[start:])
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

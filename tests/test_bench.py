@@ -86,7 +86,7 @@ def test_rows_hold_times_and_shares_of_the_same_rounds(field, monkeypatch):
     """On a clock that every block of the tower moves by 1 s, the head of the LLM by 8, and merging by 1/2."""
     passed = [0.0]
     monkeypatch.setattr(latency, "now", lambda *_: passed[0])
-    monkeypatch.setattr(measure.Picture, "merge", lambda _: passed.append(passed.pop() + 0.5))
+    monkeypatch.setattr(measure, "merging", lambda *_: lambda: passed.append(passed.pop() + 0.5))
 
     def moves(module, seconds):
         module.register_forward_hook(lambda *_: passed.append(passed.pop() + seconds))
@@ -326,7 +326,7 @@ def test_what_was_measured_last_on_a_gpu_is_judged_by_what_is_promised():
     made = partial(row, "tower", mode="captured")
     rows = [made("plain", 2), made("5 points", 1.8, 0.9), made("5 points", 1.6, 0.8), made("oracle of 5 points", 1.4)]
     lines = report.gpu_table(rows).splitlines()
-    title = "tower, one graph: 5 merges to 64 tokens, keys"
+    title = "tower, as one graph: 5 merges to 64 tokens, keys"
     assert f"| {title} | 1 | 2 | 1.6 | 0.8 (<= 0.86) | **1.14** (<= 1.13) |" in lines
     assert f"| {title} | 4 |  | not measured |  |  |" in lines
 

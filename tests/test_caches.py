@@ -112,7 +112,7 @@ def pack(samples):
     return {
         "input_ids": torch.cat(ids, 1),
         "position_ids": torch.cat([torch.arange(x.shape[1]) for x in ids])[None],
-        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples if "pixel_values" in sample]),
     }
 
 
@@ -120,7 +120,8 @@ def pack(samples):
 @torch.no_grad()
 def test_packed_samples_are_kept_apart(model, settings):
     one, other = make(ROWS[:1]), make([([1], "USER: <image> how many big red star are there? ASSISTANT:")])
-    short, long = pack([other, one]), pack([one, other, make([([2], QUESTION)])])
+    text = dict(processor()(text=ROWS[2][1], return_tensors="pt"))
+    short, long = pack([other, one]), pack([one, other, make([([2], QUESTION)]), text])
     missing = long["input_ids"].shape[1] - short["input_ids"].shape[1]
     for name, fill in (("input_ids", PAD), ("position_ids", 0)):
         short[name] = torch.nn.functional.pad(short[name], (0, missing), value=fill)
@@ -131,6 +132,8 @@ def test_packed_samples_are_kept_apart(model, settings):
         length = len(expected[0])
         close(seen[:length], expected[0])
         close(seen[length : length + len(expected[1])], expected[1])
+        alone = logits(model, text)[0]  # no picture, so that nothing is told
+        close(seen[-len(alone) :], alone)
         seen = logits(model, batch, use_cache=False)[1]  # in a row of other length
         found = [(row - expected[1][-1]).abs().max() < 1e-4 for row in seen]
         assert sum(found) == 1

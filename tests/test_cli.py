@@ -20,6 +20,7 @@ from pitome_mllm import METHODS, __version__, attach, cli
 from pitome_mllm.commands import _options
 from pitome_mllm.commands.groups import drawing
 from pitome_mllm.costs.flops import MLP_MATRICES
+from pitome_mllm.settings import DEFAULT_METHOD
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")
@@ -116,7 +117,7 @@ def test_json_is_one_object_and_nothing_else(run):
     said = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert said["question"] == scene()[1][0].text and said["true_answer"] == scene()[1][0].answer
-    assert said["method"] == "pitome-tuned" and said["model"] == "tiny" and said["keep"] == 144
+    assert said["method"] == DEFAULT_METHOD and said["model"] == "tiny" and said["keep"] == 144
     plain, merged = said["runs"]["plain"], said["runs"]["merged"]
     assert said["answer"] == merged["answer"]
     assert plain["visual_tokens"] == 576 and merged["visual_tokens"] == 144
@@ -193,7 +194,8 @@ def test_groups_draws_energies_steps_and_a_chart(run, tmp_path):
     out = tmp_path / "g.png"
     sheets = {}
     for name, options in {"energy": ["--energy"], "steps": ["--steps"], "both": ["--energy", "--steps"]}.items():
-        code, said, err = run("groups", "--method", "pitome", "--keep", 144, "--side", 96, "--out", out, *options)
+        line = ["--method", "pitome", "--where", "tower", "--side", 96, "--out", out, *options]
+        code, said, err = run("groups", *line)
         assert (code, err) == (0, "") and "pitome: 144 of 576 tokens" in said
         with Image.open(out) as drawn:
             sheets[name] = drawn.size
@@ -220,7 +222,7 @@ def test_ask_saves_the_groups_too(run, tmp_path):
 
 def test_methods_lists_every_method(run):
     code, out, _ = run("methods")
-    assert code == 0 and all(name in out for name in METHODS)
+    assert code == 0 and all(name in out for name in METHODS) and f"{DEFAULT_METHOD} (default)" in out
     rows = json.loads(run("methods", "--json")[1])
     assert list(rows) == list(METHODS) and rows["tome"]["reference"] == METHODS["tome"].reference
 

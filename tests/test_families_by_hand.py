@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from by_hand import states
@@ -76,3 +78,33 @@ def test_positions_that_count_from_one(call):
     merged = image[0] + handle.stats.median[0]
     kept = torch.cat([torch.arange(image[0]), merged, torch.arange(image[-1] + 1, len(expected))])
     assert torch.equal(seen[0][0], expected[kept])
+
+
+def of_each(mask):
+    """A mask where there is one for every kind of layer."""
+    return next(iter(mask.values())) if isinstance(mask, dict) else mask
+
+
+@pytest.mark.parametrize("title", ["PaliGemma", "LLaVA-NeXT (1.6)", "LLaVA-OneVision", "SmolVLM", "DeepSeek-VL"])
+def test_the_mask_tells_of_sizes_and_distances(title):
+    """Against a loop over queries and keys; only a PaliGemma's prompt sees both ways."""
+    family, seen = BY_TITLE[title], []
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
+    handle = attach(model, "pitome", keep=0.25, calibration="distance")
+    handle.language.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    (given,) = seen
+    places, mask = given["position_ids"][0].tolist(), of_each(given["attention_mask"])[0, 0]
+    ids = inputs["input_ids"][0][handle.stats.layout[0]]
+    size = torch.ones(len(ids), dtype=torch.float64)
+    size[ids == model.config.image_token_id] = torch.cat([*handle.stats.sizes]).double()
+    first = int((ids == model.config.image_token_id).nonzero()[0])
+    theta = handle.language.rotary_emb.inv_freq.double()
+    for m, n in itertools.product(range(len(ids)), repeat=2):
+        if title != "PaliGemma" and n > m:
+            assert mask[m, n] == torch.finfo(mask.dtype).min
+            continue
+        told = title == "PaliGemma" or m >= first
+        near = (abs(places[m] - places[n]) * theta).cos().mean() if told else 1.0
+        assert mask[m, n] == pytest.approx(float((size[n] * (2 - near)).log()), abs=1e-5)

@@ -27,6 +27,11 @@ def bf16(**options):
     return build(**options).to(DEVICE, torch.bfloat16)
 
 
+def on_gpu(inputs):
+    moved = {name: value.to(DEVICE) for name, value in inputs.items()}
+    return {**moved, "pixel_values": moved["pixel_values"].bfloat16()}
+
+
 @pytest.fixture(scope="module")
 def pixels():
     """Two pictures: noise, so that no two similarities are equal."""
@@ -82,8 +87,7 @@ def test_the_default_captures_the_second_equal_call(pixels):
 
 def test_generate_answers_alike(one):
     model = bf16(layers=3)
-    inputs = {name: value.to(DEVICE) for name, value in one.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs = on_gpu(one)
     with attach(model, keep=144, graph=True) as handle:
         made = [model.generate(**inputs, max_new_tokens=4, do_sample=False) for _ in range(3)]
         assert len(handle.graphs) == 1
@@ -207,8 +211,7 @@ def test_four_threads_with_streams_of_their_own(pixels):
 def test_random_numbers_of_other_threads_are_drawn_meanwhile(one):
     """torch refuses to draw on the device while a graph is captured; generate() that samples keeps captures away."""
     model = bf16(layers=3)
-    inputs = {name: value.to(DEVICE) for name, value in one.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs = on_gpu(one)
     handle = attach(model, keep=288, graph=True)
 
     def work(keep):
@@ -300,3 +303,102 @@ def test_deterministic_algorithms(pixels, monkeypatch):
             assert_by_a_graph(handle, pixels)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- the LLM's prefill -----------------------------------------------------------------------------------------------
+
+
+def answer(model, inputs, **options):
+    """What generate() says: ids, logits, keys and values."""
+    options = {"do_sample": False, "max_new_tokens": 4, **options}
+    made = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
+    cache = next(value for name, value in made.items() if name in ("cache", "past_key_values"))
+    return [made.sequences, *made.logits, *(x for layer in cache.layers for x in (layer.keys, layer.values))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_prefills_replay_their_eager_bits(dtype, one, pair):
+    model = build(layers=3).to(DEVICE, dtype)
+    with attach(model, keep=144, graph=True) as handle:
+        asked = [on_gpu(one), {name: value[1:] for name, value in on_gpu(pair).items()}, on_gpu(pair)]
+        for inputs in asked:
+            inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        with handle.using(graph=False):
+            expected = [answer(model, inputs) for inputs in asked]
+        first = answer(model, asked[0])
+        for _ in range(3):
+            for inputs, right in zip(asked, expected):
+                assert_equal(answer(model, inputs), right)
+        assert_equal(first, expected[0])
+        assert len(handle.prefills) == 2  # of one row and of two
+
+
+def test_a_prefill_is_made_anew_where_its_weights_are(one):
+    model, inputs = bf16(layers=3), on_gpu(one)
+    with attach(model, keep=144, graph=True) as handle:
+        for _ in range(2):
+            answer(model, inputs)
+        model.model.language_model.to("cpu").to(DEVICE)
+        for _ in range(2):
+            found = answer(model, inputs)
+        with handle.using(graph=False):
+            assert_equal(found, answer(model, inputs))
+        assert len(handle.prefills) == 1
+
+
+def test_two_models_in_four_threads_prefill_with_streams_of_their_own(one):
+    models, inputs = [bf16(layers=3), bf16(layers=3, seed=1)], on_gpu(one)
+    handles = [attach(model, keep=144, graph=True) for model in models]
+    expected = []
+    for model, handle in zip(models, handles):
+        with handle.using(graph=False):
+            expected.append(answer(model, inputs))
+    torch.cuda.synchronize()
+
+    def work(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [answer(models[number % 2], inputs) for _ in range(6)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(work, range(4))):
+            for each in found:
+                assert_equal(each, expected[number % 2])
+    assert all(len(handle.prefills) <= 1 for handle in handles)
+
+
+def test_later_turns_go_on_from_a_replayed_cache(one):
+    model, inputs = bf16(layers=3), on_gpu(one)
+
+    def talk():
+        first = model.generate(**inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+        name, cache = next((n, v) for n, v in first.items() if n in ("cache", "past_key_values"))
+        ids = torch.cat([first.sequences, inputs["input_ids"][:, -3:]], 1)
+        more = {"input_ids": ids, name: cache, "attention_mask": torch.ones_like(ids)}
+        return answer(model, more)
+
+    with attach(model, keep=144, graph=True) as handle:
+        found = [talk() for _ in range(3)]
+        with handle.using(graph=False):
+            expected = talk()
+        for each in found:
+            assert_equal(each, expected)
+        assert len(handle.prefills) == 1
+
+
+def test_prefills_have_bounded_memory(one):
+    model, inputs = bf16(layers=3), on_gpu(one)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with attach(model, keep=144, graph=True) as handle:
+        used = []
+        for keep in range(160, 172):
+            with handle.using(keep=keep):
+                for _ in range(9):
+                    answer(model, inputs, max_new_tokens=1)
+            assert len(handle.prefills) <= graphs.KEPT
+            used.append(torch.cuda.memory_allocated())
+        assert max(used[6:]) <= 1.2 * max(used[:6])
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 64 << 20  # workspaces of libraries stay

@@ -34,5 +34,5 @@ def test_a_figure_that_was_not_measured_is_replaced(copied):
 
 def test_every_plot_is_drawn(tmp_path):
     report.plots(tmp_path)
-    drawn = {"accuracy.png", "spectra.png", "speed-keep.png", "speed-batch.png"}
+    drawn = {"accuracy.png", "spectra.png"}
     assert {path.name for path in tmp_path.iterdir()} == drawn

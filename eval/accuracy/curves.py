@@ -1,16 +1,16 @@
-"""Accuracy over the number of visual tokens: ``python -m pitome_mllm_eval.accuracy.curves``.
+"""Accuracy over the number of visual tokens: ``python -m pitome_mllm_eval.accuracy.curves --jobs 16``.
 
-Every method at every place and every keep answers the benchmark. What is measured is kept in ``--work``, so a killed
-run goes on where it stopped. The results go to two files: ``--out`` holds every category and tier, `SUMMARY` beside it
-all questions together; `report` makes plot and tables from them.
+Every method, as published and under the library's defaults, answers the benchmark at every keep. ``--out`` gets a row
+for each run as it comes, with one bit for each question, so a run that was stopped goes on where it was; `SUMMARY`
+beside it, the figures made of these rows. `report` makes plot and tables of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +18,74 @@ import numpy as np
 import torch
 
 from pitome_mllm import METHODS
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
-from pitome_mllm.plan import make_plan
+from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
-from ..benchmark.bootstrap import Bootstrap, groups
 from ..benchmark.glyphs import SPLITS
-from ..benchmark.questions import CATEGORIES, Question
+from ..benchmark.questions import Question
 from ..benchmark.scenes import GRID
 from ..benchmark.sets import blind_answer, questions
-from ..documents import read, write_csv
+from ..documents import append, read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
-from .runs import PLAIN, WORK, Answers, load, measure, provenance, run_name, work_folder
+from .figures import BLIND, figures
+from .runs import PLAIN, Answers, Asked, code, load, measure, provenance
 
-KEEPS = (288, 144, 72, 36, 16)
-PLACES = ("tower", "projector", "both")
-BLIND = "blind"
-SUMMARY = "accuracy.csv"  # all questions together; of the two files the one that is installed
+KEEPS = (288, 192, 144, 128, 72, 64, 36, 16)
+SUMMARY = "accuracy.csv"  # of the two files the one that is installed
 RESULTS = FOLDER / "curves.csv"
 COMMAND = "python -m pitome_mllm_eval.accuracy.curves"
+SAME = ("weights", "split", "torch", "transformers")  # what rows that go on with each other have in common
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a method at a place, keeping so many tokens, as published or under the library's defaults."""
+    """One run: a method as published or under the library's defaults, keeping so many tokens."""
 
     method: str
-    where: str
+    published: bool
     keep: int
-    published: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.method}-{self.where}-{self.keep}{'-published' if self.published else ''}"
 
     @classmethod
     def of(cls, row: dict[str, str]) -> Setting:
         """That of a row of a CSV."""
-        return cls(row["method"], row["where"], int(row["keep"]), row["published"] == "True")
+        return cls(row["method"], row["published"] == "True", int(row["keep"]))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: an accuracy, or (``against`` another run) the difference of two, with its 95 % interval."""
+    """What a run answered: ``right`` holds a bit for each question, in the benchmark's order, as hexadecimal digits."""
 
     method: str
+    published: bool
     where: str
     keep: int
-    published: bool
-    group: str
-    against: str
     questions: int
-    value: float
-    low: float
-    high: float
-    seconds: float | str = ""  # of CPU time, for all questions of the run
+    seconds: float
+    right: str
+
+
+def packed(right: np.ndarray) -> str:
+    """Bits (n,) as hexadecimal digits."""
+    return np.packbits(right).tobytes().hex()
+
+
+def unpacked(row: dict[str, str]) -> np.ndarray:
+    """Which questions (n,) the run of a row answered right."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))
+    return bits[: int(row["questions"])].astype(bool)
 
 
 def results(path: Path = RESULTS) -> list[dict[str, str]]:
     """The rows of a CSV of this command; ValueError as `read`."""
-    return read(path, COMMAND, ("against", "seconds"))
+    return read(path, COMMAND, ("published", "right", "code"))
+
+
+def summary(path: Path = FOLDER / SUMMARY) -> list[dict[str, str]]:
+    """The figures of a CSV of this command; ValueError as `read`."""
+    return read(path, COMMAND, ("published", "change", "group_a"))
 
 
 def called(method: str, published: bool) -> str:
@@ -85,74 +93,56 @@ def called(method: str, published: bool) -> str:
     return f"{method}, published" if published else method
 
 
-def own_place(method: str, published: bool) -> str:
-    """Where a method merges if nobody says."""
-    return Settings(method=method, published=published).defaults["where"]
-
-
-def settings(methods: Iterable[str], places: Iterable[str], keeps: Iterable[int], geometry: Any) -> Iterator[Setting]:
-    """Every combination that exists; what always runs as published once."""
-    for setting in (Setting(*parts) for parts in product(methods, places, keeps, (True, False))):
+def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[Setting, Plan]:
+    """Every run that is possible, and its plan."""
+    found = {}
+    for setting in (Setting(m, p, k) for m in methods for p in (True, False) for k in sorted(keeps, reverse=True)):
+        if METHODS[setting.method].variant and not setting.published:
+            continue  # always runs as published
         try:
-            if METHODS[setting.method].variant and not setting.published:
-                continue
-            make_plan(Settings().changed(**asdict(setting)), geometry)
+            found[setting] = make_plan(Settings().changed(**asdict(setting)), geometry(model.config))
         except UserError:
             continue
-        yield setting
+    return found
 
 
-class Rows:
-    """Makes the rows of the CSV from what was answered right."""
-
-    def __init__(self, asked: list[tuple[int, Question]]) -> None:
-        scenes, questions = zip(*asked, strict=True)
-        self.bootstrap, self.masks = Bootstrap(np.array(scenes)), groups(questions)
-
-    def accuracy(self, setting: Setting, right: np.ndarray, seconds: float | str = "") -> Iterator[Row]:
-        """The share of right answers, in every group."""
-        for row in self._each(setting, "", right.astype(float)):
-            yield replace(row, seconds=seconds)
-
-    def difference(self, setting: Setting, against: str, right: np.ndarray, other: np.ndarray) -> Iterator[Row]:
-        """What ``right`` has more of than ``other``, in every group."""
-        yield from self._each(setting, against, right.astype(float) - other)
-
-    def spread(self, setting: Setting, right: np.ndarray, plain: np.ndarray) -> Iterator[Row]:
-        """The change of the category that loses least minus that of the one that loses most."""
-        change = right.astype(float) - plain
-        inside = {name: mask for name, mask in self.masks.items() if name in CATEGORIES}
-        order = sorted(inside, key=lambda name: change[inside[name]].mean())
-        most, least = inside[order[0]], inside[order[-1]]
-        figures = self.bootstrap(change, least, less=most)
-        yield _row(setting, f"{order[-1]} - {order[0]}", PLAIN, most | least, figures)
-
-    def _each(self, setting: Setting, against: str, values: np.ndarray) -> Iterator[Row]:
-        for name, mask in self.masks.items():
-            yield _row(setting, name, against, mask, self.bootstrap(values, mask))
+def measured(args: argparse.Namespace, wanted: dict[Setting, Plan], seconds: float | None) -> Iterator[Row]:
+    """The rows of everything that is ``wanted``, as they come."""
+    longest, asked = sorted(wanted, key=lambda setting: -setting.keep), Asked(args.model, args.split, args.questions)
+    for number, found in measure(asked, [asdict(setting) for setting in longest], args.jobs, seconds):
+        yield _row(longest[number], wanted[longest[number]].where, found)
 
 
-def rows(
-    runs: dict[Setting, Answers], plain: Answers, blind: np.ndarray, asked: list[tuple[int, Question]]
-) -> Iterator[Row]:
-    """Accuracies, and differences: to the plain model; over all questions also of the control "random" to ToMe."""
-    made = Rows(asked)
-    yield from made.accuracy(Setting(PLAIN, "none", GRID * GRID), plain.right, round(plain.seconds, 1))
-    yield from made.accuracy(Setting(BLIND, "none", 0), blind)
-    for setting, run in runs.items():
-        yield from made.accuracy(setting, run.right, round(run.seconds, 1))
-        yield from made.difference(setting, PLAIN, run.right, plain.right)
-        yield from made.spread(setting, run.right, plain.right)
-        other = replace(setting, method="tome")
-        if setting.method == "random" and other in runs:
-            yield next(made.difference(setting, "tome", run.right, runs[other].right))  # of all questions
+def controls(args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of the plain model, and of who does not look."""
+    ((_, plain),) = measure(Asked(args.model, args.split, args.questions), [None])
+    asked = questions(args.split)[: args.questions]
+    blind = np.array([blind_answer(question) == question.answer for _, question in asked])
+    yield _row(Setting(PLAIN, False, GRID * GRID), "none", plain)
+    yield _row(Setting(BLIND, False, 0), "none", Answers(blind, 0))
 
 
-def _row(setting: Setting, group: str, against: str, mask: np.ndarray, figures: tuple[float, ...]) -> Row:
-    value, low, high = (round(f, 6) for f in figures)
+def _row(setting: Setting, where: str, found: Answers) -> Row:
     return Row(
-        **asdict(setting), group=group, against=against, questions=int(mask.sum()), value=value, low=low, high=high
+        **asdict(setting), where=where, questions=len(found.right), seconds=found.seconds, right=packed(found.right)
     )
+
+
+def usable(args: argparse.Namespace, about: dict[str, str]) -> list[dict[str, str]]:
+    """The rows of ``--out`` that today's code made, or that are not asked for.
+
+    Raises
+    ------
+    ValueError : there are some of another model, other questions or other libraries.
+    """
+    if not args.out.exists():
+        return []
+    found, count = results(args.out), len(questions(args.split)[: args.questions])
+    if other := [row for row in found if any(row[n] != about[n] for n in SAME) or row["questions"] != str(count)]:
+        got = ", ".join(other[0][name] for name in (*SAME, "questions"))
+        raise UserError(f"{str(args.out)!r} holds rows of {got}; choose another --out, or move that file away")
+    asked = {PLAIN, BLIND, *args.methods}
+    return [row for row in found if row["code"] == about["code"] or row["method"] not in asked]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,37 +151,61 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     made.add_argument("--split", default="test", choices=SPLITS[1:])
     made.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    made.add_argument("--where", nargs="+", default=list(PLACES), choices=PLACES)
-    made.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
-    made.add_argument("--limit", type=int, help="only the first so many questions")
-    made.add_argument("--processes", type=int, default=2, help="settings measured at a time, one thread each")
-    made.add_argument("--work", type=Path, default=WORK, help="where finished runs are kept (%(default)s)")
+    made.add_argument("--keeps", nargs="+", type=int, default=list(KEEPS))
+    made.add_argument("--questions", type=int, help="only the first so many")
+    made.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (%(default)s)")
+    made.add_argument("--seconds", type=float, help="after which no more is run; what is done is written")
     made.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     return made
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and write the CSVs."""
-    from pitome_mllm.families.geometry import geometry
+    """Measure, and write both CSVs."""
+    from rich.progress import Progress
 
-    args, usual = parser().parse_args(argv), parser().parse_args([])
-    names = ("model", "split", "methods", "where", "keep", "limit")
+    args, began = parser().parse_args(argv), time.monotonic()
+    torch.set_num_threads(1)
+    about = provenance(args.model, args.split) | {"code": code()}
     try:
-        check_out(args.out, RESULTS, all(getattr(args, name) == getattr(usual, name) for name in names))
+        check_out(args.out, RESULTS, (args.model, args.split, args.questions) == ("tiny", "test", None))
+        rows = usable(args, about)
     except UserError as error:
         parser().error(str(error))
-    torch.set_num_threads(1)
-    about = provenance(args.model, args.split)
-    work = work_folder(args.work, "curves", args.model, args.split, args.limit)
-    wanted = list(settings(args.methods, args.where, args.keep, geometry(load(args.model)[0].config)))
-    runs = {setting: run_name(setting, asdict(setting)) for setting in wanted}
-    jobs = {PLAIN: None, **{runs[setting]: asdict(setting) for setting in wanted}}
-    found = measure(jobs, args.model, args.split, args.limit, work, args.processes)
-    asked = questions(args.split)[: len(found[PLAIN].right)]
-    blind = np.array([blind_answer(question) == question.answer for _, question in asked])
-    made = list(rows({setting: found[runs[setting]] for setting in wanted}, found[PLAIN], blind, asked))
-    write_csv(args.out, made, about)
-    write_csv(args.out.with_name(SUMMARY), [row for row in made if row.group == "all"], about)
+    known = {Setting.of(row) for row in rows}
+    if rows:
+        write_csv(args.out, rows)
+    else:
+        args.out.unlink(missing_ok=True)
+    wanted = {s: plan for s, plan in settings(args.methods, args.keeps, load(args.model)[0]).items() if s not in known}
+    with Progress() as bar:
+        task = bar.add_task("runs", total=len(wanted))
+        if PLAIN not in {setting.method for setting in known}:
+            append(args.out, controls(args), about)
+        for made in measured(args, wanted, args.seconds and args.seconds - (time.monotonic() - began)):
+            append(args.out, [made], about)
+            bar.update(task, advance=1, description=f"{made.method} {made.keep}")
+    write_csv(args.out, in_order(results(args.out)))
+    summarise(args.out)
+
+
+def in_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Plain and blind, then methods as they are listed, as published first, with the most tokens first."""
+    names = [PLAIN, BLIND, *METHODS]
+    return sorted(rows, key=lambda r: (names.index(r["method"]), r["published"] != "True", -int(r["keep"])))
+
+
+def answered(rows: list[dict[str, str]]) -> tuple[dict[tuple[str, bool, int], np.ndarray], list[tuple[int, Question]]]:
+    """What every run answered right, and what was asked with the numbers of the scenes."""
+    asked = questions(rows[0]["split"])[: int(rows[0]["questions"])]
+    return {astuple(Setting.of(r)): unpacked(r) for r in rows}, asked
+
+
+def summarise(path: Path = RESULTS) -> None:
+    """Write what `figures` makes of a CSV of this command beside it."""
+    rows = results(path)
+    about = [{name: value for name, value in r.items() if name not in ("right", "code", "seconds")} for r in rows]
+    made = zip(about, figures(*answered(rows)), strict=True)
+    write_csv(path.with_name(SUMMARY), [said | asdict(found) for said, found in made])
 
 
 if __name__ == "__main__":

@@ -1,132 +1,135 @@
-"""The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.accuracy.search``.
+"""The search for the best PiToMe, on validation questions: ``python -m pitome_mllm_eval.accuracy.search --jobs 16``.
 
-One factor after the other: every alternative is measured with all others as they are by then, and the best stays; of
-those within `TIE` of the best the first. Then the factors in `AGAIN` are asked again, now that the rest has changed.
-What is found becomes the preset `pitome-tuned`; the CSV is the ablation. The test set plays no part.
+It starts from the library's default. In each round every alternative in `FACTORS` is measured in place of what is
+there, and the best one stays if it gains beyond chance more than `PRICE` for what it costs; a round that takes nothing
+is the last. The test set plays no part. The CSV shows accuracy beside counted FLOPs and launches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pitome_mllm import attach
+from pitome_mllm.families.features import tower_features
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
-from pitome_mllm.schedule import SHAPES
 from pitome_mllm.settings import Settings
 
-from ..benchmark.bootstrap import Bootstrap
 from ..benchmark.sets import questions
 from ..documents import write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
-from .runs import WORK, load, measure, provenance, run_name, work_folder
+from .figures import bootstrap_of
+from .runs import Asked, load, measure, provenance
+from .tables import teraflops
 
 KEEPS = (144, 72, 36, 16)
 COMMAND = "python -m pitome_mllm_eval.accuracy.search"
 RESULTS = FOLDER / "search.csv"
-TIE = 0.002
-START: dict[str, Any] = {"method": "pitome"}
+PRICE = 0.05  # what twice the FLOPs or launches have to gain, as a share of the questions
+ROUNDS = 4
+SAID = ", ".join(map(str, KEEPS))
 
-# What is tried, factor by factor; the paper's choice is always among it. None of an option is the paper's.
+# What is tried in place of the library's defaults, factor by factor; None of an option is the paper's.
 FACTORS: dict[str, list[dict[str, Any]]] = {
-    "where": [{"where": place} for place in ("tower", "projector", "both")],
-    "calibration": [{"calibration": kind} for kind in ("none", "size", "distance")],
-    "schedule, first and last merging block": [{"schedule": shape} for shape in SHAPES],
-    "tokens out of the tower": [{"tower_keep": share} for share in (None, 0.75, 0.5, 0.25)],
-    "order": [{"order": "reading"}, {"order": "source"}],
-    "protected share": [{"protect": share} for share in (1.0, 0.75, 0.5, 0.25, 0.0)],
+    "what the LLM is told": [{"calibration": told} for told in ("distance", "size", "none")],
+    "where": [{"where": "tower"}, {"where": "projector"}],
+    "tokens out of the tower": [{"tower_keep": count} for count in (160, 192, 240, 288)],
+    "merge points": [{"merges": points} for points in (3, 4, 5, 6, "every")],
+    "first and last merge point": [{"schedule": shape} for shape in ("delayed", "early", "equal")],
+    "steps per merge": [{"steps": 1}, {"steps": 2}],
     "metric": [{"metric": "keys"}, {"metric": "hidden"}],
-    "place": [{"place": "mid"}, {"place": "end"}],
-    "weighted mean": [{"weighted": True}, {"weighted": False}],
-    "proportional attention": [{"proportional_attention": True}, {"proportional_attention": False}],
-    "energy": [{"energy": "paper"}, {"energy": "elu"}],
+    "mean": [{"weighted": True}, {"weighted": False}],
+    "place in a block": [{"place": "end"}, {"place": "mid"}],
+    "protected share": [{"protect": share} for share in (1.0, 0.75, 0.5, 0.25)],
+    "margin": [{"margin": margin} for margin in (None, 0.8, 0.6, 0.3)],
     "alpha": [{"alpha": alpha} for alpha in (1.0, 0.5, 0.0)],
-    "margin": [{"margin": margin} for margin in (None, 0.9, 0.6, 0.3, 0.0)],
-    "steps per merge": [{"steps": steps} for steps in (1, 2, 3)],
 }
-AGAIN = ("schedule, first and last merging block", "protected share", "place", "proportional attention", "margin")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One alternative at one keep: accuracy, and the difference to the setting before this factor, with intervals.
+    """One alternative: accuracy as the mean over keeps and at each, gain over what was there, and what it costs.
 
-    ``keep`` 0 stands for the mean over all keeps, which decides.
+    ``low`` and ``high`` hold the gain of all alternatives of a round together with 95 % confidence; TFLOPs are of the
+    tower and projector of a published model, launches of operators in the embedded one, both means over keeps.
     """
 
-    sweep: int
+    round: int
     factor: str
     alternative: str
-    chosen: bool
-    keep: int
-    questions: int
+    taken: bool
+    front: bool
+    keeps: str
     value: float
+    each: str
+    gain: float
     low: float
     high: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    teraflops: float
+    launches: float
+    questions: int
     settings: str
 
 
-class Search:
-    """Measures settings and remembers what came out."""
+class Launches(TorchDispatchMode):
+    """Counts operators that run a kernel: all that do not only look at memory in another way."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.work = work_folder(args.work, "search", args.model, "validation", args.limit)
-        self.geometry = geometry(load(args.model)[0].config)
-        asked = questions("validation")[: args.limit]
-        self.bootstrap = Bootstrap(np.array([scene for scene, _ in asked]))
-        self.everything = np.ones(len(asked), bool)
+    count = 0
 
-    def measured(self, candidates: list[Mapping[str, Any]]) -> list[np.ndarray]:
-        """Hits (keeps, questions) of every candidate."""
-        jobs: dict[str, Mapping[str, Any] | None] = {}
-        for candidate in candidates:
-            jobs |= {run_name(keep, candidate): {**candidate, "keep": keep} for keep in self.args.keep}
-        found = measure(jobs, self.args.model, "validation", self.args.limit, self.work, self.args.processes)
-        return [np.stack([found[run_name(keep, c)].right for keep in self.args.keep]).astype(float) for c in candidates]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operator, and run it."""
+        views = [out.alias_info for out in func._schema.returns if out.alias_info and not out.alias_info.is_write]
+        self.count += not views
+        return func(*args, **(kwargs or {}))
 
-    def exists(self, candidate: Mapping[str, Any]) -> bool:
-        """Whether these settings go together, at every keep."""
-        try:
-            for keep in self.args.keep:
-                make_plan(Settings().changed(**candidate, keep=keep), self.geometry)
-        except UserError:
-            return False
-        return True
 
-    def factor(
-        self, sweep: int, factor: str, alternatives: list[dict[str, Any]], current: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[Row]]:
-        """The best alternative in place, and the rows of all that go with the rest."""
-        alternatives = [alternative for alternative in alternatives if self.exists({**current, **alternative})]
-        candidates = [{**current, **alternative} for alternative in alternatives]
-        *found, before = self.measured([*candidates, current])
-        means = [hits.mean() for hits in found]
-        best = next(i for i, mean in enumerate(means) if mean >= max(means) - TIE)
-        rows = [
-            row
-            for i, (alternative, hits) in enumerate(zip(alternatives, found, strict=True))
-            for row in self.rows((sweep, factor, label(alternative), i == best), candidates[i], hits, before)
-        ]
-        return candidates[best], rows
+@torch.inference_mode()
+def launches(settings: Mapping[str, Any]) -> int:
+    """Operators in the embedded model's tower, and before its projector, for one picture."""
+    model = load("tiny")[0]
+    side = model.config.vision_config.image_size
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with attach(model, **settings), Launches() as counted:
+        tower_features(model, pixels)
+    return counted.count
 
-    def rows(self, key: tuple, candidate: Mapping[str, Any], hits: np.ndarray, before: np.ndarray) -> Iterator[Row]:
-        """The row of the mean over keeps, and one row per keep."""
-        said = json.dumps(candidate, sort_keys=True)
-        for keep, mine, theirs in ((0, hits.mean(0), before.mean(0)), *zip(self.args.keep, hits, before, strict=True)):
-            figures = [*self.bootstrap(mine, self.everything), *self.bootstrap(mine - theirs, self.everything)]
-            yield Row(*key, keep, hits.shape[1], *(round(f, 6) for f in figures), settings=said)
+
+@cache
+def exists(said: str) -> bool:
+    """Whether settings, as JSON, go together at every keep."""
+    try:
+        for keep in KEEPS:
+            make_plan(Settings().changed(**json.loads(said), keep=keep), geometry(load("tiny")[0].config))
+    except UserError:
+        return False
+    return True
+
+
+def alternatives(current: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What differs from ``current`` in one factor and can be had, by factor and name; ``current`` itself first."""
+    found, plans = {("", "as it is"): dict(current)}, set[str]()
+    for factor, choices in {"": [{}], **FACTORS}.items():
+        for choice in choices:
+            settings = {**current, **choice}
+            if not exists(json.dumps(settings, sort_keys=True)):
+                continue
+            plan = str(make_plan(Settings().changed(**settings, keep=72), geometry(load("tiny")[0].config)))
+            if plan not in plans and choice:
+                found[factor, label(choice)] = settings
+            plans.add(plan)
+    return found
 
 
 def label(alternative: Mapping[str, Any]) -> str:
@@ -134,28 +137,63 @@ def label(alternative: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in alternative.items())
 
 
+def one_round(number: int, current: dict[str, Any], args: argparse.Namespace) -> list[Row]:
+    """The rows of all alternatives to ``current``, which is the first; at most one of them is taken."""
+    wanted, asked = alternatives(current), questions("validation")[: args.questions]
+    runs = [{**settings, "keep": keep} for settings in wanted.values() for keep in KEEPS]
+    right = np.zeros((len(runs), len(asked)))
+    for place, found in measure(Asked("tiny", "validation", args.questions), runs, args.jobs):
+        right[place] = found.right
+    right = right.reshape(len(wanted), len(KEEPS), -1)
+    bootstrap, everything, level = bootstrap_of(asked), np.ones(len(asked), bool), 1 - 0.05 / max(1, len(wanted) - 1)
+    rows = []
+    for (names, settings), hits in zip(wanted.items(), right, strict=True):
+        figures = hits.mean(), *bootstrap((hits - right[0]).mean(0), everything, level=level)
+        value, gain, low, high = (round(float(figure), 6) for figure in figures)
+        costs = [(float(teraflops(**settings, keep=keep)), launches({**settings, "keep": keep})) for keep in KEEPS]
+        each = " ".join(f"{100 * share:.1f}" for share in hits.mean(1))
+        spent = (round(float(cost), 3) for cost in np.mean(costs, 0))
+        said = json.dumps(settings, sort_keys=True)
+        rows.append(Row(number, *names, False, False, SAID, value, each, gain, low, high, *spent, len(asked), said))
+    good = [row for row in rows[1:] if row.low > price(row, rows[0])]
+    best = max(good, key=lambda row: row.gain - price(row, rows[0]), default=rows[0])
+    return [replace(row, taken=row is best, front=not any(better(other, row) for other in rows)) for row in rows]
+
+
+def price(row: Row, before: Row) -> float:
+    """What an alternative has to gain for what it costs more."""
+    return PRICE * max(row.teraflops / before.teraflops - 1, row.launches / before.launches - 1, 0)
+
+
+def better(one: Row, other: Row) -> bool:
+    """Whether one is nowhere worse than the other, and somewhere better."""
+    a, b = ((row.value, -row.teraflops, -row.launches) for row in (one, other))
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Search, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
-    parser.add_argument("--keep", nargs="+", type=int, default=list(KEEPS))
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--processes", type=int, default=2, help="settings measured at a time, one thread each")
-    parser.add_argument("--work", type=Path, default=WORK, help="where finished runs are kept (%(default)s)")
+    parser.add_argument("--questions", type=int, default=1680, help="only the first so many (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (%(default)s)")
+    parser.add_argument("--start", type=json.loads, default={}, help="settings in place of defaults, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     try:
-        check_out(args.out, RESULTS, (args.model, args.limit, args.keep) == ("tiny", None, list(KEEPS)))
+        check_out(args.out, RESULTS, (args.questions, args.start) == (1680, {}))
     except UserError as error:
         parser.error(str(error))
-    search, about = Search(args), provenance(args.model, "validation")
-    current, found = dict(START), []
-    for sweep, factors in enumerate((FACTORS, AGAIN), 1):
-        for factor in factors:
-            current, rows = search.factor(sweep, factor, FACTORS[factor], current)
-            found += rows
-            print(f"sweep {sweep}, {factor}: {json.dumps(current)}")
-    write_csv(args.out, found, about)
+    current, found = dict(args.start), list[Row]()
+    for number in range(1, ROUNDS + 1):
+        rows = one_round(number, current, args)
+        found += rows
+        write_csv(args.out, found, provenance("tiny", "validation"))
+        taken = next(row for row in rows if row.taken)
+        print(f"round {number}: {taken.alternative}, {100 * taken.value:.1f} per cent right ({taken.each})", flush=True)
+        if taken is rows[0]:
+            break
+        current = json.loads(taken.settings)
 
 
 if __name__ == "__main__":

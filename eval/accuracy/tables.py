@@ -1,24 +1,25 @@
-"""Tables and plot of what `curves` measured over all questions."""
+"""Tables, plot and sentences of what `curves` and `search` measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from pitome_mllm import METHODS
+from pitome_mllm import METHODS, estimate
+from pitome_mllm.costs.published import get_shape
+from pitome_mllm.methods import UserError
 from pitome_mllm.settings import DEFAULT_METHOD
 
 from .. import documents
-from .curves import BLIND, called, own_place
+from .figures import BLIND
 from .runs import PLAIN
 
 Row = dict[str, str]
 Line = tuple[str, bool, str]  # method, whether as published, where
-Spent = dict[Line, Row]
-COST_SHAPE, COST_KEEP = "llava-1.5-7b", 144  # of which costs the tables speak
+TABLES = {True: "as published", False: "under the library's defaults"}
+SHAPE, COST_KEEP, GROUP_A_KEEP = "llava-1.5-7b", 144, 72
 NOT_MEASURED = "not measured"
 LOOKING = [name for name, method in METHODS.items() if "attention" in method.reducer.needs]
 CAUTION = f"""\\*: {", ".join(LOOKING)} look at the attention of the class token. Nothing in the training of the
@@ -29,46 +30,27 @@ takes the first. random is one draw."""
 
 @dataclass(frozen=True)
 class Results:
-    """The accuracies over all questions.
-
-    Attributes
-    ----------
-    plain, blind : of the plain model, and without looking.
-    cells : of every line and keep.
-    change : what each of them differs by from the plain model.
-    """
+    """The figures of `curves`: of the plain model, without looking, and of every line and keep."""
 
     plain: Row
     blind: Row
     cells: dict[tuple[Line, int], Row]
-    change: dict[tuple[Line, int], Row]
 
     @classmethod
     def of(cls, found: list[Row]) -> Results:
-        """Those in the rows of a CSV."""
-        chosen = [row for row in found if row["group"] == "all"]
-        plain, blind = (next(r for r in chosen if r["method"] == name and not r["against"]) for name in (PLAIN, BLIND))
-        methods = [row for row in chosen if row["method"] not in (PLAIN, BLIND)]
-        cells, change = (
-            {(line_of(row), int(row["keep"])): row for row in methods if row["against"] == against}
-            for against in ("", PLAIN)
-        )
-        return cls(plain, blind, cells, change)
+        """Those in the rows of its summary."""
+        plain, blind = (next(row for row in found if row["method"] == name) for name in (PLAIN, BLIND))
+        methods = [row for row in found if row["method"] not in (PLAIN, BLIND)]
+        return cls(plain, blind, {(line_of(row), int(row["keep"])): row for row in methods})
 
     @property
     def keeps(self) -> list[int]:
         """All numbers of tokens, the largest first."""
         return sorted({keep for _, keep in self.cells}, reverse=True)
 
-    @property
-    def lines(self) -> list[Line]:
-        """Every method at every place."""
-        return list(dict.fromkeys(line for line, _ in self.cells))
-
-    def shown(self, line: Line, keeps: Iterable[int]) -> list[str]:
-        """Accuracies in per cent, each with the paired interval of its difference to the plain model."""
-        keys = [(line, keep) for keep in keeps]
-        return [_cell(self.cells[key], self.change[key]) if key in self.cells else NOT_MEASURED for key in keys]
+    def lines(self, published: bool) -> list[Line]:
+        """Those of one table."""
+        return list(dict.fromkeys(line for line, _ in self.cells if line[1] == published))
 
 
 def line_of(row: Row) -> Line:
@@ -76,120 +58,108 @@ def line_of(row: Row) -> Line:
     return row["method"], row["published"] == "True", row["where"]
 
 
-def table(found: list[Row], spent: Spent, everywhere: bool = False) -> str:
-    """A Markdown table: methods down, keeps across, accuracy in per cent with its paired interval.
-
-    Every method stands at its own place, or ``everywhere`` it was measured; ``spent`` holds what its merges cost.
-    """
+def table(found: list[Row], published: bool) -> str:
+    """A Markdown table: methods down, keeps across, accuracy in per cent with its paired interval."""
     results = Results.of(found)
-    heads = ["method", "where", "spectral", "ms", *(f"keep {keep}" for keep in results.keeps)]
-    lines = [heads, [PLAIN, "-", "-", "-", *[f"{points(results.plain)[0]:.1f}"] * len(results.keeps)]]
-    for method, published, where in results.lines:
-        if everywhere or where == own_place(method, published):
-            spectral = "yes" if METHODS[method].spectral else "no"
-            cost = spent.get((method, published, where))
-            milliseconds = f"{float(cost['ms']):.1f}" if cost else NOT_MEASURED
-            name = called(method, published) + " \\*" * (method in LOOKING)
-            figures = results.shown((method, published, where), results.keeps)
-            lines.append([name, where, spectral, milliseconds, *figures])
-    return "\n\n".join([documents.markdown(lines), CAUTION, _about(found, results, spent)])
+    heads = ["method", "where", "spectral", "TFLOPs", *(f"keep {k}" for k in results.keeps), "group A"]
+    lines = [heads, [PLAIN, "-", "-", teraflops(), *[f"{points(results.plain)[0]:.1f}"] * len(results.keeps), "100"]]
+    for method, _, where in results.lines(published):
+        cells = [results.cells.get(((method, published, where), keep)) for keep in results.keeps]
+        spectral = "yes" if METHODS[method].spectral else "no"
+        cost = teraflops(method, published=published, keep=COST_KEEP)
+        name = f"{method} \\*" if method in LOOKING else method
+        hard = results.cells.get(((method, published, where), GROUP_A_KEEP), {}).get("group_a")
+        shown = [_cell(row) if row else NOT_MEASURED for row in cells]
+        lines.append([name, where, spectral, cost, *shown, f"{100 * float(hard):.1f}" if hard else NOT_MEASURED])
+    return documents.markdown(lines)
 
 
-def ablation(rows: list[Row]) -> str:
-    """A Markdown table of the search: every alternative of every factor, and what it changes on average over keeps."""
-    lines = [
-        ["sweep", "factor", "alternative", "chosen", "right, %", "difference to the setting before", "95 % interval"]
-    ]
-    for row in (row for row in rows if row["keep"] == "0"):
-        names = ("value", "difference", "difference_low", "difference_high")
-        value, change, low, high = (100 * float(row[name]) for name in names)
-        chosen = "yes" if row["chosen"] == "True" else ""
-        figures = [f"{value:.1f}", f"{change:+.1f}", f"{low:+.1f} to {high:+.1f}"]
-        lines.append([row["sweep"], row["factor"], row["alternative"], chosen, *figures])
-    keeps = ", ".join(dict.fromkeys(row["keep"] for row in rows if row["keep"] != "0"))
-    first = rows[0]
-    about = (
-        f"{first['questions']} {first['split']} questions, mean over keep {keeps}, embedded model (weights "
-        f"{first['weights']}), {first['device']}, torch {first['torch']}, transformers {first['transformers']}, "
-        f"commit {first['commit']}, {first['date']}."
-    )
-    return f"{documents.markdown(lines)}\n\n{about}"
+def teraflops(*method: str, **settings: Any) -> str:
+    """What tower, merging and projector of the published model take for one picture; "-" where it is no setting."""
+    try:
+        cost = estimate(get_shape(SHAPE).config(), *method, **settings)
+    except UserError:
+        return "-"
+    return f"{(cost.tower_flops + cost.merging_flops + cost.projector_flops) / 1e12:.2f}"
 
 
-def spending(rows: list[Row]) -> Spent:
-    """What merging costs by method and place, as far as the tables speak of it."""
-    chosen = [row for row in rows if (row["shape"], row["keep"]) == (COST_SHAPE, str(COST_KEEP))]
-    return {line_of(row): row for row in chosen}
-
-
-def _about(found: list[Row], results: Results, spent: Spent) -> str:
-    plain = results.plain
-    value, low, high = points(plain)
-    seconds = [float(row["seconds"]) for row in found if row["seconds"] and row["group"] == "all"]
-    text = (
-        f"{plain['questions']} {plain['split']} questions, embedded model (weights {plain['weights']}, commit "
-        f"{plain['commit']}), {plain['device']}, torch {plain['torch']}, transformers {plain['transformers']}, "
-        f"{plain['date']}{_elsewhere(results)}; per cent right, in brackets the paired 95 % bootstrap interval, over "
-        f"pictures, of the difference to the plain model, which has {value:.1f} ({low:.1f} to {high:.1f}). Without "
-        f"looking (the most common answer to the same text in training data): {points(results.blind)[0]:.1f}. "
-        "Spectral: its paper proves that it keeps the spectrum. All runs took "
-        f"{sum(seconds) / 3600:.1f} hours of CPU time, the longest {max(seconds):.0f} s."
-    )
-    if spent:
-        row = next(iter(spent.values()))
-        text += (
-            f" ms: thread time of choosing and combining tokens for one picture at keep {COST_KEEP}, widths of "
-            f"{COST_SHAPE}, float32, median of {row['repeats']} runs on one thread of {row['device']}, torch "
-            f"{row['torch']}, commit {row['commit']}, {row['date']}; without what the logarithms of sizes cost "
-            "attention."
-        )
-    return text
-
-
-def _elsewhere(results: Results) -> str:
-    """Which methods were measured at another commit, on another machine or another day than the plain model."""
-    origins: dict[str, list[str]] = {}
-    for ((method, published, _), _), row in results.cells.items():
-        said = ", ".join(["commit " + row["commit"], row["device"], row["date"]])
-        if any(row[name] != results.plain[name] for name in ("commit", "device", "date")):
-            origins.setdefault(said, []).append(called(method, published))
-    return "".join(f" ({', '.join(dict.fromkeys(who))}: {said})" for said, who in origins.items())
-
-
-def points(row: Row) -> list[float]:
-    """Value and interval in per cent, or points."""
-    return [100 * float(row[name]) for name in ("value", "low", "high")]
-
-
-def _cell(row: Row, change: Row) -> str:
-    _, low, high = points(change)
+def _cell(row: Row) -> str:
+    _, low, high = points(row, "change")
     return f"{points(row)[0]:.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def plot(found: list[Row], path: Path) -> None:
-    """Accuracy over visual tokens, one line per method, in a panel for each place."""
+def points(row: Row, name: str = "value") -> list[float]:
+    """Value and interval in per cent, or points."""
+    names = ("value", "low", "high") if name == "value" else (name, f"{name}_low", f"{name}_high")
+    return [100 * float(row[n]) for n in names]
+
+
+def about(found: list[Row]) -> str:
+    """What was measured, where, and what the columns say."""
+    results, (value, low, high) = Results.of(found), points(Results.of(found).plain)
+    plain = results.plain
+    commits, devices = (", ".join(dict.fromkeys(row[name] for row in found)) for name in ("commit", "device"))
+    hard = {row["group_a_questions"] for (_, keep), row in results.cells.items() if keep == GROUP_A_KEEP}
+    return f"""{CAUTION}
+
+{plain["questions"]} {plain["split"]} questions, embedded model (weights {plain["weights"]}), {devices}, torch
+{plain["torch"]}, transformers {plain["transformers"]}, commit {commits}, {max(row["date"] for row in found)}; per cent
+right, in brackets the paired 95 % bootstrap interval, over pictures, of the difference to the plain model, which has
+{value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most common answer to the same text in training data):
+{points(results.blind)[0]:.1f}. Spectral: its paper proves that it keeps the spectrum. TFLOPs: counted for one picture,
+tower, merging and projector of {SHAPE} at keep {COST_KEEP}. Group A: per cent right, at keep {GROUP_A_KEEP}, of
+the {" or ".join(sorted(filter(None, hard))) or "no"} questions that the plain model answers right and `downsample`
+wrong."""
+
+
+def leaders(found: list[Row]) -> str:
+    """Who has the most right answers at each keep of both tables, and how PiToMe compares."""
     results = Results.of(found)
-    places = list(dict.fromkeys(where for _, _, where in results.lines))
-    methods = list(dict.fromkeys((method, published) for method, published, _ in results.lines))
-    figure, axes = documents.panels(places, "right answers, %", xlabel="visual tokens")
-    lines = {}
-    for axis, place in zip(axes, places, strict=True):
+    return " ".join(
+        f"{TABLES[published].capitalize()}: {'; '.join(_leads(results, published))}." for published in TABLES
+    )
+
+
+def _leads(results: Results, published: bool) -> Iterator[str]:
+    ours = "pitome" if published else DEFAULT_METHOD
+    for keep in results.keeps:
+        cells = {
+            line[0]: points(row)[0] for (line, k), row in results.cells.items() if (line[1], k) == (published, keep)
+        }
+        first, *others = sorted(cells, key=lambda name: -cells[name])
+        beside = next(iter(others), None) if first == ours else ours
+        said = f" ({beside} {cells[beside]:.1f})" if beside in cells else ""
+        yield f"keep {keep} {first} {cells[first]:.1f}{said}"
+
+
+def ablation(rows: list[Row]) -> str:
+    """A Markdown table of the search: what every alternative gains and costs in each round, and the last front."""
+    heads = ["round", "factor", "alternative", "taken", "front", "right, %", "at each keep", "gain", "interval"]
+    lines = [[*heads, "TFLOPs", "launches"]]
+    for row in rows:
+        value, gain, low, high = (100 * float(row[name]) for name in ("value", "gain", "low", "high"))
+        said = ["yes" if row[name] == "True" else "" for name in ("taken", "front")]
+        figures = [f"{value:.1f}", row["each"], f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+        costs = [f"{float(row['teraflops']):.2f}", f"{float(row['launches']):.0f}"]
+        lines.append([row["round"], row["factor"], row["alternative"], said[0], said[1], *figures, *costs])
+    first, final = rows[0], next(row for row in reversed(rows) if row["taken"] == "True")
+    return f"""{documents.markdown(lines)}
+
+{first["questions"]} {first["split"]} questions, mean over keep {first["keeps"]}, and at each; embedded model (weights
+{first["weights"]}), {first["device"]}, torch {first["torch"]}, transformers {first["transformers"]}, commit
+{first["commit"]}, {first["date"]}. What is left in the end, in place of the defaults: `{final["settings"]}`."""
+
+
+def plot(found: list[Row], path: Path) -> None:
+    """Accuracy over visual tokens, one line per method, in a panel for each table."""
+    results, lines = Results.of(found), {}
+    figure, axes = documents.panels(list(TABLES.values()), "right answers, %", width=6, xlabel="visual tokens")
+    methods = list(dict.fromkeys(line[0] for line, _ in results.cells))
+    for axis, published in zip(axes, TABLES, strict=True):
         lines["plain, 576 tokens"] = axis.axhline(points(results.plain)[0], color="black", linestyle=":")
-        for number, method in enumerate(methods):
-            cells = results.cells.items()
-            measured = sorted(
-                ((keep, row) for (line, keep), row in cells if line == (*method, place)), key=itemgetter(0)
-            )
-            if measured:
-                width = 3 if method == (DEFAULT_METHOD, False) else 1.2
-                lines[called(*method)] = _line(axis, measured, number, width)
+        for line in results.lines(published):
+            measured = {keep: points(row)[0] for (one, keep), row in results.cells.items() if one == line}
+            looks = {**documents.style(methods.index(line[0])), "linewidth": 3 if line[0] == DEFAULT_METHOD else 1.2}
+            (lines[line[0]],) = axis.plot(list(measured), list(measured.values()), marker="o", ms=3, **looks)
         documents.ticks(axis, results.keeps)
     documents.save(figure, path, lines)
-
-
-def _line(axis: Any, measured: list[tuple[int, Row]], number: int, width: float) -> Any:
-    value, low, high = zip(*(points(row) for _, row in measured), strict=True)
-    below = [v - bound for v, bound in zip(value, low, strict=True)]
-    above = [bound - v for v, bound in zip(value, high, strict=True)]
-    looks = {**documents.style(number), "linewidth": width, "marker": "o", "ms": 4, "capsize": 2}
-    return axis.errorbar([keep for keep, _ in measured], value, (below, above), **looks)

@@ -23,9 +23,9 @@ def weights(clusters: int, seed: int = 0) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=clusters) for row in drawn(clusters, seed)])
 
 
-def span(figures: np.ndarray | Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a figure in all draws, those aside that have none (NaN)."""
-    low, high = np.nanquantile(figures, (0.025, 0.975))
+def span(figures: np.ndarray | Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of a figure in all draws, those aside that have none (NaN)."""
+    low, high = np.nanquantile(figures, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 
@@ -38,19 +38,21 @@ def groups(asked: Sequence[Any]) -> dict[str, np.ndarray]:
 
 
 class Bootstrap:
-    """Paired 95 % intervals of accuracies. Pictures are drawn, as questions on one depend."""
+    """Paired intervals of accuracies. Pictures are drawn, as questions on one depend."""
 
     def __init__(self, scenes: np.ndarray, seed: int = 0):
         self.member = (scenes[None] == np.unique(scenes)[:, None]).astype(float)  # (pictures, questions)
         self.weights = weights(len(self.member), seed)
 
-    def __call__(self, values: np.ndarray, mask: np.ndarray, less: np.ndarray | None = None) -> tuple[float, ...]:
+    def __call__(
+        self, values: np.ndarray, mask: np.ndarray, less: np.ndarray | None = None, level: float = 0.95
+    ) -> tuple[float, ...]:
         """Mean of ``values`` over ``mask``, minus that over the mask ``less`` if there is one, and the interval."""
         mean, rates = self._rates(values, mask)
         if less is not None:
             other, other_rates = self._rates(values, less)
             mean, rates = mean - other, rates - other_rates
-        return float(mean), *span(rates)
+        return float(mean), *span(rates, level)
 
     def _rates(self, values: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
         """The mean, and that of every draw; NaN for one that misses a small group altogether."""

@@ -1,12 +1,12 @@
 """Accuracy on the benchmark: ``python -m pitome_mllm_eval.benchmark.score --limit 500``.
 
 All questions on a picture share one tower pass and one prefill of the prompt up to the picture, through the model's own
-forward, so whatever is attached to the model takes part.
+forward, so whatever is attached to the model takes part. An answer is the likeliest next token: all are single words.
 """
 
 import argparse
-import sys
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
 from .sets import PER_SCENE, SCENES, blind_answer, scene
+
+BATCH = 4  # pictures that are answered at once
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class Record:
         return self.predicted == self.answer
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Questions on one picture (1, 3, H, W): token ids up to and with the picture, and what follows of each."""
+
+    pixels: torch.Tensor
+    prefix: list[int]
+    rest: list[list[int]]
+    pad: int
+
+
 class _Positions:
     """Notes the largest position of the prefill: an attached reducer may keep the original ones."""
 
@@ -59,60 +71,82 @@ class _Positions:
         self.handle.remove()
 
 
-def _split_prompt(model, processor, text: str) -> tuple[list[int], list[int]]:
-    """Token ids up to and including the picture, and after it."""
-    ids = processor.tokenizer(write(processor, [message(text, pictures=1)])).input_ids
-    at = ids.index(model.config.image_token_id)
-    return ids[:at] + [ids[at]] * model.config.image_seq_length, ids[at + 1 :]
+def prompts(processor, image_token: int, length: int, picture, texts: Sequence[str]) -> Prompts:
+    """Questions on one picture, of which the prompt holds ``length`` placeholders."""
+    asked = [processor.tokenizer(write(processor, [message(text, pictures=1)])).input_ids for text in texts]
+    at = asked[0].index(image_token)
+    pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    prefix = asked[0][:at] + [image_token] * length
+    return Prompts(
+        pixels, prefix, [ids[ids.index(image_token) + 1 :] for ids in asked], processor.tokenizer.pad_token_id
+    )
 
 
 @torch.inference_mode()
-def answers(model, processor, picture, texts: list[str]) -> list[str]:
-    """First word of the answer to each question on one picture."""
-    pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
-    prompts = [_split_prompt(model, processor, text) for text in texts]
-    prefix = torch.tensor([prompts[0][0]], device=model.device)
+def predict(model, asked: Sequence[Prompts]) -> list[int]:
+    """First token of the answer to each question, picture by picture."""
+    device = model.device
+    pixels = torch.cat([one.pixels for one in asked])
+    prefix = torch.tensor([one.prefix for one in asked], device=device)
     with _Positions(model) as positions:
         out = model(
             input_ids=prefix,
             attention_mask=torch.ones_like(prefix),
-            pixel_values=pixels.to(model.device, model.dtype),
+            pixel_values=pixels.to(device, model.dtype),
             use_cache=True,
             logits_to_keep=1,
         )
     cache = caches.cache_of(out)
     start = cache.get_seq_length() if positions.next is None else positions.next
-    cache.batch_repeat_interleave(len(texts))
-    lengths = [len(rest) for _, rest in prompts]
-    pad = processor.tokenizer.pad_token_id
-    rest = torch.tensor([ids + [pad] * (max(lengths) - len(ids)) for _, ids in prompts], device=model.device)
+    most = max(len(one.rest) for one in asked)
+    cache.batch_repeat_interleave(most)
+    ids = [row for one in asked for row in one.rest + one.rest[:1] * (most - len(one.rest))]
+    lengths = torch.tensor([len(row) for row in ids])
+    width = int(lengths.max())
+    rest = torch.tensor([row + [asked[0].pad] * (width - len(row)) for row in ids], device=device)
     states = model.model.language_model(
         input_ids=rest,
         **{caches.name_for(model.model.language_model): cache},
-        position_ids=(start + torch.arange(rest.shape[1], device=model.device)).expand(len(texts), -1),
-        cache_position=cache.get_seq_length() + torch.arange(rest.shape[1], device=model.device),
+        position_ids=(start + torch.arange(width, device=device)).expand(len(ids), -1),
+        cache_position=cache.get_seq_length() + torch.arange(width, device=device),
     ).last_hidden_state
-    last = states[torch.arange(len(texts)), torch.tensor(lengths) - 1]
-    return processor.tokenizer.convert_ids_to_tokens(model.lm_head(last).argmax(-1).tolist())
+    found = model.lm_head(states[torch.arange(len(ids)), lengths - 1]).argmax(-1).view(-1, most).tolist()
+    return [token for one, row in zip(asked, found, strict=True) for token in row[: len(one.rest)]]
+
+
+def answers(model, processor, picture, texts: list[str]) -> list[str]:
+    """First word of the answer to each question on one picture."""
+    asked = prompts(processor, model.config.image_token_id, model.config.image_seq_length, picture, texts)
+    return processor.tokenizer.convert_ids_to_tokens(predict(model, [asked]))
+
+
+@functools.lru_cache(maxsize=SCENES)
+def _of_scene(processor, image_token: int, length: int, number: int, split: str) -> tuple[Prompts, list[Question]]:
+    """A picture of the benchmark, drawn and checked once for all runs of a process."""
+    picture, asked = scene(number, split)
+    return prompts(processor, image_token, length, picture, [question.text for question in asked]), asked
+
+
+def predicted(model, processor, split: str = "test", limit: int | None = None) -> Iterator[tuple[int, Question, str]]:
+    """Scene, question and answer, of the first ``limit`` questions of a split (all by default)."""
+    left, batch = SCENES * PER_SCENE if limit is None else limit, []
+    for number in range(SCENES):
+        made, asked = _of_scene(processor, model.config.image_token_id, model.config.image_seq_length, number, split)
+        batch.append((number, Prompts(made.pixels, made.prefix, made.rest[:left], made.pad), asked[:left]))
+        left -= len(asked)
+        if len(batch) == BATCH or left <= 0 or number == SCENES - 1:
+            found = processor.tokenizer.convert_ids_to_tokens(predict(model, [made for _, made, _ in batch]))
+            questions = [(scene, question) for scene, _, asked in batch for question in asked]
+            yield from ((*known, answer) for known, answer in zip(questions, found, strict=True))
+            batch = []
+        if left <= 0:
+            return
 
 
 def score(model, processor, split: str = "test", limit: int | None = None) -> Iterator[Record]:
-    """Answer the first `limit` questions of a split (all by default), picture by picture."""
-    left = limit if limit is not None else sys.maxsize
-    for number in range(SCENES):
-        if left <= 0:
-            return
-        picture, asked = scene(number, split)
-        asked = asked[:left]
-        left -= len(asked)
-        predicted = answers(model, processor, picture, [q.text for q in asked])
-        yield from (_record(number, q, p) for q, p in zip(asked, predicted, strict=True))
-
-
-def _record(number: int, question: Question, predicted: str) -> Record:
-    return Record(
-        number, question.tier, question.category, question.text, question.answer, predicted, blind_answer(question)
-    )
+    """The answers to the first ``limit`` questions of a split, beside the true ones and those without looking."""
+    for number, q, answer in predicted(model, processor, split, limit):
+        yield Record(number, q.tier, q.category, q.text, q.answer, answer, blind_answer(q))
 
 
 def table(records: list[Record]) -> list[dict]:

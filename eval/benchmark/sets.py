@@ -68,6 +68,7 @@ def scene(number: int, split: str = "test") -> tuple[Image.Image, list[Question]
     return Image.fromarray(made.pixels), asked
 
 
+@functools.cache
 def questions(split: str = "test") -> list[tuple[int, Question]]:
     """Every question of a split with the number of its scene; all pictures are checked on the way."""
     return [(number, question) for number in range(SCENES) for question in scene(number, split)[1]]

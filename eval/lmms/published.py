@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pitome_mllm import METHODS
 
-from ..accuracy.curves import PLAIN, SUMMARY, called, own_place, results
+from ..accuracy.curves import PLAIN, SUMMARY, called, summary
 from ..documents import read
 from ..provenance import RESULTS
 from .tables import PLAIN as NONE
@@ -31,19 +31,17 @@ def published(table: str) -> Published:
 
 
 def _measured() -> Published:
-    """The embedded benchmark as `curves` measured it, every method at its own place; empty without its results."""
+    """The embedded benchmark as `curves` measured it, as published and by default; empty without its results."""
     path = RESULTS / SUMMARY
     if not path.is_file():
         return {}
     found = {}
-    for row in results(path):
-        if row["against"] or row["method"] not in (PLAIN, *METHODS):
+    for row in summary(path):
+        if row["method"] not in (PLAIN, *METHODS):
             continue
         published = row["published"] == "True"
         key = ("tiny", called(row["method"], published), f"keep={row['keep']}", "pitome_scenes")
         if row["method"] == PLAIN:
             key = ("tiny", NONE, "", "pitome_scenes")
-        elif row["where"] != own_place(row["method"], published):
-            continue
         found[key] = (100 * float(row["value"]), f"eval/results/{SUMMARY}, {row['questions']} questions")
     return found

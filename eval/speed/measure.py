@@ -19,8 +19,7 @@ from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import UserError, unknown
 
-from ..accuracy.costs import Picture
-from .models import configuration, find_shape, prompt, random_model, slice_like, twin
+from .models import configuration, find_shape, merging, prompt, random_model, slice_like, twin
 from .sheet import Row, Sheet, timing
 
 PLAIN, ORACLE = "plain", "oracle"
@@ -156,11 +155,12 @@ def rows(field: list[Contender], batch: int, images: int, repeats: int) -> Itera
             partial(_tower, each.model, inputs["pixel_values"], own) if tower
             else partial(measure, each.model, inputs, new_tokens=NEW_TOKENS, own=own)
         )  # fmt: skip
-        if each.handle and not each.is_oracle:
-            merge = Picture(each.handle.plan, model.config, batch * images, model.dtype, model.device).merge
+        if each.handle and each.handle.plan.steps and not each.is_oracle:
+            merge = merging(each.model, each.handle.plan, batch * images)
             calls[each.name, "merge"] = partial(milliseconds, merge, model.device)
-    with progress(f"Timing batch {batch}", len(calls) * (repeats + 2)) as advance:
-        taken = in_turns(calls, repeats, warmup=2, done=advance)  # the second call makes graphs
+    warmup = 2 if model.device.type == "cuda" else 1  # the second call makes graphs
+    with progress(f"Timing batch {batch}", len(calls) * (repeats + warmup)) as advance:
+        taken = in_turns(calls, repeats, warmup, advance)
     for each in field:
         for phase, name in PHASES.items():
             ms, base = ([getattr(cost, name) for cost in taken[who, "answer"]] for who in (each.name, PLAIN))

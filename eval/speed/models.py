@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
@@ -14,7 +15,9 @@ from pitome_mllm import Attachment, attach
 from pitome_mllm.costs.published import SHAPES, Shape, get_shape
 from pitome_mllm.families import FAMILY_OF_CONFIG
 from pitome_mllm.families.geometry import geometry
+from pitome_mllm.hooks.run import Run
 from pitome_mllm.methods import Merge, Reducer, UserError
+from pitome_mllm.plan import Plan
 
 TEXT = 40  # tokens of text in every prompt
 
@@ -109,3 +112,24 @@ def prompt(model: Any, batch: int, images: int = 1) -> dict[str, Tensor]:
     ids = ids.repeat(batch, 1).to(model.device)
     pixels = torch.randn(batch * images, 3, side, side, generator=random).to(model.device, model.dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def merging(model: Any, plan: Plan, images: int) -> Callable[[], None]:
+    """What merging does beside the model's own work: what it looks at, matching, combining; on random tensors."""
+    vision, random = model.config.vision_config, torch.Generator().manual_seed(0)
+    tokens = [count + plan.geometry.class_tokens for count in (plan.input_patches, *plan.counts)]
+    shapes = [(images, count, vision.hidden_size) for count in tokens]
+    hidden = [torch.randn(shape, generator=random).to(model.device, model.dtype) for shape in shapes]
+    projector = model.get_submodule(plan.geometry.family.projector)
+
+    def once() -> None:
+        run = Run(plan)
+        for block in range(plan.geometry.merging_blocks):
+            inputs = {}
+            if run.wants_match_inputs(block):
+                keys = hidden[block].unflatten(-1, (vision.num_attention_heads, -1))
+                inputs = run.read(block, keys[:, 0], keys)
+            run.merge_block(block, hidden[block], inputs)
+        run.before_projector(hidden[-1], projector)
+
+    return once

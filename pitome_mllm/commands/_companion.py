@@ -25,11 +25,6 @@ def companion(name: str, module: str = "") -> ModuleType:
         "eval" or "demo".
     module : str, default ''
         Dotted name of a module inside it; empty for the package itself.
-
-    Raises
-    ------
-    ValueError
-        A package it needs is missing, or it is neither installed nor beside this one; names the extra.
     """
     package = f"pitome_mllm_{name}"
     try:

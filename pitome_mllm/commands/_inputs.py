@@ -27,13 +27,7 @@ class Subject:
 
 
 def read_subject(options: argparse.Namespace) -> Subject:
-    """The image and question that the command line names; without any, held-out test scene 0.
-
-    Raises
-    ------
-    ValueError
-        An image that cannot be read, a scene that does not exist, both, or a question without an image.
-    """
+    """The image and question that the command line names; without any, held-out test scene 0."""
     picture, takes_question = options.picture, hasattr(options, "question")
     question = options.question if takes_question else None
     if options.scene is not None:
@@ -57,13 +51,7 @@ def _scene(number: int, question: str | None = None) -> Subject:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """An image file as RGB, turned as its camera says, transparency on white.
-
-    Raises
-    ------
-    ValueError
-        No such file, or not a whole image in a format that Pillow knows.
-    """
+    """An image file as RGB, turned as its camera says, transparency on white."""
     if not Path(path).is_file():
         hint = f"; to ask about a scene: pitome-mllm ask --scene 0 {str(path)!r}" if " " in str(path).strip() else ""
         raise UserError(f"no picture file {str(path)!r}{hint}")
@@ -71,14 +59,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
-    """Model inputs for one image and one question, on the model's device.
-
-    Raises
-    ------
-    ValueError
-        The question holds words that the tokenizer does not know or the image's own placeholder, or is too long
-        together with the image and ``new_tokens`` of answer.
-    """
+    """Model inputs for one image and one question, on the model's device."""
     check_question(processor, question, subject.examples)
     inputs = processor(
         images=subject.picture, text=write(processor, [message(question, pictures=1)]), return_tensors="pt"

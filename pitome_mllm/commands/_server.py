@@ -28,13 +28,7 @@ def _port(text: str) -> int:
 
 
 def bound(host: str, port: int | None) -> socket.socket:
-    """A socket at the port that is given, else at the first free one of `PORTS`; nobody else can have it then.
-
-    Raises
-    ------
-    ValueError
-        It is taken, or there is no such address here.
-    """
+    """A socket at the port that is given, else at the first free one of `PORTS`; nobody else can have it then."""
     ports: Iterable[int] = PORTS if port is None else [port]
     for number in ports:
         try:

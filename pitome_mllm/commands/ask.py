@@ -36,13 +36,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answer one question.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Answer one question."""
     from ..attach import attach
     from ..visualize import check_drawable
 

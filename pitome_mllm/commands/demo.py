@@ -30,13 +30,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve the chat until interrupted.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Serve the chat until interrupted."""
     with bound(options.host, options.port) as found:
         port = found.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="pitome-mllm-demo-") as folder:

@@ -46,13 +46,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write one image: what the tower saw, then one panel for each method, or one for each of its merges.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Write one image: what the tower saw, then one panel for each method, or one for each of its merges."""
     from ..visualize import below, captioned, like, side_by_side, tiles_seen_by
 
     for method in options.method or ():
@@ -95,13 +89,7 @@ def _merged(options: argparse.Namespace, model: Any, processor: Any, subject: An
 def step_rows(
     tiles: Sequence[Image.Image], runs: Sequence[Any], titles: Sequence[str], options: argparse.Namespace
 ) -> list[tuple[list[Image.Image], list[str]]]:
-    """For every run and tile the panels of its merges, the tile ahead of them, and their titles.
-
-    Raises
-    ------
-    ValueError
-        Nothing merged; a method without groups or, where ``options`` ask for them, without energies.
-    """
+    """For every run and tile the panels of its merges, the tile ahead of them, and their titles."""
     from ..visualize import draw_counts, draw_step_energies, draw_steps, energy_range, like, token_counts
 
     span, rows = energy_range(runs), []
@@ -122,13 +110,7 @@ def step_rows(
 
 
 def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outline", side: int | None = None) -> Any:
-    """The groups of the last run's only image, drawn on what the tower saw of it: one view, or its tiles.
-
-    Raises
-    ------
-    ValueError
-        The method forms no groups.
-    """
+    """The groups of the last run's only image, drawn on what the tower saw of it: one view, or its tiles."""
     from ..visualize import draw_run, side_by_side, tiles_seen_by
 
     drawings = draw_run(tiles_seen_by(processor, picture), stats, style=style, side=side)
@@ -144,13 +126,7 @@ def check_picture_file(path: str) -> None:
 
 
 def write_picture(picture: Image.Image, path: str) -> None:
-    """Save the image.
-
-    Raises
-    ------
-    ValueError
-        The file cannot be written.
-    """
+    """Save the image."""
     try:
         picture.save(path)
     except OSError as error:

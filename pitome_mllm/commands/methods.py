@@ -24,6 +24,7 @@ def register(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print every method with its summary, where it comes from, and what it sets differently."""
     from ..methods import METHODS
+    from ..settings import DEFAULT_METHOD
 
     rows = {
         name: {
@@ -46,5 +47,7 @@ def run(options: argparse.Namespace) -> None:
             ", ".join(f"{key}={value}" for key, value in pairs.items())
             for pairs in ({**row["options"], **row["settings"]}, row["library"])
         )
-        table.add_row(name, row["summary"], row["reference"], own, library)
+        table.add_row(
+            f"{name} (default)" if name == DEFAULT_METHOD else name, row["summary"], row["reference"], own, library
+        )
     Console().print(table)

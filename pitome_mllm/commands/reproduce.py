@@ -59,13 +59,7 @@ def _rate(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan or run the table; exit code 1 where it could not be run to its end.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Plan or run the table; exit code 1 where it could not be run to its end."""
     tables = companion("eval", "lmms.tables")
     table = tables.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
     if options.plan:

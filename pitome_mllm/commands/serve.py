@@ -32,13 +32,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve until interrupted.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Serve until interrupted."""
     check_method(options.method)
     with bound(options.host, options.port) as listener:
         if not all(map(importlib.util.find_spec, PACKAGES)):

@@ -60,13 +60,7 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compare methods on one image.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Compare methods on one image."""
     from ..families.features import pixel_values
     from ..methods import METHODS
 
@@ -104,11 +98,6 @@ def compare(
         (I, 3, H, W); distances are means over the images.
     methods, keeps, place
         As for `attach`; ``place`` holds where and published.
-
-    Raises
-    ------
-    ValueError
-        A keep out of range, or settings of which none is possible.
     """
     from ..families.features import tower_features
     from ..families.geometry import geometry

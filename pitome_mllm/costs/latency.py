@@ -15,7 +15,8 @@ from ..families.geometry import family_of
 from .answer import AnswerCost
 from .flops import at_least
 
-Key, Made = TypeVar("Key", bound=Hashable), TypeVar("Made")
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 
 
 def now(device: torch.device, own: bool = False) -> float:

@@ -148,8 +148,8 @@ def _sizes(config: Any) -> _Sizes:
 
     with torch.device("meta"):
         model = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])(config)
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    linear = [module.weight.shape for module in linear if module is not model.get_output_embeddings()]
+    head = model.get_output_embeddings()
+    linear = [part.weight.shape for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
     plain = sum(weight.numel() for weight in model.parameters()) - sum(math.prod(shape) for shape in linear)
     return plain, linear, sum(buffer.nbytes for buffer in model.buffers())
 

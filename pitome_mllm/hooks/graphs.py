@@ -1,13 +1,12 @@
-"""A vision tower as one CUDA graph for each shape and setting: what ``graph=`` asks for.
+"""Modules as CUDA graphs, one for each shape and setting: what ``graph=`` asks for.
 
-The attached tower's own eager call is captured, merging before the projector included: the same kernels, launched at
-once. The tower's forward is replaced by one that finds the graph of a call, and runs eagerly where there is none.
+The module's own eager call is captured: the same kernels, launched at once. Its forward is replaced by one that finds
+the graph of a call, and runs eagerly where there is none. What a graph has to know of a call is its `Work`.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import threading
 from collections import OrderedDict
@@ -20,24 +19,22 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 from .capture import Capture, Copies, new_pool
-from .classes import Hook
-from .guards import Watch, guard_of, process_state, unsupported_modules, unsupported_now
+from .guards import Watch, guard_of, process_state, unsupported_now
 from .lock import captures
-from .run import RUN, Run
+from .run import RUN
 from .state import Attached
-from .tower import finish_run
+from .work import TowerWork, Work
 
 logger = logging.getLogger(__name__)
 
 DEVICES = ("cuda",)
-KEPT = 4  # graphs of one attachment; each holds the memory of a call
+KEPT = 4  # graphs of one module; each holds the memory of a call
 SEEN = 64  # kinds of calls that are remembered without a graph
-FORWARD = "tower.forward"  # among what an attachment replaced
 Key = tuple[Any, ...]
 
 
 class Graphs:
-    """The graphs of one attachment, for all threads."""
+    """The graphs of one module of an attachment, for all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,59 +45,48 @@ class Graphs:
         self._pool: Any = None
         self._said: set[str] = set()
 
-    def say_device(self, device: torch.device, plan: Plan) -> None:
-        """Say that there are no graphs on a device, where they were asked for."""
-        if plan.graph is True:
-            self._say(f"it is on {device}, and {' and '.join(DEVICES)} has them", plan)
-
     def __len__(self) -> int:
         return len(self._kept)
 
-    def run(self, tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What ``plain`` forward of the tower gives, by a graph where there is one; then `Run.stats` is there too."""
-        run: Run = kwargs[RUN]
+    def run(self, work: Work, device: torch.device) -> Any:
+        """What the call gives, by a graph where there is one."""
+        if device.type not in DEVICES:
+            if work.plan.graph is True:
+                self._say(f"it is on {device}, and {' and '.join(DEVICES)} has them", work)
+            return work.plain(*work.args, **work.kwargs)
         reason = unsupported_now()
+        key = self._find(work) if reason is None else None
+        made = None if key is None else self._replayed(key, work.inputs)
+        if made is not None:
+            return work.hand_out(made)
+        with captures.shared():
+            output = work.plain(*work.args, **work.kwargs)
         if reason is not None:
-            self._say(reason, run.plan)
-            with captures.shared():
-                return plain(*args, **kwargs)
-        key, inputs = self._find(tower, run.plan, args, kwargs)
-        made = self._replayed(key, inputs)
-        if made is None:
-            with captures.shared():
-                output = plain(*args, **kwargs)
-            self._learn(tower, plain, args, kwargs)
-            return output
-        output, run.stats = made
-        run.is_finished = True
+            self._say(reason, work)
+        elif key is not None:
+            self._learn(work)
         return output
 
-    def _find(self, tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Key | None, list]:
-        """What a graph of such a call is found by, and the tensors that it takes; no key where there can be none."""
-        given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name != RUN)]
-        inputs = [value for _, value in given if isinstance(value, Tensor)]
-        reason = _unsupported_call(tower, plan, inputs, kwargs)
+    def _find(self, work: Work) -> Key | None:
+        """What a graph of such a call is found by; None where there can be none."""
+        reason = work.obstacle()
         if reason is None:
             try:
-                hash(plan)
-                call, modules = tuple((name, guard_of(value)) for name, value in given), self._modules(tower)
+                call = tuple((name, guard_of(value)) for name, value in work.given)
+                return work.settings, call, process_state(work.inputs[0].device.type), self._modules(work)
             except TypeError as error:
                 reason = f"what it depends on cannot be compared: {error}"
-        if reason is not None:
-            self._say(reason, plan)
-            return None, inputs
-        config = tower.config
-        defaults = config._attn_implementation, guard_of(config.output_hidden_states)
-        return (plan, call, defaults, process_state(inputs[0].device.type), modules), inputs
+        self._say(reason, work)
+        return None
 
-    def _modules(self, tower: nn.Module) -> tuple:
+    def _modules(self, work: Work) -> tuple:
         with self._lock:
             if self._watch is None or not self._watch.is_current():
                 self._forget()
-                self._watch = Watch(tower, tower._pitome.projector, last=_last_hook(tower))
+                self._watch = Watch(work.module, *work.watched, last=work.last)
             return self._watch.state()
 
-    def _replayed(self, key: Key | None, inputs: list[Tensor]) -> Any:
+    def _replayed(self, key: Key, inputs: list[Tensor]) -> Any:
         """What the graph of this key makes, None if there is none."""
         with self._lock:
             found = self._kept.get(key)
@@ -110,22 +96,21 @@ class Graphs:
             capture, copies = found
         return capture.replay(inputs, copies)
 
-    def _learn(self, tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    def _learn(self, work: Work) -> None:
         """Count a call that ran eagerly, and capture it if it came often enough."""
-        plan = kwargs[RUN].plan
-        key, inputs = self._find(tower, plan, args, kwargs)  # the first call of a tower may have changed its hooks
-        if key is None or not self._is_due(key, plan):
+        key = self._find(work)  # anew: the first call of a module may have changed its hooks
+        if key is None or not self._is_due(key, work.plan):
             return
-        reason = unsupported_modules(tower, *_others(tower, plan), last=_last_hook(tower))
+        reason = work.obstacle_inside()
         if reason is None:
             with captures.exclusive() as free:
                 if not free:  # later, and later each time
                     self._rare, self._seen[key] = self._rare + 1, 0
                     return
-                reason = self._capture(key, tower, plan, plain, inputs, args, kwargs)
+                reason = self._capture(key, work)
         if reason is not None:
             self._seen[key] = -1
-            self._say(reason, plan)
+            self._say(reason, work)
 
     def _is_due(self, key: Key, plan: Plan) -> bool:
         """Whether a call of this kind is to be captured now; each graph that had to go made that twice as rare."""
@@ -137,26 +122,15 @@ class Graphs:
             least = (1 if plan.graph is True else 2) << self._rare
             return times >= least and key not in self._kept
 
-    def _capture(
-        self, key: Key, tower: nn.Module, plan: Plan, plain: Callable[..., Any], inputs: list, args: tuple, kwargs: dict
-    ) -> str | None:
+    def _capture(self, key: Key, work: Work) -> str | None:
         """Make the graph of a call; if that fails, why."""
-
-        def call(*tensors: Tensor) -> tuple[Any, Any]:
-            given, run = iter(tensors), Run(plan)
-            fixed = [next(given) if isinstance(value, Tensor) else value for value in args]
-            named = {name: next(given) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-            output = plain(*fixed, **{**named, RUN: run})
-            run.finish(output, tower._pitome.projector)
-            return output, run.stats
-
         with self._lock:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)[1][0].free()
                 self._rare += 1
         try:
             self._pool = self._pool or new_pool()
-            capture = Capture(call, inputs, self._pool, inputs[0].device)
+            capture = Capture(work.again, work.inputs, self._pool, work.inputs[0].device)
             found = capture, Copies(capture.made)
         except Exception as error:  # the call itself went well just now, without a capture
             self._pool = None
@@ -182,81 +156,46 @@ class Graphs:
         self._watch = self._pool = None
         self._rare = 0
 
-    def _say(self, reason: str, plan: Plan) -> None:
+    def _say(self, reason: str, work: Work) -> None:
         """Log, once, why a call runs eagerly; a warning where graphs were asked for."""
         if reason and reason not in self._said:
             self._said.add(reason)
-            level = logging.WARNING if plan.graph is True else logging.INFO
-            logger.log(level, "the vision tower runs without a CUDA graph: %s", reason)
+            level = logging.WARNING if work.plan.graph is True else logging.INFO
+            logger.log(level, "%s runs without a CUDA graph: %s", work.name, reason)
 
 
-def _unsupported_call(tower: nn.Module, plan: Plan, inputs: list[Tensor], kwargs: dict[str, Any]) -> str | None:
-    """Why such a call cannot be captured."""
-    if hasattr(tower, "_orig_mod") or vars(tower).get("_compiled_call_impl") is not None:
-        return "it is compiled already"
-    if plan.energies:
-        return "energies=True keeps what it makes"
-    if kwargs.get("output_attentions") or tower.config.output_attentions:
-        return "attention weights were asked for"
-    if kwargs.get("return_dict") is False:
-        return "return_dict=False gives a tuple"
-    if not inputs or any(type(x) is not Tensor or not _is_dense(x) for x in inputs):
-        return "a picture is not an ordinary, contiguous tensor"
-    if len({x.device for x in inputs}) > 1 or inputs[0].device != tower.device:
-        return "pictures and weights lie on several devices"
-    return None
+def run_tower(tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call of a tower, by a graph where there is one; then `Run.stats` is there too."""
+    run = kwargs.get(RUN)
+    if run is None or not run.plan.graph:
+        return plain(*args, **kwargs)
+    device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+    return tower._pitome.graphs.run(TowerWork(tower, run.plan, plain, args, kwargs), device)
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+def install(handle: Attached, module: nn.Module, name: str, run: Callable[..., Any]) -> None:
+    """Put a forward on ``module`` that hands itself, its own forward and its arguments to ``run``.
 
-
-def _last_hook(tower: nn.Module) -> Any:
-    """Our hook at the end of a call."""
-    ours = (hook for hook in tower._forward_hooks.values() if isinstance(hook, Hook))
-    return next((hook for hook in ours if inspect.unwrap(hook.func) is finish_run), None)
-
-
-def _others(tower: nn.Module, plan: Plan) -> list[nn.Module]:
-    """The modules beside the tower that its graph runs."""
-    return [tower._pitome.projector] if plan.metric == "projected" else []
-
-
-def make_forward(tower: nn.Module) -> Callable[..., Any]:
-    """A forward of the tower, such as its own, that goes through the graphs of its attachment."""
-
-    own = type(tower).forward
+    ``name`` : among what the attachment replaced.
+    """
+    own = type(module).forward
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle, run = self._pitome, kwargs.get(RUN)
-        plain = handle.replaced[FORWARD] or functools.partial(own, self)
-        if run is None or not run.plan.graph or torch.compiler.is_compiling():
-            return plain(*args, **kwargs)
-        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
-        if device.type not in DEVICES:
-            handle.graphs.say_device(device, run.plan)
-            return plain(*args, **kwargs)
-        return handle.graphs.run(self, plain, args, kwargs)
+        plain = self._pitome.replaced[name] or functools.partial(own, self)
+        return plain(*args, **kwargs) if torch.compiler.is_compiling() else run(self, plain, args, kwargs)
 
     forward.is_pitome = True
-    return forward
+    if not hasattr(module, "_orig_mod"):  # what torch.compile gives
+        handle.replaced[name] = vars(module).get("forward")
+        module.forward = MethodType(forward, module)
 
 
-def install(handle: Attached) -> None:
-    """Put a forward on the tower that goes through graphs."""
-    tower = handle.tower
-    if not hasattr(tower, "_orig_mod"):  # what torch.compile gives
-        handle.replaced[FORWARD] = vars(tower).get("forward")
-        tower.forward = MethodType(make_forward(tower), tower)
-
-
-def uninstall(handle: Attached) -> None:
-    """Take it off again, also from below a hook of accelerate that came later, and free all graphs."""
-    kept, before = vars(handle.tower), handle.replaced.get(FORWARD)
+def uninstall(module: nn.Module, before: Any) -> None:
+    """Take it off again, also from below a hook of accelerate that came later; ``before`` : what was there."""
+    kept = vars(module)
     for name in ("forward", "_old_forward"):
         if isinstance(kept.get(name), MethodType) and hasattr(kept[name].__func__, "is_pitome"):
-            kept[name] = before or MethodType(type(handle.tower).forward, handle.tower)
+            kept[name] = before or MethodType(type(module).forward, module)
             if name == "forward" and before is None:
                 del kept[name]
-    handle.graphs.clear()

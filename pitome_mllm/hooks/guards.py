@@ -67,6 +67,7 @@ class Watch:
 
         if any(map(is_traceable_wrapper_subclass, self._tensors)):
             raise TypeError("a weight is made of other tensors, as distributed or quantised ones are")
+        self._kinds = list(dict.fromkeys(map(type, modules)))
         self._others = [each for module, each in zip(modules, kept) if not type(module).__module__.startswith(_KNOWN)]
 
     def is_current(self) -> bool:
@@ -79,6 +80,7 @@ class Watch:
             *map(Tensor.data_ptr, self._tensors),
             *map(Tensor.dtype.__get__, self._tensors),
             *map(type, self._modules),
+            *(kind.forward for kind in self._kinds),  # somebody may put another one on a class
             *map(len, self._kept),  # more with a forward, or a hook of accelerate, of an instance's own
             *map(itemgetter("training"), self._kept),
             *map(id, _values(self._hooks)),
@@ -153,6 +155,12 @@ def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str 
     if len({tensor.device for root in (tower, *others) for tensor in (*root.parameters(), *root.buffers())}) > 1:
         return "its weights lie on several devices"
     return None
+
+
+def foreign_module(root: nn.Module) -> str | None:
+    """A module within, of whose class it is not known what it does; said as a reason."""
+    foreign = (name for name, module in root.named_modules() if not type(module).__module__.startswith(_KNOWN))
+    return next((f"{name!r} is neither torch's nor transformers'" for name in foreign), None)
 
 
 def _hooks_inside(module: nn.Module, tower: nn.Module, last: Any) -> list[Any]:

@@ -12,12 +12,13 @@ from torch import nn
 from ..families import TOWERS, TowerSpec
 from ..methods import UserError
 from ..plan import Plan
-from . import graphs, llava_package, llm, prompt, tiles, tower
+from . import graphs, llava_package, llm, prefill, prompt, tiles, tower
 from .classes import Hook, author_of_forward, plain_class
 from .generate import generate as generate_short
 from .lock import drawing
 from .state import Attached
 
+TOWER, LLM = "tower.forward", "language.forward"  # among what an attachment replaced
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")  # of a module
 
 
@@ -68,12 +69,16 @@ def _put_on(handle: Attached) -> None:
         handle.replaced[name] = vars(owner).get(name)
         setattr(owner, name, made)
     if handle.family.merges_in_tower and not handle.family.original:
-        graphs.install(handle)
+        graphs.install(handle, handle.tower, TOWER, graphs.run_tower)
+    if not handle.family.original:
+        graphs.install(handle, handle.language, LLM, prefill.run_prefill)
 
 
 def uninstall(handle: Attached) -> None:
     """Take everything off again, as far as it is there."""
-    graphs.uninstall(handle)
+    for module, name, made in ((handle.tower, TOWER, handle.graphs), (handle.language, LLM, handle.prefills)):
+        graphs.uninstall(module, handle.replaced.get(name))
+        made.clear()
     for owner, name, _ in _methods(handle):
         if handle.replaced.get(name) is not None:
             setattr(owner, name, handle.replaced[name])

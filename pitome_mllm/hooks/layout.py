@@ -167,26 +167,21 @@ class Layout:
             (B, S') patches.
         """
         old = self.places - image.shape[1]
-        reach = 0 if self.follows is None else int(self.follows.max())
         told = self.on(size.device)
         return replace(
             told,
             calibration=calibration,
             shift=torch.cat([_or_zeros(told.shift, shift, old), shift], 1),
             size=torch.cat([_or_zeros(told.size, size, old), size], 1),
-            reach=max(self.reach, reach),
+            reach=max(self.reach, int(self.follows.max())),
         )
 
     def of_places(self, places: int) -> tuple[Tensor, Tensor | None]:
-        """Positions (B, S) that the LLM gets, and sizes, for a KV cache of so many places: what follows is text."""
-        position, size = self.position, self.size
-        if self.shift is not None:
-            position = position + self.shift
-        if places <= self.places:
-            return position[:, :places], None if size is None else size[:, :places]
-        more = torch.arange(places - self.places, device=position.device)
-        position = torch.cat([position, self.follows + more], 1)
-        return position, None if size is None else F.pad(size, (0, len(more)))
+        """(B, S) position ids that the LLM gets, and sizes, of as many ``places``: what follows is text."""
+        position = self.position if self.shift is None else self.position + self.shift
+        more = torch.arange(max(places - self.places, 0), device=position.device)
+        position = torch.cat([position, self.follows + more], 1)[:, :places]
+        return position, None if self.size is None else F.pad(self.size, (0, len(more)))[:, :places]
 
     def _cropped(self, places: int) -> Layout:
         """The first ``places`` places; what follows is the first that is gone."""

@@ -51,6 +51,10 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
             sample = on(tokens.device, call.sample)
         kwargs["attention_mask"] = _calibrated(language, layout, tokens, kwargs, sample)
+    elif call is not None and past is not None and not caches.length_of(past) and bool(call.layout.real.all()):
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+            kwargs["attention_mask"] = None  # all ones, which transformers would wait for the device to see
     return args, kwargs
 
 
@@ -147,8 +151,8 @@ def calibrated_mask(
     if table is not None:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
         told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
-        distance = (asking[:, :, None] - position[:, None]).abs().clamp(max=len(table) - 1)
-        bias = bias + table[distance] * told
+        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
+        bias = table[distance].mul_(told).add_(bias)
     bias = bias[:, None].to(dtype)
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
 

@@ -23,10 +23,18 @@ class Run:
         self.plan = plan
         self.is_finished = False  # by a graph, which made its stats too
         self.stats: Stats | None = None
-        self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), as they enter a block
+        self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), after a block that merged
         self.log_sizes: tuple[Tensor, Tensor] | None = None  # sizes of the last block, and what attention adds
         self.merges: dict[int, Merge] = {}
         self.inputs: dict[int, MatchInputs] = {}  # of the tokens that leave a block
+
+    def acts(self, block: int) -> bool:
+        """Whether a block does anything beside its layer's own work."""
+        return self.plan.removed(block) > 0 or self.wants_match_inputs(block)
+
+    def size(self, block: int) -> Tensor | None:
+        """Patches per token (B, N, 1), as they enter a block; None = one each."""
+        return self.sizes.get(self.plan.merged_before(block))
 
     def wants_match_inputs(self, block: int) -> bool:
         """Whether keys or attention of this block decide anything: in it, or before the projector."""
@@ -48,7 +56,7 @@ class Run:
 
     def weights(self, block: int) -> Tensor | None:
         """How many tokens each one counts for in the attention of a block (B, N, 1); None = one each."""
-        return self.sizes.get(block) if self.plan.proportional_attention else None
+        return self.size(block) if self.plan.proportional_attention else None
 
     def bias(self, block: int, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The attention mask of a block, with log(size) of every key token added (proportional attention)."""
@@ -63,16 +71,11 @@ class Run:
     def merge_block(self, block: int, x: Tensor, inputs: MatchInputs) -> Tensor:
         """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
         r = self.plan.removed(block)
-        size = self.sizes.get(block)
         if r:
-            depth = block / self.plan.geometry.merging_blocks
-            metric = inputs.get("keys", x)
-            needed_downstream = self.needed_downstream(block)
-            self.merges[block], x, size, inputs = merge_once(
-                self.plan, x, metric, r, depth, size, inputs, needed_downstream=needed_downstream
+            depth, metric, needed = block / len(self.plan.counts), inputs.get("keys", x), self.needed_downstream(block)
+            self.merges[block], x, self.sizes[block], inputs = merge_once(
+                self.plan, x, metric, r, depth, self.size(block), inputs, needed_downstream=needed
             )
-        if size is not None:
-            self.sizes[block + 1] = size
         self.inputs[block] = inputs
         return x
 
@@ -81,14 +84,14 @@ class Run:
         made = list(states)
         for layer in self.plan.geometry.layers:
             for block in (b for b in self.plan.merging if b >= layer):
-                size = self.sizes.get(block) if self.plan.weighted else None
+                size = self.size(block) if self.plan.weighted else None
                 made[layer] = self.merges[block].reduce(made[layer], size)[0]
         return tuple(made)
 
     def before_projector(self, x: Tensor, projector: nn.Module) -> tuple[Tensor, list[Merge], Tensor | None]:
         """The rounds before the projector: features, merges, and patches per token."""
         feature = self.plan.geometry.merging_blocks
-        size, inputs = self.sizes.get(feature), self.inputs.get(feature - 1, {})
+        size, inputs = self.size(feature), self.inputs.get(feature - 1, {})
         measure = projector if self.plan.metric == "projected" else None
         return merge_rounds(self.plan, x, self.plan.projector_counts, size, inputs, measure)
 
@@ -116,7 +119,7 @@ class Run:
             )
         x = output.last_hidden_state
         merges = [self.merges[block] for block in plan.merging if block in self.merges]
-        size = self.sizes.get(plan.geometry.merging_blocks)
+        size = self.size(plan.geometry.merging_blocks)
         if len(plan.geometry.layers) > 1 and output.hidden_states is not None:
             output.hidden_states = self.propagate_merges(output.hidden_states)
         if plan.projector_counts:

@@ -26,7 +26,7 @@ def restarting(kwargs: Mapping[str, Any], real: Tensor, seen: Layout | None) -> 
     return given
 
 
-def packed(new: Layout, real: Tensor, restart: Tensor, original: bool) -> tuple[Layout, Tensor, Tensor | None]:
+def packed(new: Layout, real: Tensor, restart: Tensor, counted: bool) -> tuple[Layout, Tensor, Tensor | None]:
     """The layout of packed samples, which of them (B, S) every place belongs to, and position ids (B, S).
 
     Parameters
@@ -35,7 +35,7 @@ def packed(new: Layout, real: Tensor, restart: Tensor, original: bool) -> tuple[
         (B, T), 0 at padding.
     restart : Tensor
         (B, T) the caller's position ids.
-    original : bool
+    counted : bool
         The layout has positions, and there are no others.
     """
     begin = restart.gather(1, (real != 0).to(torch.int8).argmax(1, keepdim=True))
@@ -43,7 +43,7 @@ def packed(new: Layout, real: Tensor, restart: Tensor, original: bool) -> tuple[
     new = new.positioned(and_next(positions))
     new = replace(new, position=new.position.where(new.real, begin))
     sample = new.take(_sample(restart, real != 0), -1)
-    if original:
+    if counted:
         return new, sample, None
     return replace(new, position=None, follows=None), sample, _compact(new.position, sample)
 

@@ -74,13 +74,19 @@ class MergingLayer:
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         run: Run | None = kwargs.pop(RUN, None)
-        if run is None:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if run is not None:
+            attention_mask = run.bias(self._pitome.index, attention_mask, hidden_states)
+            if run.acts(self._pitome.index):
+                return self._merging_forward(run, hidden_states, attention_mask, *args, **kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def _merging_forward(
+        self, run: Run, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         block, spec, inbox = self._pitome
-        attention_mask = run.bias(block, attention_mask, hidden_states)
         early = run.plan.place == "mid" and run.plan.removed(block) > 0
         try:
-            inbox.shut(wanted=run.plan.match_inputs if run.wants_match_inputs(block) else ())
+            inbox.shut(wanted=run.plan.match_inputs)
             if early:
                 normed = getattr(self, spec.norm1)(hidden_states)
                 x = hidden_states + getattr(self, spec.attention)(normed, attention_mask, *args, **kwargs)[0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power
+from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power, stream_of
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ CHOICES = ("auto", "torch", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 2048  # tokens of a picture, whose groups one program numbers
 is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def fuses(metric: Tensor) -> bool:
@@ -59,6 +64,8 @@ def _obstacle(metric: Tensor) -> str:
     """Why this merge cannot be fused; "" if it can."""
     if torch.jit.is_tracing():
         return "a trace holds torch's operations"
+    if is_transformed():
+        return "transforms of torch.func, such as vmap, know torch's operations"
     if type(metric) not in (Tensor, torch.nn.Parameter):
         return f"a {type(metric).__name__} has no memory of its own"
     if metric.requires_grad:
@@ -126,8 +133,9 @@ def merge(
     launches, size = _decision(Rows.of(metric), r, protected, energy, tiles or Tiles.of(metric))
     with on(metric.device):
         memory = torch.empty(size, dtype=torch.uint8, device=metric.device)
+        stream = stream_of(metric.device)
         for reads, launch in launches:
-            launch(memory, *((metric,) if reads else ()))
+            launch(stream, memory, *((metric,) if reads else ()))
     batch, tokens = metric.shape[:2]
     n = tokens - protected
     return FusedMerge(memory, (batch, tokens, n, r), 1 / (energy.scale(n) * n) if energy else None)
@@ -244,7 +252,8 @@ class FusedMerge(Merge):
         return self._combine(x, size, False) if self._fused(x) else super().reduce_evenly(x, size)
 
     def _fused(self, x: Tensor) -> bool:
-        return x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled()) and not is_compiling()
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        return x.dtype in DTYPES and not (differentiated or is_compiling() or is_transformed())
 
     def _combine(self, x: Tensor, size: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor]:
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
@@ -257,7 +266,7 @@ class FusedMerge(Merge):
             y = torch.empty((batch, self.count, width), dtype=x.dtype, device=x.device)
             total = torch.empty((batch, self.count, 1), dtype=torch.float32, device=x.device)
             own = (self._first, self._member, self._slot) if self._renumbered else ()
-            launch(self._memory, x, total if size is None else size, y, total, *own)
+            launch(stream_of(x.device), self._memory, x, total if size is None else size, y, total, *own)
         return y, total
 
     def in_source_order(self) -> FusedMerge:

@@ -106,12 +106,13 @@ class Launch:
         self._always = (*numbers, *constants.values())
         self._run: Callable[..., None] | None = None
 
-    def __call__(self, memory: Tensor, *outside: Tensor) -> None:
+    def __call__(self, stream: int, memory: Tensor, *outside: Tensor) -> None:
         if self._run is None:
             self._first_time(memory, *outside)
             return
         start = memory.data_ptr()
-        self._run(*[x.data_ptr() for x in outside], *[start + offset for offset in self._offsets], *self._always)
+        inside = [start + offset for offset in self._offsets]
+        self._run(stream, *[x.data_ptr() for x in outside], *inside, *self._always)
 
     def _first_time(self, memory: Tensor, *outside: Tensor) -> None:
         from . import triton_kernels as device_code
@@ -119,8 +120,7 @@ class Launch:
         tensors = *outside, *(place.of(memory) for place in self._inside)
         launch = getattr(device_code, self._kernel)[self._grid]
         compiled = launch(*tensors, *self._numbers, **self._constants, **self._options)
-        if device_code.takes_addresses(compiled):
-            self._run = compiled[self._grid]
+        self._run = device_code.launcher(compiled, self._grid)
 
 
 class Place(NamedTuple):
@@ -147,6 +147,11 @@ def padded(tokens: int) -> int:
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Launch on ``device``: Triton launches on the current one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of the current stream; 0 on a processor."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0

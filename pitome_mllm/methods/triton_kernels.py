@@ -6,6 +6,7 @@ and nothing waits for the host. Sums whose order is not fixed are sums of intege
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -30,9 +31,20 @@ INTERPRETED = tl.constexpr(not isinstance(token, triton.JITFunction))
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def takes_addresses(launched: Any) -> bool:
-    """Whether what a launch returned can be called with addresses, and all constants: as Triton does since 3.5."""
-    return isinstance(launched, CompiledKernel) and _VERSION >= (3, 5)
+def launcher(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None] | None:
+    """Launches what a first launch compiled: takes a stream, addresses and all constants, which Triton does since 3.5.
+
+    None if there is no such way. That of 3.6 is known down to the function in C: what Triton does around it, such as
+    describing each launch to its own profiler, takes several times as long.
+    """
+    if not isinstance(compiled, CompiledKernel) or _VERSION < (3, 5):
+        return None
+    start, run = compiled[grid], compiled.run
+    if _VERSION != (3, 6) or run.global_scratch_size or run.profile_scratch_size:
+        return lambda stream, *args: start(*args, stream=stream)
+    launch, no_scratch, no_hooks = run.launch, (None, None), (None, None, None)
+    kind = compiled.function, run.launch_cooperative_grid, run.launch_pdl, *no_scratch, compiled.packed_metadata
+    return lambda stream, *args: launch(*grid, stream, *kind, *no_hooks, *args)
 
 
 @triton.jit(do_not_specialize=["tokens", "protected"])

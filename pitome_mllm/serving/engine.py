@@ -95,7 +95,7 @@ class Engine:
             raise Refused(f"the messages do not fit the model's chat template: {error}", "messages") from error
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
         length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
-        if self.handle.plan.positions == "compact" and not self.handle.geometry.family.tiles:
+        if self.handle.plan.calibration == "none" and not self.handle.geometry.family.tiles:
             length -= len(pictures) * (self.handle.plan.available - keep)
         wanted = request.new_tokens or 1
         if length + wanted > most:

@@ -228,19 +228,17 @@ class Noted:
 def test_later_launches_give_what_was_compiled_the_same_arguments(monkeypatch):
     given = []
 
-    class Compiled:
-        def __getitem__(self, grid):
-            return lambda *args: given.append((grid, *args))
-
     def first(grid):
         def launch(*args, **more):
             constants = (value for name, value in more.items() if name.isupper())
             given.append((grid, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args), *constants))
-            return Compiled()
 
         return launch
 
-    monkeypatch.setattr(triton_kernels, "takes_addresses", lambda compiled: isinstance(compiled, Compiled))
+    def launcher(compiled, grid):
+        return lambda stream, *args: given.append((grid, *args))
+
+    monkeypatch.setattr(triton_kernels, "launcher", launcher)
     metric, energy = torch.randn(2, 67, 80), kernels.Energy(40, 0.5, 1.0, False)
     for name in ("prepare", "add_energies", "rank", "match", "place"):
         kernel = getattr(triton_kernels, name)
@@ -249,7 +247,7 @@ def test_later_launches_give_what_was_compiled_the_same_arguments(monkeypatch):
         (reads, launch), size = next_launch(name, metric, energy)
         memory = torch.empty(size, dtype=torch.uint8)
         for _ in range(2):
-            launch(memory, *((metric,) if reads else ()))
+            launch(0, memory, *((metric,) if reads else ()))
         assert given[-1] == given[-2] and len(given[-1]) == 1 + len(signature)
 
 
@@ -258,6 +256,19 @@ def next_launch(name: str, metric: torch.Tensor, energy: kernels.Energy):
     kernels._decision.cache_clear()
     launches, size = kernels._decision(kernels.Rows.of(metric), 15, 1, energy, kernels.Tiles.of(metric))
     return next(pair for pair in launches if pair[1]._kernel == name), size
+
+
+def test_transforms_of_torch_take_the_torch_path(switch):
+    switch("auto")
+    reducer, x = get_method("pitome"), torch.randn(3, 1, 9, 16)
+
+    def merged(x):
+        return reducer.match(x, 3).reduce(x)[0]
+
+    fused = kernels.merge(x[0], 3, 0)
+    kernels_used = torch.vmap(lambda x: fused.reduce(x)[0])(x)
+    assert torch.equal(torch.vmap(merged)(x), torch.stack([merged(each) for each in x]))
+    assert torch.equal(kernels_used, torch.stack([fused.reduce(each)[0] for each in x]))
 
 
 def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
@@ -270,3 +281,19 @@ def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
         assert not isinstance(reducer.match(metric, 3), FusedMerge)
     switch("fused")
     assert isinstance(reducer.match(metric, 3), FusedMerge)
+
+
+@pytest.mark.skipif(triton_kernels._VERSION != (3, 6), reason="another Triton is launched by its own means")
+def test_the_short_way_to_a_launch_takes_what_tritons_own_gives(monkeypatch):
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.compiler import CompiledKernel
+
+    given, run, compiled = [], object.__new__(CudaLauncher), object.__new__(CompiledKernel)
+    vars(run).update(launch=lambda *args: given.append(args), launch_cooperative_grid=False, launch_pdl=True)
+    vars(run).update(global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1)
+    vars(compiled).update(module=1, function=5, packed_metadata=(4, 1, 0), src=None, name="rank", _run=run)
+    triton_kernels.launcher(compiled, (2, 3, 1))(7, 64, 128, 0.5)
+    compiled[2, 3, 1](64, 128, 0.5, stream=7)
+    short, own = given
+    assert short[:10] == own[:10] and short[13:] == own[13:] == (64, 128, 0.5)
+    assert short[10:13] == (None, None, None)  # nothing is described to nobody
