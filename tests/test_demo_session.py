@@ -37,9 +37,7 @@ def test_an_answer_is_that_of_the_command_line(chat, files, capsys):
     reply = ask(chat, question, files[:1]).replies["merged"]
     assert cli.main(["ask", "--method", "pitome", "--keep", "144", "--json", "--scene", "0", question]) == 0
     assert reply.text == json.loads(capsys.readouterr().out)["answer"] != ""
-    assert (
-        reply.state == "done" and reply.label == f"pitome · {QUARTER}"
-    )
+    assert reply.state == "done" and reply.label == f"pitome · {QUARTER}"
 
 
 def test_words_appear_one_after_the_other(wordy_engine, photo):
