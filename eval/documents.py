@@ -28,7 +28,7 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
     ValueError : no such file, no rows, or one of something else or of an older version.
     """
     if not path.is_file():
-        raise UserError(f"no results {str(path)!r}; measure first: {command}")
+        raise UserError(f"no results {path.name}; measure first: {command}")
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     if not found or not set(columns) <= set(found[0]):

@@ -35,7 +35,8 @@ class Plan:
     published : bool
         What the method's paper does was asked for.
     graph : bool or str
-        Whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
+        Whether the tower and the LLM's prefill run as CUDA graphs, made on the first call (True) or on the second equal
+        one ("auto").
     """
 
     method: str

@@ -175,3 +175,14 @@ def test_the_mask_is_causal_and_hides_padding():
     seen = _seen(torch.zeros(2, 4), None, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None)[:, 0]
     assert seen[1].tolist() == torch.ones(4, 4).tril().bool().tolist()
     assert seen[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_projections_are_listened_to_once_somebody_asks(model, one):
+    key = model.model.vision_tower.encoder.layers[0].self_attn.k_proj
+    with attach(model, "pitome", keep=288, metric="hidden") as handle:
+        assert not key._forward_hooks
+        for _ in range(2):
+            with handle.using(metric="keys"):
+                logits(model, one)
+                assert len(key._forward_hooks) == 1
+    assert not key._forward_hooks and not hasattr(key, "_pitome")

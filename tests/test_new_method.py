@@ -14,7 +14,6 @@ from pitome_mllm import METHODS, attach, estimate, load
 from pitome_mllm.methods import Merge, Method, Reducer
 from pitome_mllm_demo.controls import Controls
 from pitome_mllm_eval.accuracy import curves
-from pitome_mllm_eval.lmms.arguments import merging
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.lmms.identity import identity
 from pitome_mllm_eval.lmms.tables import TABLES, Run
@@ -73,7 +72,7 @@ def test_the_chat_takes_it(chat, files):
 def test_the_benchmark_plug_in_takes_it():
     """What lmms-eval's record says of a run with it; the plug-in itself needs lmms-eval (`make test-lmms`)."""
     run = Run("tiny", "neighbours", keep=72)
-    meter = Meter(load("tiny")[0], merging(run.settings))
+    meter = Meter(load("tiny")[0], run.attached)
     assert meter.flops(1, 20, 2) < Meter(load("tiny")[0], {}).flops(1, 20, 2)
     known = identity(run, TABLES["embedded"], None, {"files": "f"}, {})
     assert known["settings"] == {"method": "neighbours", "keep": 72}
@@ -81,7 +80,7 @@ def test_the_benchmark_plug_in_takes_it():
 
 def test_it_is_measured_by_default_and_as_published():
     found = curves.settings(["neighbours"], [144], load("tiny")[0])
-    assert {setting.published: plan.where for setting, plan in found.items()} == {True: "tower", False: "both"}
+    assert {setting.published: where for setting, where in found.items()} == {True: "tower", False: "both"}
 
 
 def test_what_was_recorded_stays_as_it_is():
