@@ -7,7 +7,7 @@
 # make demo         the chat in a browser
 # make test-browser the chat in headless Chromium and through gradio_client (installs a Chromium where there is none)
 # make test-load    eight visitors of the chat for two minutes
-# make record-chat  both of these, and their figures into eval/results/chat.csv and the README
+# make record-chat  both of these, and their figures into eval/results/chat.csv and docs/chat.md
 # make test-kernels the fused kernels for GPUs, in Triton's interpreter (numpy below 2.4)
 # make test-serve   the OpenAI-compatible server, asked by the openai package
 # make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
