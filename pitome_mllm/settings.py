@@ -156,7 +156,9 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
         if settings.published:
-            raise UserError("published=True is what a method's paper does, and a Reducer has no paper; leave it out")
+            raise UserError(
+                "published=True is what a method's paper does, and a Reducer has no paper; choose published=False"
+            )
         for option in settings.options:
             raise UserError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
         return settings.method, type(settings.method).__name__

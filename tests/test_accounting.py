@@ -145,7 +145,7 @@ def embedded():
 def test_the_embedded_model_costs_what_torch_counts(keep, embedded):
     own, prompt, text = embedded
     expected = estimate(own.config, "pitome", keep=keep, text_tokens=text, logits="all")
-    with attach(own, "pitome", published=True, keep=keep):
+    with attach(own, "pitome", keep=keep):
         flops = counted(own, prompt)
     assert close(expected.tower_flops + expected.merging_flops, flops["all"] - flops["llm"] - flops["projector"])
     assert close(expected.prefill_flops, flops["llm"]) and close(expected.projector_flops, flops["projector"])

@@ -125,7 +125,7 @@ def test_update_and_using_go_there_and_back(model, plain, one):
 def test_a_reducer_goes_by_its_kind_and_has_no_paper():
     assert told(plan_of(ToMe())) == told(plan_of("tome"))
     assert plan_of(get_method("visionzip")).calibration == "distance"
-    with pytest.raises(ValueError, match="a Reducer has no paper; leave it out"):
+    with pytest.raises(ValueError, match="a Reducer has no paper; choose published=False"):
         plan_of(ToMe(), published=True)
 
 

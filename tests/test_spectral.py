@@ -158,8 +158,9 @@ def planted(noise, seed, uneven=True):
 
 def distances(method, uneven, **options):
     """(noises, seeds) spectral distances over the sweep."""
+    reducer = get_method(method, **options)
     tokens = [[planted(noise, seed, uneven)[0] for seed in range(10)] for noise in SWEEP]
-    return np.array([[float(spectral_distance(x, merged(x, method, r=21, **options))) for x in row] for row in tokens])
+    return np.array([[float(spectral_distance(x, reducer.match(x, 21))) for x in row] for row in tokens])
 
 
 @pytest.mark.parametrize("uneven", [True, False])

@@ -110,6 +110,6 @@ def test_one_deadline_is_over_all_of_it(web, monkeypatch, path):
 def test_what_is_not_there_or_too_large(web, tmp_path):
     with pytest.raises(ValueError, match="could not be fetched: HTTP 404"):
         fetch.fetch(web[0] + "/b.png", ["127.0.0.1"])
-    (tmp_path / "c.png").write_bytes(png_of(7_000, 7_000))
+    (tmp_path / "c.png").write_bytes(png_of(9_000, 9_000))
     with pytest.raises(ValueError, match="pixels"):
         read_upload(fetch.fetch(web[0] + "/c.png", ["127.0.0.1"]), "c.png")

@@ -184,7 +184,7 @@ def test_the_cost_stands_in_the_results(make):
     (about,) = results["config"]["batch_sizes"]
     cost = about["cost"]
     assert cost["questions_asked"] == 5 and cost["visual_tokens"] == 72
-    assert (about["method"], about["settings"]["where"], about["asked"]["keep"]) == ("tome", "tower", 72)
+    assert (about["method"], about["settings"]["where"], about["asked"]["keep"]) == ("tome", "both", 72)
     assert set(about["versions"]) >= {"lmms_eval", "torch", "transformers", "pitome_mllm"}
     assert 0 < cost["tower_ms"] < cost["prefill_ms"] and cost["decode_ms"] > 0 and "peak_memory_mb" not in cost
     assert cost["tokens_per_second"] == pytest.approx(cost["total_new_tokens"] / cost["seconds"])

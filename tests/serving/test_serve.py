@@ -21,10 +21,11 @@ import openai
 import pytest
 
 from pitome_mllm import attach, load
+from pitome_mllm.schedule import target_count
 from pitome_mllm.serving import app
 from pitome_mllm_eval.benchmark.sets import scene
 
-KEEP = 36
+KEEP = 6
 
 
 def free_port():
@@ -103,7 +104,6 @@ QUESTIONS = [(number, question.text) for number in (0, 3, 16) for question in sc
 
 def test_answers_are_those_of_the_merged_model(server, local, tmp_path):
     """Of the questions some are answered otherwise by the plain model: the server must give the merged answers."""
-    model, processor = load("tiny")
     differ = 0
     for number, question in QUESTIONS:
         expected, prompt = local(number, question)
@@ -140,7 +140,7 @@ def test_several_turns(server, tmp_path):
 
 def test_a_request_may_keep_fewer_tokens_and_no_more(server, local, tmp_path):
     number, question = QUESTIONS[0]
-    for keep, after in ((None, KEEP), (12, 12), (0.03, 17)):
+    for keep, after in ((None, KEEP), (3, 3), (0.005, target_count(0.005, 576))):
         reply = server.client.chat.completions.create(
             model="tiny", messages=messages(number, question, tmp_path), extra_body={"keep": keep}
         )
