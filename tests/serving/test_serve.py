@@ -229,6 +229,7 @@ def test_no_bad_request_harms_the_next(server):
     good = {"model": "tiny", "messages": [{"role": "user", "content": "is there a star?"}], "max_tokens": 2}
     junk = [None, True, -1, 0, 1e308, "", "hot", "\ud800", [], [[]], {}, {"a": {}}, [None] * 3, 2**70, "a" * 9000]
     fields = [*good, *"keep stop n seed top_p temperature max_completion_tokens stream_options logprobs tools".split()]
+    assert ask(server.connection, good)[0] == 200
     link = server.connection.sock
     for number in range(500):
         body = copy.deepcopy(good)
