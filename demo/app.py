@@ -40,7 +40,7 @@ FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 DOWNLOAD = """told => Object.assign(document.createElement("a"), {
     href: URL.createObjectURL(new Blob([told], {type: "application/json"})), download: "conversation.json"}).click()"""
-SHOW = """() => document.querySelector("#pm-chat").scrollIntoView({block: "nearest", behavior: "smooth"})"""
+SHOW = """() => document.querySelector("#pm-chat").scrollIntoView({block: innerWidth < 760 ? "start" : "nearest"})"""
 NAMES = """() => {  // what Gradio leaves without a name, or out of the keyboard's reach
     const named = button => button.innerText.trim() || (image =>
         image?.alt || decodeURI(image?.src ?? "").split("/").pop())(button.querySelector("img"));
@@ -94,10 +94,14 @@ class Page:
                     [("the plain model", PLAIN), ("nothing", NOTHING), *methods], value=PLAIN, label="Compare with",
                     elem_id="pm-compare", min_width=150,
                 )  # fmt: skip
-            self.keep = gr.Slider(1, most, most // 4, step=1, label="Visual tokens per picture", elem_id="pm-keep")
-            self.ratio = gr.Slider(
-                0.5, 1, 0.9, step=0.005, label="Share that every block keeps", elem_id="pm-ratio", visible=False
-            )
+            with gr.Group() as self.by_tokens:
+                self.keep = gr.Slider(1, most, most // 4, step=1, label="Visual tokens per picture", elem_id="pm-keep")
+            with gr.Group(visible=False) as self.by_ratio:
+                self.ratio = gr.Slider(
+                    0.5, 1, 0.9, step=0.005, label="Share that every block keeps", elem_id="pm-ratio"
+                )
+            for slider in (self.keep, self.ratio):  # an update of theirs would undo this
+                slider.preprocess = lambda value: value  # what is out of range, or cleared, is said in our words
             self.plan = gr.HTML(elem_id="pm-plan")
             with gr.Accordion("More settings", open=False), gr.Row():
                 self.amount = gr.Dropdown(_turned(AMOUNTS), value="tokens", label="How much", elem_id="pm-amount")
@@ -127,8 +131,6 @@ class Page:
                 self.accuracy = gr.HTML(elem_id="pm-accuracy")
         self.which = gr.Dropdown([], label="Picture", elem_id="pm-which")
         self.inside = [self.groups, self.token, self.picked]
-        for slider in (self.keep, self.ratio, self.token, self.step):
-            slider.preprocess = lambda value: value  # what is out of range, or cleared, is said in our words
 
     def _lay_out_chat(self, made: list[tuple[str, Path]]) -> None:
         self.chat = gr.Chatbot(
@@ -178,12 +180,13 @@ class Page:
         self.stop.click(do.end, None, None, queue=False, **QUIET)
         self.save.click(do.to_json, None, self.told, **QUIET).then(None, self.told, None, js=DOWNLOAD)
         self.camera.change(do.snap, [self.box, self.camera], [self.box, self.camera], **QUIET)
-        planned = [self.plan, self.accuracy, self.keep, self.ratio]
+        planned = [self.plan, self.accuracy, self.by_tokens, self.by_ratio]
         gr.on(changed, do.show_plan, self.controls, planned, **last)
         self.blocks.load(do.show_model, None, self.about, **QUIET)
         self.groups.select(do.pick, self.which, [self.groups, self.picked, self.token], **QUIET)
-        self.token.input(do.light, [self.which, self.token], [self.groups, self.picked], **last)
-        self.step.input(do.show_energy, [self.which, self.step], [self.energy, self.energy_note], **last)
+        self.token.input(do.light, [self.which, self.token], [self.groups, self.picked], preprocess=False, **last)
+        energy = [self.energy, self.energy_note]
+        self.step.input(do.show_energy, [self.which, self.step], energy, preprocess=False, **last)
         self.blocks.unload(self._leave)
         uploads_only(self.box, self.camera)
 

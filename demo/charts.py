@@ -14,67 +14,57 @@ from matplotlib.figure import Figure
 
 from pitome_mllm_eval.accuracy import curves, tables
 
+from .controls import PLACES
 from .look import Look
 
 INK = "#010203"  # stands for the colour of the page's text
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **{
-        "svg.fonttype": "none",
-        "svg.hashsalt": "pitome",
-        "font.family": "sans-serif",
-        "font.size": 14,
-    },  # letters stay letters
-}
+COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+LETTERS = {"svg.fonttype": "none", "svg.hashsalt": "pitome", "font.family": "sans-serif", "font.size": 14}
+STYLE = {**dict.fromkeys(COLOURED, INK), **LETTERS}  # letters stay letters
 ALL = 576  # visual tokens of the plain embedded model
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy (from 0 to 1) of one method in one place, by visual tokens kept.
+    """Shares of right answers of one method in one place, by visual tokens kept."""
 
-    Attributes
-    ----------
-    points, lows, highs : by keep: the share of right answers, and its 95 % interval.
-    plain, blind : of the plain model, and without looking at the picture.
-    about : what was asked, and when.
-    """
-
-    method: str
-    where: str
+    name: str  # method and place
     points: dict[int, float]
-    lows: dict[int, float]
-    highs: dict[int, float]
-    plain: float
-    blind: float
-    about: str
+    away: list[list[float]]  # from the ends of their 95 % intervals, low and high
+    plain: float  # of the plain model
+    blind: float  # without looking at the picture
+    about: str  # what was asked, and when
+
+    @property
+    def known(self) -> dict[int, float]:
+        """With the plain model's, from few tokens to many."""
+        return dict(sorted({**self.points, ALL: self.plain}.items()))
 
     def at(self, keep: int) -> str:
         """What was measured at ``keep``, or on both sides of it, in words."""
-        known = {**self.points, ALL: self.plain}
+        known = self.known
         if keep in known:
             return f"keep {keep}: {known[keep]:.1%}"
-        below = max((k for k in known if k < keep), default=None)
-        above = min((k for k in known if k > keep), default=None)
-        if above is None:
+        below, above = [k for k in known if k < keep], [k for k in known if k > keep]
+        if not above:
             return f"keep {keep}: the embedded model has only {ALL} visual tokens"
-        if below is None:
-            return f"keep {keep}: not measured; keep {above}: {known[above]:.1%}"
-        between = f"between {known[below]:.1%} (keep {below}) and {known[above]:.1%} (keep {above})"
-        return f"keep {keep}: {between}"
+        if not below:
+            return f"keep {keep}: not measured; keep {above[0]}: {known[above[0]]:.1%}"
+        ends = [f"{known[k]:.1%} (keep {k})" for k in (below[-1], above[0])]
+        return f"keep {keep}: between {' and '.join(ends)}"
 
 
 def curve(method: str, where: str, published: bool = False) -> Curve | None:
     """What the benchmark's record says about a method in a place; None = not measured."""
     record = _record()
-    plain, blind = record.plain, record.blind
     found = {keep: row for (line, keep), row in record.cells.items() if line == (method, published, where)}
     if not found:
         return None
-    values = {name: {keep: float(row[name]) for keep, row in found.items()} for name in ("value", "low", "high")}
-    about = f"{int(plain['questions']):,} held-out questions, {max(row['date'] for row in found.values())}"
-    of_all = (float(plain["value"]), float(blind["value"]))
-    return Curve(method, where, values["value"], values["low"], values["high"], *of_all, about)
+    points, low, high = ({keep: float(row[c]) for keep, row in found.items()} for c in ("value", "low", "high"))
+    away = [[abs(points[k] - bound[k]) for k in points] for bound in (low, high)]
+    about = f"{int(record.plain['questions']):,} held-out questions, {max(row['date'] for row in found.values())}"
+    name = f"{method}{', published' if published else ''}, {PLACES[where]}"
+    return Curve(name, points, away, float(record.plain["value"]), float(record.blind["value"]), about)
 
 
 @lru_cache(maxsize=1)
@@ -104,14 +94,13 @@ def short(step: str) -> str:
 @rc_context(STYLE)
 def accuracy(found: Curve, keep: int) -> str:
     """The curve over visual tokens, between plain and blind, with a mark at ``keep``."""
-    known = dict(sorted({**found.points, ALL: found.plain}.items()))
+    known = found.known
     figure, axis = _axis(3.6)
     axis.axhline(found.plain, color=INK, linestyle="--", linewidth=1)
     axis.axhline(found.blind, color="grey", linestyle=":")
     axis.text(min(known), found.blind + 0.02, f"without looking {found.blind:.1%}")
-    away = [[abs(value - bound[k]) for k, value in found.points.items()] for bound in (found.lows, found.highs)]
     axis.plot(list(known), list(known.values()), color="#0072B2")
-    axis.errorbar(list(found.points), list(found.points.values()), away, fmt="o", color="#0072B2", capsize=2)
+    axis.errorbar(list(found.points), list(found.points.values()), found.away, fmt="o", color="#0072B2", capsize=2)
     at = min(max(keep, min(known)), ALL)
     height = np.interp(np.log(at), np.log(list(known)), list(known.values()))
     axis.axvline(at, color="#D55E00", linewidth=1)
@@ -120,8 +109,7 @@ def accuracy(found: Curve, keep: int) -> str:
     axis.set_xticks(list(known), [str(tokens) for tokens in known])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    title = f"{found.method}, {found.where}, {found.at(keep)}"
-    return _svg(figure, f"Accuracy of {title}; the plain model {found.plain:.1%}")
+    return _svg(figure, f"Accuracy of {found.name}, {found.at(keep)}; the plain model {found.plain:.1%}")
 
 
 def _axis(height: float) -> tuple[Any, Any]:

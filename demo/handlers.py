@@ -15,7 +15,7 @@ import gradio as gr
 from pitome_mllm.methods import UserError
 
 from . import charts, view
-from .controls import Controls, describe
+from .controls import PLACES, Controls, describe
 from .engine import Engine
 from .look import Look
 from .pictures import Picture
@@ -232,8 +232,8 @@ def _title(look: Look) -> str:
 def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
     found = charts.curve(plan.method, plan.where, plan.published)
     if found is None:
-        return _note(f"{plan.method} was not measured with where={plan.where}.")
-    text = f"{plan.method}, {plan.where}: right answers of the embedded model ({found.about}). {found.at(plan.keep)}"
+        return _note(f"{plan.method} was not measured {PLACES[plan.where]} with these settings.")
+    text = f"{found.name}: right answers of the embedded model ({found.about}). {found.at(plan.keep)}"
     text += "" if by_tokens else ". Measured with a number of tokens, not with a ratio"
     text += "" if model == "tiny" else f". Nothing was measured for {model}"
     return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95% intervals. Dashed: the plain model.")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList, TextStreamer
 
+from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
@@ -21,17 +22,13 @@ from .engine import Engine
 from .look import Look, looks
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What a run left; None = not known."""
+    """What a run cost and what the plain model would cost, and a look at every picture where there is one."""
 
-    visual_tokens: int | None  # of all pictures, those that reached the LLM
-    plain_tokens: int | None  # those of the plain model
-    text_tokens: int = 0  # the rest of the prompt
-    tower_ms: float | None = None
-    prefill_ms: float | None = None
-    per_token_ms: float | None = None
-    looks: tuple[Look, ...] = ()  # of every picture or tile, where something merged in front of the projector
+    figures: AnswerCost
+    plain: AnswerCost
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,11 +115,12 @@ def answer(
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )
             stats = engine.handle.stats
-        visual = plain if stats is None else sum(stats.lengths)
-        cost = clock.cost()
-        times = cost.tower_ms, cost.prefill_ms, cost.per_token_ms
-        seen = () if stats is None else tuple(looks(engine.processor, pictures, stats, title))
-        return Outcome(visual, plain, inputs["input_ids"].shape[1] - plain, *times, looks=seen)
+        visual, text = plain if stats is None else sum(stats.lengths), inputs["input_ids"].shape[1] - plain
+        return Outcome(
+            _figures(engine, clock.cost(), controls, len(pictures), visual, visual + text),
+            _figures(engine, AnswerCost(), None, len(pictures), plain, plain + text),
+            () if stats is None else tuple(looks(engine.processor, pictures, stats, title)),
+        )
 
     return stream(engine, work, stop)
 
@@ -139,11 +137,11 @@ def look_only(
         with _using(engine, controls), timed(engine.model) as clock:
             tower_features(engine.model, pixels)
             stats = engine.handle.stats
-        seen = tuple(looks(engine.processor, pictures, stats, title))
         counts = len(pictures) * plan.keep, len(pictures) * plan.available
         if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
             counts = None, None
-        return Outcome(*counts, tower_ms=clock.cost().tower_ms, looks=seen)
+        figures = AnswerCost(counts[0], tower_ms=clock.cost().tower_ms)
+        return Outcome(figures, AnswerCost(counts[1]), tuple(looks(engine.processor, pictures, stats, title)))
 
     return stream(engine, work, stop)
 
@@ -152,3 +150,11 @@ def _using(engine: Engine, controls: Controls | None) -> Any:
     if controls is None:
         return engine.handle.using(None)
     return engine.handle.using(**controls.settings(), energies=True)
+
+
+def _figures(
+    engine: Engine, measured: AnswerCost, controls: Controls | None, pictures: int, visual: int, prompt: int
+) -> AnswerCost:
+    """What was measured, with what is counted and calculated."""
+    kv, gflops = engine.cost(controls, pictures, prompt)
+    return replace(measured, visual_tokens=visual, prompt_tokens=prompt, kv_cache_mb=kv, gflops=gflops)

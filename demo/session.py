@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm.methods import UserError
 
 from .controls import NOTHING, PLAIN, Controls, label
@@ -22,7 +21,7 @@ from .engine import Engine
 from .look import Look
 from .pictures import Picture, open_upload
 from .prompts import encode
-from .runs import Event, Outcome, Stopped, answer, look_only
+from .runs import Event, Stopped, answer, look_only
 from .turns import Reply, Turn, history
 
 MAX_PICTURES = 8  # in one conversation
@@ -138,8 +137,8 @@ class Conversation:
             old.forget_looks()
         try:
             yield turn
-            for lane, (events, costs) in runs.items():
-                yield from self._write(turn, lane, events, costs)
+            for lane, events in runs.items():
+                yield from self._write(turn, lane, events)
         except Stopped:
             pass  # before it began: what there is stays
         except Exception:
@@ -171,45 +170,25 @@ class Conversation:
         if not turns[-1].question and not turns[-1].pictures:
             raise UserError("the question is empty; ask something, or add a picture to look inside")
 
-    def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> tuple[Iterator[Event], Any]:
-        """The events of one run, and a function for its figures and the plain model's from an `Outcome`."""
-        engine, stop, reply = self.engine, self._stop, turns[-1].replies[lane]
+    def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> Iterator[Event]:
+        """The events of one run; what cannot be asked is refused before the first of them."""
+        engine, stop, title = self.engine, self._stop, turns[-1].replies[lane].label
         if not turns[-1].question:
-            shown = turns[-1].pictures
-            return look_only(engine, shown, plan, controls, reply.label, stop), lambda outcome: (
-                AnswerCost(outcome.visual_tokens, tower_ms=outcome.tower_ms),
-                AnswerCost(outcome.plain_tokens),
-            )
-        lines, pictures = history(turns, lane)
+            return look_only(engine, turns[-1].pictures, plan, controls, title, stop)
+        said, pictures = history(turns, lane)
         images = [picture.image for picture in pictures]
-        inputs, room = self.engine.prepare(encode, engine, lines, images, plan)
+        inputs, room = engine.prepare(encode, engine, turns[-1].question, said, images, plan)
+        return answer(engine, inputs, room, pictures, controls, title, stop)
 
-        def costs(outcome: Outcome) -> tuple[AnswerCost, AnswerCost]:
-            plain = Outcome(outcome.plain_tokens, outcome.plain_tokens, outcome.text_tokens)
-            return (
-                _figures(engine, controls, len(pictures), outcome),
-                _figures(engine, None, len(pictures), plain),
-            )
-
-        return answer(engine, inputs, room, pictures, controls, reply.label, stop), costs
-
-    def _write(self, turn: Turn, lane: str, events: Iterator[Event], costs: Any) -> Iterator[Turn]:
+    def _write(self, turn: Turn, lane: str, events: Iterator[Event]) -> Iterator[Turn]:
         reply = turn.replies[lane]
         for event in events:
             reply.ahead = event.ahead
             if event.text:
                 reply.text, reply.state = (reply.text + event.text).lstrip(), "writing"
             if event.result is not None:
-                reply.text, reply.looks = reply.text.strip(), event.result.looks
-                reply.figures, calculated = costs(event.result)
-                asked = turn.replies.get("plain")
-                reply.plain = calculated if asked is None or asked.figures is None else asked.figures
+                reply.text, reply.looks, reply.figures = reply.text.strip(), event.result.looks, event.result.figures
+                asked = turn.replies.get(PLAIN)
+                reply.plain = event.result.plain if asked is None or asked.figures is None else asked.figures
                 reply.state = "stopped" if self._stop.is_set() else "done"
             yield turn
-
-
-def _figures(engine: Engine, controls: Controls | None, pictures: int, outcome: Outcome) -> AnswerCost:
-    prompt = outcome.visual_tokens + outcome.text_tokens
-    kv, gflops = engine.cost(controls, pictures, prompt)
-    times = (outcome.tower_ms, outcome.prefill_ms, outcome.per_token_ms)
-    return AnswerCost(outcome.visual_tokens, prompt, *times, kv_cache_mb=kv, gflops=gflops)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pitome_mllm.costs.answer import AnswerCost
+from pitome_mllm.serving.prompts import Message, message
 
 from .controls import Controls
 from .look import Look
 from .pictures import Picture
-from .prompts import Line
 
 
 @dataclass
@@ -69,16 +69,18 @@ class Turn:
         return {"question": self.question, "pictures": pictures, "replies": replies}
 
 
-def history(turns: Sequence[Turn], lane: str) -> tuple[list[Line], list[Picture]]:
+def history(turns: Sequence[Turn], lane: str) -> tuple[list[Message], list[Picture]]:
     """What a lane's model reads: every question with its answer, and all pictures.
 
     Pictures that were only looked at come with the next question. A stopped answer counts as far as it got.
     """
-    lines, pictures, waiting = [], [], 0
+    said, pictures, waiting = [], [], 0
     for turn in turns:
         pictures += turn.pictures
         waiting += len(turn.pictures)
         if turn.question:
-            lines.append(Line(waiting, turn.question, None if turn is turns[-1] else turn.reply(lane).text))
+            said.append(message(turn.question, waiting))
             waiting = 0
-    return lines, pictures
+            if turn is not turns[-1]:
+                said.append(message(turn.reply(lane).text, role="assistant"))
+    return said, pictures

@@ -26,17 +26,11 @@ FIGURES: dict[str, tuple[str, Callable[[float], str], str]] = {
     "visual_tokens": ("visual tokens", str, "of all pictures, as the language model reads them"),
     "prompt_tokens": ("prompt tokens", str, "visual and text tokens that the language model reads"),
     "tower_ms": ("tower, ms", "{:.0f}".format, "measured here: the vision tower, merging included"),
-    "prefill_ms": (
-        "1st token, ms",
-        "{:.0f}".format,
-        "measured here: from the pictures to the first new token",
-    ),
+    "prefill_ms": ("1st token, ms", "{:.0f}".format, "measured here: from the pictures to the first new token"),
     "per_token_ms": ("each token, ms", short, "measured here: new tokens after the first one"),
     "kv_cache_mb": ("KV cache, MB", short, "calculated: keys and values of the prompt"),
     "gflops": ("GFLOPs", short, "calculated: from the pictures to the first new token"),
 }
-
-
 SAVED = {"visual_tokens": "visual tokens", "gflops": "FLOPs", "kv_cache_mb": "KV cache"}  # counted, not by the clock
 
 

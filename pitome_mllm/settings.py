@@ -156,7 +156,9 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
         if settings.published:
-            raise UserError("published=True is what a method's paper does, and a Reducer has no paper; leave it out")
+            raise UserError(
+                "published=True is what a method's paper does, and a Reducer has no paper; choose published=False"
+            )
         for option in settings.options:
             raise UserError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
         return settings.method, type(settings.method).__name__
@@ -231,7 +233,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
-    _check_calibration(settings.calibration, reducer, name, geometry)
+    _check_calibration(str(settings.calibration), reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
             f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "

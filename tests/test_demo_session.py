@@ -19,6 +19,7 @@ from pitome_mllm_demo.session import MAX_LOOKS, MAX_PICTURES, Conversation
 from pitome_mllm_eval.benchmark.sets import scene
 
 QUESTION = "what colour is the star"
+QUARTER = "144 of 576 tokens (25%) · inside and after the vision tower"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_an_answer_is_that_of_the_command_line(chat, files, capsys):
     reply = ask(chat, question, files[:1]).replies["merged"]
     assert cli.main(["ask", "--method", "pitome", "--keep", "144", "--json", "--scene", "0", question]) == 0
     assert reply.text == json.loads(capsys.readouterr().out)["answer"] != ""
-    assert reply.state == "done" and reply.label == "pitome · 144 of 576 tokens (25%) · inside the vision tower"
+    assert reply.state == "done" and reply.label == f"pitome · {QUARTER}"
 
 
 def test_words_appear_one_after_the_other(wordy_engine, photo):
@@ -102,9 +103,9 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
         turn = ask(chat, "is there a star?", files[:1] if not merges else (), controls)
         merges.append(turn.replies["merged"].looks[0].counts[-1])
     labels = [turn.replies["merged"].label for turn in chat.turns]
-    assert labels[0] == "pitome · 144 of 576 tokens (25%) · inside the vision tower"
+    assert labels[0] == f"pitome · {QUARTER}"
     assert labels[1] == "tome · 72 of 576 tokens (12%) · after the vision tower"
-    assert labels[3] == "pitome · 144 of 576 tokens (25%) · inside and after the vision tower"
+    assert labels[3] == f"pitome · {QUARTER}"
     expected = chat.engine.plan(Controls("pitome", amount="ratio")).keep
     assert merges == [144, 72, expected, 144, 144] and chat.engine.model is model
 
@@ -112,9 +113,10 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
 def test_a_conversation_that_does_not_fit_is_refused_before_anything_shows(chat, files):
     ask(chat, "is there a star?", files[:3])
     with pytest.raises(ValueError, match="conversation is too long: 2.* tokens with 4 pictures.*clear it"):
-        ask(chat, "is there a star?", files[3:4], Controls("pitome-tuned", keep=144))
+        ask(chat, "is there a star?", files[3:4], Controls("pitome", keep=144))
     assert len(chat.turns) == 1
-    assert ask(chat, "is there a star?", files[3:4], PITOME).replies["merged"].state == "done"  # compact positions fit
+    fits = Controls("pitome", keep=144, published=True)  # counts what the LLM reads
+    assert ask(chat, "is there a star?", files[3:4], fits).replies["merged"].state == "done"
 
 
 def test_more_pictures_than_a_conversation_holds(chat, files):
@@ -298,7 +300,7 @@ def test_a_new_conversation_ends_and_forgets_the_one_before(wordy_engine, engine
 def test_the_card_says_how_many_pictures_there_are(chat, files):
     ask(chat, "is there a star?", files[:1])
     labels = [ask(chat, question, files[1:2]).replies["merged"].label for question in ("is there a circle?", "")]
-    assert labels == [f"pitome · {n}144 of 576 tokens (25%) · inside the vision tower" for n in ("2 pictures × ", "")]
+    assert labels == [f"pitome · 2 pictures × {QUARTER}", f"pitome · {QUARTER}"]
 
 
 def test_two_methods_side_by_side(chat, files):

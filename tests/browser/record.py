@@ -1,4 +1,4 @@
-"""Keep what the tests of the chat measured: with PITOME_RECORD=1 in eval/results/chat.csv and in the README."""
+"""Keep what the tests of the chat measured: with PITOME_RECORD=1 in eval/results/chat.csv and in docs/chat.md."""
 
 import os
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def record(command: str, **values: str) -> None:
     about = (f"make {command}", processor_name(), f"{os.getloadavg()[0]:.1f}", date.today().isoformat())
     known |= {name: Figure(name, value, *about) for name, value in values.items()}
     write_csv(RESULTS, known.values())
-    put_in(ROOT / "README.md", table(list(known.values())), MARKS)
+    put_in(ROOT / "docs" / "chat.md", table(list(known.values())), MARKS)
 
 
 def table(figures: list[Figure]) -> str:
