@@ -45,7 +45,7 @@ def test_distances_are_those_of_the_plain_model_s_features():
     found = spectrum.compare(model, pixels(0, 1), ["tome", "pitome"], [100, 0.5, 288], {"where": "tower"})
     assert found.keeps == [288, 100] and list(found.distances) == ["tome", "pitome"] and not found.why
     plain = tower_features(model, pixels(0, 1))
-    with attach(model, "pitome", keep=100) as handle:
+    with attach(model, "pitome", keep=100, where="tower") as handle:
         tower_features(model, pixels(0, 1))
         expected = spectral_distance(plain, handle.stats.merges).mean()
     assert found.distances["pitome"][1] == pytest.approx(float(expected), rel=1e-6)
