@@ -138,7 +138,7 @@ def test_a_family_without_a_tower_place_says_so():
 
 @pytest.mark.parametrize("value", [1, "True", None])
 def test_published_is_true_or_false(value):
-    with pytest.raises(ValueError, match=f"published={value!r} is not possible; choose True or False"):
+    with pytest.raises(ValueError, match=f"unknown published {value!r}; choose one of True, False"):
         plan_of(published=value)
 
 
