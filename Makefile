@@ -33,7 +33,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask report bench bench-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
+.PHONY: ask report bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -42,7 +42,7 @@ ask: $(VENV)/.ready
 BENCH_OUT ?= bench.csv
 BENCH = $(VENV)/bin/pitome-mllm bench --device cpu --out $(BENCH_OUT)
 bench: $(VENV)/.ready
-	$(BENCH) --keep 288 144 72
+	$(BENCH) --keep 144 72
 	$(BENCH) --shape llava-1.5-7b --layers 0 --keep 144 --methods pitome pitome:keys pitome:hidden --repeats 3
 	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 3
 	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome downsample --repeats 2
@@ -84,6 +84,11 @@ test-load: $(BROWSER)/.ready
 
 record-chat: export PITOME_RECORD = 1
 record-chat: test-browser test-load
+
+# What needs a GPU, with any Python that has torch, transformers and pytest.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels/test_on_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_graphs_gpu.py
 
 test-kernels: $(KERNELS)/.ready
 	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -q -m "not gpu" --confcutdir=tests/kernels tests/kernels

@@ -28,20 +28,12 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
     ValueError : no such file, no rows, or one of something else or of an older version.
     """
     if not path.is_file():
-        raise UserError(f"no results {str(path)!r}; measure first: {command}")
+        raise UserError(f"no results {path.name}; measure first: {command}")
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     if not found or not set(columns) <= set(found[0]):
         raise UserError(f"{str(path)!r} does not hold results of today's {command}; measure them again with it")
-    return [_as_today(row) for row in found]
-
-
-def _as_today(row: dict[str, str]) -> dict[str, str]:
-    """A row of before version 0.2: methods ran as published then, but for the default, `pitome` today."""
-    if "method" not in row or "published" in row:
-        return row
-    default = row["method"] == "pitome-tuned"
-    return row | {"method": "pitome" if default else row["method"], "published": str(not default)}
+    return found
 
 
 def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None = None) -> None:

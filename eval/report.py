@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from pitome_mllm.methods import UserError
 
 from .accuracy import curves, search, spectra, tables
 from .accuracy.figures import gate_table
@@ -13,6 +15,7 @@ from .provenance import RESULTS
 from .speed import report as speed
 
 COMMAND = "make report"
+POINTS = "Each setting is a point of [docs/spectra.png](docs/spectra.png)."
 GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in per cent or points:"
 Row = Mapping[str, str]
 
@@ -24,24 +27,32 @@ def texts() -> dict[str, dict[str, str]]:
     tuned = read(RESULTS / "finetune.csv", "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
     said, leads = tables.about(found), tables.leaders(found)
     measured = (f"## {name.capitalize()}\n\n{tables.table(found, key)}" for key, name in tables.TABLES.items())
-    ablation = tables.ablation(read(search.RESULTS, search.COMMAND, ("round", "alternative")))
     return {
         "README.md": {
             "accuracy": "\n\n".join([leads, tables.table(found, False), said]),
-            "spectra": spectra.sentence(*spectra.stored()),
+            "spectra": _if_measured(lambda: f"{spectra.sentence(*spectra.stored())} {POINTS}"),
             "speed": timed.pop("brief"),
             "finetune": finetuned(tuned),
         },
         "docs/accuracy.md": {"accuracy": "\n\n".join([leads, *measured, said, GATES, gate_table(*answered)])},
-        "docs/search.md": {"accuracy": ablation},
+        "docs/search.md": {"accuracy": _if_measured(lambda: tables.ablation(search.results()))},
         "docs/speed.md": timed,
     }
+
+
+def _if_measured(made: Callable[[], str]) -> str:
+    """A text, or how to measure what it needs."""
+    try:
+        return made()
+    except UserError as error:
+        return f"*{error}*"
 
 
 def plots(docs: Path) -> None:
     """Draw accuracy and spectra."""
     tables.plot(curves.summary(), docs / "accuracy.png")
-    spectra.plot(*spectra.stored(), docs / "spectra.png")
+    if spectra.OUT.exists():
+        spectra.plot(*spectra.stored(), docs / "spectra.png")
 
 
 def finetuned(rows: Sequence[Row]) -> str:

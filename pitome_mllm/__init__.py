@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .spectral import spectral_distance
     from .visualize import draw_groups
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHODS",

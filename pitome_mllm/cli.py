@@ -6,9 +6,12 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
 from . import __version__
@@ -66,6 +69,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after a mistake of the user, 1 without enough memory or space to write (one line on stderr
         says which); 130 when interrupted.
     """
+    with _noticed_interrupts() as interrupts:
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            return _failed("interrupted", 130)
+        except Exception:
+            if not interrupts:
+                raise
+            return _failed("interrupted", 130)
+
+
+@contextmanager
+def _noticed_interrupts() -> Iterator[list[int]]:
+    """A list of the interrupts so far: imports of compiled modules swallow some, and fail of another error later."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    own = current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if own:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     debug = False
     try:
         try:
@@ -90,8 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stdout = open(os.devnull, "w")  # where Python flushes what is left, without another error
         return 1 if error.errno == errno.EPIPE else _failed(f"cannot write: {error.strerror}", 1)
-    except KeyboardInterrupt:
-        return _failed("interrupted", 130)
     return 0
 
 

@@ -35,7 +35,8 @@ class Plan:
     published : bool
         What the method's paper does was asked for.
     graph : bool or str
-        Whether the tower runs as CUDA graphs, made on the first call (True) or on the second equal one ("auto").
+        Whether the tower and the LLM's prefill run as CUDA graphs, made on the first call (True) or on the second equal
+        one ("auto").
     """
 
     method: str
@@ -59,6 +60,7 @@ class Plan:
     gentle: bool = False
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _merged_before: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,8 @@ CHOICES = {
     "calibration": ("distance", "size", "none"),
     "schedule": tuple(SHAPES),
     "logits": ("merged", "caller"),
+    **dict.fromkeys(("weighted", "proportional_attention", "energies", "published"), (True, False)),
+    "graph": (True, False, "auto"),
 }
 # What a setting is where neither the caller nor the method's row says anything: what papers did, or what the library
 # does with methods that reduce in one step, or in several.
@@ -39,8 +41,6 @@ ONE_STEP = {**PUBLISHED, "calibration": "distance"}
 STEPS = {**ONE_STEP, "where": "both", "merges": 6, "metric": "hidden", "weighted": False}
 DEFAULT_METHOD = "pitome"
 HOW = ("metric", "place", "weighted", "proportional_attention", "order")  # goes with the method: another one resets it
-GRAPHS = (True, False, "auto")
-SWITCHES = ("weighted", "proportional_attention", "energies", "published")
 GONE = {
     "compiled": "graph=True runs the vision tower as CUDA graphs without a compiler; to use one, leave it out and call "
     "torch.compile on the tower yourself",
@@ -136,14 +136,9 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
     """
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
-        if value not in choices and not (value is None and name in PUBLISHED):
+        known = any(type(value) is type(choice) and value == choice for choice in choices)  # 1 is not True
+        if not known and not (value is None and name in PUBLISHED):
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
-    for name in SWITCHES:
-        value = getattr(settings, name)
-        if not isinstance(value, bool) and not (value is None and name in PUBLISHED):
-            raise UserError(f"{name}={value!r} is not possible; choose True or False")
-    if not any(settings.graph is choice or settings.graph == choice == "auto" for choice in GRAPHS):  # 1 is not True
-        raise UserError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
     reducer, name = _resolve(settings)
     merges, settings = settings.merges, _complete(settings, reducer, name, geometry)
     _check_needs(settings, reducer, name, geometry)
@@ -156,7 +151,9 @@ def _resolve(settings: Settings) -> tuple[Reducer, str]:
     names = [f.name for f in fields(Settings) if f.name != "options"]
     if isinstance(settings.method, Reducer):
         if settings.published:
-            raise UserError("published=True is what a method's paper does, and a Reducer has no paper; leave it out")
+            raise UserError(
+                "published=True is what a method's paper does, and a Reducer has no paper; choose published=False"
+            )
         for option in settings.options:
             raise UserError(unknown("setting", option, names) + " (a reducer instance brings its own options)")
         return settings.method, type(settings.method).__name__
@@ -231,7 +228,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
             f"metric='projected' exists in front of the projector only, got where={settings.where!r}; choose "
             "where='projector', or metric='hidden' or 'keys'"
         )
-    _check_calibration(settings.calibration, reducer, name, geometry)
+    _check_calibration(str(settings.calibration), reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
             f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "

@@ -19,6 +19,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 from transformers.models.siglip import modeling_siglip
 
+from pitome_mllm.commands import _options
+
+_options.EVERY = 1e6  # seconds: however slow the machine is, no line of a progress bar among what tests read
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*incompatible with gradient checkpointing.*")

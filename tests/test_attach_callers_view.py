@@ -25,7 +25,7 @@ def test_stopping_criteria_see_the_callers_prompt(model, one, beams):
         seen.append(ids.clone())
         return torch.full((len(ids),), ids.shape[1] - width >= 3)
 
-    with attach(model, "pitome", keep=144):
+    with attach(model, "pitome", published=True, keep=144):
         options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
         out = model.generate(**one, **options, stopping_criteria=StoppingCriteriaList([third]))
     assert out.shape[1] == width + 3
@@ -41,7 +41,7 @@ def test_logits_processors_see_the_callers_prompt(model, one):
             scores = scores.masked_fill(torch.arange(scores.shape[1]) != 5, -torch.inf)
         return scores
 
-    with attach(model, "pitome", keep=144):
+    with attach(model, "pitome", published=True, keep=144):
         ids = new_ids(model, one, 4, logits_processor=LogitsProcessorList([third_token_is_five]))
     assert seen == [0, 1, 2, 3] and ids[0][2] == 5
 
@@ -53,7 +53,7 @@ def test_allowed_tokens_see_the_callers_prompt(model, pair):
         seen.append((row, ids.clone()))
         return [5 + row]
 
-    with attach(model, "pitome", keep=144):
+    with attach(model, "pitome", published=True, keep=144):
         assert new_ids(model, pair, 2, prefix_allowed_tokens_fn=allowed) == [[5, 5], [6, 6]]
     assert all(torch.equal(ids[:width], pair["input_ids"][row]) for row, ids in seen)
 
@@ -64,7 +64,7 @@ def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process
     """What the LLM is told needs the pictures themselves; features may come from any earlier run."""
     other = process(images=[picture(1)], text=[QUESTION], return_tensors="pt")
     text = {key: value for key, value in one.items() if key != "pixel_values"}
-    with attach(model, "pitome", keep=144, **told) as handle, torch.no_grad():
+    with attach(model, "pitome", published=True, keep=144, **told) as handle, torch.no_grad():
         features = model.model.get_image_features(one["pixel_values"], return_dict=True)
         model.model.get_image_features(other["pixel_values"], return_dict=True)
         with pytest.raises(ValueError, match="mm_encoder_outputs"):
@@ -77,7 +77,7 @@ def test_features_of_other_pictures_get_no_positions_and_no_sizes(model, process
 @pytest.mark.parametrize("change", ["plain", "all", "compact"])
 def test_a_cache_goes_on_in_the_positions_it_was_filled_with(model, one, change):
     mask = torch.ones(1, one["input_ids"].shape[1] + 3, dtype=torch.long)
-    with attach(model, "pitome", keep=144, calibration="distance") as handle, torch.no_grad():
+    with attach(model, "pitome", published=True, keep=144, calibration="distance") as handle, torch.no_grad():
         cache = model(**one, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache)
         expected = model(input_ids=NEXT, **{CACHE: cache}, attention_mask=mask).logits
@@ -89,7 +89,7 @@ def test_a_cache_goes_on_in_the_positions_it_was_filled_with(model, one, change)
 
 def test_a_repeated_cache_goes_on(model, one):
     mask = torch.ones(1, one["input_ids"].shape[1] + 3, dtype=torch.long)
-    with attach(model, "pitome", keep=144), torch.no_grad():
+    with attach(model, "pitome", published=True, keep=144), torch.no_grad():
         cache = model(**one, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache)
         expected = model(input_ids=NEXT, **{CACHE: twin}, attention_mask=mask).logits
@@ -106,14 +106,14 @@ def test_the_model_may_be_called_inside_generate(model, one):
         seen.append(logits(model, one)[:, -1])
         return scores
 
-    with attach(model, "pitome", keep=144):
+    with attach(model, "pitome", published=True, keep=144):
         expected, alone = new_ids(model, one, 3), logits(model, one)[:, -1]
         assert new_ids(model, one, 3, logits_processor=LogitsProcessorList([look_again])) == expected
     assert len(seen) == 3 and all(torch.equal(row, alone) for row in seen)
 
 
 def test_a_max_length_within_the_prompt_names_the_callers_numbers(model, one):
-    with attach(model, "pitome", keep=144), pytest.raises(ValueError, match="100.*584"):
+    with attach(model, "pitome", published=True, keep=144), pytest.raises(ValueError, match="100.*584"):
         model.generate(**one, max_length=100)
 
 
@@ -154,7 +154,7 @@ def test_layers_of_a_derived_class_merge(one):
     model = build()
     for layer in model.model.vision_tower.encoder.layers:
         layer.__class__ = type("Own", (type(layer),), {})
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         logits(model, one)
         assert handle.stats.tokens_after == 144
     assert all(type(layer).__name__ == "Own" for layer in model.model.vision_tower.encoder.layers)

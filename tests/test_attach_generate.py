@@ -55,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default
 
 @pytest.fixture
 def handle(model):
-    with attach(model, "pitome", keep=KEEP) as handle:
+    with attach(model, "pitome", published=True, keep=KEEP) as handle:
         yield handle
 
 
@@ -75,7 +75,7 @@ def test_greedy_answers_equal_the_merge_written_out(model, plain, one, handle):
 
 @pytest.mark.parametrize("where", PLACES)
 def test_prompt_comes_back_whole(model, one, where):
-    with attach(model, "pitome", keep=KEEP, where=where):
+    with attach(model, "pitome", published=True, keep=KEEP, where=where):
         out = model.generate(**one, max_new_tokens=3, do_sample=False)
         positional = model.generate(
             one["input_ids"],
@@ -104,7 +104,7 @@ def shorten(inputs, keep=KEEP):
 @pytest.mark.parametrize("where", PLACES)
 def test_inputs_that_are_already_short(model, one, where):
     short = shorten(one)
-    with attach(model, "pitome", keep=KEEP, where=where):
+    with attach(model, "pitome", published=True, keep=KEEP, where=where):
         assert new_ids(model, short) == new_ids(model, one)
         torch.testing.assert_close(logits(model, short), logits(model, one))
 
@@ -145,7 +145,7 @@ def test_batch_rows_equal_the_definition(model, plain, side, handle):
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("calibration", ["none", "distance"])
 def test_batch_rows_equal_the_same_rows_alone(model, batch, where, calibration):
-    with attach(model, "pitome", keep=KEEP, where=where, calibration=calibration) as handle:
+    with attach(model, "pitome", published=True, keep=KEEP, where=where, calibration=calibration) as handle:
         together, groups = new_ids(model, batch), None
         groups, image = handle.stats.groups, 0
         for row, (numbers, text) in enumerate(ROWS):
@@ -245,7 +245,7 @@ def test_beams_and_samples_equal_the_plain_model_on_merged_features(model, plain
 )
 @pytest.mark.parametrize("calibration", ["none", "distance"])
 def test_caches_and_lookup_do_not_change_the_answer(model, one, options, calibration):
-    with attach(model, "pitome", keep=KEEP, calibration=calibration) as handle:
+    with attach(model, "pitome", published=True, keep=KEEP, calibration=calibration) as handle:
         expected = new_ids(model, one, 8)
         assert new_ids(model, one, 8, **options) == expected
         assert handle.stats.tokens_after == KEEP
@@ -269,17 +269,17 @@ NEEDS_FEATURES = pytest.mark.skipif(
 )
 def test_assisted_generation(model, one, assistant, calibration):
     draft = build_text_model() if assistant == "text" else build(seed=1 if assistant == "attached" else 3)
-    with attach(model, "pitome", keep=KEEP, calibration=calibration):
+    with attach(model, "pitome", published=True, keep=KEEP, calibration=calibration):
         expected = new_ids(model, one, 8)
         if assistant == "attached":
-            attach(draft, "pitome", keep=KEEP, calibration=calibration)
+            attach(draft, "pitome", published=True, keep=KEEP, calibration=calibration)
         assert new_ids(model, one, 8, assistant_model=draft) == expected
 
 
 @pytest.mark.parametrize("skip_prompt", [True, False])
 def test_streamer(model, one, process, skip_prompt):
     streamer = TextIteratorStreamer(process.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True, timeout=60)
-    with attach(model, "pitome", keep=KEEP):
+    with attach(model, "pitome", published=True, keep=KEEP):
         out = model.generate(**one, max_new_tokens=8, do_sample=False)
         options = {**one, "max_new_tokens": 8, "do_sample": False, "streamer": streamer}
         thread = threading.Thread(target=model.generate, kwargs=options)

@@ -342,7 +342,7 @@ WRONG = [  # settings, words that the message must contain
     ({"keep": True}, ["True"]),
     ({"keep": "144"}, ["144"]),
     ({"keep": float("nan")}, ["nan"]),
-    ({"method": "pitome", "keep": 2}, ["2", "9", "576"]),  # six blocks of at most half reach 9, no fewer
+    ({"keep": 2, "where": "tower"}, ["2", "9", "576"]),  # six blocks of at most half reach 9, no fewer
     ({"ratio": 0}, ["0"]),
     ({"ratio": 1.2}, ["1.2"]),
     ({"keep": 144, "ratio": 0.9}, ["keep", "ratio"]),
@@ -354,7 +354,7 @@ WRONG = [  # settings, words that the message must contain
     ({"ratio": 0.9, "where": "projector"}, ["ratio", "projector", "tower"]),
     ({"ratio": 0.9, "where": "both"}, ["ratio", "both", "tower"]),
     ({"counts": [300] * 6, "where": "projector"}, ["counts", "projector", "tower"]),
-    ({"method": "pitome", "keep": 144, "tower_keep": 300}, ["tower_keep", "both"]),
+    ({"keep": 144, "where": "tower", "tower_keep": 300}, ["tower_keep", "both"]),
     ({"keep": 144, "where": "both", "tower_keep": 100}, ["tower_keep", "100", "144"]),
     ({"keep": 144, "where": "both", "tower_keep": 600}, ["tower_keep", "600", "576"]),
     ({"keep": 144, "where": "llm"}, ["llm", "tower", "projector", "both"]),

@@ -73,12 +73,13 @@ def test_merged_tokens_draw_attention_by_their_size(model, one):
 
 def test_projected_is_what_the_projector_gives(model, plain, pair):
     spy = Spy()
-    with attach(model, spy, keep=144, where="projector", metric="projected"):
+    with attach(model, spy, keep=144, where="projector", metric="projected") as handle:
         logits(model, pair)
     with torch.no_grad():
         states = plain.model.vision_tower(pair["pixel_values"], output_hidden_states=True).hidden_states[-2]
         torch.testing.assert_close(spy.seen[0]["metric"], plain.model.multi_modal_projector(states))
-    assert spy.seen[1]["metric"].shape[1] == 1 + 288  # the second round projects what the first one left
+    first, *_ = handle.plan.projector_counts
+    assert spy.seen[1]["metric"].shape[1] == 1 + first  # the second round projects what the first one left
 
 
 @pytest.mark.parametrize("method", NEEDING_ATTENTION)
@@ -91,17 +92,17 @@ def test_a_tower_without_class_token_lacks_class_attention(method):
 @pytest.mark.parametrize("where", ["tower", "both"])
 def test_projected_exists_in_front_of_the_projector_only(model, where):
     with pytest.raises(ValueError, match="metric='projected'.*choose where='projector'"):
-        attach(model, "tome", keep=144, metric="projected", where=where)
+        attach(model, "tome", published=True, keep=144, metric="projected", where=where)
 
 
 def test_tokens_without_groups_have_no_original_position(model):
     with pytest.raises(ValueError, match="dct has no groups.*calibration='none'"):
-        attach(model, "dct", keep=144, calibration="distance")
+        attach(model, "dct", published=True, keep=144, calibration="distance")
     assert {name for name in METHODS if not get_method(name).forms_groups} == {"dct"}
 
 
 def test_a_method_brings_its_place_and_gives_way(model):
-    with attach(model, "visionzip", keep=144) as handle:
+    with attach(model, "visionzip", published=True, keep=144) as handle:
         assert (handle.plan.where, handle.plan.counts[-1], handle.plan.projector_counts) == (
             "projector",
             PATCHES,
@@ -174,3 +175,14 @@ def test_the_mask_is_causal_and_hides_padding():
     seen = _seen(torch.zeros(2, 4), None, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None)[:, 0]
     assert seen[1].tolist() == torch.ones(4, 4).tril().bool().tolist()
     assert seen[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_projections_are_listened_to_once_somebody_asks(model, one):
+    key = model.model.vision_tower.encoder.layers[0].self_attn.k_proj
+    with attach(model, "pitome", keep=288, metric="hidden") as handle:
+        assert not key._forward_hooks
+        for _ in range(2):
+            with handle.using(metric="keys"):
+                logits(model, one)
+                assert len(key._forward_hooks) == 1
+    assert not key._forward_hooks and not hasattr(key, "_pitome")

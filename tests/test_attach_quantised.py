@@ -56,7 +56,7 @@ def test_merges_and_restores(quantised, one, pair, where):
     model, _, dtype = quantised
     one, pair = cast(one, dtype), cast(pair, dtype)
     plain = logits(model, one), new_ids(model, one)
-    with attach(model, "pitome", keep=144, where=where) as handle:
+    with attach(model, "pitome", published=True, keep=144, where=where) as handle:
         seen = logits(model, pair)
         assert seen.isfinite().all() and seen.shape[1] == pair["input_ids"].shape[1] - PATCHES + 144
         assert (handle.stats.images, handle.stats.tokens_after) == (2, 144)
@@ -72,7 +72,7 @@ def test_keeping_all_is_bit_identical(quantised, one):
     model, _, dtype = quantised
     one = cast(one, dtype)
     plain = logits(model, one)
-    with attach(model, "pitome", keep=PATCHES):
+    with attach(model, "pitome", published=True, keep=PATCHES):
         assert torch.equal(logits(model, one), plain)
 
 
@@ -81,7 +81,7 @@ def test_merges_as_defined(quantised, one):
     model, name, dtype = quantised
     if (name, dtype) != ("nf4", torch.float32):
         return
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         seen, groups, counts = logits(model, one), handle.stats.groups, handle.plan.counts
     expected = reference(model, one, counts)
     assert torch.equal(groups, expected.tokens.groups)
@@ -91,7 +91,7 @@ def test_merges_as_defined(quantised, one):
 def test_a_deepcopy_merges_on_its_own(quantised, one):
     model, _, dtype = quantised
     one = cast(one, dtype)
-    with attach(model, "pitome", keep=144):
+    with attach(model, "pitome", published=True, keep=144):
         expected = logits(model, one)
         twin = copy.deepcopy(model)
     handle = Attachment.of(twin)

@@ -43,9 +43,9 @@ def assert_same_gradients(seen, expected):
 def test_gradient_checkpointing_merges_and_gives_the_same_gradients(model, pair, where, reentrant):
     settings = {"keep": 144, "where": where}
     other = build()
-    attach(other, "pitome", **settings)
+    attach(other, "pitome", published=True, **settings)
     loss, expected, once = train_step(other, pair)
-    handle = attach(model, "pitome", **settings)
+    handle = attach(model, "pitome", published=True, **settings)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed, seen, twice = train_step(model, pair)
     assert (once, twice) == (1, 2), "checkpointing must really recompute"
@@ -57,17 +57,17 @@ def test_gradient_checkpointing_merges_and_gives_the_same_gradients(model, pair,
 
 def test_checkpointing_enabled_before_attaching(model, pair):
     model.gradient_checkpointing_enable()
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     _, seen, calls = train_step(model, pair)
     assert calls == 2 and handle.stats.tokens_after == 144
     other = build()
-    attach(other, "pitome", keep=144)
+    attach(other, "pitome", published=True, keep=144)
     assert_same_gradients(seen, train_step(other, pair)[1])
 
 
 def test_gradients_equal_the_merge_written_out(model, one):
     twin = build()
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     _, seen, _ = train_step(model, one)
     tokens = encode(twin, one["pixel_values"], handle.plan.counts, get_method("pitome"))
     expected = Reference(twin, one, tokens)
@@ -108,7 +108,7 @@ def assert_compiled_run(handle, model, plain, inputs):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_tower_compiled_after_attaching_merges_without_graph_breaks(shallow, one, backend):
     model, plain = shallow
-    with attach(model, "pitome", keep=288) as handle:
+    with attach(model, "pitome", published=True, keep=288) as handle:
         model.model.vision_tower = torch.compile(model.model.vision_tower, fullgraph=True, backend=backend)
         assert_compiled_run(handle, model, plain, one)
         logits(model, one)
@@ -119,7 +119,7 @@ def test_a_tower_compiled_before_attaching_merges_too(shallow, one):
     model, plain = shallow
     model.model.vision_tower = torch.compile(model.model.vision_tower, fullgraph=True, backend="eager")
     logits(model, one)
-    with attach(model, "pitome", keep=288) as handle:
+    with attach(model, "pitome", published=True, keep=288) as handle:
         assert_compiled_run(handle, model, plain, one)
         handle.update(keep=144)  # the graph of the old plan must not be used again
         assert_compiled_run(handle, model, plain, one)
@@ -139,7 +139,7 @@ def test_four_threads_with_different_settings(model, plain, one, pair):
         ({"ratio": 0.9, "where": "tower"}, pair),
         ({"keep": 144, "where": "projector"}, one),
     ]
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     expected = []
     for setting, inputs in settings:
         with handle.using(None) if setting is None else handle.using(**setting):
@@ -176,10 +176,10 @@ def test_four_threads_with_different_settings(model, plain, one, pair):
 
 
 def test_settings_for_a_block_nest_and_end(model, plain, one):
-    handle = attach(model, "pitome", keep=144)
+    handle = attach(model, "pitome", published=True, keep=144)
     with handle.using(keep=288):
         assert_works(handle, model, plain, one, keep=288)
-        with handle.using(keep=72, method="tome"):
+        with handle.using(keep=72, method="tome", published=True):
             assert_works(handle, model, plain, one, "tome", keep=72)
         with handle.using(None):
             assert is_plain(model, plain, one)
@@ -193,7 +193,7 @@ def test_settings_for_a_block_nest_and_end(model, plain, one):
 
 
 def test_settings_for_a_block_stay_in_their_thread(model, one):
-    handle, seen = attach(model, "pitome", keep=144), []
+    handle, seen = attach(model, "pitome", published=True, keep=144), []
 
     def other():
         logits(model, one)
@@ -213,7 +213,7 @@ def test_settings_for_a_block_stay_in_their_thread(model, one):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_backends_agree_with_the_definition(plain, pair, attention):
     model = build(attention=attention)
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         seen = logits(model, pair)
         assert model.config.vision_config._attn_implementation == attention
         expected = reference(plain, pair, handle.plan.counts)
@@ -237,7 +237,7 @@ def test_sdpa_never_materialises_attention_weights(model, one, monkeypatch):
 
     monkeypatch.setattr(modeling_clip, "eager_attention_forward", refuse)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         logits(model, one)
         assert handle.stats.tokens_after == 144
     assert len(calls) == 7 + 2  # every block of the tower and of the LLM
@@ -266,7 +266,7 @@ def test_a_backend_without_bias_is_refused_or_the_tower_switched(model, plain, o
     try:
         if switch_first:
             switch()
-        handle = attach(model, "pitome", keep=144)
+        handle = attach(model, "pitome", published=True, keep=144)
         if not switch_first:
             switch()
         seen = logits(model, one)
@@ -284,7 +284,7 @@ def test_a_backend_without_bias_is_refused_or_the_tower_switched(model, plain, o
 
 def test_a_backend_without_bias_is_fine_where_no_bias_is_needed(model, plain, one, strange):
     model.set_attn_implementation({"vision_config": strange})
-    with attach(model, "pitome", keep=144, proportional_attention=False) as handle:
+    with attach(model, "pitome", published=True, keep=144, proportional_attention=False) as handle:
         seen = logits(model, one)
         expected = reference(plain, one, handle.plan.counts, proportional=False)
         assert_merged_like(handle, expected.tokens)
@@ -293,7 +293,7 @@ def test_a_backend_without_bias_is_fine_where_no_bias_is_needed(model, plain, on
 
 def test_the_llm_may_use_any_backend(model, one, strange):
     model.set_attn_implementation({"text_config": strange})
-    with attach(model, "pitome", keep=144) as handle:
+    with attach(model, "pitome", published=True, keep=144) as handle:
         logits(model, one)
         assert handle.stats.tokens_after == 144
 
@@ -314,7 +314,7 @@ def swap_layer(layers):
 @pytest.mark.parametrize("sabotage", [bypass_forward, swap_layer])
 @pytest.mark.parametrize("call", [logits, new_ids])
 def test_a_planned_block_that_did_not_merge_is_an_error(model, one, sabotage, call):
-    attach(model, "pitome", keep=144)
+    attach(model, "pitome", published=True, keep=144)
     logits(model, one)
     sabotage(model.model.vision_tower.encoder.layers)
     with pytest.raises((RuntimeError, ValueError), match="(?i)block|merge"):
@@ -329,7 +329,7 @@ def test_a_planned_block_that_did_not_merge_is_an_error(model, one, sabotage, ca
 def test_low_precision_is_finite_and_counts_exactly(pair, dtype, where):
     model = build().to(dtype)
     inputs = {**pair, "pixel_values": pair["pixel_values"].to(dtype)}
-    with attach(model, "pitome", keep=9, where=where, energies=True) as handle:
+    with attach(model, "pitome", published=True, keep=9, where=where, energies=True) as handle:
         seen = logits(model, inputs)
         stats = handle.stats
         assert seen.dtype == dtype and seen.isfinite().all()
@@ -342,7 +342,10 @@ def test_low_precision_is_finite_and_counts_exactly(pair, dtype, where):
 
 
 def test_autocast_merges(model, one):
-    with attach(model, "pitome", keep=144, energies=True) as handle, torch.autocast("cpu", torch.bfloat16):
+    with (
+        attach(model, "pitome", published=True, keep=144, energies=True) as handle,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         assert logits(model, one).isfinite().all()
         assert handle.stats.tokens_after == 144 and handle.stats.sizes.sum() == PATCHES
         assert all(energy.dtype == torch.float32 for energy in handle.stats.energies)
@@ -366,7 +369,7 @@ def test_autocast_does_not_reach_the_decision(method):
 
 
 def test_inference_mode(model, plain, one):
-    with attach(model, "pitome", keep=144) as handle, torch.inference_mode():
+    with attach(model, "pitome", published=True, keep=144) as handle, torch.inference_mode():
         seen = model(**one).logits
         assert_merged_like(handle, merged_by_hand(plain, one, handle.plan.counts))
         assert_row(seen[0], reference(plain, one, handle.plan.counts).logits())

@@ -30,13 +30,13 @@ NEXT = torch.tensor([[7, 8, 9], [10, 11, 12], [13, 14, 15]])
 
 @pytest.fixture(params=[SETTINGS[0], TOLD], ids=str)
 def handle(model, request):
-    with torch.no_grad(), attach(model, "pitome", keep=KEEP, **request.param) as handle:
+    with torch.no_grad(), attach(model, "pitome", published=True, keep=KEEP, **request.param) as handle:
         yield handle
 
 
 @pytest.fixture
 def told(model):
-    with torch.no_grad(), attach(model, "pitome", keep=KEEP, **TOLD) as handle:
+    with torch.no_grad(), attach(model, "pitome", published=True, keep=KEEP, **TOLD) as handle:
         yield handle
 
 
@@ -126,7 +126,7 @@ def test_packed_samples_are_kept_apart(model, settings):
     for name, fill in (("input_ids", PAD), ("position_ids", 0)):
         short[name] = torch.nn.functional.pad(short[name], (0, missing), value=fill)
     batch = {name: torch.cat([long[name], short[name]]) for name in long}
-    with attach(model, "pitome", keep=KEEP, **settings):
+    with attach(model, "pitome", published=True, keep=KEEP, **settings):
         expected = [logits(model, sample)[0] for sample in (one, other)]
         seen = logits(model, long, use_cache=False)[0]
         length = len(expected[0])
@@ -359,5 +359,5 @@ def test_an_error_leaves_nothing_behind(model, told):
 def test_static_caches_of_llms_with_a_mask_for_each_kind_of_layer():
     family = BY_TITLE["LLaVA-1.5 with Qwen2"]
     model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0)), (TWO_PICTURES, pictures(1, 2))])
-    with attach(model, "pitome", keep=0.25, **TOLD):
+    with attach(model, "pitome", published=True, keep=0.25, **TOLD):
         close(step_logits(model, inputs, cache_implementation="static"), step_logits(model, inputs))

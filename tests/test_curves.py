@@ -111,10 +111,10 @@ def test_rows_of_other_questions_are_not_mixed(measured, capsys):
 
 def test_the_time_limit_ends_a_run_and_what_is_done_is_kept(measured, monkeypatch):
     run, asked = measured
-    clock = iter([0, 0, *[100] * 9])
+    clock = iter([0, 0, 0, *[100] * 9])
     monkeypatch.setattr(curves, "time", SimpleNamespace(monotonic=lambda: 0))
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert len(run("--seconds", "50")) == 3 and len(asked) == 2  # plain, blind, one run
+    assert len(run("--seconds", "50")) == 3 and len(asked) == 2  # blind, plain, one run
 
 
 def test_in_several_processes_as_in_one():

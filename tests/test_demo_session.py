@@ -113,7 +113,7 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
 def test_a_conversation_that_does_not_fit_is_refused_before_anything_shows(chat, files):
     ask(chat, "is there a star?", files[:3])
     with pytest.raises(ValueError, match="conversation is too long: 2.* tokens with 4 pictures.*clear it"):
-        ask(chat, "is there a star?", files[3:4], PITOME)
+        ask(chat, "is there a star?", files[3:4], Controls("pitome", keep=144))
     assert len(chat.turns) == 1
     fits = Controls("pitome", keep=144, published=True)  # counts what the LLM reads
     assert ask(chat, "is there a star?", files[3:4], fits).replies["merged"].state == "done"

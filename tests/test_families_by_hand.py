@@ -26,7 +26,7 @@ def test_earlier_feature_layers_go_through_the_later_merges():
     family = BY_TITLE["VipLLaVA"]
     model, plain = family.build(), family.build()
     inputs = family.process([(QUESTIONS[0], pictures(0)), (QUESTIONS[1], pictures(1))])
-    with attach(model, "pitome", keep=36) as handle:
+    with attach(model, "pitome", published=True, keep=36) as handle:
         seen = features(model, inputs)
     found = states(plain.model.vision_tower, inputs["pixel_values"], handle.plan.counts, get_method("pitome"), 1)
     assert list(getattr(model.config, FEATURE_LAYERS)) == [-2, -3, -5, 1] and len(handle.plan.counts) == 5
@@ -40,7 +40,7 @@ def test_several_feature_layers_merge_alike_before_the_projector():
     family = BY_TITLE["VipLLaVA"]
     model, plain = family.build(), family.build()
     inputs = family.process([(QUESTIONS[0], pictures(0))])
-    with attach(model, "tome", keep=72, where="projector", metric="hidden"):
+    with attach(model, "tome", published=True, keep=72, where="projector", metric="hidden"):
         seen = features(model, inputs)
     output = plain.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
     x = torch.cat([output.hidden_states[layer] for layer in (-2, -3, -5, 1)], -1)
@@ -55,7 +55,9 @@ def test_a_projector_that_reads_the_normed_output(title, where):
     family = BY_TITLE[title]
     model, plain = family.build(), family.build()
     inputs = family.process([(QUESTIONS[0], pictures(0)), (QUESTIONS[1], pictures(1))])
-    with attach(model, "pitome", keep=72, where=where, metric="keys" if where == "tower" else "hidden") as handle:
+    with attach(
+        model, "pitome", published=True, keep=72, where=where, metric="keys" if where == "tower" else "hidden"
+    ) as handle:
         seen = features(model, inputs)
     tower, projector = map(plain.get_submodule, (handle.family.tower, handle.family.projector))
     reducer = get_method("pitome")
@@ -71,7 +73,7 @@ def test_positions_that_count_from_one(call):
     """PaliGemma's first token has position 1; a merged token has that of its median patch."""
     family = BY_TITLE["PaliGemma"]
     model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
-    handle = attach(model, "pitome", keep=36, calibration="distance")
+    handle = attach(model, "pitome", published=True, keep=36, calibration="distance")
     seen = positions_of(model, inputs, call)
     image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     expected = torch.arange(1, inputs["input_ids"].shape[1] + 1)

@@ -8,14 +8,14 @@ from pitome_mllm import attach, load
 from pitome_mllm_eval import report
 from pitome_mllm_eval.documents import read, write_csv
 from pitome_mllm_eval.training import finetune
-from pitome_mllm_eval.training.tiny_batch import IGNORE
+from pitome_mllm_eval.training.tiny_batch import IGNORE, training_batch
 from pitome_mllm_eval.training.tiny_model import EOS
 
 
 def test_training_rows_are_prompts_with_labels_at_the_answers():
     """The prompt of a row is what the processor makes of its text, and every label names the token it stands at."""
     _, processor = load("tiny")
-    batch = next(finetune.batches(1, seed=0))
+    batch = training_batch(0, 0, finetune.PHASE, 0)
     made = finetune.inputs(batch, image=4, tokens=576)
     ids, labels = made["input_ids"][0], made["labels"][0]
     real = ids[made["attention_mask"][0] == 1]
@@ -25,15 +25,15 @@ def test_training_rows_are_prompts_with_labels_at_the_answers():
     prompt = f"USER: <image> {question} ASSISTANT: {answer}"
     assert torch.equal(torch.tensor(processor.tokenizer(prompt).input_ids)[3:], first[2 + 576 :])
     known = labels != IGNORE
-    assert torch.equal(labels[known], ids[known]) and int(known.sum()) >= finetune.TURNS
-    assert made["pixel_values"].shape == (finetune.PICTURES, 3, 192, 192)
+    assert torch.equal(labels[known], ids[known]) and int(known.sum()) >= finetune.PHASE.rows
+    assert made["pixel_values"].shape == (finetune.PHASE.pictures, 3, 192, 192)
     assert -1 <= made["pixel_values"].min() < made["pixel_values"].max() <= 1
 
 
 def test_adapters_learn_and_nothing_else():
     model, _ = load("tiny")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    with attach(model, "pitome", keep=72):
+    with attach(model, "pitome", published=True, keep=72):
         tuned = finetune.tune(model, steps=2, rank=2, rate=1e-3, seed=0)
     changed = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
     assert changed and all("lora_" in name for name in changed)

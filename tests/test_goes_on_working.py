@@ -73,7 +73,7 @@ def test_threads_with_settings_of_their_own(model, one):
             start.wait()
             seen[keep] = [(logits(model, one)[:, -1], handle.stats.tokens_after) for _ in range(2)]
 
-    with attach(model, "pitome", keep=KEEP) as handle:
+    with attach(model, "pitome", published=True, keep=KEEP) as handle:
         threads = [threading.Thread(target=ask, args=(handle, keep)) for keep in keeps]
         for thread in threads:
             thread.start()

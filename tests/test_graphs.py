@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pitome_mllm import METHODS, attach
 from pitome_mllm.hooks import graphs, lock
-from pitome_mllm.hooks.capture import Copies, _collect
+from pitome_mllm.hooks.capture import Copies, _remaker
 from pitome_mllm.hooks.guards import guard_of
 from pitome_mllm.hooks.lock import captures
 
@@ -44,12 +44,12 @@ class Recorded:
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given)
             places, again = {}, {}
-            _collect(self.made, places)
-            _collect(self.call(*self.inputs), again)
+            _remaker(self.made, places)
+            _remaker(self.call(*self.inputs), again)
             for place, value in zip(places.values(), again.values(), strict=True):
                 place.copy_(value)
             self.replays += 1
-            return read(self.made)
+            return read()
 
     def free(self):
         with self.lock:
@@ -121,7 +121,7 @@ def test_the_second_equal_call_makes_a_graph_and_the_third_uses_it(one, pair):
 
 def test_nothing_of_an_earlier_call_changes(one, pair):
     model, tower = build(layers=3), None
-    with attach(model, "pitome", keep=100, where="both", graph=True) as handle, torch.no_grad():
+    with attach(model, "pitome", keep=100, where="both", graph=True, published=True) as handle, torch.no_grad():
         tower = model.model.vision_tower
         tower(one["pixel_values"], output_hidden_states=True)
         first, stats = tower(one["pixel_values"], output_hidden_states=True), handle.stats
@@ -406,7 +406,7 @@ def test_a_block_that_does_not_merge_is_found(one):
 
 @pytest.mark.parametrize("graph", ["fast", 1, None, 0.5, "True"])
 def test_what_cannot_be_is_refused(graph):
-    with pytest.raises(ValueError, match="graph=.* is not possible; choose True, False or 'auto'"):
+    with pytest.raises(ValueError, match="unknown graph .*; choose one of True, False, 'auto'"):
         attach(build(layers=2), keep=144, graph=graph)
 
 

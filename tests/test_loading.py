@@ -101,7 +101,7 @@ def test_quantising_without_bitsandbytes_names_the_extra(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
     )
-    with pytest.raises(ValueError, match=r"bits=4 needs bitsandbytes; .*pip install 'pitome-mllm\[bnb\]'"):
+    with pytest.raises(ValueError, match=r"bits=4 needs bitsandbytes; .*pip install '\.\[bnb\]'"):
         load("tiny", bits=4)
 
 

@@ -65,11 +65,7 @@ def test_float16_metric_of_extreme_length(name):
 
 
 # Elsewhere attention decides, tokens are dropped, or how many are candidates depends on how many there are.
-BY_SIMILARITY = [
-    name
-    for name in SEEING
-    if name not in SELECTING | {"pitome-tuned"} and "attention" not in METHODS[name].reducer.needs
-]
+BY_SIMILARITY = [name for name in SEEING if name not in SELECTING and "attention" not in METHODS[name].reducer.needs]
 
 
 @each(BY_SIMILARITY)

@@ -25,7 +25,7 @@ from drawn import (
 )
 from hypothesis import given
 
-from pitome_mllm.methods import get_method
+from pitome_mllm.methods import METHODS, get_method
 
 # Counts, numbering, and what must not change.
 
@@ -187,13 +187,16 @@ def test_tokens_without_a_neighbour_rank_in_reading_order():
             assert {i for group in members(merge, row) if len(group) > 1 for i in group} <= set(range(10))
 
 
-@each(["pitome", "pitome-tuned", "pitome-bsm", "pitome-llava", "tome"])
+@pytest.mark.parametrize(
+    "name, options",
+    [(name, {}) for name in ("pitome", "pitome-bsm", "pitome-llava", "tome")] + [("pitome", METHODS["pitome"].library)],
+)
 @pytest.mark.parametrize("depth", [0.0, 22 / 23])
 @pytest.mark.parametrize("protected", [0, 1])
-def test_among_equals_the_first_merge(name, protected, depth):
+def test_among_equals_the_first_merge(name, options, protected, depth):
     """Stable sorts: of tokens that are all alike, the first 2r are the ones that merge."""
     metric = torch.tensor([1.0, 0.0, 0.0]).expand(2, 24 + protected, 3)
-    merge = get_method(name).match(metric, 5, protected=protected, depth=depth)
+    merge = get_method(name, **options).match(metric, 5, protected=protected, depth=depth)
     for row in range(2):
         merged = [i for group in members(merge, row) if len(group) > 1 for i in group]
         assert max(merged) < protected + 10

@@ -592,9 +592,9 @@ def groups_of(name: str, drawn: SimpleNamespace, metric: Tensor, r: int, **more:
     return get_method(name).match(metric, r, size=drawn.size, protected=1, **inputs, **more).group
 
 
-@each([name for name in SEEING if name not in ("dart", "pitome-tuned")])
+@each([name for name in SEEING if name != "dart"])
 def test_the_length_of_a_metric_does_not_matter(name):
-    """Cosine similarity: every token may be of another length. In a second step (`pitome-tuned`) lengths weigh."""
+    """Cosine similarity: every token may be of another length."""
     for seed in range(4):
         drawn = draw(27, 1, seed, channels=32)
         random = torch.Generator().manual_seed(seed)

@@ -12,11 +12,8 @@ from checks import command_line
 
 from pitome_mllm import METHODS, attach, estimate, load
 from pitome_mllm.methods import Merge, Method, Reducer
-from pitome_mllm_demo import charts
 from pitome_mllm_demo.controls import Controls
-from pitome_mllm_eval.accuracy import costs, curves, runs
-from pitome_mllm_eval.accuracy.gates import check_whole, every_setting
-from pitome_mllm_eval.lmms.arguments import merging
+from pitome_mllm_eval.accuracy import curves
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.lmms.identity import identity
 from pitome_mllm_eval.lmms.tables import TABLES, Run
@@ -66,31 +63,26 @@ def test_commands_take_it(run, tmp_path):
 
 def test_the_chat_takes_it(chat, files):
     reply = ask(chat, "is there a star?", files[:1], Controls("neighbours", keep=72)).replies["merged"]
-    assert reply.label == "neighbours · 72 of 576 tokens (12%) · tower" and reply.looks[0].groups.max() == 71
-    assert charts.curve("neighbours", "tower") is None  # nobody has measured it
+    assert (
+        reply.label.startswith("neighbours · 72 of 576 tokens (12%) · inside and after")
+        and reply.looks[0].groups.max() == 71
+    )
 
 
 def test_the_benchmark_plug_in_takes_it():
     """What lmms-eval's record says of a run with it; the plug-in itself needs lmms-eval (`make test-lmms`)."""
     run = Run("tiny", "neighbours", keep=72)
-    meter = Meter(load("tiny")[0], merging(run.settings))
+    meter = Meter(load("tiny")[0], run.attached)
     assert meter.flops(1, 20, 2) < Meter(load("tiny")[0], {}).flops(1, 20, 2)
     known = identity(run, TABLES["embedded"], None, {"files": "f"}, {})
     assert known["settings"] == {"method": "neighbours", "keep": 72}
-    assert Path(__file__) in runs.sources("neighbours")
+
+
+def test_it_is_measured_by_default_and_as_published():
+    found = curves.settings(["neighbours"], [144], load("tiny")[0])
+    assert {setting.published: where for setting, where in found.items()} == {True: "tower", False: "both"}
 
 
 def test_what_was_recorded_stays_as_it_is():
-    found = curves.results()
-    check_whole(found, every_setting(found))
-    rows = costs.stored(costs.RESULTS)
-    wanted = {(shape, s.method, s.where, str(s.keep)) for shape in costs.SHAPES for s in every_setting(rows)}
-    assert {(row["shape"], row["method"], row["where"], row["keep"]) for row in rows} == wanted
     for name, parts in texts().items():
         assert all(text in (ROOT / name).read_text() for text in parts.values()), name
-
-
-def test_its_files_alone_decide_what_is_run_again(monkeypatch):
-    before = {name: runs.code_of(name) for name in (None, "tome", "pitome-tuned")}
-    monkeypatch.delitem(METHODS, "neighbours")
-    assert {name: runs.code_of(name) for name in before} == before

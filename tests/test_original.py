@@ -160,7 +160,7 @@ def test_quantised_projections_merge(layout, where, bits):
     plain = quantised(LlavaLlamaForCausalLM(layout), bits)
     given = prompt([1, IMAGE, 2], [IMAGE, 3, 4])
     full = getattr(plain, PREPARE)(*given)[4]
-    with attach(model, "pitome", keep=1.0, where=where) as handle:
+    with attach(model, "pitome", published=True, keep=1.0, where=where) as handle:
         assert torch.equal(getattr(model, PREPARE)(*given)[4], full)
         handle.update(keep=4)
         seen = getattr(model, PREPARE)(*given)[4]
@@ -203,9 +203,9 @@ def test_pictures_shrink_in_the_prompt(layout, where):
     model, plain = LlavaLlamaForCausalLM(layout), LlavaLlamaForCausalLM(layout)
     given = prompt([1, IMAGE, 2], [IMAGE, 3, 4])
     full = getattr(plain, PREPARE)(*given)
-    with attach(model, "pitome", keep=1.0, where=where):
+    with attach(model, "pitome", published=True, keep=1.0, where=where):
         assert torch.equal(getattr(model, PREPARE)(*given)[4], full[4])
-    with attach(model, "pitome", keep=4, where=where) as handle:
+    with attach(model, "pitome", published=True, keep=4, where=where) as handle:
         _, _, mask, _, embeds, _ = getattr(model, PREPARE)(*given)
         lengths = mask.sum(1) - 2
         if layout == "flat":
@@ -226,7 +226,7 @@ def test_pictures_shrink_in_the_prompt(layout, where):
 def test_a_prompt_is_cut_where_the_package_cuts_it():
     """Pictures merge whole before the prompt is cut."""
     model = LlavaLlamaForCausalLM("spatial_unpad")
-    attach(model, "pitome", keep=4, where="packed")
+    attach(model, "pitome", published=True, keep=4, where="packed")
     whole = getattr(model, PREPARE)(*prompt([1, IMAGE, 2], tiles=(3,)))[4]
     model.config.tokenizer_model_max_length = 7
     assert torch.equal(getattr(model, PREPARE)(*prompt([1, IMAGE, 2], tiles=(3,)))[4], whole[:, :7])

@@ -31,7 +31,10 @@ def test_a_tower_with_lora_merges_by_its_own_keys(family):
     inputs = family.process([(QUESTIONS[0], pictures(0))])
     wrapped, folded = with_lora(family.build()), with_lora(family.build()).merge_and_unload()
     plain = logits(wrapped, inputs)
-    with attach(wrapped, "pitome", keep=36) as handle, attach(folded, "pitome", keep=36) as other:
+    with (
+        attach(wrapped, "pitome", published=True, keep=36) as handle,
+        attach(folded, "pitome", published=True, keep=36) as other,
+    ):
         seen = logits(wrapped, inputs)
         torch.testing.assert_close(seen, logits(folded, inputs), atol=1e-4, rtol=1e-4)
         assert torch.equal(handle.stats.groups, other.stats.groups)
@@ -39,7 +42,7 @@ def test_a_tower_with_lora_merges_by_its_own_keys(family):
         assert torch.equal(answer, folded.generate(**inputs, max_new_tokens=3, do_sample=False))
     assert torch.equal(logits(wrapped, inputs), plain)
     without = family.build()
-    attach(without, "pitome", keep=36)
+    attach(without, "pitome", published=True, keep=36)
     logits(without, inputs)
     assert not torch.equal(Attachment.of(without).stats.groups, handle.stats.groups), "the adapter changes nothing"
 
@@ -50,7 +53,7 @@ def test_adapters_put_on_or_taken_off_later_are_noticed(wrap_first):
     inputs = LLAVA.process([(QUESTIONS[0], pictures(0))])
     model = LLAVA.build()
     wrapped = with_lora(model) if wrap_first else None
-    handle = attach(model, "pitome", keep=36)
+    handle = attach(model, "pitome", published=True, keep=36)
     logits(model, inputs)
     wrapped = wrapped.merge_and_unload() if wrap_first else with_lora(model)
     for call in (lambda: logits(wrapped, inputs), lambda: wrapped.generate(**inputs, max_new_tokens=1)):
@@ -59,7 +62,7 @@ def test_adapters_put_on_or_taken_off_later_are_noticed(wrap_first):
     handle.remove()
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert not [hook for hook in hooks if "pitome" in getattr(hook, "__module__", "")]
-    with attach(wrapped, "pitome", keep=36) as again:
+    with attach(wrapped, "pitome", published=True, keep=36) as again:
         logits(wrapped, inputs)
         assert again.stats.tokens_after == 36
 
@@ -70,7 +73,7 @@ def test_adapters_learn_while_tokens_merge():
     inputs = LLAVA.process([(QUESTIONS[0], pictures(0))])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=r".*(vision_tower|language_model).*\.[kv]_proj"))
-    attach(wrapped, "pitome", keep=9)
+    attach(wrapped, "pitome", published=True, keep=9)
     before = {name: weight.clone() for name, weight in wrapped.named_parameters() if not weight.requires_grad}
     optimiser = torch.optim.AdamW([w for w in wrapped.parameters() if w.requires_grad], lr=1e-2)
     losses = []
@@ -97,7 +100,10 @@ def test_weights_on_two_devices(family, tmp_path):
     assert {str(p.device) for p in model.model.language_model.parameters()} == {"meta"}
     whole = family.build()
     inputs = family.process([(QUESTIONS[0], pictures(0))])
-    with attach(model, "pitome", keep=36) as handle, attach(whole, "pitome", keep=36) as other:
+    with (
+        attach(model, "pitome", published=True, keep=36) as handle,
+        attach(whole, "pitome", published=True, keep=36) as other,
+    ):
         torch.testing.assert_close(logits(model, inputs), logits(whole, inputs), atol=1e-5, rtol=1e-5)
         assert handle.stats.lengths == other.stats.lengths
         answers = [m.generate(**inputs, max_new_tokens=3, do_sample=False) for m in (model, whole)]

@@ -27,12 +27,11 @@ def test_documents_are_those_of_the_results(copied):
 def test_a_figure_that_was_not_measured_is_replaced(copied):
     readme = copied / "README.md"
     text = readme.read_text()
-    readme.write_text(text.replace("| plain | - | - | - | 97.1", "| plain | - | - | - | 99.9"))
+    readme.write_text(text.replace("| plain | - |", "| plain | 99.9 |"))
     report.main(["--root", str(copied), "--no-plots"])
     assert readme.read_text() == text
 
 
-def test_every_plot_is_drawn(tmp_path):
+def test_plots_are_drawn_of_what_was_measured(tmp_path):
     report.plots(tmp_path)
-    drawn = {"accuracy.png", "spectra.png"}
-    assert {path.name for path in tmp_path.iterdir()} == drawn
+    assert {"accuracy.png"} <= {path.name for path in tmp_path.iterdir()} <= {"accuracy.png", "spectra.png"}

@@ -12,15 +12,14 @@ import pytest
 import torch
 from checks import command_line
 
-from pitome_mllm import METHODS, estimate, load
+from pitome_mllm import estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.costs.published import get_shape
 from pitome_mllm_eval.lmms import identity, report
 from pitome_mllm_eval.lmms.cost import Meter
-from pitome_mllm_eval.lmms.intervals import draws, interval
-from pitome_mllm_eval.lmms.published import FIGURES, published
-from pitome_mllm_eval.lmms.results_files import read
-from pitome_mllm_eval.lmms.tables import BESIDE, RELATIVE, SUSTAINED, TABLES, TASKS, Run, narrowed, plan
+from pitome_mllm_eval.lmms.plans import BESIDE, SUSTAINED, control, narrowed, plan, with_controls
+from pitome_mllm_eval.lmms.results import draws, group_a, interval, read
+from pitome_mllm_eval.lmms.tables import FIGURES, RELATIVE, TABLES, TASKS, Run, published
 
 
 def run(capsys, *arguments):
@@ -34,26 +33,34 @@ def test_the_command_offers_every_table():
 @pytest.mark.parametrize("name", ["pitome-paper", "pruning-literature"])
 def test_every_published_figure_belongs_to_a_run_and_names_its_source(name):
     table = TABLES[name]
-    runs = {(run.model, run.method, run.amount) for run in table.runs}
-    for (*run, task), (value, source) in published(name).items():
-        assert tuple(run) in runs and task in (*table.tasks, RELATIVE) and value > 0 and source
-        assert run[1] == "none" or run[1] in METHODS
+    for (run, task), row in published(name).items():
+        assert run in table.runs and task in (*table.tasks, RELATIVE) and float(row["value"]) > 0 and row["source"]
+        assert row["tokens"] == ("" if run.ratio else str(run.tokens)), "none where the source does not say how many"
     with FIGURES.open() as file:
         assert {row["table"] for row in csv.DictReader(file)} == {"pitome-paper", "pruning-literature"}
 
 
 def test_derived_means_follow_from_the_figures_beside_them():
-    known = published("pitome-paper")
-    for model, method, amount, task in [key for key in known if key[3] == RELATIVE]:
-        tasks = TABLES["pitome-paper"].tasks
-        share = [known[model, method, amount, t][0] / known[model, "none", "", t][0] for t in tasks]
-        assert 100 * np.mean(share) == pytest.approx(known[model, method, amount, task][0], abs=0.06)
+    known = {key: float(row["value"]) for key, row in published("pitome-paper").items()}
+    for run, task in [key for key in known if key[1] == RELATIVE]:
+        share = [known[run, t] / known[Run(run.model), t] for t in TABLES["pitome-paper"].tasks]
+        assert 100 * np.mean(share) == pytest.approx(known[run, task], abs=0.06)
 
 
 def test_the_embedded_table_stands_beside_what_was_measured():
     known = published("embedded")
-    for one in TABLES["embedded"].runs:
-        assert (one.model, one.method, one.amount, "pitome_scenes") in known
+    assert all((one, "pitome_scenes") in known for one in TABLES["embedded"].runs)
+
+
+def test_protocols_of_next_and_of_shares_are_rows_with_controls():
+    tokens = {run.tokens for run in TABLES["llava-next"].runs}
+    assert tokens == {2880, 640, 320, 160}
+    shares = narrowed(TABLES["shares"])
+    by_method = {run.method: {one.tokens for one in shares.runs if one.method == run.method} for run in shares.runs}
+    assert by_method["pitome"] == {192, 128, 64, 115, 58, 29} and by_method["downsample"] == {192, 128, 64, 115, 57, 28}
+    table = with_controls(TABLES["pitome-paper"])
+    assert [run.tokens for run in table.runs if run.method == "downsample"] == [54, 100], "the nearest to 54 and 101"
+    assert control(Run("tiny")) == Run("tiny")
 
 
 def test_the_plan_counts_questions_and_flops(capsys):
@@ -61,11 +68,11 @@ def test_the_plan_counts_questions_and_flops(capsys):
     first, second, *_ = plan(table, None, tflops=100)
     assert first.documents == sum(TASKS[name].documents for name in table.tasks) == 240_642
     config = get_shape("llava-1.5-7b").config()
-    flops = estimate(config, "pitome", ratio=0.9, text_tokens=60, new_tokens=4).flops
+    flops = estimate(config, "pitome", ratio=0.9, published=True, text_tokens=60, new_tokens=4).flops
     assert second.gflops == pytest.approx(flops / 1e9)
     assert second.hours == pytest.approx(240_642 * (BESIDE + flops / 1e14) / 3600)
     code, out, err = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10)
-    assert (code, err) == (0, "") and "llava-1.5-13b-hf tofu ratio=0.925" in out
+    assert (code, err) == (0, "") and "llava-1.5-13b-hf tofu, published ratio=0.925" in out
     assert "llava-hf/llava-1.5-7b-hf (14.1 GB)" in out and "lmms-lab-encoder/GQA" in out
     assert "vizwiz_vqa_val 4,319" in out and "gqa about 12,578" in out
     code, out, _ = run(capsys, "--table", "pitome-paper", "--plan", "--limit", 10, "--json")
@@ -90,7 +97,7 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
         (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
         (
             ["--table", "embedded", "--method", "tome", "tom"],
-            "no method tom in this table; choose from none, pitome-tuned",
+            "no method tom in this table; choose from none, pitome, tome",
         ),
         (["--table", "embedded", "--keep", 72, 9, "--plan"], "no keep 9 in this table; choose from 36, 72, 144"),
         (["--table", "pitome-paper", "--keep", 72, "--plan"], "no keep 72 in this table; it has no keep at all"),
@@ -116,7 +123,7 @@ def test_without_lmms_eval_it_says_what_to_install(capsys, tmp_path):
 
 def test_a_table_is_narrowed_to_what_is_asked_for():
     table = narrowed(TABLES["embedded"], "folder", ["tome"], [72], None)
-    assert [str(one) for one in table.runs] == ["folder none", "folder tome keep=72"]
+    assert [str(one) for one in table.runs] == ["folder none", "folder tome keep=72", "folder tome, published keep=72"]
     assert [str(one) for one in narrowed(TABLES["embedded"], None, ["none"], None, None).runs] == ["tiny none"]
 
 
@@ -233,7 +240,7 @@ def test_the_peak_of_memory_is_that_of_the_gpus_since_the_meter_began(devices, m
     config = load("tiny")[0].config
     parts = [SimpleNamespace(device=torch.device(name)) for name in (*devices, *devices)]
     meter = Meter(SimpleNamespace(parameters=lambda: iter(parts), config=config), {})
-    meter.sums.update(questions=1, seconds=2.0, new_tokens=2)
+    meter.sums.update(questions=1, total_ms=2000.0, new=2)
     found = meter.gather(processes=1)
     assert found.get("peak_memory_mb") == (2.0 if peaks else None)
 
@@ -286,7 +293,7 @@ def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
     assert capsys.readouterr().out.strip() in text
-    assert "prefill ms" not in text and "FLOPs are calculated. All 3 runs together took 0.9 minutes." in text
+    assert "prefill ms" not in text and "FLOPs are calculated." in text
     report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--times"])
     line = next(line for line in capsys.readouterr().out.splitlines() if "keep=144" in line)
     assert line.endswith("| 144.0 | 600.0 | 1.50 | 3.0 | 12.0 | 2.0 | 9.0 |"), "no column of peaks, as there are none"
@@ -303,15 +310,6 @@ def test_runs_under_other_conditions_are_lines_of_their_own(folders, capsys):
     found = sorted(line for line in lines if "| tome | keep=144 |" in line)
     assert [line.split(" | ")[3:7] for line in found] == [["10", "a processor", "", "8"], ["5", "a GPU", "4", "1"]]
     assert [line.split(" | ")[-1] for line in found] == ["- |", "500 |"]
-
-
-def test_the_time_of_runs_that_found_answers_in_the_cache_is_not_told(folders, capsys):
-    file = folders / "a" / "1_results.json"
-    content = json.loads(file.read_text())
-    content["config"]["batch_sizes"][0]["cost"]["questions_asked"] = 4
-    file.write_text(json.dumps(content))
-    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
-    assert "together took" not in capsys.readouterr().out
 
 
 def test_the_report_says_so_where_all_answers_came_from_the_cache(folders, capsys, caplog):
@@ -334,7 +332,7 @@ def test_the_report_says_over_what_it_draws_and_that_costs_are_of_all_tasks(fold
         samples.with_name("1_samples_other.jsonl").write_text(samples.read_text().replace('"picture"', '"unknown"'))
     report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders)])
     out = capsys.readouterr().out
-    assert "intervals over pictures, questions. Means per question of all tasks of a run, batches" in out
+    assert "intervals over images, questions. Means per question of all tasks of a run, batches" in out
 
 
 def test_without_logged_questions_there_is_no_interval_but_their_number(folders, capsys):
@@ -378,6 +376,15 @@ def test_questions_come_in_order_whichever_process_asked_them(folders):
     before = found.samples("own")
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     assert found.samples("own") == before != list(reversed(before))
+
+
+def test_group_a_is_what_the_plain_model_gets_right_and_downsampling_wrong(folders):
+    results(folders / "coarse", "downsample", 72, [1.0] * 2 + [0.0] * 8, 6.0)  # plain: all but the last; b: the first 6
+    plain, coarse, run = (next(read([folders / name])) for name in ("plain", "coarse", "b"))
+    found = group_a(plain, coarse, run, "own", "exact_match")
+    assert (found.questions, found.value) == (7, pytest.approx(100 * 4 / 7)) and found.low < found.value < found.high
+    nothing = group_a(coarse, plain, run, "own", "exact_match")
+    assert (nothing.questions, nothing.value) == (0, None)
 
 
 def test_the_report_refuses_what_it_cannot_read(folders, capsys):

@@ -11,8 +11,7 @@ from pitome_mllm_eval.benchmark import glyphs, questions, scenes, sets
 from pitome_mllm_eval.benchmark.glyphs import DIGITS, SHAPES, SPLITS, archive, digit_mask, digit_scans, pick
 from pitome_mllm_eval.benchmark.questions import CATEGORIES, make_questions, vocabulary, words
 from pitome_mllm_eval.benchmark.scenes import CANVAS, COLOURS, PATCH, TIERS, lay_out, make_scene
-from pitome_mllm_eval.training.tiny_batch import training_batch
-from pitome_mllm_eval.training.tiny_trainer import PHASES
+from pitome_mllm_eval.training.tiny_batch import PHASES, training_batch
 
 YES_OR_NO = ("existence", "location", "relation")
 SIGMAS = 4  # by so many standard deviations of fair draws a share may stray

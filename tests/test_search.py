@@ -55,7 +55,6 @@ def test_what_costs_more_has_to_gain_more(searched):
 
 def test_a_gain_by_chance_is_not_taken(searched, monkeypatch):
     monkeypatch.setattr(search, "KEEPS", (72,))
-    search.exists.cache_clear()
 
     def measure(asked, wanted, jobs):
         rng = np.random.default_rng(9)

@@ -83,7 +83,9 @@ SHAPES = [(60, 150), (90, 40), (100, 100), (48, 48), (30, 300), (47, 145)]  # he
 @pytest.mark.parametrize("where", ["tower", "projector"])
 def test_merged_tiles_are_packed_as_defined(model, plain, size, where):
     inputs = NEXT.process([(QUESTIONS[0], [picture(0).resize(size[::-1])])])
-    with attach(model, "pitome", keep=36, where=where, metric="keys" if where == "tower" else "hidden") as handle:
+    with attach(
+        model, "pitome", published=True, keep=36, where=where, metric="keys" if where == "tower" else "hidden"
+    ) as handle:
         seen = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     tower, reducer, pixels = plain.model.vision_tower, get_method("pitome"), inputs["pixel_values"][0]
     x = states(tower, pixels, handle.plan.counts, reducer, 1)[5]
@@ -108,14 +110,14 @@ def test_merged_tiles_are_packed_as_defined(model, plain, size, where):
 @pytest.mark.parametrize("size", SHAPES)
 def test_places_are_those_of_the_model(model, size):
     inputs = NEXT.process([(QUESTIONS[0], [picture(0).resize(size[::-1])])])
-    handle = attach(model, "pitome", keep=36)
+    handle = attach(model, "pitome", published=True, keep=36)
     logits(model, inputs)
     assert handle.places[(*size, True)].source.tolist() == places_of(model, size)
     assert len(handle.places[(*size, True)]) == int((inputs["input_ids"] == IMAGE).sum())
 
 
 def test_the_packing_of_the_last_sizes_is_remembered(model):
-    handle = attach(model, "pitome", keep=36)
+    handle = attach(model, "pitome", published=True, keep=36)
     sizes = [(side, 60) for side in range(40, 140)]
     seen = [_places(handle, size, True) for size in sizes]
     assert list(handle.places) == [(*size, True) for size in sizes[-64:]]
@@ -156,7 +158,7 @@ def test_survivors(data):
 def test_lengths_are_the_real_ones(model):
     """Two pictures of one size keep different numbers, and forward() agrees with what the features are."""
     inputs = NEXT.process([(TWO_PICTURES, [picture(n).resize((150, 60)) for n in (0, 1)])])
-    handle = attach(model, "pitome", keep=36)
+    handle = attach(model, "pitome", published=True, keep=36)
     seen = logits(model, inputs)
     lengths = handle.stats.lengths
     assert f"images: 2, visual tokens: {sum(lengths)} of {(inputs['input_ids'] == IMAGE).sum()}" in repr(handle.stats)
@@ -173,7 +175,7 @@ def test_lengths_are_the_real_ones(model):
 @pytest.mark.parametrize("size", [(60, 150), (100, 100)])
 def test_the_packed_place_merges_overview_and_rest_apart(model, plain, size, method):
     inputs = NEXT.process([(TWO_PICTURES, [picture(n).resize(size[::-1]) for n in (0, 1)])])
-    with attach(model, method, keep=36, where="packed") as handle:
+    with attach(model, method, published=True, keep=36, where="packed") as handle:
         seen = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     full = plain.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     source = torch.tensor(places_of(plain, size))
@@ -206,7 +208,7 @@ def test_parts_without_tiles_are_the_overview():
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_original_positions_are_places_in_the_long_prompt(model, call, where):
     inputs = NEXT.process([(TWO_PICTURES, pictures(1, 2))])
-    handle = attach(model, "pitome", keep=36, calibration="distance", where=where)
+    handle = attach(model, "pitome", published=True, keep=36, calibration="distance", where=where)
     seen = positions_of(model, inputs, call)
     image, start = inputs["input_ids"][0] == IMAGE, 0
     columns = image.nonzero()[:, 0]
@@ -224,7 +226,7 @@ def test_features_that_a_model_lends_while_it_generates(model, where):
     """Another one that gets them, with its own ids of a short prompt, places them where the first one does."""
     inputs, draft, found = NEXT.process([(TWO_PICTURES, pictures(1, 2))]), copy.deepcopy(model), []
     settings = {"keep": 36, "calibration": "distance", "where": where}
-    with attach(model, "tome", **settings), attach(draft, "tome", **settings):
+    with attach(model, "tome", published=True, **settings), attach(draft, "tome", published=True, **settings):
         with torch.no_grad():
             features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
         ids, left = inputs["input_ids"], [len(image) for image in features.pooler_output]
@@ -243,7 +245,7 @@ def test_features_that_a_model_lends_while_it_generates(model, where):
 
 def test_an_interrupt_leaves_no_encoded_images(model):
     inputs = NEXT.process([(QUESTIONS[0], pictures(1))])
-    handle = attach(model, "pitome", keep=36)
+    handle = attach(model, "pitome", published=True, keep=36)
     seen = []
 
     def interrupt(*_):
@@ -262,7 +264,7 @@ def test_an_interrupt_leaves_no_encoded_images(model):
 
 def test_sizes_weigh_in_the_llm(model):
     inputs = NEXT.process([(QUESTIONS[0], pictures(1))])
-    with attach(model, "pitome", keep=36) as handle:
+    with attach(model, "pitome", published=True, keep=36) as handle:
         unweighed = logits(model, inputs)
         with handle.using(calibration="size"):
             weighed = logits(model, inputs)
@@ -285,7 +287,7 @@ def test_beams(model, where):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training(model, checkpointing):
     inputs = NEXT.process([(QUESTIONS[0], pictures(1))])
-    attach(model, "pitome", keep=36)
+    attach(model, "pitome", published=True, keep=36)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import pitome_mllm
+from pitome_mllm.loading import TINY
 from pitome_mllm_eval.benchmark.scenes import GRID, PATCH
 from pitome_mllm_eval.benchmark.score import answers, score
 from pitome_mllm_eval.benchmark.sets import scene, scene_questions
-from pitome_mllm_eval.training import muon, tiny_batch, tiny_forward, train_tiny
+from pitome_mllm_eval.training import export_tiny, tiny_batch, tiny_forward, train_tiny
 from pitome_mllm_eval.training.tiny_batch import (
     IGNORE,
     Phase,
@@ -24,8 +25,8 @@ from pitome_mllm_eval.training.tiny_batch import (
     training_batch,
 )
 from pitome_mllm_eval.training.tiny_forward import Heads, answer_loss, language_states, losses, tower_features
-from pitome_mllm_eval.training.tiny_model import build_model, build_processor, save_release, word_ids
-from pitome_mllm_eval.training.tiny_trainer import Trainer
+from pitome_mllm_eval.training.tiny_model import build_model, word_ids
+from pitome_mllm_eval.training.train_tiny import Trainer
 
 PHASES = (
     Phase("see", 1, 2, 0, side=96, ask=False, chat_share=0.0),
@@ -49,36 +50,21 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return build_processor()
+def tiny():
+    return pitome_mllm.load("tiny")
 
 
-def run(trainer: Trainer, steps: int) -> None:
-    for _ in range(steps):
-        trainer.advance(trainer.batch(trainer.step))
-
-
-def test_resuming_continues_exactly(tmp_path):
-    straight, first = Trainer(PHASES), Trainer(PHASES)
-    run(straight, 4)
-    run(first, 2)
-    torch.save(first.state(), tmp_path / "state.pt")
-    second = Trainer(PHASES, seed=0)
-    second.load(torch.load(tmp_path / "state.pt"))
-    run(second, 2)
-    expected, got = straight.model.state_dict(), second.model.state_dict()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert second.pictures == straight.pictures
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return tiny[1]
 
 
 @pytest.fixture(scope="module")
 def command():
     """The command line with short phases, evaluating on one picture after every step with questions."""
-    held_out = [{name: value[:1] for name, value in batch.items()} for batch in train_tiny.validation_batches(16)]
-    options = "--threads 1 --log-every 1 --evaluate-seconds 0".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tiny, "PHASES", PHASES)
-        patch.setattr(train_tiny, "validation_batches", lambda count: held_out)
+        options = "--threads 1 --every 1 --validation 16".split()
         yield lambda out, *more: train_tiny.main(["--out", str(out), *options, *more])
 
 
@@ -86,7 +72,7 @@ def outcome(out: Path) -> tuple[dict, list[dict]]:
     """Weights of the last checkpoint, and rows of the log without the time."""
     with (out / "log.csv").open(newline="") as file:
         rows = [{name: value for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
-    return torch.load(out / "checkpoint.pt")["model"], rows
+    return torch.load(out / "checkpoint.pt")["parts"], rows
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +83,10 @@ def straight(command, tmp_path_factory):
     return out
 
 
-def interrupt(patch, owner, name: str, call: int) -> None:
-    """Let a function be stopped by the keyboard when it is called for the `call`-th time."""
-    real, calls = getattr(owner, name), []
+@pytest.mark.parametrize("name, call", [("advance", 3), ("save", 2), ("evaluate", 3)])
+def test_an_interrupted_command_resumes_exactly(name, call, command, straight, tmp_path):
+    """Wherever it stops."""
+    real, calls = getattr(Trainer, name), []
 
     def stopped(*args):
         calls.append(name)
@@ -107,26 +94,16 @@ def interrupt(patch, owner, name: str, call: int) -> None:
             raise KeyboardInterrupt
         return real(*args)
 
-    patch.setattr(owner, name, stopped)
-
-
-@pytest.mark.parametrize(
-    "owner, name, call, save_seconds",
-    [(Trainer, "advance", 3, "1e9"), (train_tiny, "save", 2, "0"), (Trainer, "evaluate", 3, "0")],
-    ids=lambda value: value,
-)
-def test_an_interrupted_command_resumes_exactly(owner, name, call, save_seconds, command, straight, tmp_path):
-    """Wherever it stops, and whether it saved after every step or only after phases."""
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, owner, name, call)
-        with pytest.raises(KeyboardInterrupt):
-            command(tmp_path, "--save-seconds", save_seconds)
-    command(tmp_path, "--save-seconds", save_seconds, "--resume")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, name, stopped)
+        command(tmp_path)
+    command(tmp_path, "--resume")
     (expected, rows), (got, resumed) = outcome(straight), outcome(tmp_path)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert resumed == rows
     assert [row["step"] for row in rows if row["split"] == "train"] == ["1", "2", "3", "4"]
     assert [row["step"] for row in rows if row["split"] == "validation"] == ["2", "3", "4"]
+    assert [row["pictures"] for row in rows] == ["2", "4", "4", "6", "6", "7", "7"]
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(command, straight, tmp_path, capsys):
@@ -138,7 +115,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(command, straight
         with pytest.raises(SystemExit) as stop:
             command(out, *options)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"unknown phase \['look'\]; choices: see, ask-small, ask-full"):
+    with pytest.raises(SystemExit, match="got --phases look=2; give NAME=STEPS, .* of see, ask-small, ask-full"):
         command(tmp_path, "--phases", "see=1", "look=2")
     assert before == ((straight / "checkpoint.pt").read_bytes(), (straight / "log.csv").read_bytes())
     assert not list(tmp_path.iterdir())
@@ -150,10 +127,12 @@ def test_step_counts_can_be_given(command, tmp_path):
 
 
 def test_a_step_learns():
-    trainer = Trainer((Phase("see", 8, 4, 0, side=96, ask=False, warmup=1),))
-    batch = trainer.batch(0)
-    losses = [trainer.advance(batch)["patch"] for _ in range(8)]
-    assert losses[-1] < 0.8 * losses[0]
+    """Of one batch, which is the first of its phase again and again."""
+    trainer, found = Trainer((Phase("see", 8, 4, 0, side=96, ask=False, warmup=1),)), []
+    for _ in range(8):
+        trainer.step = 0
+        found.append(trainer.advance()["patch"])
+    assert found[-1] < 0.8 * found[0]
 
 
 def test_batches_depend_on_seed_phase_and_step_alone():
@@ -178,11 +157,17 @@ def test_objects_choose_no_tokens():
     one = encode_scene(made, [[q] for q in asked], row_length(1))
     two = encode_scene(*relabelled, row_length(1))
     for name in one:
-        assert np.array_equal(one[name], two[name]) == (name in (*INPUTS, "labels", "category")), name
+        assert np.array_equal(one[name], two[name]) == (name in (*INPUTS, "labels")), name
 
 
-def heed(batch: dict, step: int) -> list[torch.Tensor]:
-    """Features and hidden states that a fresh trainer computes of a batch as it learns from it."""
+@pytest.mark.parametrize("index", [1, 2], ids=["windows", "whole"])
+def test_labels_choose_no_tokens(model, index, monkeypatch):
+    """Features and hidden states of a batch follow from what is given to the model alone."""
+    batch = training_batch(0, index, replace(PHASES[index], rows=8), 0)
+    order = torch.Generator().manual_seed(0)
+    mixed = {n: v.flatten()[torch.randperm(v.numel(), generator=order)].view_as(v) for n, v in batch.items()}
+    mixed |= {name: batch[name] for name in INPUTS}
+    assert {name for name in batch if torch.equal(batch[name], mixed[name])} == set(INPUTS)
     kept = []
 
     def recorded(function):
@@ -193,27 +178,13 @@ def heed(batch: dict, step: int) -> list[torch.Tensor]:
 
         return call
 
-    trainer = Trainer(PHASES)
-    trainer.step = step
-    with pytest.MonkeyPatch.context() as patch:
-        for function in (tower_features, language_states):
-            patch.setattr(tiny_forward, function.__name__, recorded(function))
-        trainer.advance(batch)
-    return kept
-
-
-@pytest.mark.parametrize("step", [1, 3], ids=["windows", "whole"])
-def test_labels_choose_no_tokens(step):
-    index, number = Trainer(PHASES).locate(step)
-    batch = training_batch(0, index, replace(PHASES[index], rows=8), number)
-    order = torch.Generator().manual_seed(0)
-    mixed = {n: v.flatten()[torch.randperm(v.numel(), generator=order)].view_as(v) for n, v in batch.items()}
-    mixed["category"].clamp_(min=0)  # every label has one
-    mixed |= {name: batch[name] for name in INPUTS}
-    assert {name for name in batch if torch.equal(batch[name], mixed[name])} == set(INPUTS)
-    expected, got = heed(batch, step), heed(mixed, step)
-    assert len(expected) == 4 and expected[0].shape[:2] == batch["patches"].shape
-    assert all(map(torch.equal, expected, got))
+    for function in (tower_features, language_states):
+        monkeypatch.setattr(tiny_forward, function.__name__, recorded(function))
+    heads = Heads(model.config.vision_config.hidden_size)
+    for one in (batch, mixed):
+        losses(model, heads, one, True)
+    assert len(kept) == 8 and kept[0].shape[:2] == batch["patches"].shape
+    assert all(map(torch.equal, kept[:4], kept[4:]))
 
 
 @pytest.mark.parametrize("index", [1, 2], ids=["windows", "whole"])
@@ -255,7 +226,7 @@ def test_labels_sit_where_the_answer_is_predicted():
     _, asked = scene_questions(0)
     row = tiny_batch.encode_row(asked[:3], row_length(3))
     ids = word_ids()
-    at = np.flatnonzero(row["category"] != IGNORE)
+    at = np.flatnonzero((row["labels"] != IGNORE) & (row["labels"] != ids["</s>"]))
     assert len(at) == 3 and all(row["tokens"][at] == ids["assistant:"])
     assert row["labels"][at].tolist() == [ids[q.answer] for q in asked[:3]] == row["tokens"][at + 1].tolist()
     assert all(row["labels"][at + 1] == ids["</s>"])
@@ -267,15 +238,16 @@ def test_shared_forward_equals_the_ordinary_model(model, processor):
     with torch.no_grad():
         features = tower_features(model, batch["pixels"], batch["patches"])
         states = language_states(model, features, batch["patches"], batch["tokens"])[-1]
-        _, hits = answer_loss(model, states, batch["labels"])
-        shared = model.lm_head(states)[0]
+        _, accuracy = answer_loss(model, states, batch["labels"])
+        shared, right = model.lm_head(states)[0], []
         for row, question in enumerate(asked[:4]):
             text = PROMPT.format(question.text)
             inputs = processor(images=made.pixels, text=text, return_tensors="pt")
             alone = model(**inputs).logits[0, -1]
-            at = int((batch["category"][0, row] != IGNORE).nonzero()[0, 0])
+            at = int((batch["labels"][0, row] != IGNORE).nonzero()[0, 0])
             torch.testing.assert_close(shared[row, at], alone, atol=2e-4, rtol=1e-4)
-    assert hits.shape == batch["labels"].shape
+            right.append(int(alone.argmax()) == int(batch["labels"][0, row, at]))
+    assert accuracy == sum(right) / 4
 
 
 def test_scoring_gives_the_answers_of_generate(model, processor):
@@ -286,11 +258,6 @@ def test_scoring_gives_the_answers_of_generate(model, processor):
         inputs = processor(images=made.pixels, text=PROMPT.format(text), return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=1)[0, -1]
         assert processor.tokenizer.convert_ids_to_tokens(int(out)) == answer
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return pitome_mllm.load("tiny")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +275,24 @@ def test_scoring_follows_an_attached_reducer(tiny, settings):
             assert processor.tokenizer.convert_ids_to_tokens(out.tolist()) == [answer, "</s>"]
 
 
+def test_questions_are_scored_at_the_positions_behind_the_picture(tiny):
+    """Not behind the last position that a merged token has."""
+    model, processor = tiny
+    picture, asked = scene(5)
+    seen = []
+    with pitome_mllm.attach(model, keep=36):
+        language = model.model.language_model
+        hook = language.register_forward_pre_hook(
+            lambda *given: seen.append(given[2]["position_ids"]), with_kwargs=True
+        )
+        answers(model, processor, picture, [asked[0].text])
+        prompt = processor(images=picture, text=PROMPT.format(asked[0].text), return_tensors="pt")
+        model.generate(**prompt, max_new_tokens=1)
+        hook.remove()
+    scored, generated = seen[1][0], seen[2][0]
+    assert torch.equal(scored, generated[-len(scored) :])
+
+
 def test_the_embedded_model_answers_as_recorded(tiny):
     """Within two points on the recorded sample, whatever the machine."""
     recorded = json.loads((Path(pitome_mllm.__file__).parent / "tiny" / "accuracy.json").read_text())["sample"]
@@ -317,23 +302,27 @@ def test_the_embedded_model_answers_as_recorded(tiny):
     assert accuracy >= 0.75 and accuracy > sum(r.blind == r.answer for r in records) / len(records) + 0.3
 
 
-def test_release_loads_and_ignores_case_and_punctuation(model, processor, tmp_path):
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+def test_the_shipped_model_is_what_is_trained(tiny):
+    shipped, made = tiny[0].state_dict(), build_model().state_dict()
+    assert {name: value.shape for name, value in shipped.items()} == {n: v.shape for n, v in made.items()}
+    assert all(value.dtype == torch.float32 for value in made.values())
+    assert tiny[1].tokenizer.get_vocab() == word_ids()
 
-    save_release(build_model(), tmp_path)
-    loaded = AutoProcessor.from_pretrained(tmp_path)
+
+def test_an_exported_model_loads_and_ignores_case_and_punctuation(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_tiny, "PHASES", PHASES)
+    export_tiny.main([str(straight), "--to", str(tmp_path / "model"), "--limit", "1"])
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {p.name for p in TINY.iterdir()}
+    model, loaded = pitome_mllm.load(tmp_path / "model")
+    trained = torch.load(straight / "checkpoint.pt")["parts"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, trained[f"model.{name}"].half().float()), name
+    assert model.generation_config.eos_token_id == 3
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "It knows 54 words" in card and "7 generated pictures in 4 steps" in card
     ids = [loaded.tokenizer(text).input_ids for text in ("What COLOR is the star?", "what colour is the star")]
     assert ids[0] == ids[1] and loaded.tokenizer.unk_token_id not in ids[0]
     assert loaded.tokenizer("where is my hat?").input_ids.count(loaded.tokenizer.unk_token_id) == 3
     inputs = loaded(images=np.zeros((50, 70, 3), np.uint8), text=PROMPT.format("is there a 7?"), return_tensors="pt")
     assert (inputs.input_ids == loaded.tokenizer.convert_tokens_to_ids("<image>")).sum() == GRID * GRID
     assert inputs.pixel_values.shape == (1, 3, 192, 192)
-    small = LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert small.dtype == torch.float16 and small.generation_config.eos_token_id == 3
-    assert (tmp_path / "model.safetensors").stat().st_size < 9e6
-
-
-def test_muon_orthogonalises():
-    stack_ = torch.randn(3, 16, 40)
-    singular = torch.linalg.svdvals(muon.orthogonalise(stack_))
-    assert 0.5 < singular.min() and singular.max() < 1.4

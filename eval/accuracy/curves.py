@@ -20,7 +20,7 @@ import torch
 from pitome_mllm import METHODS
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
-from pitome_mllm.plan import Plan, make_plan
+from pitome_mllm.plan import make_plan
 from pitome_mllm.settings import Settings
 
 from ..benchmark.glyphs import SPLITS
@@ -52,6 +52,9 @@ class Setting:
     def of(cls, row: dict[str, str]) -> Setting:
         """That of a row of a CSV."""
         return cls(row["method"], row["published"] == "True", int(row["keep"]))
+
+
+ALL = Setting(PLAIN, False, GRID * GRID)  # the plain model
 
 
 @dataclass(frozen=True)
@@ -93,33 +96,32 @@ def called(method: str, published: bool) -> str:
     return f"{method}, published" if published else method
 
 
-def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[Setting, Plan]:
-    """Every run that is possible, and its plan."""
+def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[Setting, str]:
+    """Every run that is possible, and where it merges."""
     found = {}
     for setting in (Setting(m, p, k) for m in methods for p in (True, False) for k in sorted(keeps, reverse=True)):
         if METHODS[setting.method].variant and not setting.published:
             continue  # always runs as published
         try:
-            found[setting] = make_plan(Settings().changed(**asdict(setting)), geometry(model.config))
+            found[setting] = make_plan(Settings().changed(**asdict(setting)), geometry(model.config)).where
         except UserError:
             continue
     return found
 
 
-def measured(args: argparse.Namespace, wanted: dict[Setting, Plan], seconds: float | None) -> Iterator[Row]:
-    """The rows of everything that is ``wanted``, as they come."""
+def measured(args: argparse.Namespace, wanted: dict[Setting, str], seconds: float | None) -> Iterator[Row]:
+    """The rows of everything that is ``wanted``, by where it merges, as they come."""
     longest, asked = sorted(wanted, key=lambda setting: -setting.keep), Asked(args.model, args.split, args.questions)
-    for number, found in measure(asked, [asdict(setting) for setting in longest], args.jobs, seconds):
-        yield _row(longest[number], wanted[longest[number]].where, found)
+    given = [None if setting == ALL else asdict(setting) for setting in longest]
+    for number, found in measure(asked, given, args.jobs, seconds):
+        yield _row(longest[number], wanted[longest[number]], found)
 
 
-def controls(args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of the plain model, and of who does not look."""
-    ((_, plain),) = measure(Asked(args.model, args.split, args.questions), [None])
+def blind(args: argparse.Namespace) -> Row:
+    """The row of who does not look."""
     asked = questions(args.split)[: args.questions]
-    blind = np.array([blind_answer(question) == question.answer for _, question in asked])
-    yield _row(Setting(PLAIN, False, GRID * GRID), "none", plain)
-    yield _row(Setting(BLIND, False, 0), "none", Answers(blind, 0))
+    right = np.array([blind_answer(question) == question.answer for _, question in asked])
+    return _row(Setting(BLIND, False, 0), "none", Answers(right, 0))
 
 
 def _row(setting: Setting, where: str, found: Answers) -> Row:
@@ -176,11 +178,12 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(args.out, rows)
     else:
         args.out.unlink(missing_ok=True)
-    wanted = {s: plan for s, plan in settings(args.methods, args.keeps, load(args.model)[0]).items() if s not in known}
+    every = {ALL: "none", **settings(args.methods, args.keeps, load(args.model)[0])}
+    wanted = {setting: where for setting, where in every.items() if setting not in known}
     with Progress() as bar:
         task = bar.add_task("runs", total=len(wanted))
-        if PLAIN not in {setting.method for setting in known}:
-            append(args.out, controls(args), about)
+        if BLIND not in {setting.method for setting in known}:
+            append(args.out, [blind(args)], about)
         for made in measured(args, wanted, args.seconds and args.seconds - (time.monotonic() - began)):
             append(args.out, [made], about)
             bar.update(task, advance=1, description=f"{made.method} {made.keep}")

@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from pitome_mllm import attach
 from pitome_mllm.families.features import tower_features
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
-from pitome_mllm.plan import make_plan
+from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.settings import Settings
 
 from ..benchmark.sets import questions
-from ..documents import write_csv
+from ..documents import read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .figures import bootstrap_of
@@ -83,6 +82,11 @@ class Row:
     settings: str
 
 
+def results() -> list[dict[str, str]]:
+    """The rows of the CSV of this command; ValueError as `read`."""
+    return read(RESULTS, COMMAND, ("round", "alternative"))
+
+
 class Launches(TorchDispatchMode):
     """Counts operators that run a kernel: all that do not only look at memory in another way."""
 
@@ -106,29 +110,20 @@ def launches(settings: Mapping[str, Any]) -> int:
     return counted.count
 
 
-@cache
-def exists(said: str) -> bool:
-    """Whether settings, as JSON, go together at every keep."""
-    try:
-        for keep in KEEPS:
-            make_plan(Settings().changed(**json.loads(said), keep=keep), geometry(load("tiny")[0].config))
-    except UserError:
-        return False
-    return True
-
-
 def alternatives(current: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """What differs from ``current`` in one factor and can be had, by factor and name; ``current`` itself first."""
-    found, plans = {("", "as it is"): dict(current)}, set[str]()
+    """What differs from ``current`` in one factor and can be had at every keep, by factor and name; itself first."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    plans, looks = list[Plan](), geometry(load("tiny")[0].config)
     for factor, choices in {"": [{}], **FACTORS}.items():
         for choice in choices:
             settings = {**current, **choice}
-            if not exists(json.dumps(settings, sort_keys=True)):
+            try:
+                plan = [make_plan(Settings().changed(**settings, keep=keep), looks) for keep in KEEPS][0]
+            except UserError:
                 continue
-            plan = str(make_plan(Settings().changed(**settings, keep=72), geometry(load("tiny")[0].config)))
-            if plan not in plans and choice:
-                found[factor, label(choice)] = settings
-            plans.add(plan)
+            if plan not in plans:
+                found[factor, label(choice) or "as it is"] = settings
+                plans.append(plan)
     return found
 
 

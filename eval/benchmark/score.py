@@ -8,7 +8,6 @@ import argparse
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ import torch
 from pitome_mllm.hooks import caches
 from pitome_mllm.serving.prompts import message, write
 
-from ..documents import write_csv
 from .bootstrap import Bootstrap, groups
 from .glyphs import SPLITS
 from .questions import Question
@@ -32,7 +30,6 @@ class Record:
     scene: int
     tier: str
     category: str
-    question: str
     answer: str
     predicted: str
     blind: str
@@ -53,24 +50,6 @@ class Prompts:
     pad: int
 
 
-class _Positions:
-    """Notes the largest position of the prefill: an attached reducer may keep the original ones."""
-
-    def __init__(self, model):
-        self.handle = model.model.language_model.register_forward_pre_hook(self._note, with_kwargs=True)
-        self.next: int | None = None
-
-    def _note(self, module, args, kwargs) -> None:
-        positions = kwargs.get("position_ids")
-        self.next = None if positions is None else int(positions.max()) + 1
-
-    def __enter__(self) -> "_Positions":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.handle.remove()
-
-
 def prompts(processor, image_token: int, length: int, picture, texts: Sequence[str]) -> Prompts:
     """Questions on one picture, of which the prompt holds ``length`` placeholders."""
     asked = [processor.tokenizer(write(processor, [message(text, pictures=1)])).input_ids for text in texts]
@@ -88,28 +67,22 @@ def predict(model, asked: Sequence[Prompts]) -> list[int]:
     device = model.device
     pixels = torch.cat([one.pixels for one in asked])
     prefix = torch.tensor([one.prefix for one in asked], device=device)
-    with _Positions(model) as positions:
-        out = model(
-            input_ids=prefix,
-            attention_mask=torch.ones_like(prefix),
-            pixel_values=pixels.to(device, model.dtype),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    out = model(
+        input_ids=prefix,
+        attention_mask=torch.ones_like(prefix),
+        pixel_values=pixels.to(device, model.dtype),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     cache = caches.cache_of(out)
-    start = cache.get_seq_length() if positions.next is None else positions.next
     most = max(len(one.rest) for one in asked)
     cache.batch_repeat_interleave(most)
     ids = [row for one in asked for row in one.rest + one.rest[:1] * (most - len(one.rest))]
     lengths = torch.tensor([len(row) for row in ids])
     width = int(lengths.max())
     rest = torch.tensor([row + [asked[0].pad] * (width - len(row)) for row in ids], device=device)
-    states = model.model.language_model(
-        input_ids=rest,
-        **{caches.name_for(model.model.language_model): cache},
-        position_ids=(start + torch.arange(width, device=device)).expand(len(ids), -1),
-        cache_position=cache.get_seq_length() + torch.arange(width, device=device),
-    ).last_hidden_state
+    language = model.model.language_model  # which goes on in the positions that the cache was filled with
+    states = language(input_ids=rest, **{caches.name_for(language): cache}).last_hidden_state
     found = model.lm_head(states[torch.arange(len(ids)), lengths - 1]).argmax(-1).view(-1, most).tolist()
     return [token for one, row in zip(asked, found, strict=True) for token in row[: len(one.rest)]]
 
@@ -146,7 +119,7 @@ def predicted(model, processor, split: str = "test", limit: int | None = None) -
 def score(model, processor, split: str = "test", limit: int | None = None) -> Iterator[Record]:
     """The answers to the first ``limit`` questions of a split, beside the true ones and those without looking."""
     for number, q, answer in predicted(model, processor, split, limit):
-        yield Record(number, q.tier, q.category, q.text, q.answer, answer, blind_answer(q))
+        yield Record(number, q.tier, q.category, q.answer, answer, blind_answer(q))
 
 
 def table(records: list[Record]) -> list[dict]:
@@ -161,20 +134,11 @@ def table(records: list[Record]) -> list[dict]:
     return rows
 
 
-def _show(rows: list[dict], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table("", "questions", "accuracy", "95 % interval", "blind", title=title)
-    for row in rows:
-        span = f"{row['low']:.3f} - {row['high']:.3f}"
-        view.add_row(row["group"], str(row["questions"]), f"{row['accuracy']:.3f}", span, f"{row['blind']:.3f}")
-    Console().print(view)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Ask the plain model, and print a table."""
+    from rich.console import Console
     from rich.progress import track
+    from rich.table import Table
 
     import pitome_mllm
 
@@ -182,26 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="tiny", help='"tiny" or the folder of a model trained like it')
     parser.add_argument("--split", default="test", choices=SPLITS[1:])
     parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument(
-        "--keep", type=float, help="visual tokens to keep (number, or fraction up to 1); default: plain"
-    )
-    parser.add_argument("--method", help="reduction method; default: the package's")
-    parser.add_argument("--save", type=Path, metavar="CSV", help="write every answer")
-    parser.add_argument("--threads", type=int, help="processor threads")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model, processor = pitome_mllm.load(args.model, dtype="float32")
-    title = f"{args.model}, {args.split}, plain"
-    if args.keep is not None:
-        keep = int(args.keep) if args.keep > 1 else args.keep
-        pitome_mllm.attach(model, *filter(None, [args.method]), keep=keep)
-        title = f"{args.model}, {args.split}, {args.method or 'default'} keep={keep}"
-    total = args.limit or SCENES * PER_SCENE
-    records = list(track(score(model, processor, args.split, args.limit), "questions", total=total))
-    _show(table(records), title)
-    if args.save:
-        write_csv(args.save, records)
+    asked = score(*pitome_mllm.load(args.model, dtype="float32"), args.split, args.limit)
+    rows = table(list(track(asked, "questions", total=args.limit or SCENES * PER_SCENE)))
+    view = Table("", "questions", "accuracy", "95 % interval", "blind", title=f"{args.model}, {args.split}, plain")
+    for row in rows:
+        figures = [f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['blind']:.3f}"]
+        view.add_row(row["group"], str(row["questions"]), *figures)
+    Console().print(view)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,24 +16,29 @@ from pitome_mllm.costs.flops import MLP_MATRICES
 from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.geometry import geometry
 
-
-@dataclass
-class Lap:
-    """Seconds that one batch took: all of it, up to the first new token, and in the vision tower."""
-
-    total: float = 0.0
-    prefill: float = 0.0
-    tower: float = 0.0
+COUNTS = ("images", "text", "visual", "new")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One answered question: its pictures, tokens of its text, visual tokens that reached the LLM, new tokens."""
+def visual_tokens(
+    handle: Any, placeholders: Sequence[int], images: Sequence[int], lengths: Callable[[], Sequence[int]]
+) -> list[int]:
+    """Visual tokens of each row of a batch that reach the LLM.
 
-    pictures: int
-    text: int
-    visual: int
-    new: int
+    Parameters
+    ----------
+    handle : Attachment or None
+        What `attach` gave; None is the plain model.
+    placeholders, images : sequence of int
+        Of each row, in the prompt as the processor writes it.
+    lengths : callable
+        Of every image; asked for only where they depend on the image, which is cut into tiles.
+    """
+    if not handle or handle.plan.keep == handle.plan.available:
+        return list(placeholders)
+    if handle.family.tiles != "anyres":
+        return [count // handle.plan.available * handle.plan.keep for count in placeholders]
+    left = iter(lengths() if sum(images) else ())
+    return [sum(next(left) for _ in range(count)) for count in images]
 
 
 class Meter:
@@ -42,13 +46,17 @@ class Meter:
 
     Parameters
     ----------
-    model : what answers.
-    settings : of `attach`; empty for the plain model.
+    model : torch.nn.Module
+        What answers.
+    settings : dict
+        Of `attach`; empty for the plain model.
     """
 
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         self.model, self.settings, self.sums = model, settings, Counter()
-        self.flops = lru_cache(maxsize=None)(self._flops) if knows_flops(model) else None
+        # `estimate` does not know how many tokens the images of a model have that cuts them into tiles.
+        known = model.config.text_config.model_type in MLP_MATRICES and not geometry(model.config).family.tiles
+        self.flops = lru_cache(maxsize=None)(self._flops) if known else None
         self.gpus = {part.device for part in model.parameters() if part.device.type == "cuda"}
         self.reset()
 
@@ -59,74 +67,50 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(gpu)
 
     @contextmanager
-    def lap(self) -> Iterator[Lap]:
-        """Time what runs inside the ``with`` block."""
-        lap = Lap()
+    def lap(self) -> Iterator[dict[str, float]]:
+        """Milliseconds of what runs inside the ``with`` block: all, up to the first new token, in the vision tower."""
+        lap: dict[str, float] = {}
         with timed(self.model) as clock:
             yield lap
         cost = clock.cost()
-        lap.prefill, lap.tower = ((ms or 0.0) / 1000 for ms in (cost.prefill_ms, cost.tower_ms))
-        lap.total = clock.total_ms / 1000
+        lap.update(total_ms=clock.total_ms, prefill_ms=cost.prefill_ms or 0.0, tower_ms=cost.tower_ms or 0.0)
 
-    def add(self, lap: Lap, rows: Sequence[Row]) -> None:
-        """Count a batch."""
-        self.sums.update(
-            questions=len(rows),
-            seconds=lap.total,
-            tower_seconds=lap.tower,
-            prefill_seconds=lap.prefill,
-            pictures=sum(row.pictures for row in rows),
-            visual_tokens=sum(row.visual for row in rows),
-            prompt_tokens=sum(row.visual + row.text for row in rows),
-            new_tokens=sum(row.new for row in rows),
-        )
+    def add(self, lap: dict[str, float], rows: Sequence[Sequence[int]]) -> None:
+        """Count a batch; ``rows`` hold the `COUNTS` of each question."""
+        sums = {name: sum(values) for name, values in zip(COUNTS, zip(*rows, strict=True), strict=True)}
+        self.sums.update(questions=len(rows), **lap, **sums)
         if self.flops:
-            self.sums["flops"] += sum(self.flops(row.pictures, row.text, row.new) for row in rows)
+            self.sums["flops"] += sum(self.flops(images, text, new) for images, text, _, new in rows)
 
-    def _flops(self, pictures: int, text: int, new: int) -> int:
-        counts = {"images": pictures, "text_tokens": text, "new_tokens": new}
-        return estimate(self.model, **self.settings, **counts).flops
+    def _flops(self, images: int, text: int, new: int) -> int:
+        return estimate(self.model, **self.settings, images=images, text_tokens=text, new_tokens=new).flops
 
     def gather(self, processes: int) -> dict[str, float]:
-        """The means of all processes; empty if none of them answered anything. Every process has to call it."""
-        mine = (dict(self.sums), sum(map(torch.cuda.max_memory_allocated, self.gpus)))
-        found = [mine]
+        """Per question over all processes, each of which has to call it; empty if none of them answered anything.
+
+        Times of a batch are shared out evenly among its questions, and tokens per second count the new tokens of all
+        processes over the time of the slowest. Only GPUs tell a peak of memory.
+        """
+        found = [mine := (dict(self.sums), sum(map(torch.cuda.max_memory_allocated, self.gpus)))]
         if processes > 1:
             found = [None] * processes
             torch.distributed.all_gather_object(found, mine)
-        return summary([sums for sums, _ in found], [peak for _, peak in found])
-
-
-def summary(sums: Sequence[dict[str, float]], peaks: Sequence[int]) -> dict[str, float]:
-    """Per question over all processes, from the sums of each and its peak bytes on GPUs; empty without questions.
-
-    Times of a batch are shared out evenly among its questions, and tokens per second count the new tokens of all
-    processes over the time of the slowest. On a CPU there is no peak: an operating system tells that of a whole
-    process only, with all that ran in it before.
-    """
-    total = Counter()
-    for one in sums:
-        total.update(one)
-    asked = total["questions"]
-    if not asked:
-        return {}
-    elapsed = max(one.get("seconds", 0.0) for one in sums)
-    means = ("visual_tokens", "prompt_tokens", "new_tokens")
-    return {
-        "questions_asked": asked,
-        **{name: total[name] / asked for name in means},
-        "visual_tokens_per_picture": total["visual_tokens"] / total["pictures"] if total["pictures"] else 0.0,
-        "tower_ms": 1000 * total["tower_seconds"] / asked,
-        "prefill_ms": 1000 * total["prefill_seconds"] / asked,
-        "decode_ms": 1000 * (total["seconds"] - total["prefill_seconds"]) / asked,
-        "total_new_tokens": total["new_tokens"],
-        "seconds": elapsed,
-        "tokens_per_second": total["new_tokens"] / elapsed,
-        **({"peak_memory_mb": max(peaks) / 1e6} if any(peaks) else {}),
-        **({"gflops": total["flops"] / asked / 1e9} if "flops" in total else {}),
-    }
-
-
-def knows_flops(model: nn.Module) -> bool:
-    """Whether `estimate` knows the model's LLM, and how many tokens its pictures have: not where they are tiles."""
-    return model.config.text_config.model_type in MLP_MATRICES and not geometry(model.config).family.tiles
+        total = sum((Counter(sums) for sums, _ in found), Counter())
+        if not (asked := total["questions"]):
+            return {}
+        elapsed, peak = max(sums.get("total_ms", 0.0) for sums, _ in found) / 1000, max(peak for _, peak in found)
+        return {
+            "questions_asked": asked,
+            "visual_tokens": total["visual"] / asked,
+            "prompt_tokens": (total["visual"] + total["text"]) / asked,
+            "new_tokens": total["new"] / asked,
+            "visual_tokens_per_picture": total["visual"] / max(total["images"], 1),
+            "tower_ms": total["tower_ms"] / asked,
+            "prefill_ms": total["prefill_ms"] / asked,
+            "decode_ms": (total["total_ms"] - total["prefill_ms"]) / asked,
+            "total_new_tokens": total["new"],
+            "seconds": elapsed,
+            "tokens_per_second": total["new"] / elapsed,
+            **({"peak_memory_mb": peak / 1e6} if peak else {}),
+            **({"gflops": total["flops"] / asked / 1e9} if self.flops else {}),
+        }

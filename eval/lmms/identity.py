@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pitome_mllm.loading import TINY, read_config
 
-from ..accuracy.runs import code_of
+from ..accuracy.runs import code
+from . import tables
 from .scene_tasks import GROUP, TASKS
-from .tables import PLAIN, Run, Table
-from .tables import TASKS as KNOWN
+from .tables import Run, Table
 
 # What answers and scores follow from beside our own code; torchvision and bitsandbytes where they are installed.
 PACKAGES = ("torch", "torchvision", "transformers", "bitsandbytes", "pillow", "lmms_eval")
-BLOCK = 1 << 20  # bytes that are read at once
-HERE = Path(__file__).parents[1]
 
 
 def identity(
@@ -31,18 +29,21 @@ def identity(
 
     Parameters
     ----------
-    model : its `model_identity`, which takes long for large files.
-    data : folder of local data; None = lmms-eval's own data sets, which are known by their names only.
-    how : limit, batch size, what the model is loaded with, and the like.
+    run, table : Run, Table
+    data : Path or None
+        Folder of local data; None = lmms-eval's own data sets, which are known by their names only.
+    model : mapping
+        Its `model_identity`, which takes long for large files.
+    how : mapping
+        Limit, batch size, what the model is loaded with, and the like.
     """
-    method = None if run.method == PLAIN else run.method
     return {
         "model": dict(model),
         "settings": run.settings,
         "system_prompt": table.system_prompt,
         "tasks": {name: _task(name, data) for name in table.tasks},
         "how": dict(how),
-        "code": [code_of(method), fingerprint((HERE / "lmms").glob("*.py"))],
+        "code": [code(), fingerprint(Path(__file__).parent.glob("*.py"))],
         "versions": _versions(),
     }
 
@@ -56,35 +57,29 @@ def _versions() -> dict[str, str]:
 
 
 def model_identity(model: str) -> dict[str, str]:
-    """A model on the hub by its name and commit, one that is here by what is in its files, wherever they lie.
-
-    Raises
-    ------
-    ValueError : no such model.
-    """
+    """A model on the hub by its name and commit, one that is here by what is in its files, wherever they lie."""
     folder = TINY if model == "tiny" else Path(model).expanduser()
     if folder.is_dir():
-        return {"files": fingerprint(path for path in folder.iterdir() if path.is_file())}
+        return {"files": fingerprint(folder.iterdir())}
     return {"hub": model, "commit": str(getattr(read_config(model), "_commit_hash", None))}
 
 
 def _task(name: str, data: Path | None) -> dict[str, Any]:
     """A task by its definition and data where they are files of ours or of the user's."""
-    task = KNOWN[name]
-    files = [path for path in TASKS.rglob("*") if path.is_file()] if name == GROUP else []
+    task = tables.TASKS[name]
+    files = list(TASKS.rglob("*")) if name == GROUP else []
     if data is not None and task.data:
         files.append(data / f"{task.task}.parquet")
-    known = {"task": task.task, "metric": task.metric, "changes": task.changes}
-    return known | {"files": fingerprint(path for path in files if path.is_file())}
+    return {"task": task.task, "metric": task.metric, "changes": task.changes, "files": fingerprint(files)}
 
 
 def fingerprint(files: Iterable[Path]) -> str:
     """Of names and contents; bytes that Python leaves beside its sources do not count."""
     sha = hashlib.sha256()
-    for path in sorted(path for path in files if path.suffix != ".pyc"):
-        sha.update(f"\0{path.name}\0{os.path.getsize(path)}\0".encode())
+    for path in sorted(path for path in files if path.is_file() and path.suffix != ".pyc"):
+        sha.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            while block := file.read(BLOCK):
+            for block in iter(partial(file.read, 1 << 20), b""):
                 sha.update(block)
     return sha.hexdigest()
 

@@ -16,15 +16,15 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from pitome_mllm import attach, load
+from pitome_mllm.hooks.tiles import at_most
 from pitome_mllm.loading import BITS
 from pitome_mllm.methods import UserError
 
 from ..provenance import processor_name
-from . import arguments, counts
-from . import asked as ask
-from .answers import Coming, likelihood
-from .cost import Lap, Meter, Row
+from . import requests as ask
+from .cost import Meter, visual_tokens
 from .manifest import NAME
+from .tables import PLAIN
 
 RUN_ID = "LMMS_CACHE_RUN_ID"
 
@@ -37,18 +37,20 @@ class PitomeLlava(lmms):
 
     Parameters
     ----------
-    pretrained, bits, dtype : as for `pitome_mllm.load`.
-    method, keep, ratio, **settings : as for `pitome_mllm.attach`; ``method=none``, or none of them, is the plain model.
-    batch_size : questions per batch.
-    device, device_map : where the model goes; ``device_map=auto`` spreads it. Default: a GPU if there is one.
-    attn_implementation : such as "sdpa" or "eager".
-    system_prompt : text, or a file of it, in front of the first turn.
-    loaded : model and processor, if they are loaded already.
-
-    Raises
-    ------
-    ValueError : what `load` and `attach` refuse; a batch size that is no number.
-    EvaluationError : while answering, where anything goes wrong; names the documents.
+    pretrained, bits, dtype
+        As for `pitome_mllm.load`.
+    method, keep, ratio, **settings
+        As for `pitome_mllm.attach`; ``method=none``, or none of them, is the plain model.
+    batch_size : int or str, default 1
+        Questions per batch.
+    device, device_map : str, optional
+        Where the model goes; ``device_map=auto`` spreads it. Default: a GPU if there is one.
+    attn_implementation : str, optional
+        Such as "sdpa" or "eager".
+    system_prompt : str, default ""
+        Text, or a file of it, before the first turn.
+    loaded : tuple, optional
+        Model and processor, if they are loaded already.
     """
 
     is_simple = True
@@ -75,13 +77,19 @@ class PitomeLlava(lmms):
         os.environ.setdefault(RUN_ID, NAME)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.pretrained, self.batch_size = pretrained, arguments.batch_size(batch_size)
+        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
+            raise UserError(f"batch_size={batch_size!r} is not possible; give a number of questions, such as 8")
+        self.pretrained, self.batch_size = pretrained, int(batch_size or 1)
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         asked = {"method": method, "keep": keep, "ratio": ratio, **settings}
-        self.settings = arguments.merging({name: value for name, value in asked.items() if value is not None})
+        self.settings = {name: value for name, value in asked.items() if value is not None}
+        if method == PLAIN:
+            if others := sorted(self.settings.keys() - {"method"}):
+                raise UserError(f"method={PLAIN} takes no settings, got {', '.join(others)}")
+            self.settings = {}
         if loaded is None:
-            place = arguments.place(device, device_map, bits, self.accelerator)
-            loaded = load(pretrained, bits=bits, dtype=dtype, device=place)
+            where = place(device, device_map, bits, self.accelerator)
+            loaded = load(pretrained, bits=bits, dtype=dtype, device=where)
         self.model, self.processor = loaded
         self.processor.tokenizer.padding_side = "left"
         if attn_implementation is not None:
@@ -112,14 +120,14 @@ class PitomeLlava(lmms):
     # What lmms-eval calls
 
     def generate_until(self, requests: Sequence[Any]) -> Sequence[GenerationResult]:
-        return Coming(self._each(requests, self.read, self._generate), len(requests))
+        return ask.LazyResults(self._each(requests, self.read, self._generate), len(requests))
 
     def loglikelihood(self, requests: Sequence[Any]) -> Sequence[GenerationResult]:
         """Mean negative log-likelihood per token, of which lmms-eval takes the smallest, and whether it is greedy.
 
         As results with the pair as their text: lmms-eval 0.7.3 makes a string of any other pair.
         """
-        return Coming(self._each(requests, ask.likelihood, self._likelihoods), len(requests))
+        return ask.LazyResults(self._each(requests, ask.continuation, self._likelihoods), len(requests))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Sequence[Any]:
         raise NotImplementedError(f"{NAME} has no rounds of questions; choose tasks that ask once")
@@ -145,7 +153,7 @@ class PitomeLlava(lmms):
         gpu = self.device.type == "cuda"
         return {
             "pretrained": self.pretrained,
-            "method": plan.method if plan else arguments.PLAIN,
+            "method": plan.method if plan else PLAIN,
             "asked": self.settings,
             "settings": settings,
             "batch": self.batch_size,
@@ -179,7 +187,7 @@ class PitomeLlava(lmms):
         return batch[:same]
 
     def _encode(self, asked: Sequence[ask.Asked], texts: Sequence[str]) -> Any:
-        rows = [list(one.pictures) for one in asked]  # some processors tell one picture from several in a row
+        rows = [list(one.images) for one in asked]  # some processors tell one image from several in a row
         inputs = self.processor(images=rows if any(rows) else None, text=list(texts), padding=True, return_tensors="pt")
         return inputs.to(self.device, dtype=self.model.dtype)
 
@@ -194,8 +202,8 @@ class PitomeLlava(lmms):
         rows = self._count(lap, asked, inputs, self._lengths(new))
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         return [
-            GenerationResult(ask.cut(text, until), TokenCounts(row.visual + row.text, row.new))
-            for text, row in zip(texts, rows, strict=True)
+            GenerationResult(ask.cut(answer, until), TokenCounts(visual + text, new))
+            for answer, (_, text, visual, new) in zip(texts, rows, strict=True)
         ]
 
     @torch.inference_mode()
@@ -209,7 +217,7 @@ class PitomeLlava(lmms):
             logits = self.model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
         self._count(lap, asked, inputs, [0] * len(asked))
         return [
-            likelihood(scores[-n - 1 : -1], ids[-n:])
+            ask.likelihood(scores[-n - 1 : -1], ids[-n:])
             for scores, ids, n in zip(logits, inputs["input_ids"], lengths, strict=True)
         ]
 
@@ -221,13 +229,20 @@ class PitomeLlava(lmms):
         return len(after) - len(before)
 
     def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
-        """New tokens that the LLM can hold; ValueError if there is no room for any."""
-        pictures, placeholders, texts = counts.lay_out(self.model, asked, inputs)
-        visual = counts.before(self.handle, inputs, placeholders, pictures)
-        longest, most = max(map(sum, zip(visual, texts))), self.model.config.text_config.max_position_embeddings
+        """New tokens that the LLM can hold, at least 1; where the tower merges tiles, as far as is known by now."""
+        counts = self._counts(asked, inputs, lambda: at_most(self.handle, inputs))
+        longest = max(text + visual for _, text, visual in counts)
+        most = self.model.config.text_config.max_position_embeddings
         if longest >= most:
             raise UserError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
         return most - longest
+
+    def _counts(self, asked: Sequence[ask.Asked], inputs: Any, lengths: Any) -> list[tuple[int, int, int]]:
+        """Images, tokens of the text and visual tokens of every row; for ``lengths`` see `visual_tokens`."""
+        images = [len(one.images) for one in asked]
+        placeholders = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
+        texts = (inputs["attention_mask"].sum(1) - torch.tensor(placeholders, device=self.device)).tolist()
+        return list(zip(images, texts, visual_tokens(self.handle, placeholders, images, lengths), strict=True))
 
     def _lengths(self, new: torch.Tensor) -> list[int]:
         """New tokens of every row, the one that ends it included; all of them where the model has no such token."""
@@ -237,13 +252,15 @@ class PitomeLlava(lmms):
         ended = torch.isin(new, torch.tensor(ends, device=new.device)).cumsum(1)
         return ((ended == 0).sum(1) + (ended > 0).any(1)).tolist()
 
-    def _count(self, lap: Lap, asked: Sequence[ask.Asked], inputs: Any, new: Sequence[int]) -> list[Row]:
-        """What each row held, and ``new`` tokens of an answer; the meter gets all but those that only pad."""
-        pictures, placeholders, texts = counts.lay_out(self.model, asked, inputs)
-        visual = counts.after(self.handle, placeholders, pictures)
-        rows = [Row(*counted) for counted in zip(pictures, texts, visual, new, strict=True)]
-        real = [row for one, row in zip(asked, rows, strict=True) if not one.padding]
-        if real:
+    def _count(self, lap: Any, asked: Sequence[ask.Asked], inputs: Any, new: Sequence[int]) -> list[Any]:
+        """The `COUNTS` of each row with ``new`` tokens of an answer; the meter gets all but those that only pad."""
+
+        def lengths() -> Sequence[int]:
+            found = self.handle.stats.lengths
+            return found[:: len(found) // sum(len(one.images) for one in asked)]  # beams have each image several times
+
+        rows = [(*row, more) for row, more in zip(self._counts(asked, inputs, lengths), new, strict=True)]
+        if real := [row for one, row in zip(asked, rows, strict=True) if not one.padding]:
             self.meter.add(lap, real)
         return rows
 
@@ -253,3 +270,14 @@ class PitomeLlavaChat(PitomeLlava):
 
     is_simple = False
     read = staticmethod(ask.chat)
+
+
+def place(device: str | None, device_map: str | None, bits: int | None, accelerator: Accelerator) -> Any:
+    """What `load` takes as its device."""
+    if accelerator.num_processes > 1:
+        if device_map == "auto":
+            raise UserError("device_map=auto spreads one model over all GPUs; start a single process for it")
+        return accelerator.device
+    if device_map is None and device is None and bits is None and torch.cuda.is_available():
+        return "cuda"
+    return device if device_map is None else device_map

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +26,17 @@ from pitome_mllm import load
 from pitome_mllm.methods import UserError
 
 from ..benchmark.bootstrap import span
-from .arguments import place
-from .asked import EvaluationError
-from .circular import note_hits
 from .identity import identity, model_identity, short
 from .manifest import NAME
-from .model import PitomeLlava
-from .published import published
-from .results_files import Results, newest
+from .model import PitomeLlava, place
+from .plans import check_limit, control
+from .results import EvaluationError, Results, draws, group_a, newest
 from .scene_tasks import GROUP, TASKS
-from .tables import PLAIN, RELATIVE, Run, Table, check_limit
+from .tables import PLAIN, RELATIVE, Run, Table, published
 from .tables import TASKS as KNOWN
 
-PICTURE = ("scene", "image_id", "imageId", "image_source")  # fields of documents that say which picture they are about
+PICTURE = ("scene", "image_id", "imageId", "image_source")  # fields of documents that say which image they are about
+ROTATED = 1_000_000  # MMBench: index of a question with rotated choices, less that of the question or a multiple
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,16 @@ class Options:
 
     Attributes
     ----------
-    limit : questions per task; None = all.
-    batch_size : questions per batch.
-    data : folder with a parquet file for each task instead of the data sets on the hub.
-    out : folder for the results.
-    load : keywords of `pitome_mllm.load`.
+    limit : int or None
+        Questions per task; None = all.
+    batch_size : int
+        Questions per batch.
+    data : Path or None
+        Folder with a parquet file for each task instead of the data sets on the hub.
+    out : Path
+        Folder for the results.
+    load : dict or None
+        Keywords of `pitome_mllm.load`.
     """
 
     limit: int | None = None
@@ -63,16 +66,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure beside the published one; what is None is not known."""
+    """One figure beside the published one, each with its visual tokens; what is None is not known."""
 
     run: Run
     task: str
     questions: int
+    tokens: int
     ours: float | None
     low: float | None
     high: float | None
-    published: float | None
-    source: str
+    published: float | None = None
+    published_tokens: int | None = None
+    source: str = ""
 
     @property
     def difference(self) -> tuple[float, float | None, float | None] | None:
@@ -90,14 +95,17 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
 
     Raises
     ------
-    EvaluationError : data could not be fetched, a question not be answered, or results not be written.
-    ValueError : a data set is missing in ``options.data``; a limit with which a task cannot be scored; settings that
-        `attach` or `load` refuse.
+    EvaluationError
+        Data could not be fetched, a question not be answered, or results not be written.
+    ValueError
+        A data set is missing in ``options.data``; a limit with which a task cannot be scored; settings that `attach` or
+        `load` refuse.
     """
     check_limit(table, options.limit)
     for task in table.tasks:
         task_of(task, options.data)  # before anything is loaded or asked
-    quiet()
+    logger.remove()  # of lmms-eval's log, warnings and errors only
+    logger.add(sys.stderr, level="WARNING")
     accelerator, found, loaded = Accelerator(), {}, {}
     first, load_with = accelerator.is_main_process, _load_options(options, accelerator)
     how = {"limit": options.limit, "batch_size": options.batch_size, "processes": accelerator.num_processes}
@@ -105,7 +113,7 @@ def reproduce(name: str, table: Table, options: Options, say: Callable[[str], No
     models = {model: model_identity(model) for model in dict.fromkeys(run.model for run in table.runs)}
     for number, run in enumerate(table.runs, start=1):
         known = identity(run, table, options.data, models[run.model], how)
-        here = options.out / name / f"{str(run).replace(' ', '-')}-{short(known)}"
+        here = options.out / name / f"{str(run).replace(',', '').replace(' ', '-')}-{short(known)}"
         there = newest(here / "results")
         accelerator.wait_for_everyone()  # before one of them writes there
         if first:
@@ -127,12 +135,6 @@ def _load_options(options: Options, accelerator: Accelerator) -> dict[str, Any]:
     given = {"bits": None, "dtype": None, "device": None} | (options.load or {})
     spread = given["device"] if given["device"] == "auto" else None
     return given | {"device": place(given["device"], spread, given["bits"], accelerator)}
-
-
-def quiet() -> None:
-    """Of lmms-eval's log, warnings and errors only."""
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
 
 
 def _ask(run: Run, table: Table, loaded: Any, options: Options, here: Path) -> Results | None:
@@ -209,20 +211,48 @@ def task_of(name: str, data: Path | None) -> Any:
     return {"task": task.task, **task.changes, **local, "dataset_kwargs": files}
 
 
-def compare(name: str, table: Table, found: dict[Run, Results]) -> Iterator[Row]:
-    """Every figure of every run beside the published one, and what a run keeps of the plain model's figures."""
-    known, plain = published(name), {}
+def note_hits(rows: Sequence[dict[str, Any]], metric: str = "gpt_eval_score") -> None:
+    """Put into every row of a question of MMBench, not into those of its rotations, whether it counts as right ("hit").
+
+    MMBench asks a question again with its choices rotated, and counts it as right only if all answers are. ``rows`` are
+    what lmms-eval logged of each document of its static MMBench, whose own matching of answers decides.
+    """
+    import pandas
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    asked = pandas.DataFrame([row[metric] for row in rows])
+    answers = dict(zip(asked["index"], asked["answer"], strict=True))
+    for row in rows:
+        if (index := row[metric]["index"]) < ROTATED:
+            together = asked[asked["index"] % ROTATED == index]
+            row["hit"] = float(mmbench_evaluator.eval_sub_data(together, answers, static_only=True))
+
+
+def compare(name: str, table: Table, found: dict[Run, Results], with_group_a: bool = False) -> Iterator[Row]:
+    """Every figure of every run beside the published one, and what a run keeps of the plain model's figures.
+
+    ``with_group_a`` adds `group_a` of each task, where ``found`` holds the plain model and the run's `control`.
+    """
+    known = published(name)
     for run, results in found.items():
+        plain = found.get(Run(run.model)) if run.method != PLAIN else None
+        coarse = found.get(control(run)) if with_group_a and plain else None
         for task_name in table.tasks:
             task = KNOWN[task_name]
             figure = results.figure(task.task, task.metric, task.scale)
-            theirs = known.get((run.model, run.name, run.amount, task_name), (None, ""))
-            yield Row(run, task_name, figure.questions, figure.value, figure.low, figure.high, *theirs)
-        if run.method == PLAIN:
-            plain[run.model] = results
-        elif run.model in plain and (share := _share(table, results, plain[run.model])):
-            theirs = known.get((run.model, run.name, run.amount, RELATIVE), (None, ""))
-            yield Row(run, RELATIVE, 0, *share, *theirs)
+            yield _beside(known, run, task_name, figure.questions, figure.value, figure.low, figure.high)
+            if coarse:
+                figure = group_a(plain, coarse, results, task.task, task.metric)
+                about = (figure.questions, run.tokens, figure.value, figure.low, figure.high)
+                yield Row(run, f"{task_name}, group A", *about)
+        if plain and (share := _share(table, results, plain)):
+            yield _beside(known, run, RELATIVE, 0, *share)
+
+
+def _beside(known: dict[tuple[Run, str], dict[str, str]], run: Run, task: str, questions: int, *ours: Any) -> Row:
+    theirs = known.get((run, task))
+    told = (float(theirs["value"]), int(theirs["tokens"] or 0) or None, theirs["source"]) if theirs else ()
+    return Row(run, task, questions, run.tokens, *ours, *told)
 
 
 def _share(table: Table, results: Results, plain: Results) -> tuple[float, float | None, float | None] | None:
@@ -237,8 +267,9 @@ def _share(table: Table, results: Results, plain: Results) -> tuple[float, float
         if values[0] is None or not values[1]:
             return None
         shares.append(100 * values[0] / values[1])
-        ours, theirs = (one.draws(task.task, task.metric, seed) for one in (results, plain))
-        if ours is not None and theirs is not None:
+        known = [draws(one.samples(task.task), task.metric, seed) for one in (results, plain)]
+        if all(known):
+            (_, ours), (_, theirs) = known
             drawn.append(100 * np.divide(ours, theirs, out=np.full(len(ours), np.nan), where=theirs > 0))
     bounds = span(np.mean(drawn, axis=0)) if len(drawn) == len(shares) else (None, None)
     return float(np.mean(shares)), *bounds

@@ -1,9 +1,7 @@
-"""The embedded benchmark as tasks of lmms-eval.
+"""The embedded benchmark as tasks of lmms-eval: ``python -m pitome_mllm_eval.lmms.scene_tasks`` writes their data.
 
-``python -m pitome_mllm_eval.lmms.scene_tasks`` writes `eval/tasks/data`.
-
-The parquet files hold questions and answers, with the number and the recorded hash of each picture. Pictures are drawn
-when they are asked for, and checked against their hash.
+The parquet files in `eval/tasks/data` hold questions and answers, with the number and the recorded hash of each image.
+Images are drawn when they are asked for, and checked against their hash.
 """
 
 from __future__ import annotations
@@ -37,27 +35,17 @@ def _drawn(number: int) -> Image.Image:
 
 
 def picture(document: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a question.
-
-    Raises
-    ------
-    RuntimeError : this machine draws another picture than the recorded one, or the task holds another benchmark.
-    """
+    """The image of a question; RuntimeError if it, or the task, is not that of this benchmark."""
     number = document["scene"]
     if document["sha256"] != recorded(SPLIT)[number]:
         raise RuntimeError(f"scene {number} of the task is not that of this benchmark; write the tasks' data anew")
     return [_drawn(number)]
 
 
-def main() -> None:
-    """Write one file per category."""
+if __name__ == "__main__":
     import pyarrow
     from pyarrow import parquet
 
     (TASKS / "data").mkdir(exist_ok=True)
-    for category in CATEGORIES:
-        parquet.write_table(pyarrow.Table.from_pylist(rows(category)), TASKS / "data" / f"{category}.parquet")
-
-
-if __name__ == "__main__":
-    main()
+    for one in CATEGORIES:
+        parquet.write_table(pyarrow.Table.from_pylist(rows(one)), TASKS / "data" / f"{one}.parquet")

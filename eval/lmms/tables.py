@@ -1,17 +1,27 @@
-"""Published tables as data: which runs they need, and what these take. Needs no lmms-eval."""
+"""Published tables as data: which tasks and runs they need, and what was published. Needs no lmms-eval."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from pitome_mllm import METHODS, estimate
-from pitome_mllm.costs.memory import weight_bytes
-from pitome_mllm.methods import UserError
+from pitome_mllm import METHODS
+from pitome_mllm.costs.published import get_shape
+from pitome_mllm.families.geometry import geometry
+from pitome_mllm.loading import read_config
+from pitome_mllm.plan import make_plan
+from pitome_mllm.settings import Settings
 
-from ..accuracy.curves import called
+from ..accuracy.curves import PLAIN as ALL_TOKENS
+from ..accuracy.curves import SUMMARY, called, summary
+from ..documents import read
+from ..provenance import RESULTS
 
+FIGURES = Path(__file__).parents[1] / "data" / "published.csv"
 PLAIN = "none"
 RELATIVE = "relative"  # mean over a table's tasks of what a run keeps of the plain model's figure, in per cent
 VICUNA = (
@@ -19,13 +29,8 @@ VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 LLAVA_7B, LLAVA_13B = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"
-SHAPE_OF = {LLAVA_7B: "llava-1.5-7b", LLAVA_13B: "llava-1.5-13b"}
-# For estimates: tokens of a question with its instruction, and of an answer.
-TEXT_TOKENS, NEW_TOKENS = 60, 4
-# Rate and time per question beside it with which VQAv2 takes LLaVA-1.5-7B the hours that the PiToMe paper reports:
-# 9 h 05 min with all tokens, 5 h 44 min at ratio 0.9. By FLOPs alone merging would save more than it did there.
-SUSTAINED = 129.0  # TFLOP/s
-BESIDE = 0.083  # seconds
+LLAVA_NEXT = "llava-hf/llava-v1.6-vicuna-7b-hf"
+SHAPE_OF = {LLAVA_7B: "llava-1.5-7b", LLAVA_13B: "llava-1.5-13b", LLAVA_NEXT: "llava-next-7b"}
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,20 @@ class Task:
 
     Attributes
     ----------
-    task : lmms-eval's name.
-    metric : the key in its results.
-    split : of its data set.
-    documents : questions in it.
-    counted : whether that number was read where the data set is described (for ours: off its files), or is about right.
-    data : the data set on the Hugging Face hub; empty for ours.
-    scale : published figure over lmms-eval's.
-    together : questions that lmms-eval scores together and stumbles over if one is missing.
-    changes : what differs from lmms-eval's own settings of the task.
+    task, metric, split : str
+        lmms-eval's name, the key in its results, and the part of its data set.
+    documents : int
+        Questions in it.
+    data : str
+        The data set on the Hugging Face hub; empty for ours.
+    scale : float
+        Published figure over lmms-eval's.
+    counted : bool
+        Whether ``documents`` was read where the data set is described (for ours: off its files), or is about right.
+    together : int
+        Questions that lmms-eval scores together and stumbles over if one is missing.
+    changes : mapping
+        What differs from lmms-eval's own settings of the task.
     """
 
     task: str
@@ -82,15 +92,9 @@ class Run:
 
     model: str
     method: str = PLAIN
-    keep: int | None = None
+    keep: int | float | None = None
     ratio: float | None = None
     published: bool = False
-
-    @property
-    def amount(self) -> str:
-        """Such as "keep=144"; empty for the plain model."""
-        given = {"keep": self.keep, "ratio": self.ratio}
-        return "".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -99,8 +103,24 @@ class Run:
         return {name: value for name, value in given.items() if value is not None}
 
     @property
+    def attached(self) -> dict[str, Any]:
+        """Keywords of `attach`."""
+        return {} if self.method == PLAIN else self.settings
+
+    @property
+    def amount(self) -> str:
+        """Such as "keep=144"; empty for the plain model."""
+        return "".join(f"{name}={self.settings[name]}" for name in ("keep", "ratio") if name in self.settings)
+
+    @property
     def name(self) -> str:
+        """What tables call the method."""
         return called(self.method, self.published)
+
+    @property
+    def tokens(self) -> int:
+        """Of an image that reach the LLM; where it is cut into tiles, of the shape's number of them."""
+        return tokens_of_one(self) * images_of(self.model)
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.model.split("/")[-1], self.name, self.amount]))
@@ -108,7 +128,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Runs and tasks of a published table; ``system_prompt`` stands in front of every question."""
+    """Runs and tasks of a published table; ``system_prompt`` stands before every question."""
 
     about: str
     tasks: tuple[str, ...]
@@ -116,30 +136,46 @@ class Table:
     system_prompt: str = ""
 
 
+def _every(model: str, *keeps: int | float) -> tuple[Run, ...]:
+    """The plain model and every method, as published, at every number or share of tokens."""
+    return Run(model), *(Run(model, method, keep, published=True) for method in METHODS for keep in keeps)
+
+
 _PAPER = ("pitome", "pitome-llava", "tome", "tofu", "dct", "diffrate")
-_KEEPS = (192, 128, 64, 32)
 _TINY = (("pitome", False), ("tome", False), ("pitome", True), ("tome", True))
+_TASKS = ("gqa", "mmbench", "mme", "pope", "scienceqa_img", "textvqa_ocr")
 TABLES = {
     "pitome-paper": Table(
-        "PiToMe (NeurIPS 2024) on LLaVA-1.5: 7B at ratio 0.9, 13B at 0.925, TextVQA without OCR hint",
+        "PiToMe (NeurIPS 2024) on LLaVA-1.5: 7B at ratio 0.9, 13B at 0.925, TextVQA without OCR hint. The paper does "
+        "not say how many visual tokens its rows have; in later papers figures like its 7B row's are of 160 to 200",
         ("vqav2_val", "gqa", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "mme"),
-        (
-            Run(LLAVA_7B),
-            *(Run(LLAVA_7B, method, ratio=0.9, published=True) for method in _PAPER),
-            Run(LLAVA_13B),
-            *(Run(LLAVA_13B, method, ratio=0.925, published=True) for method in _PAPER),
+        tuple(
+            run
+            for model, ratio in ((LLAVA_7B, 0.9), (LLAVA_13B, 0.925))
+            for run in (Run(model), *(Run(model, method, ratio=ratio, published=True) for method in _PAPER))
         ),
         VICUNA,
     ),
     "pruning-literature": Table(
         "token pruning on LLaVA-1.5-7B at 192, 128, 64 and 32 tokens, TextVQA with OCR hint; and ToMe as published",
-        ("gqa", "mmbench", "mme", "pope", "scienceqa_img", "textvqa_ocr"),
+        _TASKS,
         (
-            Run(LLAVA_7B),
-            *(Run(LLAVA_7B, method, keep=keep, published=True) for method in METHODS for keep in _KEEPS),
+            *_every(LLAVA_7B, 192, 128, 64, 32),
             Run(LLAVA_7B, "tome", keep=94, published=True),
             Run(LLAVA_7B, "tome", ratio=0.9, published=True),
         ),
+        VICUNA,
+    ),
+    "llava-next": Table(
+        "token pruning on LLaVA-NeXT-7B at 640, 320 and 160 of 2,880 tokens: so many of each of an image's 5 tiles",
+        _TASKS,
+        _every(LLAVA_NEXT, 128, 64, 32),
+        VICUNA,
+    ),
+    "shares": Table(
+        "token pruning at 33, 22 and 11 %, and at 20, 10 and 5 % of the tokens, for any --model",
+        _TASKS,
+        _every(LLAVA_7B, 0.333, 0.222, 0.111, 0.2, 0.1, 0.05),
         VICUNA,
     ),
     "embedded": Table(
@@ -147,98 +183,42 @@ TABLES = {
         ("pitome_scenes",),
         (
             Run("tiny"),
-            *(Run("tiny", method, keep=keep, published=said) for method, said in _TINY for keep in (144, 72, 36)),
+            *(Run("tiny", method, keep, published=said) for method, said in _TINY for keep in (144, 72, 36)),
         ),
     ),
 }
 
 
-def narrowed(
-    table: Table, model: str | None, methods: list[str] | None, keeps: list[int] | None, tasks: list[str] | None
-) -> Table:
-    """The table with another model, or only with some methods, numbers of tokens and tasks; the plain model stays.
-
-    Raises
-    ------
-    ValueError : something that the table does not have, or a choice that leaves nothing of it.
-    """
-    known = [run for run in table.runs if run.method != PLAIN]
-    _check("task", tasks, table.tasks)
-    _check("method", methods, [PLAIN, *dict.fromkeys(run.method for run in known)])
-    _check("keep", keeps, sorted({run.keep for run in known if run.keep is not None}))
-    runs = [run if model is None else replace(run, model=model) for run in table.runs]
-    if methods is not None:
-        runs = [run for run in runs if run.method in (PLAIN, *methods)]
-    if keeps is not None:
-        runs = [run for run in runs if run.method == PLAIN or run.keep in keeps]
-    if all(run.method == PLAIN for run in runs) and methods != [PLAIN]:
-        raise UserError("no run of the table has one of these methods and one of these numbers of tokens; see --plan")
-    return replace(table, tasks=tuple(tasks or table.tasks), runs=tuple(dict.fromkeys(runs)))
-
-
-def _check(what: str, asked: list[Any] | None, known: Collection[Any]) -> None:
-    """ValueError for what is asked for and not known."""
-    unknown = [str(one) for one in asked or () if one not in known]
-    if unknown:
-        choices = f"choose from {', '.join(map(str, known))}" if known else f"it has no {what} at all"
-        raise UserError(f"no {what} {', '.join(unknown)} in this table; {choices}")
-
-
-def check_limit(table: Table, limit: int | None) -> None:
-    """ValueError where so many questions cannot be scored."""
-    for name in table.tasks:
-        if limit is not None and limit % TASKS[name].together:
-            raise UserError(
-                f"limit={limit} is not possible: {name} scores {TASKS[name].together} questions together; give a "
-                f"multiple of {TASKS[name].together}"
-            )
-
-
-@dataclass(frozen=True)
-class Estimated:
-    """What a run takes: questions, 10^9 FLOPs for each of them, and hours of one GPU."""
-
-    run: Run
-    documents: int
-    gflops: float
-    hours: float
-
-
-def plan(table: Table, limit: int | None, tflops: float) -> list[Estimated]:
-    """What every run of a table takes.
-
-    Parameters
-    ----------
-    limit : questions per task; None = all.
-    tflops : 10^12 FLOPs per second that the machine sustains.
-
-    Raises
-    ------
-    ValueError : so many questions cannot be scored.
-    """
-    check_limit(table, limit)
-    sizes = [TASKS[name].documents for name in table.tasks]
-    documents = sum(size if limit is None else min(size, limit) for size in sizes)
-    found = []
-    for run in table.runs:
-        settings = {} if run.method == PLAIN else run.settings
-        one = estimate(config_of(run.model), **settings, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS)
-        seconds = documents * (BESIDE + one.flops / (tflops * 1e12))
-        found.append(Estimated(run, documents, one.flops / 1e9, seconds / 3600))
+def published(table: str) -> dict[tuple[Run, str], dict[str, str]]:
+    """The figures of a table where they were published, by run and task: value, tokens ("" = not said) and source."""
+    found: dict[tuple[Run, str], dict[str, str]] = {}
+    for row in [] if table == "embedded" else read(FIGURES, "pip install again", ("table", "value", "tokens")):
+        if row["table"] == table:
+            name, _, value = row["amount"].partition("=")
+            amount = {name: json.loads(value)} if value else {}
+            found[Run(row["model"], row["method"], **amount, published=row["method"] != PLAIN), row["task"]] = row
+    if table == "embedded" and (RESULTS / SUMMARY).is_file():
+        for row in summary(RESULTS / SUMMARY):
+            run = Run("tiny", row["method"], int(row["keep"]), published=row["published"] == "True")
+            about = {"source": f"eval/results/{SUMMARY}, {row['questions']} questions", "tokens": row["keep"]}
+            about["value"] = str(100 * float(row["value"]))
+            found[Run("tiny") if row["method"] == ALL_TOKENS else run, "pitome_scenes"] = about
     return found
 
 
-def downloads(table: Table, local: bool) -> list[str]:
-    """What a first run fetches from the hub: weights with their size in float16, and data sets that are not local."""
-    models = [m for m in dict.fromkeys(run.model for run in table.runs) if m in SHAPE_OF]
-    weights = [f"{model} ({weight_bytes(config_of(model)) / 1e9:.1f} GB)" for model in models]
-    data = dict.fromkeys(TASKS[name].data for name in table.tasks)
-    return weights + [name for name in data if name and not local]
+@cache
+def tokens_of_one(run: Run) -> int:
+    """Visual tokens of an image, or of one of its tiles, that reach the LLM; refuses what `attach` refuses."""
+    known = geometry(config_of(run.model))
+    return make_plan(Settings().changed(**run.attached), known).keep if run.attached else known.available
 
 
+def images_of(model: str) -> int:
+    """Times that the tower runs for one image."""
+    return get_shape(SHAPE_OF[model]).images if model in SHAPE_OF else 1
+
+
+@cache
 def config_of(model: str) -> Any:
     """The configuration of a model of the tables, or of one that is here; nothing is fetched."""
-    from pitome_mllm.costs.published import get_shape
-    from pitome_mllm.loading import read_config
-
     return get_shape(SHAPE_OF[model]).config() if model in SHAPE_OF else read_config(model)

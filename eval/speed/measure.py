@@ -22,7 +22,7 @@ from pitome_mllm.methods import UserError, unknown
 from .models import configuration, find_shape, merging, prompt, random_model, slice_like, twin
 from .sheet import Row, Sheet, timing
 
-PLAIN, ORACLE = "plain", "oracle"
+PLAIN, ORACLE, OVER_SLICING = "plain", "oracle", "over slicing"
 VARIANTS = {"published": {"published": True}, "keys": {"metric": "keys"}, "hidden": {"metric": "hidden"}}
 PHASES = {"tower": "tower_ms", "first token": "prefill_ms", "decode": "per_token_ms"}  # field of AnswerCost
 NEW_TOKENS = 8
@@ -168,6 +168,10 @@ def rows(field: list[Contender], batch: int, images: int, repeats: int) -> Itera
                 yield timing(phase, each.name, "eager", batch, ms, base)
             if phase == "tower" and (each.name, "merge") in taken:
                 yield timing("merge", each.name, "eager", batch, taken[each.name, "merge"], ms)
+            if phase == "tower" and each.is_oracle:
+                like = each.name.removeprefix(f"{ORACLE} of ")
+                merged = [cost.tower_ms for cost in taken[like, "answer"]]
+                yield timing(OVER_SLICING, like, "eager", batch, merged, ms)
 
 
 def _tower(model: Any, pixels: torch.Tensor, own: bool) -> Any:
@@ -184,7 +188,7 @@ def show(sheet: Sheet) -> None:
     from rich.table import Table
 
     console, about = Console(highlight=False), sheet.about
-    phases = list(dict.fromkeys(row.phase for row in sheet.rows))
+    phases = [name for name in dict.fromkeys(row.phase for row in sheet.rows) if name != OVER_SLICING]
     for batch in dict.fromkeys(row.batch for row in sheet.rows):
         table = Table(title=f"{about['shape']}, batch {batch}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         table.add_column("")

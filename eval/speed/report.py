@@ -32,7 +32,7 @@ MERGES: dict[Key, float] = {
     **{("merge", "keys", "captured", batch): most for batch, most in zip(LLM_BATCHES, (0.025, 0.065))},
     **{("merge", "hidden states", "captured", batch): most for batch, most in zip(LLM_BATCHES, (0.035, 0.11))},
 }
-OVER_SLICING = 1.13
+OVER_SLICING, EMBEDDED = 1.13, "embedded model"
 TITLES = {
     "5 points": "5 merges to 64 tokens, keys",
     "6 points": "6 merges to 192 tokens, hidden states",
@@ -46,12 +46,13 @@ LIMITS = {
     ("tiny", "pitome, 144", "tower"): 1.0,
     ("LLaVA-1.5-7B, the tower alone", "pitome, 144", "tower"): 0.68,
     **{
-        ("LLaVA-1.5-7B, the tower alone", f"pitome:published, ratio {r}", "slicing"): 1.03
+        ("LLaVA-1.5-7B, the tower alone", f"pitome:published, ratio {r}", "over slicing"): 1.03
         for r in ("0.9", "0.95", "0.975")
     },
     ("LLaVA-1.5-7B, the tower alone", "pitome:keys, 144", "merge"): 0.01,
     ("LLaVA-1.5-7B, the tower alone", "pitome:hidden, 144", "merge"): 0.025,
 }
+SIZES = {"LLaVA-1.5-7B, the tower alone": "CLIP-L's widths", "tiny": "those of the embedded model"}
 
 
 def results(path: Path) -> list[Found]:
@@ -79,15 +80,20 @@ def about(rows: Sequence[Found], command: str) -> str:
     """Where rows come from."""
     row = rows[0]
     return (
-        f"`{command}` on {row['device']}: {row['dtype']}, random weights but for the embedded model, 40 text tokens, "
+        f"`{command}` on {row['device']}: {row['dtype']}, 40 text tokens, "
         f"torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}, {row['date']}."
     )
 
 
+def shown(ms: str | float) -> str:
+    """Milliseconds, with three digits."""
+    return f"{float(ms):.0f}" if float(ms) >= 100 else f"{float(ms):.3g}"
+
+
 def judged(value: float, most: float | None) -> str:
     """A share, and whether a promise is kept."""
-    shown = f"{value:.3g}"
-    return shown if most is None else f"{shown} (<= {most:.3g})" if value <= most else f"**{shown}** (<= {most:.3g})"
+    said = f"{value:.3g}"
+    return said if most is None else f"{said} (<= {most:.3g})" if value <= most else f"**{said}** (<= {most:.3g})"
 
 
 def gpu_table(rows: Iterable[Found]) -> str:
@@ -99,9 +105,9 @@ def gpu_table(rows: Iterable[Found]) -> str:
         line = [f"{phase}, {GRAPHS[mode]}: {TITLES[what]}", str(batch), "", "not measured", "", ""]
         if found := last.get(key):
             ms = float(found["ms"])
-            line[3] = judged(ms, most) if key in MERGES else f"{ms:.3g}"
+            line[3] = judged(ms, most) if key in MERGES else shown(ms)
             if key in SHARES:
-                line[2] = f"{float(last[phase, 'plain', mode, batch]['ms']):.3g}"
+                line[2] = shown(last[phase, "plain", mode, batch]["ms"])
                 line[4] = judged(float(found["share"]), most)
             if slicing := last.get((phase, f"oracle of {what}", mode, batch)):
                 line[5] = judged(ms / float(slicing["ms"]), OVER_SLICING if mode == "captured" else None)
@@ -113,10 +119,13 @@ def memory(last: dict[Key, Found]) -> str:
     """Peaks of memory of a first token, as a sentence."""
     said = []
     for batch in LLM_BATCHES:
-        values = [last.get(("memory", what, mode, batch)) for what, mode in (("plain", "eager"), ("default", "graph"))]
-        shown = [f"{float(row['value']):.0f} MiB" if row and row["value"] else "not measured" for row in values]
-        said.append(f"{shown[0]} plain and {shown[1]} with the default and its graph at batch {batch}")
-    return f"Most memory beside the weights until the first token: {'; '.join(said)}."
+        rows = [last.get(("memory", what, mode, batch)) for what, mode in (("plain", "eager"), ("default", "graph"))]
+        if all(rows):
+            plain, merged = (float(row["value"]) for row in rows)
+            said.append(f"{merged:.0f} MiB in place of {plain:.0f} at batch {batch}")
+    if not said:
+        return "Peaks of memory were not measured."
+    return f"Most memory beside the weights until the first token, with the default and its graphs: {', '.join(said)}."
 
 
 def bits(last: dict[Key, Found]) -> str:
@@ -138,20 +147,22 @@ def cpu_table(rows: Iterable[Found]) -> str:
     for (shape, what), found in cells.items():
         if what.startswith("oracle"):
             continue
-        method, _, amount = what.partition(", ")
-        slicing = cells.get((shape, f"oracle of {method}, {amount}"), {}).get("tower")
-        tower, plain = found["tower"], what == "plain"
-        over = float(tower["ms"]) / float(slicing["ms"]) if slicing else None
+
+        def share(phase: str, found: dict[str, Found] = found, key: tuple[str, str] = (shape, what)) -> str:
+            if phase not in found or key[1] == "plain":
+                return ""
+            return judged(float(found[phase]["share"]), LIMITS.get((*key, phase)))
+
         lines.append([
-            shape,
+            EMBEDDED if shape == "tiny" else shape,
             what,
-            f"{float(tower['ms']):.3g}",
-            "" if plain else judged(float(tower["share"]), LIMITS.get((shape, what, "tower"))),
-            "" if over is None else judged(over, LIMITS.get((shape, what, "slicing"))),
-            judged(float(found["merge"]["share"]), LIMITS.get((shape, what, "merge"))) if "merge" in found else "",
-            f"{float(found['first token']['ms']):.3g}" if "first token" in found else "",
-            *("" if plain or name not in found else f"{float(found[name]['share']):.3g}"
-              for name in ("first token", "decode")),
+            shown(found["tower"]["ms"]),
+            share("tower"),
+            share("over slicing"),
+            share("merge"),
+            shown(found["first token"]["ms"]) if "first token" in found else "",
+            share("first token"),
+            share("decode"),
         ])  # fmt: skip
     return markdown(lines, numbers=2)
 
@@ -165,11 +176,14 @@ def brief(cpu: Sequence[Found], gpu: Sequence[Found]) -> str:
         return f"{before:.1f} to {after:.1f} ms at batch {batch}"
 
     ways = " and from ".join(map(took, LLM_BATCHES)) if found else "(not measured)"
-    tower = {row["shape"]: row for row in cpu if (row["phase"], row["what"]) == ("tower", "pitome, 144")}
-    shares = " and ".join(f"{float(row['share']):.2f} of the plain tower's ({shape})" for shape, row in tower.items())
+    tower = {
+        row["shape"]: float(row["share"]) for row in cpu if (row["phase"], row["what"]) == ("tower", "pitome, 144")
+    }
+    shares = " and ".join(
+        f"{tower[shape]:.2f} of the time at {name}" for shape, name in SIZES.items() if shape in tower
+    )
     return (
         f"On one {gpu[0]['device']} the first token of a LLaVA-1.5-7B (random weights, {gpu[0]['dtype']}, {KEEP} "
-        f"visual tokens in place of 576, `graph=True`) goes from {ways}; on one thread of a processor the "
-        f"vision tower takes with 144 tokens {shares}. Tables, and how they were measured: "
-        "[docs/speed.md](docs/speed.md)."
+        f"visual tokens in place of 576, `graph=True`) goes from {ways}. On one thread of a processor the vision tower "
+        f"takes, with 144 tokens, {shares}. All of it, and how it was measured: [docs/speed.md](docs/speed.md)."
     )

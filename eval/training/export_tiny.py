@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import textwrap
 from pathlib import Path
 
 import torch
@@ -17,63 +16,25 @@ from ..benchmark.questions import CATEGORIES
 from ..benchmark.scenes import TIERS
 from ..benchmark.score import score, table
 from ..benchmark.sets import PER_SCENE, SCENES
-from .tiny_model import build_model, save_release
+from ..documents import markdown
+from .tiny_batch import PHASES
+from .tiny_model import SPECIAL, save_release, word_ids
+from .train_tiny import Trainer
 
 LIMIT_BYTES = 9_000_000
 SAMPLE = 208  # questions on which the tests compare this machine with the recorded accuracy
-CARD = """---
-license: apache-2.0
-pipeline_tag: image-text-to-text
----
-
-# The embedded model
-
-A small LLaVA (CLIP tower with 24 x 24 patches of 8 pixels, MLP projector, LLaMA with four layers; {parameters:.1f} M
-parameters, half precision) that answers one-word questions about drawn scenes: shapes, colours and handwritten digits.
-It exists so that token reduction can be tried, tested and measured anywhere, within seconds and without a download.
-`load("tiny")` takes less than half a second of CPU time (a test bounds it), after the imports of torch and transformers
-themselves, which take longer.
-
-It knows {words} words and nothing of the world. Ask it about pictures of its own kind (`eval/benchmark/scenes.py`),
-with words of its vocabulary. How much a reduction method costs here says how methods compare with each other on this
-task; it does not say what they cost on LLaVA-1.5 or any other large model. No loss looks at the class token, so its
-attention knows little: methods that rank by it (VisionZip, PruMerge, DiffRate, MCTF) have a disadvantage here
-that CLIP would not give them.
-
-## Training
-
-`python -m pitome_mllm_eval.training.train_tiny --out DIR{phases}`, seed 0, on {device}:
-{pictures:,} generated pictures in {steps:,} steps, no picture twice. `training_log.csv` holds the whole course.
-First the tower learns what each patch shows, then questions are asked on 96-pixel windows of the canvas, then on whole
-pictures with all 576 visual tokens. No visual token is ever left out because of what it shows. Auxiliary targets (what
-a patch shows, where a named object is) are used in training only.
-{note}
-Data: handwritten digits of scikit-learn (UCI), photographs and textures of scikit-image (CC0 or public domain) as
-backgrounds; `eval/data/README.md` names each. Digit scans and background regions of validation and test never occur in
-training.
-
-## Accuracy
-
-All visual tokens, whole sets, float32: `python -m pitome_mllm_eval.benchmark.score --split SPLIT`. The intervals are
-95 % bootstraps over pictures; "blind" is the most common answer to the same text in training data. On another machine
-the accuracy on the first {sample} test questions is within 2 points of the one in `accuracy.json`; a test checks it.
-
-{accuracy}
-"""
+CARD = Path(__file__).parent / "card.md"
 
 
 def accuracy_table(results: dict[str, list[dict]]) -> str:
     """Markdown table, one column per split."""
-    names = list(results)
-    lines = ["| | " + " | ".join(f"{n} (questions)" for n in names) + " | blind |", "|---|" + "---|" * (len(names) + 1)]
-    rows = {name: {row["group"]: row for row in results[name]} for name in names}
-    for group in ("all", *CATEGORIES, *TIERS):
-        cells = [
-            f"{r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}] ({r['questions']})"
-            for r in (rows[name][group] for name in names)
-        ]
-        lines.append(f"| {group} | " + " | ".join(cells) + f" | {rows[names[-1]][group]['blind']:.3f} |")
-    return "\n".join(lines)
+    rows = {split: {row["group"]: row for row in found} for split, found in results.items()}
+    lines = [["", *(f"{split} (questions)" for split in rows), "blind"]]
+    for group in (g for g in ("all", *CATEGORIES, *TIERS) if all(g in by_group for by_group in rows.values())):
+        found = [by_group[group] for by_group in rows.values()]
+        cells = (f"{r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}] ({r['questions']})" for r in found)
+        lines.append([group, *cells, f"{found[-1]['blind']:.3f}"])
+    return markdown(lines, len(lines[0]))
 
 
 def measure(folder: Path, limit: int | None) -> tuple[dict[str, list[dict]], float]:
@@ -91,13 +52,11 @@ def measure(folder: Path, limit: int | None) -> tuple[dict[str, list[dict]], flo
     return {split: table(r) for split, r in records.items()}, sum(r.right for r in sample) / len(sample)
 
 
-def export(
-    run: Path, target: Path, phases: str, device: str, note: str = "", limit: int | None = None
-) -> dict[str, list[dict]]:
+def export(run: Path, target: Path, about: str = "", limit: int | None = None) -> dict[str, list[dict]]:
     """Write the release next to `target`, measure it, and move it into place file by file."""
-    state = torch.load(run / "checkpoint.pt", map_location="cpu")
-    model = build_model()
-    model.load_state_dict(state["model"])
+    trainer = Trainer(PHASES)
+    trainer.load(run)
+    model, target = trainer.parts["model"], target.resolve()
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         folder = Path(temporary)
@@ -109,11 +68,10 @@ def export(
         recorded = {"sample": {"split": "test", "questions": SAMPLE, "accuracy": sample}, **results}
         (folder / "accuracy.json").write_text(json.dumps(recorded, indent=1) + "\n")
         shutil.copy(run / "log.csv", folder / "training_log.csv")
-        card = CARD.format(
-            parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=model.config.text_config.vocab_size - 5,
-            phases=f" --phases {phases}" if phases else "", device=device, pictures=state["progress"][1],
-            steps=state["progress"][0], accuracy=accuracy_table(results), sample=SAMPLE,
-            note=f"\n{textwrap.fill(note, 118)}\n" if note else "",
+        card = CARD.read_text().format(
+            parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=len(word_ids()) - len(SPECIAL),
+            about=about, pictures=trainer.log[-1]["pictures"], steps=trainer.step, accuracy=accuracy_table(results),
+            sample=SAMPLE,
         )  # fmt: skip
         (folder / "README.md").write_text(card)
         names = sorted(p.name for p in folder.iterdir())
@@ -130,13 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder with checkpoint.pt and log.csv")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--phases", default="", help="what --phases was in training, for the model card")
-    parser.add_argument("--device", default="2 CPU cores", help="what it was trained on, for the model card")
-    parser.add_argument("--note", default="", help="what else the model card should say about the training run")
+    parser.add_argument("--about", default="seed 0, on 2 CPU cores", help="of the training run, for the model card")
     parser.add_argument("--limit", type=int, help="measure on the first so many questions only")
     args = parser.parse_args(argv)
-    results = export(args.run, args.to, args.phases, args.device, args.note, args.limit)
-    print(accuracy_table(results))
+    print(accuracy_table(export(args.run, args.to, args.about, args.limit)))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pitome_mllm import attach
 from pitome_mllm.methods import UserError
 
 from ..accuracy.runs import load, provenance
@@ -34,7 +34,8 @@ from .tiny_model import EOS, PAD, PREFIX, word_ids
 
 RESULTS = FOLDER / "finetune.csv"
 ADAPTED = r".*(language_model.*_proj|multi_modal_projector\.linear_[12])"
-PICTURES, TURNS, WARMUP = 16, 4, 20
+WARMUP = 20  # steps
+PHASE = Phase("tune", steps=0, pictures=16, rows=4, chat_share=1.0)  # conversations of four questions
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,6 @@ def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels, "labels": labels}
 
 
-def batches(steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Pictures of the training split with a conversation of four questions each."""
-    phase = Phase("tune", steps, PICTURES, rows=TURNS, chat_share=1.0)
-    return (training_batch(seed, 0, phase, step) for step in range(steps))
-
-
 def tune(model: nn.Module, steps: int, rank: int, rate: float, seed: int) -> nn.Module:
     """Put LoRA adapters on ``model``, in place, and train them; merging, where it is attached, takes part."""
     from peft import LoraConfig, get_peft_model
@@ -90,7 +85,8 @@ def tune(model: nn.Module, steps: int, rank: int, rate: float, seed: int) -> nn.
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED)).train()
     optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min((n + 1) / WARMUP, 1 - n / steps))
-    for batch in track(batches(steps, seed), "training", total=steps):
+    for step in track(range(steps), "training"):
+        batch = training_batch(seed, 0, PHASE, step)
         wrapped(**inputs(batch, config.image_token_id, config.image_seq_length)).loss.backward()
         nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimiser.step()
@@ -99,29 +95,24 @@ def tune(model: nn.Module, steps: int, rank: int, rate: float, seed: int) -> nn.
     return wrapped.eval()
 
 
-def right(model: nn.Module, processor: Any, split: str, limit: int | None) -> np.ndarray:
-    return np.array([float(record.right) for record in score(model, processor, split, limit)])
-
-
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Accuracy before and after, and the paired difference."""
-    from pitome_mllm import attach
+
+    def right() -> np.ndarray:
+        return np.array([float(record.right) for record in score(model, processor, args.split, args.limit)])
 
     model, processor = load("tiny")
-    handle = attach(model, args.method, keep=args.keep)
-    before = right(model, processor, args.split, args.limit)
-    start = time.process_time()
+    plan = attach(model, args.method, keep=args.keep).plan
+    before, start = right(), time.process_time()
     wrapped = tune(model, args.steps, args.rank, args.rate, args.seed)
     seconds = round(time.process_time() - start, 1)
-    after = right(model, processor, args.split, args.limit)
+    after = right()
     if args.save:
         wrapped.save_pretrained(args.save)
     bootstrap = Bootstrap(np.array([scene for scene, _ in questions(args.split)][: args.limit]))
-    everything = np.ones(len(before), dtype=bool)
-    plan, settings = handle.plan, (args.steps, args.rank, args.rate, args.seed, seconds)
+    settings = (plan.method, plan.where, plan.keep, args.steps, args.rank, args.rate, args.seed, seconds)
     for what, values in {"before": before, "after": after, "difference": after - before}.items():
-        figures = bootstrap(values, everything)
-        yield Row(plan.method, plan.where, plan.keep, *settings, what, len(values), *figures)
+        yield Row(*settings, what, len(values), *bootstrap(values, np.ones(len(values), dtype=bool)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,9 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=int, default=72)
     parser.add_argument("--method", default="pitome")
-    parser.add_argument(
-        "--steps", type=int, default=300, help=f"each of {PICTURES} pictures, {TURNS} questions on each"
-    )
+    parser.add_argument("--steps", type=int, default=300, help="each of 16 pictures, 4 questions on each")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest")
     parser.add_argument("--seed", type=int, default=0)

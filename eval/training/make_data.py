@@ -18,13 +18,9 @@ def digits() -> dict[str, np.ndarray]:
     """Handwritten digits (N, 8, 8) in 0..16 with their targets and the split each scan belongs to."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    split = np.repeat(np.arange(3, dtype=np.uint8), SCANS)
-    return {
-        "images": data.images.astype(np.uint8),
-        "targets": data.target.astype(np.uint8),
-        "split": np.random.default_rng(0).permutation(split),
-    }
+    data, split = load_digits(), np.repeat(np.arange(3, dtype=np.uint8), SCANS)
+    split = np.random.default_rng(0).permutation(split)
+    return {"images": data.images.astype(np.uint8), "targets": data.target.astype(np.uint8), "split": split}
 
 
 def photos(height: int = 176) -> dict[str, np.ndarray]:
@@ -33,19 +29,13 @@ def photos(height: int = 176) -> dict[str, np.ndarray]:
 
     out = {}
     for name in PHOTOS:
-        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
-        width = round(picture.width * height / picture.height)
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
-        cut = round(width * TRAIN_SHARE)
+        image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        width = round(image.width * height / image.height)
+        pixels, cut = np.asarray(image.resize((width, height), Image.Resampling.BOX)), round(width * TRAIN_SHARE)
         out[f"train_{name}"], out[f"eval_{name}"] = pixels[:, :cut], pixels[:, cut:]
     return out
 
 
-def main() -> None:
-    """Write both archives."""
+if __name__ == "__main__":
     np.savez_compressed(DATA / "digits.npz", **digits())
     np.savez_compressed(DATA / "photos.npz", **photos())
-
-
-if __name__ == "__main__":
-    main()

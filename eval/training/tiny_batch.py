@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..benchmark.questions import CATEGORIES, Question, make_questions, words
+from ..benchmark.questions import Question, make_questions, words
 from ..benchmark.scenes import CANVAS, COLOURS, GRID, KINDS, PATCH, TIERS, Object, Scene, make_scene
 from .tiny_model import EOS, PAD, word_ids
 
 IGNORE = -100
 TURN_LENGTH = 14  # longest turn: "user:", 9 words of question, "assistant:", answer, end; rounded up
-ROW_LABELS = ("labels", "category", "column", "row", "across", "down")
+ROW_LABELS = ("labels", "column", "row", "across", "down")
 _IDS = word_ids()
 _KIND = {kind: i + 1 for i, kind in enumerate(KINDS)}
 _COLOUR = {colour: i + 1 for i, colour in enumerate(COLOURS)}
@@ -35,6 +35,13 @@ class Phase:
     warmup: int = 30
     auxiliary: float = 0.3
     chat_share: float = 0.2
+
+
+PHASES = (
+    Phase("see", steps=700, pictures=24, rows=0, side=96, ask=False, warmup=60, auxiliary=1.0, chat_share=0.0),
+    Phase("ask-small", steps=960, pictures=24, rows=16, side=96, warmup=60),
+    Phase("ask-full", steps=2000, pictures=12, rows=20, rate=(0.7, 0.01)),
+)
 
 
 def patch_ids(window: tuple[int, int, int]) -> np.ndarray:
@@ -68,17 +75,11 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         area = high[:, None] * wide
         mine = area > most
         most[mine], kind[mine], colour[mine] = area[mine], _KIND[o.kind], _COLOUR[o.colour]
-        middle = edges + PATCH / 2
-        offset[mine] = np.stack(np.broadcast_arrays(x + o.size / 2 - middle, (y + o.size / 2 - middle)[:, None]), -1)[
-            mine
-        ]
+        middle = o.size / 2 - edges - PATCH / 2
+        offset[mine] = np.stack(np.broadcast_arrays(x + middle, (y + middle)[:, None]), -1)[mine] / PATCH
         centre[cell(o)[1] - row, cell(o)[0] - column] = 1
-    return {
-        "kind": kind.reshape(-1),
-        "colour": colour.reshape(-1),
-        "centre": centre.reshape(-1),
-        "offset": offset.reshape(-1, 2) / PATCH,
-    }
+    found = {"kind": kind, "colour": colour, "centre": centre}
+    return {name: labels.reshape(-1) for name, labels in found.items()} | {"offset": offset.reshape(-1, 2)}
 
 
 def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
     -------
     dict
         ``tokens`` (length,); ``labels``: the next token where it is an answer or the end after it, else `IGNORE`;
-        ``category`` where an answer is predicted; ``column``, ``row`` of the object that a word mentions;
+        ``column``, ``row`` of the object that a word mentions;
         ``across``, ``down`` at the second of two mentions: on which side of it the first lies.
     """
     row = {name: np.full(length, IGNORE, np.int64) for name in ROW_LABELS}
@@ -104,7 +105,6 @@ def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
                 row[name][len(tokens) + word] = side(first, second, axis)
         tokens += [_IDS[word] for word in words(question.text)] + [_IDS["assistant:"]]
         row["labels"][len(tokens) - 1] = _IDS[question.answer]
-        row["category"][len(tokens) - 1] = CATEGORIES.index(question.category)
         tokens.append(_IDS[question.answer])
         row["labels"][len(tokens) - 1] = EOS
     row["tokens"] = np.array(tokens + [PAD] * (length - len(tokens)), np.int64)

@@ -2,7 +2,7 @@
 
 Three phases: the tower alone on dense labels of windows of the canvas, then questions on windows, then questions on
 whole pictures with all 576 tokens and a falling learning rate. Batch i of a phase depends on (seed, phase, i) alone and
-the state is saved whole, so an interrupted run continues as if nothing had happened.
+the state is saved whole, log included, so an interrupted run continues as if nothing had happened. Needs torch 2.9.
 """
 
 import argparse
@@ -14,100 +14,154 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from ..benchmark.questions import CATEGORIES
-from .tiny_batch import Phase, encode_scene, row_length, stack
-from .tiny_trainer import PHASES, Trainer, accuracies
+from ..benchmark.sets import scene_questions
+from .tiny_batch import PHASES, Phase, encode_scene, row_length, stack, training_batch
+from .tiny_forward import Heads, losses
+from .tiny_model import build_model, vision_tower
 
 COLUMNS = "time split phase step pictures loss answer patch mention comparison rate accuracy".split()
+MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 
 
-def validation_batches(count: int, pictures: int = 8) -> list[dict[str, torch.Tensor]]:
+def validation_batches(count: int, pictures: int = 8) -> list[dict[str, Tensor]]:
     """About `count` questions on whole validation pictures, the first ones of the benchmark's validation set."""
-    from ..benchmark.sets import scene_questions
-
-    batches, per_picture = [], 16
-    for first in range(0, count // per_picture, pictures):
-        items = []
-        for number in range(first, first + pictures):
-            picture, asked = scene_questions(number, "validation")
-            rows = [[q] for q in (asked * per_picture)[:per_picture]]
-            items.append(encode_scene(picture, rows, row_length(1)))
-        batches.append(stack(items))
-    return batches
+    items, per_picture = [], 16
+    for number in range(count // per_picture):
+        picture, asked = scene_questions(number, "validation")
+        rows = [[q] for q in (asked * per_picture)[:per_picture]]
+        items.append(encode_scene(picture, rows, row_length(1)))
+    return [stack(items[first : first + pictures]) for first in range(0, len(items), pictures)]
 
 
-def save(state: dict, path: Path) -> None:
-    """Write a checkpoint so that a crash leaves the old one or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+class Trainer:
+    """Model, auxiliary heads and optimisers, advanced one step at a time.
 
+    Parameters
+    ----------
+    phases : tuple of Phase
+        What to train on, in order.
+    seed : int, default 0
+        Of the initial weights and of every picture.
+    device : str, default "cpu"
+        Where to train.
+    """
 
-class Log:
-    """The training log, one CSV row per stretch of training or evaluation, continued after `step`."""
+    def __init__(self, phases: tuple[Phase, ...], seed: int = 0, device: str = "cpu"):
+        self.phases, self.seed, self.device = phases, seed, torch.device(device)
+        model = build_model(seed)
+        heads = Heads(model.config.vision_config.hidden_size)
+        self.parts = nn.ModuleDict({"model": model, "heads": heads}).to(self.device)
+        tower = vision_tower(model)  # whose last block has nothing to learn: features are read before it
+        for unused in (tower.encoder.layers[-1], tower.post_layernorm):
+            unused.requires_grad_(False)
+        named = [(name, p) for name, p in self.parts.named_parameters() if p.requires_grad]
+        table = re.compile("embed|lm_head|^heads")  # embeddings and output layers, which Muon is not meant for
+        matrices = [p for name, p in named if p.dim() == 2 and not table.search(name)]
+        rest = [p for name, p in named if p.dim() != 2 or table.search(name)]
+        groups = [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.02},
+            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        muon = torch.optim.Muon(matrices, MUON_RATE, 0.05, adjust_lr_fn="match_rms_adamw")
+        self.optimisers = {muon: MUON_RATE, torch.optim.AdamW(groups, ADAM_RATE, betas=(0.9, 0.98)): ADAM_RATE}
+        self.step, self.seconds, self.log = 0, 0.0, []
 
-    def __init__(self, path: Path, step: int = 0):
-        self.path, self.fields = path, (*COLUMNS, *CATEGORIES)
-        kept = []
-        if step:  # what an interrupted run logged after its last checkpoint is done again
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        part = path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.fields)
+    def locate(self, step: int) -> tuple[int, int]:
+        """Phase index of a step, and its number within the phase."""
+        for index, phase in enumerate(self.phases):
+            if step < phase.steps:
+                return index, step
+            step -= phase.steps
+        return len(self.phases), 0
+
+    def advance(self) -> dict[str, float]:
+        """Learn from the next batch; returns what the log keeps."""
+        index, number = self.locate(self.step)
+        phase = self.phases[index]
+        batch, start = training_batch(self.seed, index, phase, number), time.perf_counter()
+        share = number / phase.steps
+        rate = min(1, (number + 1) / phase.warmup) * (phase.rate[0] * (1 - share) + phase.rate[1] * share)
+        self.parts.train()
+        out = self._losses(batch, phase.ask)
+        loss = phase.auxiliary * out["patch"]
+        if phase.ask:
+            loss = loss + out["answer"] + phase.auxiliary * (out["mention"] + out["comparison"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
+        for optimiser, base in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = base * rate
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step, self.seconds = self.step + 1, self.seconds + time.perf_counter() - start
+        return {"loss": loss.item(), "rate": rate, **{name: value.item() for name, value in out.items()}}
+
+    def _losses(self, batch: dict[str, Tensor], ask: bool) -> dict[str, Tensor]:
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            return losses(self.parts["model"], self.parts["heads"], batch, ask)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Accuracy on whole pictures that were not trained on."""
+        self.parts.eval()
+        return {"accuracy": sum(self._losses(batch, True)["accuracy"].item() for batch in batches) / len(batches)}
+
+    def note(self, split: str, phase: str, values: dict[str, float]) -> None:
+        """Put a row into the log."""
+        ends = [sum(p.steps for p in self.phases[:n]) for n in range(len(self.phases))]
+        done = zip(self.phases, ends, strict=True)
+        pictures = sum(p.pictures * min(max(self.step - before, 0), p.steps) for p, before in done)
+        about = {"time": f"{self.seconds:.0f}", "split": split, "phase": phase, "step": self.step, "pictures": pictures}
+        self.log.append(about | {name: f"{value:.4g}" for name, value in values.items()})
+
+    def save(self, out: Path) -> None:
+        """Write checkpoint.pt and log.csv so that a crash leaves the old ones or the new ones."""
+        state = {"parts": self.parts.state_dict(), "progress": (self.step, self.seconds, self.log)}
+        state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+        torch.save(state, out / "checkpoint.part")
+        with (out / "log.part").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(kept)
-        os.replace(part, path)
+            writer.writerows(self.log)
+        for part, whole in (("checkpoint.part", "checkpoint.pt"), ("log.part", "log.csv")):
+            os.replace(out / part, out / whole)
 
-    def write(self, trainer: Trainer, split: str, phase: str, values: dict) -> None:
-        """Append a row."""
-        row = {"time": f"{trainer.seconds:.0f}", "split": split, "phase": phase, "step": trainer.step}
-        row |= {"pictures": trainer.pictures}
-        row |= {k: f"{v:.4g}" for k, v in values.items() if k in self.fields}
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerow(row)
+    def load(self, out: Path) -> None:
+        """Continue from what `save` wrote."""
+        state = torch.load(out / "checkpoint.pt", map_location=self.device)
+        self.parts.load_state_dict(state["parts"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        self.step, self.seconds, self.log = state["progress"]
 
 
-def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
-    """Train to the end, logging, evaluating and saving on the way."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def run(trainer: Trainer, out: Path, every: int, questions: int) -> None:
+    """Train to the end; log, evaluate and save every so many steps and at the end of each phase."""
+    from rich.progress import track
 
-    log, checkpoint = Log(out / "log.csv", trainer.step), out / "checkpoint.pt"
-    held_out = validation_batches(args.validation)
-    saved = evaluated = time.monotonic()
-    sums, hits = {}, torch.zeros(2, len(CATEGORIES))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("training", total=trainer.total, completed=trainer.step)
-        while trainer.step < trainer.total:
-            result = trainer.advance(trainer.batch(trainer.step))
-            phase, last = result.pop("phase"), trainer.step == trainer.total
-            phase_ends = not last and trainer.locate(trainer.step)[1] == 0
-            hits += result.pop("hits")
-            sums = {name: sums.get(name, 0) + value for name, value in (result | {"steps": 1}).items()}
-            progress.update(task, completed=trainer.step, description=f"{phase} loss {result['loss']:.3f}")
-            if trainer.step % args.log_every == 0 or phase_ends or last:
-                count = sums.pop("steps")
-                means = {name: value / count for name, value in sums.items()}
-                log.write(trainer, "train", phase, means | (accuracies(hits) if hits[1].sum() else {}))
-                sums, hits = {}, torch.zeros_like(hits)
-            if last or (phase != "see" and time.monotonic() - evaluated > args.evaluate_seconds):
-                log.write(trainer, "validation", phase, trainer.evaluate(held_out))
-                evaluated = time.monotonic()
-            if last or phase_ends or time.monotonic() - saved > args.save_seconds:
-                # last, since a resumed run logs nothing of this step again
-                save(trainer.state(), checkpoint)
-                saved = time.monotonic()
+    held_out, total = validation_batches(questions), sum(phase.steps for phase in trainer.phases)
+    results: list[dict[str, float]] = []
+    for step in track(range(trainer.step, total), "training", total=total, completed=trainer.step):
+        phase = trainer.phases[trainer.locate(step)[0]]
+        results.append(trainer.advance())
+        if trainer.step % every == 0 or trainer.locate(trainer.step)[1] == 0:
+            means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+            trainer.note("train", phase.name, means)
+            if phase.ask:
+                trainer.note("validation", phase.name, trainer.evaluate(held_out))
+            trainer.save(out)
+            results.clear()
 
 
 def _phases(overrides: list[str]) -> tuple[Phase, ...]:
     """`PHASES` with step counts replaced as "name=steps" says."""
-    if bad := [item for item in overrides if not re.fullmatch(r"[a-z-]+=\d+", item)]:
-        raise SystemExit(f"got --phases {' '.join(bad)}; give NAME=STEPS, such as ask-full=500")
+    names = [phase.name for phase in PHASES]
+    if bad := [item for item in overrides if not re.fullmatch(rf"({'|'.join(names)})=\d+", item)]:
+        raise SystemExit(f"got --phases {' '.join(bad)}; give NAME=STEPS, such as ask-full=500, of {', '.join(names)}")
     wanted = dict(item.split("=") for item in overrides)
-    if unknown := set(wanted) - {phase.name for phase in PHASES}:
-        raise SystemExit(f"unknown phase {sorted(unknown)}; choices: {', '.join(p.name for p in PHASES)}")
     return tuple(replace(phase, steps=int(wanted.get(phase.name, phase.steps))) for phase in PHASES)
 
 
@@ -121,22 +175,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=512, help="validation questions per evaluation")
-    parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
-    parser.add_argument("--save-seconds", type=float, default=180)
-    parser.add_argument("--evaluate-seconds", type=float, default=300)
+    parser.add_argument("--every", type=int, default=50, metavar="STEPS", help="log, evaluate and save so often")
     args = parser.parse_args(argv)
     phases = _phases(args.phases)
+    there = (args.out / "checkpoint.pt").exists()
+    if there != args.resume:
+        what = "exists; add --resume to continue it" if there else "does not exist: there is nothing to resume"
+        parser.error(f"{args.out / 'checkpoint.pt'} {what}, or choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out / "checkpoint.pt"
-    if args.resume and not checkpoint.exists():
-        parser.error(f"{checkpoint} does not exist: there is nothing to resume")
-    if checkpoint.exists() and not args.resume:
-        parser.error(f"{checkpoint} exists; add --resume to continue it, or choose another --out")
     torch.set_num_threads(args.threads)
     trainer = Trainer(phases, args.seed, args.device)
     if args.resume:
-        trainer.load(torch.load(checkpoint, map_location=args.device))
-    run(trainer, args.out, args)
+        trainer.load(args.out)
+    run(trainer, args.out, args.every, args.validation)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,9 @@ TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache a
 
 @dataclass(frozen=True)
 class Run(AnswerCost):
-    """One answer with its cost: FLOPs and KV cache when the last of `TIMED_TOKENS` new tokens is out.
+    """One answer, "plain" or "merged", with its cost when the last of `TIMED_TOKENS` new tokens is out.
 
     The cache then holds the prompt and every new token but that last one, which no later token looks at.
-
-    Attributes
-    ----------
-    mode : str
-        "plain" or "merged".
-    answer : str
-        The answer's text.
     """
 
     mode: str = "merged"
@@ -50,19 +43,7 @@ TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
 def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
-    """The runs with their times, medians of ``repeats`` in turns.
-
-    Parameters
-    ----------
-    runs : list of Run
-        To be completed.
-    model : object
-        Attached.
-    inputs : object
-        Of one image and prompt.
-    handle : object
-        Of the attached model.
-    """
+    """The runs with their times, medians of ``repeats`` in turns."""
     from ..costs.latency import in_turns, measure
 
     def once(mode: str) -> AnswerCost:
@@ -90,6 +71,25 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     return replace(run, kv_cache_mb=cost.kv_bytes / 1e6, gflops=cost.flops / 1e9)
 
 
+def what_decides(model: Any, settings: dict[str, Any], share: float) -> str:
+    """Where the FLOPs are that merging can save, and what ``settings``, keeping that share, save in LLaVA-1.5-7B."""
+    from ..costs.flops import estimate
+    from ..costs.published import get_shape
+
+    def parts(shape: Any, chosen: dict[str, Any]) -> tuple[int, int]:
+        cost = estimate(shape, **chosen, new_tokens=TIMED_TOKENS)
+        return cost.tower_flops + cost.merging_flops, cost.flops
+
+    large = get_shape("llava-1.5-7b").config()
+    chosen = settings if settings.get("ratio") else {**settings, "keep": share}
+    (tower, whole), (large_tower, large_whole), (_, merged) = parts(model, {}), parts(large, {}), parts(large, chosen)
+    return (
+        f"The tower has {tower / whole:.0%} of the plain run's FLOPs, the LLM the rest; in LLaVA-1.5-7B the tower has "
+        f"{large_tower / large_whole:.0%}, and this setting comes to {merged / large_whole:.2f} of all FLOPs there "
+        f"(calculated). What is saved grows with the LLM."
+    )
+
+
 def in_mode(handle: Any, mode: str) -> AbstractContextManager[Any]:
     """The attached model as it is (mode "merged"), or without merging (mode "plain")."""
     return handle.using(None) if mode == "plain" else nullcontext()
@@ -105,8 +105,8 @@ def describe_device(model: Any) -> str:
     return f"{name}{threads}, {str(model.dtype).removeprefix('torch.')}"
 
 
-def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> None:
-    """Plain and merged side by side, with merged as a share of plain."""
+def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int, decides: str) -> None:
+    """Plain and merged side by side, with merged as a share of plain, and what ``decides`` about it."""
     plain, merged = runs
     console = Console()
     table = Table(title=f"{about['model']}, {about['method']}", title_justify="left")
@@ -125,11 +125,8 @@ def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int) -> No
         f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}.",
         style="dim",
     )
-    if plain.gflops is None:
-        console.print(
-            "FLOPs are unknown where pictures are cut into tiles, and for LLMs of which accounting.py has no row.",
-            style="dim",
-        )
+    unknown = "FLOPs are unknown where pictures are cut into tiles, and for LLMs of which costs/flops.py has no row."
+    console.print(unknown if plain.gflops is None else decides, style="dim")
 
 
 def _number(value: float | None) -> str:

@@ -28,7 +28,7 @@ def _port(text: str) -> int:
 
 
 def bound(host: str, port: int | None) -> socket.socket:
-    """A socket at the port that is given, else at the first free one of `PORTS`; nobody else can have it then."""
+    """A socket at the port that is given, else at the first free one of `PORTS`."""
     ports: Iterable[int] = PORTS if port is None else [port]
     for number in ports:
         try:

@@ -10,7 +10,17 @@ from ..errors import UserError
 from ..serving.prompts import what_it_answers
 from ._inputs import Subject, encode, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model
-from ._report import TIMED_TOKENS, Run, add_costs, add_times, describe_device, in_mode, print_comparison, print_json
+from ._report import (
+    TIMED_TOKENS,
+    Run,
+    add_costs,
+    add_times,
+    describe_device,
+    in_mode,
+    print_comparison,
+    print_json,
+    what_decides,
+)
 from .groups import check_picture_file, drawing, write_picture
 
 NEW_TOKENS = 64  # longest answer where neither the command line nor the model sets a limit
@@ -124,4 +134,7 @@ def _conclude(options: argparse.Namespace, model: Any, subject: Subject, handle:
     if subject.truth is not None:
         sys.stdout.write(f"true answer: {subject.truth}\n")
     if options.compare:
-        print_comparison(about, runs, options.repeats)
+        settings = {"method": options.method, **merging(options)}
+        known = runs[0].gflops is not None
+        share = handle.plan.keep / handle.plan.available
+        print_comparison(about, runs, options.repeats, what_decides(model, settings, share) if known else "")

@@ -41,7 +41,7 @@ def register(commands: Any) -> None:
         help="FLOPs, KV cache and batch size of published models",
         description="What published models cost with merged tokens, calculated from their sizes without weights.",
     )
-    parser.add_argument("shape", nargs="*", metavar="SHAPE", help="such as llava-1.5-7b (default: all there are)")
+    parser.add_argument("shape", nargs="*", metavar="SHAPE", help="such as llava-1.5-7b (default: all but towers)")
     parser.add_argument("--method", default="pitome", metavar="M", help="see `pitome-mllm methods` (%(default)s)")
     add_published(parser)
     parser.add_argument("--ratio", nargs="+", type=float, default=RATIOS, metavar="R", help="shares that blocks keep")
@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
 
     check_method(options.method)
     asked = {name: getattr(options, name) for name in ("method", "published", "text_tokens", "new_tokens", "bits")}
-    shapes = {name: get_shape(name) for name in options.shape or SHAPES}
+    whole = [name for name, shape in SHAPES.items() if shape.text]
+    shapes = {name: get_shape(name) for name in options.shape or whole}
     sections = {}
     with progress("Calculating", total=len(shapes)) as advance:
         for name, shape in shapes.items():

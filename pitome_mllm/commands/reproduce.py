@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ._companion import companion
+from ._options import keep
 
-NAMES = ("pitome-paper", "pruning-literature", "embedded")
+NAMES = ("pitome-paper", "pruning-literature", "llava-next", "shares", "embedded")
 WIDE = 160  # columns
 
 
@@ -29,8 +30,13 @@ def register(commands: Any) -> None:
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of every task")
     parser.add_argument("--model", metavar="M", help="another model than the table's: 'tiny', a folder, a hub name")
     parser.add_argument("--method", nargs="+", metavar="M", help="only these methods of the table")
-    parser.add_argument("--keep", nargs="+", type=int, metavar="K", help="only these numbers of tokens of the table")
+    parser.add_argument("--keep", nargs="+", type=keep, metavar="K", help="only these numbers of tokens of the table")
     parser.add_argument("--task", nargs="+", metavar="T", help="only these tasks of the table")
+    parser.add_argument(
+        "--group-a",
+        action="store_true",
+        help="also the accuracy on what plain downsampling to as many tokens gets wrong",
+    )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="local data instead of the hub's data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="%(default)s")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="%(default)s")
@@ -60,10 +66,11 @@ def _rate(text: str) -> float:
 
 def run(options: argparse.Namespace) -> None:
     """Plan or run the table; exit code 1 where it could not be run to its end."""
-    tables = companion("eval", "lmms.tables")
-    table = tables.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
+    tables, plans = companion("eval", "lmms.tables"), companion("eval", "lmms.plans")
+    table = plans.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
+    table = plans.with_controls(table) if options.group_a else table
     if options.plan:
-        _show_plan(options, table, tables)
+        _show_plan(options, table, tables.TASKS, plans)
         return
     reproduce = companion("eval", "lmms.reproduce")
     asked = reproduce.Options(
@@ -75,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     )
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
-        rows = list(reproduce.compare(options.table, table, found))
+        rows = list(reproduce.compare(options.table, table, found, options.group_a))
     except (reproduce.EvaluationError, OSError) as error:
         if options.debug:
             raise
@@ -85,33 +92,34 @@ def run(options: argparse.Namespace) -> None:
         _show(options, table, rows)
 
 
-def _show_plan(options: argparse.Namespace, table: Any, tables: Any) -> None:
-    tflops = options.tflops or tables.SUSTAINED
-    estimated = tables.plan(table, options.limit, tflops)
-    fetched = tables.downloads(table, options.data is not None)
+def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) -> None:
+    tflops = options.tflops or plans.SUSTAINED
+    estimated = plans.plan(table, options.limit, tflops)
+    fetched = plans.downloads(table, options.data is not None)
     hours = sum(one.hours for one in estimated)
     if options.json:
         runs = [
-            {"run": str(one.run), "questions": one.documents, "gflops": one.gflops, "hours": one.hours}
+            {"run": str(one.run), "tokens": one.run.tokens, "questions": one.documents}
+            | {"gflops": one.gflops, "hours": one.hours}
             for one in estimated
         ]
-        about = [name for name in table.tasks if not tables.TASKS[name].counted]
+        about = [name for name in table.tasks if not known[name].counted]
         said = {"runs": runs, "downloads": fetched, "hours": hours, "sizes_about_right": about}
         sys.stdout.write(json.dumps(said) + "\n")
         return
     console = _console()
     console.print(f"{options.table}: {table.about}", markup=False)
-    view = Table("run", "questions", "GFLOPs per question", "GPU hours", box=None, pad_edge=False)
+    view = Table("run", "tokens", "questions", "GFLOPs per question", "GPU hours", box=None, pad_edge=False)
     for one in estimated:
-        view.add_row(str(one.run), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
+        view.add_row(str(one.run), str(one.run.tokens), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
     console.print(view)
-    tasks = {name: tables.TASKS[name] for name in table.tasks}
+    tasks = {name: known[name] for name in table.tasks}
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
     console.print(f"questions per task: {', '.join(sizes)}")
     console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
     console.print(
-        f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s and {1000 * tables.BESIDE:.0f} ms beside them, "
-        f"prompts of {tables.TEXT_TOKENS} text tokens and answers of {tables.NEW_TOKENS}; GPUs differ"
+        f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s and {1000 * plans.BESIDE:.0f} ms beside them, "
+        f"prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ"
     )
 
 
@@ -119,7 +127,8 @@ def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
     if options.json:
         sys.stdout.write(json.dumps([_plain(row) for row in rows]) + "\n")
         return
-    columns = ("run", "task", "questions", "ours", "95 % interval", "published", "difference", "95 % interval")
+    columns = ("run", "tokens", "task", "questions", "ours", "95 % interval", "published", "tokens", "difference")
+    columns += ("95 % interval",)
     view = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         view.add_row(*_cells(row))
@@ -140,7 +149,8 @@ def _console() -> Console:
 
 def _cells(row: Any) -> list[str]:
     ours, theirs = ("-" if value is None else f"{value:.1f}" for value in (row.ours, row.published))
-    cells = [str(row.run), row.task, str(row.questions or "-"), ours, _span(row.low, row.high), theirs]
+    cells = [str(row.run), str(row.tokens), row.task, str(row.questions or "-"), ours, _span(row.low, row.high)]
+    cells += [theirs, str(row.published_tokens or "-")]
     if row.difference is None:
         return [*cells, "-", "-"]
     change, low, high = row.difference
@@ -158,6 +168,8 @@ def _plain(row: Any) -> dict[str, Any]:
         "model": row.run.model,
         "method": row.run.method,
         "amount": row.run.amount,
-        **{name: getattr(row, name) for name in ("task", "questions", "ours", "low", "high", "published", "source")},
+        "as_published": row.run.published,
+        **{name: getattr(row, name) for name in ("task", "questions", "tokens", "ours", "low", "high")},
+        **{name: getattr(row, name) for name in ("published", "published_tokens", "source")},
         **dict(zip(("difference", "difference_low", "difference_high"), change, strict=True)),
     }

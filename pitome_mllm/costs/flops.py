@@ -151,7 +151,7 @@ def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **
     config = getattr(model_or_config, "config", model_or_config)
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
     shape = geometry(config)
-    if text is None:  # whatever the place of the method's preset
+    if text is None:  # whatever the method's own place
         settings["where"] = settings.get("where") or "tower"
     plan = method if isinstance(method, Plan) else make_plan(Settings().changed(method=method, **settings), shape)
     if text is None and plan.where != "tower":

@@ -6,7 +6,8 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -62,8 +63,8 @@ class Capture:
                 call(*self._inputs)  # libraries set themselves up for this stream
                 self._graph, self.made = _captured(call, self._inputs, pool, turn.stream)
 
-    def replay(self, inputs: Sequence[Tensor], read: Callable[[Any], Made]) -> Made | None:
-        """``read`` of what ``call`` makes of ``inputs``, on the current stream; the next replay writes over it.
+    def replay(self, inputs: Sequence[Tensor], read: Callable[[], Made]) -> Made | None:
+        """What ``read`` makes of ``made``, made of ``inputs`` on the current stream; the next replay writes over it.
 
         None once the memory was given back.
         """
@@ -76,7 +77,7 @@ class Capture:
             if self._inputs:
                 torch._foreach_copy_(self._inputs, list(inputs))
             self._graph.replay()
-            made = read(self.made)
+            made = read()
             turn.last.record(stream)
         return made
 
@@ -149,54 +150,67 @@ class Copies:
 
     def __init__(self, made: Any) -> None:
         found: dict[int, Tensor] = {}
-        _collect(made, found)
+        self._remake = _remaker(made, found) or (lambda fresh: made)
         kinds: dict[tuple, list[Tensor]] = {}  # alike, so that one kernel copies many
         for tensor in found.values():
             kinds.setdefault((tensor.dtype, tensor.device, tensor.is_contiguous()), []).append(tensor)
-        self._kinds = list(kinds.values())
+        self._kinds = [(tensors, list(map(id, tensors))) for tensors in kinds.values()]
 
-    def __call__(self, made: Any) -> Any:
+    def __call__(self) -> Any:
         fresh: dict[int, Tensor] = {}
-        for tensors in self._kinds:
-            copies = [torch.empty_like(tensor) for tensor in tensors]
+        for tensors, names in self._kinds:
+            copies = list(map(torch.empty_like, tensors))
             torch._foreach_copy_(copies, tensors)
-            fresh.update(zip(map(id, tensors), copies))
-        return _rebuilt(made, fresh)
+            fresh.update(zip(names, copies))
+        return self._remake(fresh)
 
 
-def _collect(value: Any, found: dict[int, Tensor]) -> None:
-    """Every tensor in ``value``, by its id."""
+_Remake = Callable[[dict[int, Tensor]], Any]
+
+
+def _remaker(value: Any, found: dict[int, Tensor]) -> _Remake | None:
+    """What makes ``value`` of fresh tensors, given by the ids of its own, which are noted in ``found``; None if it has
+    none.
+    """
     if isinstance(value, Tensor):
         found[id(value)] = value
-    elif isinstance(value, (Merge, Stats)):
-        _collect({name: each for name, each in vars(value).items() if not _is_recipe(each)}, found)
-    elif isinstance(value, dict):
-        for each in value.values():
-            _collect(each, found)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            _collect(each, found)
-    elif not isinstance(value, _ATOMS):
-        raise TypeError(f"it makes a {type(value).__name__}, which cannot be copied")
-
-
-def _rebuilt(value: Any, fresh: dict[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return fresh[id(value)]
+        return itemgetter(id(value))
+    if isinstance(value, _ATOMS):
+        return None
     if isinstance(value, (Merge, Stats)):
-        new = object.__new__(type(value))
-        parts = vars(value).items()
-        vars(new).update({name: _gone if _is_recipe(each) else _rebuilt(each, fresh) for name, each in parts})
-        return new
+        parts = {name: _gone if _is_recipe(each) else each for name, each in vars(value).items()}
+        varied = _remakers({name: each for name, each in parts.items() if each is not _gone}, found)
+
+        def made(fresh: dict[int, Tensor]) -> Any:
+            new = object.__new__(type(value))
+            vars(new).update(parts, **{name: make(fresh) for name, make in varied})
+            return new
+
+        return made
     if isinstance(value, dict):  # transformers' outputs too
-        new = copy.copy(value)
-        for name, each in value.items():
-            new[name] = _rebuilt(each, fresh)
-        return new
+        return partial(_remade_dict, value, _remakers(value, found))
     if isinstance(value, (list, tuple)):
-        parts = [_rebuilt(each, fresh) for each in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        return partial(_remade_sequence, value, _remakers(dict(enumerate(value)), found))
+    raise TypeError(f"it makes a {type(value).__name__}, which cannot be copied")
+
+
+def _remakers(parts: dict[Any, Any], found: dict[int, Tensor]) -> list[tuple[Any, _Remake]]:
+    makers = ((name, _remaker(each, found)) for name, each in parts.items())
+    return [(name, make) for name, make in makers if make is not None]
+
+
+def _remade_dict(value: dict, varied: list[tuple[Any, _Remake]], fresh: dict[int, Tensor]) -> Any:
+    new = copy.copy(value)
+    for name, make in varied:
+        new[name] = make(fresh)
+    return new
+
+
+def _remade_sequence(value: Any, varied: list[tuple[Any, _Remake]], fresh: dict[int, Tensor]) -> Any:
+    parts = list(value)
+    for place, make in varied:
+        parts[place] = make(fresh)
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def _is_recipe(value: Any) -> bool:

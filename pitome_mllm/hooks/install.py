@@ -125,13 +125,22 @@ def _hook_tower(handle: Attached) -> None:
     kind = llava_package if handle.family.original else tower
     for index, layer in enumerate(_layers(handle.tower)):
         block = layer._pitome = tower.Block(index, _tower_spec(layer), tower.Inbox())
-        for projection, catch in zip(_projections(layer, block.spec), tower.CATCHING):
+        for projection in _projections(layer, block.spec):
             projection._pitome = block.inbox
-            projection.register_forward_hook(catch)
         _swap_class(layer, kind.merging_class(type(layer)))
+    listen(handle, handle.plan)
     if not handle.family.original:
         handle.tower.register_forward_pre_hook(Hook(tower.start_run), with_kwargs=True)
         handle.tower.register_forward_hook(Hook(tower.finish_run), with_kwargs=True)
+
+
+def listen(handle: Attached, plan: Plan) -> None:
+    """Have the projections that were there at attach tell what ``plan`` asks for; a hook takes time in every call."""
+    wanted = tower.CATCHING[: 1 + ("attention" in plan.match_inputs)] if plan.match_inputs else ()
+    for layer in _layers(handle.tower) if wanted and handle.family.merges_in_tower else ():
+        for projection, catch in zip(_projections(layer, layer._pitome.spec), wanted):
+            if "_pitome" in vars(projection) and catch not in projection._forward_hooks.values():
+                projection.register_forward_hook(catch)
 
 
 def _check_forward(layer: nn.Module, plan: Plan) -> None:

@@ -59,6 +59,8 @@ def shift_to_median(image: Tensor, median: Sequence[Tensor]) -> Tensor:
     median : sequence of Tensor
         Per image (K,) the median patch of every visual token, counted within its image.
     """
+    if isinstance(median, Tensor):
+        return at_placeholders(image, (median - torch.arange(median.shape[1], device=median.device)).unbind())
     return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in median])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pitome_mllm_eval.benchmark.sets import scene
-from pitome_mllm_eval.lmms.circular import ROTATED
+from pitome_mllm_eval.lmms.reproduce import ROTATED
 
 Rows = Iterator[dict[str, Any]]
 BINARY = ("existence", "location", "relation")

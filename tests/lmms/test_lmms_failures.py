@@ -10,9 +10,9 @@ import pytest
 from evaluating import COLOUR, COUNT, answers, evaluate, run
 
 from pitome_mllm.methods.tome import ToMe
-from pitome_mllm_eval.lmms.asked import EvaluationError
+from pitome_mllm_eval.lmms.results import EvaluationError
 
-MODEL_ARGS = "pretrained=tiny,method=tome,keep=36"
+MODEL_ARGS = "pretrained=tiny,method=tome,keep=36,published=True"
 # A method that breaks at the fifth picture: merging it takes 6 blocks.
 BREAKING = """
 import sys

@@ -8,8 +8,8 @@ from lmms_eval.models import get_model
 from pitome_mllm import attach, estimate, load
 from pitome_mllm_eval.benchmark import sets
 from pitome_mllm_eval.lmms import scene_tasks
-from pitome_mllm_eval.lmms.asked import EvaluationError
 from pitome_mllm_eval.lmms.model import PitomeLlava, PitomeLlavaChat
+from pitome_mllm_eval.lmms.results import EvaluationError
 
 SETTINGS = {"method": "tome", "keep": 72}
 GREEDY = {"max_new_tokens": 4, "temperature": 0}
@@ -126,7 +126,7 @@ def test_placeholders_in_the_text_say_where_pictures_stand(make):
     (inline,) = lm.generate_until([request(0, "<image>\n<image>\nhow many digits are there?", GREEDY)])
     (before,) = lm.generate_until([request(0, "how many digits are there?", GREEDY)])
     assert inline == before
-    with pytest.raises(EvaluationError, match="task own, document 0: .* 1 placeholders .* for 2 pictures"):
+    with pytest.raises(EvaluationError, match="task own, document 0: .* 1 placeholders .* for 2 images"):
         list(lm.generate_until([request(0, "<image> how many?", GREEDY)]))
 
 
@@ -184,7 +184,7 @@ def test_the_cost_stands_in_the_results(make):
     (about,) = results["config"]["batch_sizes"]
     cost = about["cost"]
     assert cost["questions_asked"] == 5 and cost["visual_tokens"] == 72
-    assert (about["method"], about["settings"]["where"], about["asked"]["keep"]) == ("tome", "tower", 72)
+    assert (about["method"], about["settings"]["where"], about["asked"]["keep"]) == ("tome", "both", 72)
     assert set(about["versions"]) >= {"lmms_eval", "torch", "transformers", "pitome_mllm"}
     assert 0 < cost["tower_ms"] < cost["prefill_ms"] and cost["decode_ms"] > 0 and "peak_memory_mb" not in cost
     assert cost["tokens_per_second"] == pytest.approx(cost["total_new_tokens"] / cost["seconds"])

@@ -21,12 +21,12 @@ from lmms_eval.tasks import __file__ as packaged
 from lmms_eval.tasks.mmbench import en_utils
 from PIL import Image
 
-from pitome_mllm.methods.tome import ToMe
 from pitome_mllm_eval.lmms import reproduce
-from pitome_mllm_eval.lmms.circular import note_hits
-from pitome_mllm_eval.lmms.intervals import interval
 from pitome_mllm_eval.lmms.model import PitomeLlava
-from pitome_mllm_eval.lmms.tables import TABLES, TASKS, narrowed
+from pitome_mllm_eval.lmms.plans import narrowed
+from pitome_mllm_eval.lmms.reproduce import note_hits
+from pitome_mllm_eval.lmms.results import interval
+from pitome_mllm_eval.lmms.tables import TABLES, TASKS
 
 SHORT = "\nAnswer the question using a single word or phrase."
 PACKAGED = packaged.removesuffix("__init__.py")
@@ -73,7 +73,7 @@ def tasks(data, tmp_path_factory):
 @pytest.mark.parametrize("name", REAL)
 def test_real_prompts_and_metrics_run_over_local_data(name, tasks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # TextVQA writes its submission here
-    lm = PitomeLlava("tiny", method="tome", keep=72, batch_size=2)
+    lm = PitomeLlava("tiny", method="tome", keep=72, published=True, batch_size=2)
     found = evaluate(lm, [f"local_{name}"], include=tasks, limit=4, batch_size=2)
     samples = found["samples"][f"local_{name}"]
     _, _, metrics, ending = REAL[name]
@@ -82,7 +82,7 @@ def test_real_prompts_and_metrics_run_over_local_data(name, tasks, tmp_path, mon
     rows = list(local_tasks.MAKERS[name](4))[:4]
     for one, row in zip(samples, rows, strict=True):
         pictures = [] if row["image"] is None else [picture(row["image"])]
-        said = by_hand(pictures, one["arguments"][0], new_tokens=16, method="tome", keep=72)
+        said = by_hand(pictures, one["arguments"][0], new_tokens=16, method="tome", keep=72, published=True)
         assert one["filtered_resps"][0] == said
     assert set(answers(found).values()) != {""}
 
@@ -101,9 +101,13 @@ EMBEDDED = ("--table", "embedded", "--limit", 2, "--method", "tome", "--keep", 7
 def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypatch):
     code, out, err = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
     assert code == 0, err
-    rows = {(row["method"], row["task"]): row for row in json.loads(out)}
+    rows = {(row["method"], row["task"]): row for row in json.loads(out) if row["as_published"] or not row["amount"]}
     row = rows["tome", "pitome_scenes"]
-    assert row["questions"] == 14 and row["low"] <= row["ours"] <= row["high"]
+    assert (
+        row["questions"] == 14
+        and row["tokens"] == row["published_tokens"] == 72
+        and row["low"] <= row["ours"] <= row["high"]
+    )
     assert row["difference"] == pytest.approx(row["ours"] - row["published"]) and "accuracy.csv" in row["source"]
     share = 100 * row["ours"] / rows["none", "pitome_scenes"]["ours"]
     shared = rows["tome", "relative"]
@@ -116,7 +120,27 @@ def test_the_embedded_table_runs_and_is_not_run_again(capsys, tmp_path, monkeypa
     monkeypatch.setattr(PitomeLlava, "_generate", None)  # asking would fail
     again = run(capsys, *EMBEDDED, "--out", tmp_path, "--json")
     assert (again[0], again[1]) == (0, out) and err.count("is there already") == 0
-    assert again[2].count("is there already") == 2
+    assert again[2].count("is there already") == 3
+
+
+def test_group_a_is_read_from_the_logs_of_three_runs(capsys, tmp_path):
+    """With the control of the same count, which the table has not itself."""
+    code, out, err = run(capsys, *EMBEDDED, "--limit", 6, "--out", tmp_path, "--group-a", "--json")
+    assert code == 0, err
+    found = {(row["run"], row["task"]): row for row in json.loads(out)}
+    right = {}
+    for file in tmp_path.rglob("*_samples_*.jsonl"):
+        name = file.relative_to(tmp_path / "embedded").parts[0].rsplit("-", 1)[0]
+        for line in file.read_text().splitlines():
+            right.setdefault(name, {})[file.name.split("_samples_")[1], json.loads(line)["doc_id"]] = json.loads(line)
+    plain, coarse, ours = (
+        {key for key, row in right[name].items() if row["exact_match"]}
+        for name in ("tiny-none", "tiny-downsample-published-keep=72", "tiny-tome-published-keep=72")
+    )
+    row = found["tiny tome, published keep=72", "pitome_scenes, group A"]
+    assert row["questions"] == len(plain - coarse) > 0 and row["published"] is None
+    assert row["ours"] == pytest.approx(100 * len((plain - coarse) & ours) / len(plain - coarse))
+    assert found["tiny downsample, published keep=72", "pitome_scenes, group A"]["ours"] == 0
 
 
 def test_a_run_that_was_killed_while_it_wrote_its_results_goes_on(capsys, tmp_path, monkeypatch):
@@ -169,7 +193,7 @@ def test_a_killed_run_goes_on_without_asking_again(capsys, tmp_path):
     out, first, second = tmp_path / "out", tmp_path / "first", tmp_path / "second"
     command = [sys.executable, "-c", NOTING, first, *SMALL, "--out", out]
     with subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        while lines(first) < 21 + 5 and running.poll() is None:  # the plain run is done, the second one is not
+        while lines(first) < 21 + 5 and running.poll() is None:  # the plain run is done, the others are not
             time.sleep(0.02)
         running.kill()
     assert running.returncode == -signal.SIGKILL
@@ -180,7 +204,7 @@ def test_a_killed_run_goes_on_without_asking_again(capsys, tmp_path):
     assert 21 + 4 <= stored <= lines(first) < 42, "at most the question that was being asked is lost"
     done = evaluating.run("-c", NOTING, second, *SMALL, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert lines(second) == 42 - stored and done.stderr.count("is there already") == 1
+    assert lines(second) == 63 - stored and done.stderr.count("is there already") == 1
     code, whole, _ = command_line(capsys, *SMALL, "--out", tmp_path / "whole")
     assert code == 0 and json.loads(done.stdout) == json.loads(whole)
 
@@ -192,9 +216,9 @@ def test_two_processes_reproduce_what_one_does(capsys, tmp_path):
     assert done.returncode == 0, done.stderr
     code, alone, _ = command_line(capsys, *SMALL, "--out", tmp_path)
     assert code == 0 and json.loads(done.stdout) == json.loads(alone)
-    assert done.stderr.count("[1/2] tiny none") == 1, "only the first process speaks"
+    assert done.stderr.count("[1/3] tiny none") == 1, "only the first process speaks"
     abouts = [json.loads(path.read_text())["config"]["batch_sizes"][0] for path in tmp_path.rglob("*_results.json")]
-    assert sorted(about["processes"] for about in abouts) == [1, 1, 2, 2], "runs of their own"
+    assert sorted(about["processes"] for about in abouts) == [1, 1, 1, 2, 2, 2], "runs of their own"
     assert {about["cost"]["questions_asked"] for about in abouts} == {21}
 
 
@@ -207,15 +231,15 @@ def test_every_process_loads_the_model_onto_its_own_device():
 
 
 def test_a_question_that_fails_is_code_1_and_goes_on_where_it_was(capsys, tmp_path, monkeypatch):
-    plain, seen = ToMe.match, []
+    plain, seen = PitomeLlava._generate, []
 
-    def match(self, metric, *args, **kwargs):
-        seen.extend([1] if metric.any() else [])
-        if len(seen) == 2 * 6 + 1:
+    def answer(self, asked):
+        seen.extend([1] if self.settings else [])
+        if len(seen) == 3:
             raise ArithmeticError("no more")
-        return plain(self, metric, *args, **kwargs)
+        return plain(self, asked)
 
-    monkeypatch.setattr(ToMe, "match", match)
+    monkeypatch.setattr(PitomeLlava, "_generate", answer)
     options = (*EMBEDDED, "--out", tmp_path, "--batch-size", 1)
     code, out, err = run(capsys, *options)
     assert (code, out) == (1, "")
@@ -224,8 +248,8 @@ def test_a_question_that_fails_is_code_1_and_goes_on_where_it_was(capsys, tmp_pa
     seen.clear()
     seen.extend([1] * 100)
     code, out, _ = run(capsys, *options, "--json")
-    assert code == 0 and len(seen) - 100 == (14 - 2) * 6, "two questions had their answers already"
-    file = next(path for path in tmp_path.rglob("*_results.json") if "tome" in str(path))
+    assert code == 0 and len(seen) - 100 == 2 * 14 - 2, "two questions had their answers already"
+    file = next(path for path in tmp_path.rglob("*_results.json") if "tome-keep" in str(path))
     (about,) = json.loads(file.read_text())["config"]["batch_sizes"]
     assert about["cost"]["questions_asked"] == 12
 
@@ -237,7 +261,7 @@ def test_a_table_with_changed_settings_runs_over_local_data(data, tmp_path, caps
     said = []
     found = reproduce.reproduce("pruning-literature", table, options, said.append)
     rows = list(reproduce.compare("pruning-literature", table, found))
-    assert said == ["[1/2] tiny none", "[2/2] tiny tome keep=64"]
+    assert said == ["[1/2] tiny none", "[2/2] tiny tome, published keep=64"]
     assert [row.task for row in rows] == names * 2, "nothing is kept of MMBench, which the embedded model gets wrong"
     for row in rows[:8]:
         assert row.questions > 0 and row.low is not None

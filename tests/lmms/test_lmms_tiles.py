@@ -7,8 +7,8 @@ import pytest
 from evaluating import request
 from models import tokenizer
 
-from pitome_mllm_eval.lmms.asked import EvaluationError
 from pitome_mllm_eval.lmms.model import PitomeLlava
+from pitome_mllm_eval.lmms.results import EvaluationError
 
 GREEDY = {"max_new_tokens": 3, "temperature": 0}
 TEXTS = ("how many are there", "what colour is the star", "what is there in this picture and that one")

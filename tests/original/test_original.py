@@ -36,7 +36,7 @@ def test_the_package_has_the_signatures_that_are_relied_on():
 def test_all_tokens_kept_changes_no_bit(tower, layout, where):
     plain, model = build(tower, layout), build(tower, layout)
     given = inputs(plain, [0, 1], ROWS)
-    with attach(model, "pitome", keep=1.0, where=where) as handle:
+    with attach(model, "pitome", published=True, keep=1.0, where=where) as handle:
         assert torch.equal(model(**given).logits, plain(**given).logits)
         assert handle.stats.tokens_after == PATCHES
 
@@ -49,7 +49,7 @@ def test_a_quarter_of_the_tokens_reaches_the_llm(tower, layout, where, llm):
     given = inputs(plain, [1, 3], ROWS)
     text = given["attention_mask"].sum(1) - 1
     full = (torch.tensor(lengths(plain, given)) - text).tolist()
-    handle = attach(model, "pitome", keep=0.25, where=where)
+    handle = attach(model, "pitome", published=True, keep=0.25, where=where)
     seen = (torch.tensor(lengths(model, given)) - text).tolist()
     assert tuple(seen) == handle.stats.lengths
     if layout == "square":
@@ -83,7 +83,7 @@ def test_the_tower_merges_as_written_out_by_hand(tower):
     """The blocks of the plain tower one by one, with keys, sizes and proportional attention in plain sight."""
     plain, model = build(tower), build(tower)
     given = inputs(plain, [0, 1], ROWS)
-    handle = attach(model, "pitome", keep=36)
+    handle = attach(model, "pitome", published=True, keep=36)
     counts, reducer = handle.plan.counts, get_method("pitome")
     clip = plain.get_vision_tower().vision_tower.vision_model
     x = clip.pre_layrnorm(clip.embeddings(given["images"]))
@@ -109,7 +109,7 @@ def test_a_batch_gives_what_its_rows_give_alone(tower, layout, where):
     model = build(tower, layout)
     rows = [[1, IMAGE, 4, IMAGE, 5, 6], [1, IMAGE, 9, 10]]
     whole = inputs(model, [1, 0, 3], rows)
-    with attach(model, "pitome", keep=36, where=where) as handle:
+    with attach(model, "pitome", published=True, keep=36, where=where) as handle:
         together = model(**whole).logits
         groups = handle.stats.groups
         for row, (numbers, ids) in enumerate(zip(([1, 0], [3]), rows)):
@@ -126,7 +126,7 @@ def test_packed_tokens_are_merged_overview_and_rest(tower):
     given = inputs(plain, [1], [[IMAGE, 5]])
     arguments = (given["input_ids"], None, None, None, None, given["images"], given["image_sizes"])
     full = plain.prepare_inputs_labels_for_multimodal(*arguments)[4][0, :-1]
-    attach(model, "tome", keep=72, where="packed")
+    attach(model, "tome", published=True, keep=72, where="packed")
     seen = model.prepare_inputs_labels_for_multimodal(*arguments)[4][0, :-1]
     rest = full[PATCHES:]
     rest = rest[~(rest == plain.model.image_newline).all(-1)]
@@ -148,7 +148,7 @@ def test_removing_leaves_no_trace(tower, layout):
     with handle.using(None):
         assert torch.equal(model(**given).logits, plain(**given).logits)
         assert handle.stats is None
-    handle.update(keep=18, method="tome")
+    handle.update(keep=18, method="tome", published=True)
     model(**given)
     assert handle.stats.tokens_after == 18
     with pytest.raises(ValueError, match="already carries tome"):
@@ -165,7 +165,7 @@ def test_removing_leaves_no_trace(tower, layout):
 def test_a_copy_and_another_thread_have_their_own(tower):
     model = build(tower, "anyres")
     given = inputs(model, [1], [[1, IMAGE, 5]])
-    attach(model, "pitome", keep=36)
+    attach(model, "pitome", published=True, keep=36)
     twin, seen = copy.deepcopy(model), {}
 
     def run(name, one):
@@ -191,7 +191,7 @@ def test_gradients_flow_through_the_merge(tower):
         .masked_fill(given["input_ids"] == IMAGE, -100)
     )
     for where in ("tower", "packed"):
-        with attach(model, "pitome", keep=36, where=where):
+        with attach(model, "pitome", published=True, keep=36, where=where):
             model.zero_grad()
             loss = model(**given, labels=labels).loss
             loss.backward()
@@ -206,7 +206,7 @@ def test_turns_continue_the_cache(tower, layout, where):
     model = build(tower, layout)
     first = inputs(model, [1], [[1, IMAGE, 5, 6]])
     both = inputs(model, [1], [[1, IMAGE, 5, 6, 7, 8, 9]])
-    attach(model, "pitome", keep=36, where=where)
+    attach(model, "pitome", published=True, keep=36, where=where)
     begun = model(**first, use_cache=True)
     more = model(input_ids=torch.tensor([[7, 8, 9]]), past_key_values=begun.past_key_values, use_cache=True)
     torch.testing.assert_close(more.logits, model(**both).logits[:, -3:], atol=1e-4, rtol=1e-4)
@@ -251,7 +251,7 @@ def test_what_it_cannot_take_is_refused(tower, settings, said):
     model = build(tower)
     with pytest.raises(ValueError, match=said):
         attach(model, keep=36, **{"method": "pitome", **settings})
-    attach(model, "pitome", keep=36)  # and nothing was left on it
+    attach(model, "pitome", published=True, keep=36)  # and nothing was left on it
 
 
 def test_a_tower_that_is_not_loaded_is_refused(tower):
@@ -286,7 +286,7 @@ def test_a_checkpoint_loads_merges_and_answers(checkpoint):
     settings = {"max_new_tokens": 4, "do_sample": False}
     answer = model.generate(**asked, **settings)
     assert torch.equal(answer, saved.generate(**asked, **settings))
-    with attach(model, "pitome", keep=36) as handle:
+    with attach(model, "pitome", published=True, keep=36) as handle:
         merged = model.generate(**asked, **settings)
         assert handle.stats.tokens_after == 36 and merged.shape == answer.shape
     assert isinstance(processor.batch_decode(answer)[0], str)

@@ -21,10 +21,11 @@ import openai
 import pytest
 
 from pitome_mllm import attach, load
+from pitome_mllm.schedule import target_count
 from pitome_mllm.serving import app
 from pitome_mllm_eval.benchmark.sets import scene
 
-KEEP = 36
+KEEP = 6
 
 
 def free_port():
@@ -103,7 +104,6 @@ QUESTIONS = [(number, question.text) for number in (0, 3, 16) for question in sc
 
 def test_answers_are_those_of_the_merged_model(server, local, tmp_path):
     """Of the questions some are answered otherwise by the plain model: the server must give the merged answers."""
-    model, processor = load("tiny")
     differ = 0
     for number, question in QUESTIONS:
         expected, prompt = local(number, question)
@@ -140,7 +140,7 @@ def test_several_turns(server, tmp_path):
 
 def test_a_request_may_keep_fewer_tokens_and_no_more(server, local, tmp_path):
     number, question = QUESTIONS[0]
-    for keep, after in ((None, KEEP), (12, 12), (0.03, 17)):
+    for keep, after in ((None, KEEP), (3, 3), (0.005, target_count(0.005, 576))):
         reply = server.client.chat.completions.create(
             model="tiny", messages=messages(number, question, tmp_path), extra_body={"keep": keep}
         )
@@ -163,6 +163,13 @@ def test_stop_strings_end_the_answer(server, local, tmp_path):
         chunks = server.client.chat.completions.create(**asked, stream=True)
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert reply.choices[0].message.content == streamed == expected and reply.choices[0].finish_reason == "stop"
+
+
+def test_an_answer_that_ends_at_the_limit_was_not_cut_off(server, tmp_path):
+    for limit, reason in ((1, "length"), (2, "stop")):  # a word, and the end
+        asked = messages(0, "is there a star?", tmp_path)
+        reply = server.client.chat.completions.create(model="tiny", messages=asked, max_tokens=limit, temperature=0)
+        assert reply.choices[0].finish_reason == reason and reply.usage.completion_tokens == limit
 
 
 def test_sampling_repeats_with_its_seed(server):
@@ -222,6 +229,7 @@ def test_no_bad_request_harms_the_next(server):
     good = {"model": "tiny", "messages": [{"role": "user", "content": "is there a star?"}], "max_tokens": 2}
     junk = [None, True, -1, 0, 1e308, "", "hot", "\ud800", [], [[]], {}, {"a": {}}, [None] * 3, 2**70, "a" * 9000]
     fields = [*good, *"keep stop n seed top_p temperature max_completion_tokens stream_options logprobs tools".split()]
+    assert ask(server.connection, good)[0] == 200
     link = server.connection.sock
     for number in range(500):
         body = copy.deepcopy(good)

@@ -1,0 +1,130 @@
+"""A table narrowed to what is asked for, and what its runs take. Needs no lmms-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from pitome_mllm import estimate
+from pitome_mllm.costs.memory import weight_bytes
+from pitome_mllm.methods import UserError
+
+from .tables import PLAIN, SHAPE_OF, TASKS, Run, Table, config_of, images_of, tokens_of_one
+
+# For estimates: tokens of a question with its instruction, and of an answer.
+TEXT_TOKENS, NEW_TOKENS = 60, 4
+# Rate and time per question beside it with which VQAv2 takes LLaVA-1.5-7B the hours that the PiToMe paper reports:
+# 9 h 05 min with all tokens, 5 h 44 min at ratio 0.9. By FLOPs alone merging would save more than it did there.
+SUSTAINED = 129.0  # TFLOP/s
+BESIDE = 0.083  # seconds
+GRIDS = ("pool", "downsample")
+
+
+def narrowed(
+    table: Table,
+    model: str | None = None,
+    methods: list[str] | None = None,
+    keeps: list[int | float] | None = None,
+    tasks: list[str] | None = None,
+) -> Table:
+    """The table with another model, or only with some methods, numbers of tokens and tasks; the plain model stays."""
+    known = [run for run in table.runs if run.method != PLAIN]
+    _check("task", tasks, table.tasks)
+    _check("method", methods, [PLAIN, *dict.fromkeys(run.method for run in known)])
+    _check("keep", keeps, sorted({run.keep for run in known if run.keep is not None}))
+    runs = [run if model is None else replace(run, model=model) for run in table.runs]
+    if methods is not None:
+        runs = [run for run in runs if run.method in (PLAIN, *methods)]
+    if keeps is not None:
+        runs = [run for run in runs if run.method == PLAIN or run.keep in keeps]
+    if all(run.method == PLAIN for run in runs) and methods != [PLAIN]:
+        raise UserError("no run of the table has one of these methods and one of these numbers of tokens; see --plan")
+    runs = [control(run, run.method) if run.method in GRIDS else run for run in runs]  # not every share
+    return replace(table, tasks=tuple(tasks or table.tasks), runs=tuple(dict.fromkeys(runs)))
+
+
+def _check(what: str, asked: list[Any] | None, known: Collection[Any]) -> None:
+    unknown = [str(one) for one in asked or () if one not in known]
+    if unknown:
+        choices = f"choose from {', '.join(map(str, known))}" if known else f"it has no {what} at all"
+        raise UserError(f"no {what} {', '.join(unknown)} in this table; {choices}")
+
+
+def check_limit(table: Table, limit: int | None) -> None:
+    """Refuse a number of questions of which a task cannot be scored."""
+    for name in table.tasks:
+        together = TASKS[name].together
+        if limit is not None and limit % together:
+            raise UserError(
+                f"limit={limit} is not possible: {name} scores {together} questions together; give a multiple of "
+                f"{together}"
+            )
+
+
+def with_controls(table: Table) -> Table:
+    """The table with plain downsampling to as many tokens as each run keeps."""
+    return replace(table, runs=tuple(dict.fromkeys((*table.runs, *(control(run) for run in table.runs)))))
+
+
+def control(run: Run, method: str = "downsample") -> Run:
+    """A method that divides the grid, at as many tokens of an image or tile as a run keeps, or the nearest it can.
+
+    As published or under the library's defaults, as the run itself.
+    """
+    if run.method == PLAIN:
+        return run
+    tokens = tokens_of_one(replace(run, method="uniform") if run.method in GRIDS else run)
+    for keep in sorted(range(1, 2 * tokens), key=lambda n: abs(n - tokens)):
+        found = Run(run.model, method, keep, published=run.published)
+        with suppress(UserError):
+            tokens_of_one(found)
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """What a run takes: questions, 10^9 FLOPs for each of them, and hours of one GPU."""
+
+    run: Run
+    documents: int
+    gflops: float
+    hours: float
+
+
+def plan(table: Table, limit: int | None, tflops: float) -> list[Estimated]:
+    """What every run of a table takes.
+
+    Parameters
+    ----------
+    table : Table
+    limit : int or None
+        Questions per task; None = all.
+    tflops : float
+        10^12 FLOPs per second that the machine sustains.
+    """
+    check_limit(table, limit)
+    sizes = [TASKS[name].documents for name in table.tasks]
+    documents = sum(size if limit is None else min(size, limit) for size in sizes)
+    found = []
+    for run in table.runs:
+        flops = _flops(run)
+        found.append(Estimated(run, documents, flops / 1e9, documents * (BESIDE + flops / (tflops * 1e12)) / 3600))
+    return found
+
+
+@cache
+def _flops(run: Run) -> int:
+    about = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, "images": images_of(run.model)}
+    return estimate(config_of(run.model), **run.attached, **about).flops
+
+
+def downloads(table: Table, local: bool) -> list[str]:
+    """What a first run fetches from the hub: weights with their size in float16, and data sets that are not local."""
+    models = [m for m in dict.fromkeys(run.model for run in table.runs) if m in SHAPE_OF]
+    weights = [f"{model} ({weight_bytes(config_of(model)) / 1e9:.1f} GB)" for model in models]
+    data = dict.fromkeys(TASKS[name].data for name in table.tasks)
+    return weights + [name for name in data if name and not local]
