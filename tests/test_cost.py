@@ -35,9 +35,9 @@ def test_the_page_is_what_the_command_prints(run):
 def test_shapes_have_their_published_sizes(name):
     config = get_shape(name).config()
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
-    patches = {"vit-mae-h": 256}.get(name, 576)
+    patches = {224: 196, 336: 576}[vision.image_size] if name != "vit-mae-h" else 256
     assert (vision.image_size // vision.patch_size) ** 2 == patches
-    assert (text is None) == (name in ("clip-l-336", "vit-mae-h"))
+    assert (text is None) == (not name.startswith("llava"))
     published = {"clip-l-336": 381.9, "vit-mae-h": 334.6}  # 2 * 12 * N * C^2 and so on, worked out by hand
     if name in published:
         assert estimate(config).flops / 1e9 == pytest.approx(published[name], rel=1e-3)
@@ -97,6 +97,15 @@ def test_rows_are_the_estimate_s(run):
 def test_the_paper_s_ratio_stands_in_the_notes():
     found = Costs(SHAPES["llava-1.5-13b"], "pitome").section([], [])
     assert len(found.rows) == 1 and "are at ratio 0.925, which saves 77.0%" in found.notes[-1]
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.paper_cost])
+def test_the_paper_s_table_of_imagenet_is_counted(name):
+    cost, costs = SHAPES[name].paper_cost, Costs(SHAPES[name], "pitome", published=True)
+    counts = cost.counts(geometry(costs.config).patches, geometry(costs.config).blocks)
+    assert costs.plain.flops / 2e9 == pytest.approx(cost.plain, rel=0.02)
+    assert costs.row(counts=counts).gflops / 2 == pytest.approx(cost.merged, rel=0.02)
+    assert f"says {cost.plain:g} and {cost.merged:g} GFLOPs" in costs.section([], []).notes[-1]
 
 
 def test_modules_are_built_once_and_merges_counted_once(monkeypatch, run):
