@@ -35,8 +35,8 @@ def number(gpu: Sequence[Row]) -> str:
             f"{shown(before)}** (batch {LARGE}, {keep} of {PATCHES} visual tokens, random weights)"
         )
     return (
-        "Run LLaVA-like models with a fraction of their visual tokens, by merging similar ones inside the vision tower, "
-        f"without training and without changing the model's code: {measured}."
+        "Run LLaVA-like models with a fraction of their visual tokens, by merging similar ones inside the vision "
+        f"tower, without training and without changing the model's code: {measured}."
     )
 
 
@@ -68,7 +68,7 @@ def measured_on(accuracy: Sequence[Row], gpu: Sequence[Row]) -> str:
     device = f"one {gpu[0]['device']}, {gpu[0]['dtype']}" if gpu else "a GPU"
     return (
         f"*Right answers*: {asked}, about drawn scenes; `{CONTROL}` is the control, a smaller picture with as many "
-        f"tokens. *First token*: a LLaVA-1.5-7B with random weights, {device}, `graph=True`."
+        f"tokens, which costs less still. *First token*: a LLaVA-1.5-7B with random weights, {device}, `graph=True`."
     )
 
 

@@ -31,7 +31,7 @@ def texts() -> dict[str, dict[str, str]]:
         "README.md": {"number": front.number(gpu), "results": front.table(found, gpu, cpu)},
         "docs/accuracy.md": {
             "accuracy": if_measured(accuracy_of_all),
-            "spectra": if_measured(lambda: spectra.sentence(*spectra.stored())),
+            "spectra": if_measured(spectra_of_all),
         },
         "docs/search.md": {"accuracy": if_measured(lambda: tables.ablation(search.results()))},
         "docs/speed.md": {name: if_measured(made) for name, made in speed.TEXTS.items()},
@@ -61,6 +61,11 @@ def if_measured(made: Callable[[], str]) -> str:
         return made()
     except UserError as error:
         return f"*{error}*"
+
+
+def spectra_of_all() -> str:
+    """Its part on spectra, with the plot that `plots` draws."""
+    return f"{spectra.sentence(*spectra.stored())}\n\n![Loss of accuracy over spectral distance](spectra.png)"
 
 
 def plots(docs: Path) -> None:
