@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-from pitome_mllm.methods import UserError
 
 from . import front
 from .accuracy import curves, search, spectra, tables
 from .accuracy.figures import gate_table
-from .documents import marks, put_in, read
+from .documents import NotMeasured, marks, put_in, read
 from .provenance import RESULTS
 from .speed import report as speed
 from .speed.sheet import CPU_RESULTS, GPU_RESULTS
 
 COMMAND = "make report"
-POINTS = "Each setting is a point of [docs/spectra.png](docs/spectra.png)."
 GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in per cent or points:"
 
 
 def texts() -> dict[str, dict[str, str]]:
     """What stands between the marks of each name, by document."""
-    found, gpu, cpu = (
-        rows_of(made)
-        for made in (curves.summary, lambda: speed.results(GPU_RESULTS), lambda: speed.results(CPU_RESULTS))
-    )
+    gpu, cpu = (rows_of(partial(speed.results, path)) for path in (GPU_RESULTS, CPU_RESULTS))
     return {
-        "README.md": {"number": front.number(gpu), "results": front.table(found, gpu, cpu)},
-        "docs/accuracy.md": {
-            "accuracy": if_measured(accuracy_of_all),
-            "spectra": if_measured(spectra_of_all),
-        },
+        "README.md": {"number": front.number(gpu), "results": front.table(rows_of(curves.summary), gpu, cpu)},
+        "docs/accuracy.md": {"accuracy": if_measured(accuracy_of_all), "spectra": if_measured(spectra_of_all)},
         "docs/search.md": {"accuracy": if_measured(lambda: tables.ablation(search.results()))},
         "docs/speed.md": {name: if_measured(made) for name, made in speed.TEXTS.items()},
         "docs/training.md": {"finetune": if_measured(finetuned)},
@@ -43,7 +35,7 @@ def rows_of(made: Callable[[], list[dict[str, str]]]) -> list[dict[str, str]]:
     """What was measured, if anything was."""
     try:
         return made()
-    except UserError:
+    except NotMeasured:
         return []
 
 
@@ -59,7 +51,7 @@ def if_measured(made: Callable[[], str]) -> str:
     """A text, or how to measure what it needs."""
     try:
         return made()
-    except UserError as error:
+    except NotMeasured as error:
         return f"*{error}*"
 
 

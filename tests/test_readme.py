@@ -35,7 +35,7 @@ def test_the_first_page_is_short():
 
 @pytest.mark.parametrize("page", NAMED)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", TEXTS[page]):
+    for target in re.findall(r"(?:\]\(|src=\")(?!https?:)([^)\s\"]+)[)\"]", TEXTS[page]):
         name, _, part = target.partition("#")
         linked = (page.parent / name).resolve() if name else page
         assert linked.exists(), target
