@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -39,20 +38,25 @@ def run(command: str, folder: Path, environment: dict[str, str]) -> None:
     print(f"  {time.monotonic() - began:.0f} s", flush=True)
 
 
+def answers(address: str) -> bool:
+    """Whether something does there."""
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
 def serve(command: str, address: str, folder: Path, environment: dict[str, str]) -> None:
     """A server: it answers at its address, and an interrupt ends it."""
+    assert not answers(address), f"something else answers at {address}; end it first"
     process = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment)
     try:
-        for _ in range(120):
+        ends = time.monotonic() + 120
+        while not answers(address):
+            assert process.poll() is None, f"{command} ended with {process.returncode}"
+            assert time.monotonic() < ends, f"nothing answers at {address}"
             time.sleep(1)
-            try:
-                with urllib.request.urlopen(address, timeout=5) as answer:
-                    assert answer.status == 200
-                break
-            except OSError:
-                assert process.poll() is None, f"{command} ended with {process.returncode}"
-        else:
-            raise AssertionError(f"nothing answers at {address}")
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -67,7 +71,7 @@ def main() -> None:
         venv.create(Path(name) / "fresh", with_pip=True)
         there = Path(name) / "fresh" / "bin"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment |= {"PATH": f"{there}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        environment |= {"PATH": f"{there}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "PIP_QUIET": "1"}
         text = (folder / "README.md").read_text()
         for block in blocks(text, "bash"):
             for line in filter(None, block.splitlines()):
@@ -79,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
