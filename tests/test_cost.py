@@ -15,6 +15,7 @@ from pitome_mllm.commands._cost_tables import Costs
 from pitome_mllm.costs import flops, memory
 from pitome_mllm.costs.memory import largest_batch
 from pitome_mllm.costs.published import SHAPES, get_shape
+from pitome_mllm.families.geometry import geometry
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cost.md"
 
@@ -35,7 +36,7 @@ def test_the_page_is_what_the_command_prints(run):
 def test_shapes_have_their_published_sizes(name):
     config = get_shape(name).config()
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
-    patches = {224: 196, 336: 576}[vision.image_size] if name != "vit-mae-h" else 256
+    patches = {224: 196, 336: 576, 384: 576}[vision.image_size] if name != "vit-mae-h" else 256
     assert (vision.image_size // vision.patch_size) ** 2 == patches
     assert (text is None) == (not name.startswith("llava"))
     published = {"clip-l-336": 381.9, "vit-mae-h": 334.6}  # 2 * 12 * N * C^2 and so on, worked out by hand

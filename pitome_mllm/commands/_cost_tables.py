@@ -97,6 +97,7 @@ class Costs:
             notes.append(
                 f"The paper's table says {cost.plain:g} and {cost.merged:g} GFLOPs, with a multiply-add as one. With "
                 f"{cost.removed} patches less after every block it is {self.plain.flops / 2e9:.1f} and "
-                f"{ours.gflops / 2:.1f} here, which saves {ours.saved:.1%}; no one ratio gives the figures of all its models."
+                f"{ours.gflops / 2:.1f} here, which saves {ours.saved:.1%}; no one ratio gives the figures of all "
+                "its models."
             )
         return Section(self.shape.title, [self.row(**given) for given in settings], notes)

@@ -1,4 +1,4 @@
-"""``pitome-mllm reproduce``: a published table, run through lmms-eval, with ours beside the published figures."""
+"""``pitome-mllm reproduce``: a published table, run here, with ours beside the published figures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import UserError
 from ._companion import companion
 from ._options import keep
 
-NAMES = ("pitome-paper", "pruning-literature", "llava-next", "shares", "embedded")
+NAMES = (
+    "pitome-paper",
+    "pruning-literature",
+    "llava-next",
+    "shares",
+    "pitome-retrieval",
+    "pitome-imagenet",
+    "embedded",
+)
 WIDE = 160  # columns
 
 
@@ -22,8 +31,8 @@ def register(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "reproduce",
-        help="run a published table through lmms-eval",
-        description="Run a published table through lmms-eval and print ours beside the published figures.",
+        help="run a published table",
+        description="Run a published table, those of multimodal models through lmms-eval, and print ours beside it.",
     )
     parser.add_argument("--table", required=True, choices=NAMES)
     parser.add_argument("--plan", action="store_true", help="print what would run, and what it takes; run nothing")
@@ -68,22 +77,25 @@ def run(options: argparse.Namespace) -> None:
     """Plan or run the table; exit code 1 where it could not be run to its end."""
     tables, plans = companion("eval", "lmms.tables"), companion("eval", "lmms.plans")
     table = plans.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
+    if table.of_encoders and options.group_a:
+        raise UserError("--group-a is about questions; leave it out with tables of encoders alone")
     table = plans.with_controls(table) if options.group_a else table
     if options.plan:
         _show_plan(options, table, tables.TASKS, plans)
         return
-    reproduce = companion("eval", "lmms.reproduce")
-    asked = reproduce.Options(
+    asked = companion("eval", "lmms.rows").Options(
         limit=options.limit,
         batch_size=options.batch_size,
         data=options.data,
         out=options.out,
         load={"bits": options.bits, "dtype": options.dtype, "device": options.device},
     )
+    failed = companion("eval", "lmms.results").EvaluationError
+    reproduce = companion("eval", f"{'encoders' if table.of_encoders else 'lmms'}.reproduce")
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
         rows = list(reproduce.compare(options.table, table, found, options.group_a))
-    except (reproduce.EvaluationError, OSError) as error:
+    except (failed, OSError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
@@ -117,10 +129,9 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
     console.print(f"questions per task: {', '.join(sizes)}")
     console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
-    console.print(
-        f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s and {1000 * plans.BESIDE:.0f} ms beside them, "
-        f"prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ"
-    )
+    text = f" and {1000 * plans.BESIDE:.0f} ms beside them, prompts of {plans.TEXT_TOKENS} text tokens and answers of "
+    text = ", of pictures only" if table.of_encoders else f"{text}{plans.NEW_TOKENS}"
+    console.print(f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s{text}; GPUs differ")
 
 
 def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:

@@ -97,6 +97,9 @@ SHAPES = {
     "llava-next-7b": Shape("LLaVA-NeXT-7B (Vicuna)", _CLIP_L_336, _VICUNA_7B, images=5, about=_TILES),
     "clip-l-336": Shape("CLIP ViT-L/14 at 336 pixels, the vision tower alone", _CLIP_L_336, about=_ALL),
     "clip-vit-b-16": Shape("CLIP ViT-B/16 at 224 pixels, the vision tower alone", _vit(768, 12, 12, 16), about=_ALL),
+    "blip-b-384": Shape(
+        "BLIP ViT-B/16 at 384 pixels, the vision tower alone", _vit(768, 12, 12, 16) | {"image_size": 384}, about=_ALL
+    ),
     "vit-mae-h": Shape(
         "ViT-MAE-H/14 at 224 pixels", _vit(1280, 32, 16, 14), paper_cost=PaperCost(167.4, 92.8, 7), about=_ALL
     ),
