@@ -137,11 +137,11 @@ class Attachment(Attached):
         if stats is None or stats.packed or stats.where == "packed":
             raise UserError("no run of the vision tower is there to undo; call the model first, with merging")
         shape = stats.plan.geometry
-        tokens = shape.class_tokens + stats.plan.keep - shape.visible_class_tokens
-        if hidden.shape[:-1] != (stats.images, tokens):
-            raise UserError(
-                f"got a value for {tuple(hidden.shape[:-1])} tokens, the last run left {(stats.images, tokens)}"
-            )
+        left = (stats.images, shape.class_tokens + stats.plan.keep - shape.visible_class_tokens)
+        if hidden.shape[:-1] != left:
+            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the last run left {left}")
+        if stats.groups is None:
+            raise UserError(f"{stats.method} has no groups, so nobody knows which patches a token was")
         return reduce(Merge.then, stats.merges).expand(hidden) if stats.merges else hidden
 
     def remove(self) -> None:
