@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
-from models import picture, scale_weights
+from models import BEFORE_518, picture, scale_weights
 from torch import Tensor
 
 SIDE, PATCH, WIDTH, BLOCKS = 48, 4, 64, 6
@@ -72,6 +73,8 @@ class Encoder:
 
     def build(self, seed: int = 1, **changes: Any) -> Any:
         """A model with fixed random weights; equal arguments give identical twins."""
+        if BEFORE_518 and self.model.startswith("Dinov2"):
+            pytest.skip("before 5.18 transformers keeps the keys of DINOv2 elsewhere, which attach says")
         config = next(make() for name, make in CONFIGS.items() if self.model.startswith(name))
         for name, value in changes.items():
             setattr(config, name, value)

@@ -182,7 +182,7 @@ def _tower(vision: Any, plan: Plan) -> int:
         flops += 8 * tokens * width**2 + 4 * tokens**2 * width
         flops += 2 * matrices * (left if plan.place == "mid" else tokens) * width * hidden
         tokens = left
-    if getattr(vision, "vision_use_head", False):  # SigLIP pools its output by attention: unused here, but computed
+    if getattr(vision, "vision_use_head", vision.model_type == "siglip_vision_model"):  # it pools by attention, always
         flops += 4 * (tokens + 1) * width**2 + 4 * tokens * width + 4 * width * hidden
     return flops
 
