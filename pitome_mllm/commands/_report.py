@@ -21,16 +21,9 @@ TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache a
 
 @dataclass(frozen=True)
 class Run(AnswerCost):
-    """One answer with its cost: FLOPs and KV cache when the last of `TIMED_TOKENS` new tokens is out.
+    """One answer, "plain" or "merged", with its cost when the last of `TIMED_TOKENS` new tokens is out.
 
     The cache then holds the prompt and every new token but that last one, which no later token looks at.
-
-    Attributes
-    ----------
-    mode : str
-        "plain" or "merged".
-    answer : str
-        The answer's text.
     """
 
     mode: str = "merged"
@@ -50,19 +43,7 @@ TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
 def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
-    """The runs with their times, medians of ``repeats`` in turns.
-
-    Parameters
-    ----------
-    runs : list of Run
-        To be completed.
-    model : object
-        Attached.
-    inputs : object
-        Of one image and prompt.
-    handle : object
-        Of the attached model.
-    """
+    """The runs with their times, medians of ``repeats`` in turns."""
     from ..costs.latency import in_turns, measure
 
     def once(mode: str) -> AnswerCost:
@@ -103,9 +84,9 @@ def what_decides(model: Any, settings: dict[str, Any], share: float) -> str:
     chosen = settings if settings.get("ratio") else {**settings, "keep": share}
     (tower, whole), (large_tower, large_whole), (_, merged) = parts(model, {}), parts(large, {}), parts(large, chosen)
     return (
-        f"The tower has {tower / whole:.0%} of the plain run's FLOPs, the LLM the rest; in LLaVA-1.5-7B the tower has "
-        f"{large_tower / large_whole:.0%}, and this setting comes to {merged / large_whole:.2f} of all FLOPs there "
-        f"(calculated). What is saved grows with the LLM."
+        "What decides: merging saves in the LLM and in the tower's later blocks, and takes time itself, which small "
+        f"models feel. The tower has {tower / whole:.0%} of the plain run's FLOPs, the LLM the rest; in LLaVA-1.5-7B "
+        f"it has {large_tower / large_whole:.0%}, and this leaves {merged / large_whole:.2f} of all (calculated)."
     )
 
 

@@ -54,6 +54,7 @@ _PITOME = "arXiv 2405.16148"
 _BEFORE_PROJECTOR = {"where": "projector"}  # where methods that reduce once belong
 _PROJECTED = {"where": "projector", "metric": "projected"}
 _METRIC_FREE = {"metric": "hidden"}  # so that no keys are read
+_DROP = {**_METRIC_FREE, "where": "projector"}  # dropping earlier loses more: the stronger control
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
@@ -115,8 +116,8 @@ METHODS: dict[str, Method] = {
         "arXiv 2506.10967",
         settings=_PROJECTED,
     ),
-    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_METRIC_FREE),
-    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_METRIC_FREE),
+    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_DROP),
+    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_DROP),
     "pool": Method(GridPool, "mean of neighbouring patches (control)", "control", settings=_METRIC_FREE),
     "downsample": Method(Downsample, "a smaller picture, fewer patches from the start (control)", "control"),
 }

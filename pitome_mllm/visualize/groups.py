@@ -143,7 +143,7 @@ def _mean(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: 
 
 def _size(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
     """Every token of several patches in the colour of its size, on a logarithmic scale."""
-    tones = colours(_scale(sizes)(np.maximum(sizes, 1)))
+    tones = colours(LogNorm(1, _most(sizes))(np.maximum(sizes, 1)))
     drawn = np.where(_framed(label_map, sizes)[..., None], tones[label_map], pixels)
     return np.where(hairline(label_map, max(1, cell // 14))[..., None], 0.2 * drawn, drawn)
 
@@ -158,13 +158,13 @@ def _mark(drawing: Image.Image, alone: np.ndarray, protected: Any, cell: int) ->
 def _with_sizes(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> Image.Image:
     """The drawing with the sizes of its tokens as numbers, above what their colours mean."""
     _numbers(drawing, labels, sizes, cell)
-    scale = _scale(sizes)
-    return with_bar(drawing, "patches per token", scale, [2**n for n in range(int(np.log2(scale.vmax)) + 1)])
+    ticks = [2**n for n in range(int(np.log2(_most(sizes))) + 1)]
+    return with_bar(drawing, "patches per token", LogNorm(1, _most(sizes)), ticks)
 
 
-def _scale(sizes: np.ndarray) -> LogNorm:
-    """The scale of colours, from one patch to the most of a token."""
-    return LogNorm(1, max(2, sizes[:-1].max(initial=1)))
+def _most(sizes: np.ndarray) -> float:
+    """The most patches of a token, where the scale of colours ends."""
+    return max(2.0, float(sizes[:-1].max(initial=1)))
 
 
 def _numbers(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> None:
