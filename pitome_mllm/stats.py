@@ -132,6 +132,33 @@ class Stats:
             return torch.ones(self.images, self.tokens_after, dtype=torch.float32, device=self.device)
         return self.token_sizes[:, self._hidden :, 0]
 
+    def unmerge(self, hidden: Tensor) -> Tensor:
+        """Give every patch the value of the token that it became; zeros where it was dropped.
+
+        Parameters
+        ----------
+        hidden : Tensor of shape (images, class tokens + tokens, C)
+            A value for every token that left the vision tower, such as its ``last_hidden_state``.
+
+        Returns
+        -------
+        Tensor of shape (images, class tokens + patches, C)
+            In the order of the plain model's.
+
+        Raises
+        ------
+        ValueError
+            ``hidden`` is not of this run; the method forms no groups; images are several tiles.
+        """
+        left = (self.images, self._hidden + self.tokens_after)
+        if self.packed or self.where == "packed":
+            raise UserError("tokens of tiles are packed for the LLM, so no values of the tower's tokens are left")
+        if hidden.shape[:-1] != left:
+            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the run left {left}")
+        if self.groups is None:
+            raise UserError(f"{self.method} has no groups, so nobody knows which patches a token was")
+        return reduce(Merge.then, self.merges).expand(hidden) if self.merges else hidden
+
     @property
     def energies(self) -> list[Tensor | None] | None:
         """Per merge the energy (images, patch tokens before it), None for methods without one; of its first step.

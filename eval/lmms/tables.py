@@ -41,7 +41,7 @@ CLIP_L, CLIP_B, DEIT = (
 )
 BLIP = "Salesforce/blip-itm-base-flickr"
 SHAPE_OF = {LLAVA_7B: "llava-1.5-7b", LLAVA_13B: "llava-1.5-13b", LLAVA_NEXT: "llava-next-7b"}
-SHAPE_OF |= {CLIP_L: "clip-l-336", CLIP_B: "clip-vit-b-16", DEIT: "deit-s", BLIP: "blip-b-384"}
+SHAPE_OF |= {CLIP_L: "clip-l-336", CLIP_B: "clip-b-16", DEIT: "deit-s", BLIP: "blip-b-384"}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,21 @@ from typing import Any
 
 from ..methods import UserError, unknown
 
-_CLIP_L_336 = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14, projection_dim=768,
-)  # fmt: skip
+
+def _tower(width: int, blocks: int, heads: int, side: int, patch: int) -> dict[str, Any]:
+    """Keywords of CLIPVisionConfig, for pictures of ``side`` pixels; other towers of this size cost as much."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "image_size": side,
+        "patch_size": patch,
+        "projection_dim": 768,
+    }
+
+
+_CLIP_L_336 = _tower(1024, 24, 16, 336, 14)
 _VICUNA_7B = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
 )  # fmt: skip
@@ -20,20 +31,11 @@ _VICUNA_13B = dict(
 )  # fmt: skip
 
 
-def _vit(width: int, blocks: int, heads: int, patch: int, projection: int = 512) -> dict[str, int]:
-    """A vision transformer with a class token, on pictures of 224 pixels."""
-    return dict(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=blocks, num_attention_heads=heads,
-        image_size=224, patch_size=patch, projection_dim=projection,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class PaperCost:
     """What the PiToMe paper's table of ImageNet says that a model costs, plain and merged, in 10^9 multiply-adds.
 
-    No one ratio gives its figures, and neither does its text or the authors' README say what does; ``removed`` patches
-    from every block, the schedule of ToMe's paper, do, within 2 %.
+    No one ratio gives these figures. ``removed`` patches from every block, as in ToMe's paper, do within 2 %.
     """
 
     plain: float
@@ -55,7 +57,7 @@ class Shape:
     Attributes
     ----------
     vision, text : mapping
-        Keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
+        Keywords of CLIPVisionConfig and LlamaConfig; without text it is an encoder alone.
     images : int
         Times that the tower runs for one image.
     paper_ratio : float or None
@@ -89,24 +91,22 @@ _TILES = (
     "newline tokens at the ends of rows are left out."
 )
 
-_ALL = "All blocks merge, beside a class token; what stands behind the tower is left out."
+_ALONE = "The tower alone: all blocks merge, and what follows it is left out."
 
 SHAPES = {
     "llava-1.5-7b": Shape("LLaVA-1.5-7B", _CLIP_L_336, _VICUNA_7B, paper_ratio=0.9),
     "llava-1.5-13b": Shape("LLaVA-1.5-13B", _CLIP_L_336, _VICUNA_13B, paper_ratio=0.925),
     "llava-next-7b": Shape("LLaVA-NeXT-7B (Vicuna)", _CLIP_L_336, _VICUNA_7B, images=5, about=_TILES),
-    "clip-l-336": Shape("CLIP ViT-L/14 at 336 pixels, the vision tower alone", _CLIP_L_336, about=_ALL),
-    "clip-vit-b-16": Shape("CLIP ViT-B/16 at 224 pixels, the vision tower alone", _vit(768, 12, 12, 16), about=_ALL),
-    "blip-b-384": Shape(
-        "BLIP ViT-B/16 at 384 pixels, the vision tower alone", _vit(768, 12, 12, 16) | {"image_size": 384}, about=_ALL
+    "clip-l-336": Shape("CLIP ViT-L/14 at 336 pixels", _CLIP_L_336, about=_ALONE),
+    "clip-b-16": Shape("CLIP ViT-B/16", _tower(768, 12, 12, 224, 16), about=_ALONE),
+    "blip-b-384": Shape("BLIP ViT-B/16 at 384 pixels", _tower(768, 12, 12, 384, 16), about=_ALONE),
+    "deit-s": Shape("DeiT-S/16", _tower(384, 12, 6, 224, 16), paper_cost=PaperCost(4.6, 2.9, 12), about=_ALONE),
+    "vit-mae-l": Shape(
+        "ViT-MAE-L/16", _tower(1024, 24, 16, 224, 16), paper_cost=PaperCost(61.6, 31.0, 8), about=_ALONE
     ),
     "vit-mae-h": Shape(
-        "ViT-MAE-H/14 at 224 pixels", _vit(1280, 32, 16, 14), paper_cost=PaperCost(167.4, 92.8, 7), about=_ALL
+        "ViT-MAE-H/14", _tower(1280, 32, 16, 224, 14), paper_cost=PaperCost(167.4, 92.8, 7), about=_ALONE
     ),
-    "vit-mae-l": Shape(
-        "ViT-MAE-L/16 at 224 pixels", _vit(1024, 24, 16, 16), paper_cost=PaperCost(61.6, 31.0, 8), about=_ALL
-    ),
-    "deit-s": Shape("DeiT-S/16 at 224 pixels", _vit(384, 12, 6, 16), paper_cost=PaperCost(4.6, 2.9, 12), about=_ALL),
 }
 
 

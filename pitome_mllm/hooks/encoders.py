@@ -48,9 +48,15 @@ def adding_to_logits(bias: Tensor | None) -> AbstractContextManager:
 
 def parts(handle: Attached) -> dict[nn.Module, Any]:
     """The parts beside the tower that pool or read its tokens, and the pre-hook of each."""
-    found = {part: weigh_keys for part in handle.tower.modules() if isinstance(part, nn.MultiheadAttention)}
-    found |= {handle.model: ask_for_means} if handle.family.means else {}
-    return found | ({handle.model.get_submodule(handle.family.reader): tell_sizes} if handle.family.reader else {})
+    found: dict[nn.Module, Any] = {}
+    found |= {part: weigh_keys for part in handle.tower.modules() if isinstance(part, nn.MultiheadAttention)}
+    if handle.family.means:
+        found[handle.model] = ask_for_means
+    if handle.family.reader:
+        reader = handle.model.get_submodule(handle.family.reader)
+        found[reader] = keep_sizes
+        found |= {part: weigh_read for part in reader.modules() if hasattr(part, "key") and hasattr(part, "query")}
+    return found
 
 
 def for_call(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
@@ -71,7 +77,8 @@ def for_call(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) 
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     grid = (pixels.shape[-2] // rows, pixels.shape[-1] // columns)
     if hasattr(tower.config, "mask_ratio") and len(args) < 2 and kwargs.get("noise") is None:
-        kwargs = {**kwargs, "noise": torch.arange(grid[0] * grid[1]).expand(len(pixels), -1)}  # ViT-MAE's shuffle: none
+        places = torch.arange(grid[0] * grid[1], device=pixels.device).repeat(len(pixels), 1)
+        kwargs = {**kwargs, "noise": places}  # ViT-MAE puts patches in the order of its noise
     return plan.for_grid(grid), kwargs
 
 
@@ -96,21 +103,31 @@ def for_means(x: Tensor, size: Tensor, protected: int) -> Tensor:
     return torch.cat([x[:, :protected], patches.to(x.dtype)], 1)
 
 
-def tell_sizes(reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Pre-hook of a part whose cross-attention reads the tower: log(size) in the mask of the tower's tokens."""
-    states, mask, plan = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask"), reader._pitome.plan
-    if states is None or plan is None or not plan.proportional_attention:
-        return None
+def keep_sizes(reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Pre-hook of a part that reads the tower: what its attention will read, marked with sizes as the tower left it."""
+    states, plan = kwargs.get("encoder_hidden_states"), reader._pitome.plan
+    size = getattr(states, SIZES, None)
+    if size is not None:
+        states = states.to(reader.dtype)  # as the Q-Former does, which would lose the mark
+        setattr(states, SIZES, size)
+        return args, {**kwargs, "encoder_hidden_states": states}
+    told = plan is not None and plan.proportional_attention
+    if states is not None and told and states.shape[1] < plan.geometry.class_tokens + plan.geometry.patches:
+        logger.warning(
+            "%s reads other tokens than those that the tower gave, and counts each as one patch; hand on the tower's "
+            "last_hidden_state itself",
+            type(reader).__name__,
+        )
+    return None
+
+
+def weigh_read(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Pre-hook of an attention that may read the tower: log(size) on the logits of merged tokens."""
+    states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     size = getattr(states, SIZES, None)
     if size is None:
-        if states.shape[1] < plan.geometry.class_tokens + plan.geometry.patches and mask is not None and mask.dim() < 4:
-            logger.warning(
-                "%s reads merged tokens that are no longer the tower's own tensor, so it counts each as one patch; "
-                "hand that one on as it is, or log(handle.stats.token_sizes) as a (B, 1, 1, N) encoder_attention_mask",
-                type(reader).__name__,
-            )
         return None
-    bias = log_sizes(size, reader.dtype).to(states.device)
+    bias = log_sizes(size, states.dtype).to(states.device)
     if mask is not None:
-        bias = bias.masked_fill(mask[:, None, None].to(bias.device) == 0, torch.finfo(bias.dtype).min)
+        bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
     return args, {**kwargs, "encoder_attention_mask": bias}

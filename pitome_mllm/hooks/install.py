@@ -49,6 +49,12 @@ def check(handle: Attached, plan: Plan) -> None:
             f"expected {handle.geometry.blocks}"
         )
     for layer in layers:
+        spec = _tower_spec(layer)
+        if not hasattr(getattr(layer, spec.attention), spec.key):
+            raise UserError(
+                f"{type(layer).__name__} has no {spec.attention}.{spec.key} in this release of transformers; 5.18 and "
+                "newer ones have it"
+            )
         _check_forward(layer, plan)
 
 
