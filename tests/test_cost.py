@@ -104,7 +104,7 @@ def test_the_paper_s_ratio_stands_in_the_notes():
 def test_the_paper_s_table_of_imagenet_is_counted(name):
     cost, costs = SHAPES[name].paper_cost, Costs(SHAPES[name], "pitome", published=True)
     counts = cost.counts(geometry(costs.config).patches, geometry(costs.config).blocks)
-    assert costs.plain.flops / 2e9 == pytest.approx(cost.plain, rel=0.02)
+    assert costs.plain.flops / 2e9 == pytest.approx(cost.plain, rel=2e-3)  # some of theirs are no matrix products
     assert costs.row(counts=counts).gflops / 2 == pytest.approx(cost.merged, rel=0.02)
     assert f"says {cost.plain:g} and {cost.merged:g} GFLOPs" in costs.section([], []).notes[-1]
 
@@ -117,12 +117,6 @@ def test_modules_are_built_once_and_merges_counted_once(monkeypatch, run):
     monkeypatch.setattr(flops, "_counted", lru_cache(lambda *given: merges.append(given) or counted(*given)))
     run("llava-1.5-7b", "llava-next-7b")
     assert len(built) == 1 and 0 < len(merges) == len(set(merges))
-
-
-@pytest.mark.parametrize("name,paper", [("vit-mae-h", 167.4), ("vit-mae-l", 61.6), ("deit-s", 4.6)])
-def test_an_encoder_alone_is_counted_as_the_paper_counts_it(name, paper):
-    """A multiply-add once, and some of the paper's are no matrix products."""
-    assert estimate(SHAPES[name].config()).tower_flops / 2e9 == pytest.approx(paper, rel=2e-3)
 
 
 def test_the_terminal_shows_table_notes_and_conventions(run):
