@@ -33,6 +33,7 @@ LAYERS = (
     "pitome_mllm_eval.accuracy",
     "pitome_mllm_eval.training",
     "pitome_mllm_eval.speed",
+    "pitome_mllm_eval.encoders.report",
     "pitome_mllm_eval.encoders.weights",
     "pitome_mllm_eval.encoders.real",
     "pitome_mllm_eval.front",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,17 @@ from pitome_mllm.schedule import Schedule
 
 from ..benchmark.bootstrap import Bootstrap
 from ..documents import append
-from ..provenance import RESULTS, about_machine, check_commit, commit
+from ..provenance import about_machine, check_commit, commit
+from .report import OUT
 from .weights import MODELS, load
 
-OUT = RESULTS / "real-clip.csv"
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian puts them
 PHOTOGRAPHIC = ("animals", "food", "hobbies", "household", "plants", "sports", "vehicles")
 PHOTOS = ("astronaut", "camera", "cat", "coffee", "coins", "moon", "retina", "rocket")
 SIDE, BATCH = 224, 16
 RATIOS, POINTS = (0.9, 0.85, 0.95), (3, 4, 6)
 FEW = ("pitome", "pitome-bsm", "tome", "random")
-STEPS = (*FEW, "tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
+OTHERS = ("tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
 SAME = ("diffrate", "dct", "pitome-llava", "random")  # whatever the library's choices
 HOW = {"as published": {"published": True}, "library": {}}
 # What the library does otherwise than papers, one by one.
@@ -88,16 +88,22 @@ def _on_white(file: Path) -> Image.Image:
 
 
 def settings(name: str, patches: int, blocks: int) -> Iterator[Setting]:
-    """What is measured of a model: in every block, then at the same counts in few of them."""
+    """What is measured of a model: merging in every block, then at the same counts in few of them."""
     first = name == next(iter(MODELS))
     for ratio in RATIOS:
-        for method in STEPS if first else FEW:
-            for how, more in HOW.items():
-                if how == "as published" or method not in SAME:
-                    yield Setting(method, how, "every", {"ratio": ratio, **more})
+        keep = Schedule(None, ratio, None, "equal").counts(patches, blocks, lambda n: n // 2)[-1]
+        yield from _every(FEW, ratio)
         if first:
-            keep = Schedule(None, ratio, None, "equal").counts(patches, blocks, lambda n: n // 2)[-1]
-            yield from _at(keep, ratio != RATIOS[-1])
+            yield from _at(keep, apart=ratio != RATIOS[-1])
+            yield from _every(OTHERS, ratio)
+
+
+def _every(methods: Sequence[str], ratio: float) -> Iterator[Setting]:
+    """In every block, as published and under the library's choices."""
+    for method in methods:
+        for how, more in HOW.items():
+            if how == "as published" or method not in SAME:
+                yield Setting(method, how, "every", {"ratio": ratio, **more})
 
 
 def _at(keep: int, apart: bool) -> Iterator[Setting]:

