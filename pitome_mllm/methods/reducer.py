@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -23,7 +24,7 @@ class Reducer(ABC):
     ----------
     needs : frozenset of str
         What `match` requires beyond the metric: "attention" (B, N), what each token receives from the class token (mean
-        over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
+        over heads); "grid" (rows, columns) of the patches.
     bipartite : bool
         One step removes at most half of the tokens; else all but one.
     once : bool
@@ -98,6 +99,24 @@ class Reducer(ABC):
         if value is None:
             raise UserError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
         return value
+
+
+@dataclass(frozen=True)
+class Selector(Reducer):
+    """A method that keeps some tokens and drops the others; it says only which."""
+
+    bipartite: ClassVar[bool] = False
+
+    @abstractmethod
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        """The tokens (B, count) int64 to keep of ``metric`` (B, n, C), which holds the unprotected ones; in any order."""
+
+    @torch.no_grad()
+    def match(
+        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+    ) -> Merge:
+        n = self.check(metric, r, protected)
+        return Merge.select(n + protected, self.kept(metric[:, protected:], n - r) + protected, protected)
 
 
 def is_number(value: object) -> TypeGuard[float]:
