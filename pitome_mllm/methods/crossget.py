@@ -42,6 +42,4 @@ class CrossGET(Reducer):
         behind = similarity.masked_fill(rank[:, None] <= rank[:, :, None], -math.inf)
         order = ranked(behind.amax(-1)) + protected
         sources, targets = order[:, :r], order[:, r:].sort(1).values
-        if r == 0:
-            return Merge.join(n + protected, sources, sources)
         return Merge.join(n + protected, *most_similar_first(unit, sources, targets, r))

@@ -27,7 +27,7 @@ class LowPass(Merge):
     def __init__(self, tokens: int, count: int, protected: int, device: torch.device) -> None:
         n, k = tokens - protected, count - protected
         self.count = count
-        self.energy = self.group = self._source = None
+        self.energy = self.group = None
         self._protected = protected
         # Scaled so that a constant stays what it is. (k, n)
         self._matrix = cosines(k, device).mT @ cosines(n, device)[:k] * math.sqrt(k / n)

@@ -42,6 +42,4 @@ class DiffRate(Reducer):
         n, attention = self.check(metric, r, protected), self.needed("attention", attention)
         order = ranked(attention[:, protected:]) + protected
         kept, others = order[:, : n - r].sort(1).values, order[:, n - r :]
-        if r == 0:
-            return Merge.join(n + protected, others, others)
         return Merge.join(n + protected, *most_similar_first(unit_metric(metric), others, kept, r))

@@ -70,6 +70,8 @@ def split_evenly(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def most_similar_first(unit: Tensor, sources: Tensor, targets: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The ``r`` sources that are most similar to their nearest target, and those targets, each (B, r)."""
+    if r == 0:  # there may be no target
+        return sources[:, :0], targets[:, :0]
     similarity, target = nearest(unit, sources, targets)
     if r == sources.shape[1]:
         return sources, target

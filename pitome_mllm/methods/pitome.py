@@ -90,36 +90,23 @@ class PiToMe(Reducer):
         """Merge ``r`` tokens by the energies of all of ``metric``."""
         n = metric.shape[1] - protected
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
-        fused = r and type(self) is PiToMe and kernels.fuses(metric)
-        merge = (self._fused if fused else self._plain)(metric, r, protected, candidates, depth)
+        if r and type(self) is PiToMe and kernels.fuses(metric):
+            energy = kernels.Energy(candidates, float(self._margin(depth)), float(self.alpha), self.energy == "elu")
+            merge: Merge = kernels.merge(metric, r, protected, energy)
+        else:
+            merge = self._plain(metric, r, protected, candidates, depth)
         merge.candidates = candidates
+        if r and self.source_order:
+            merge.source = partial(authors_order, protected, candidates)
         return merge
 
     def _plain(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
-        """The same in torch's operations."""
+        """The merge of one step in torch's operations."""
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected
-        if r == 0:
-            return Merge.join(metric.shape[1], order[:, :0], order[:, :0], energy=energy)
         a, b = order[:, 0:candidates:2], order[:, 1:candidates:2]
-        merged, target = most_similar_first(unit, a, b, r)
-        source = partial(authors_order, protected, order[:, candidates:], b) if self.source_order else None
-        return Merge.join(metric.shape[1], merged, target, source=source, energy=energy)
-
-    def _fused(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
-        """The same by the fused kernels."""
-        energy = kernels.Energy(candidates, float(self._margin(depth)), float(self.alpha), self.energy == "elu")
-        merge = kernels.merge(metric, r, protected, energy)
-        same = merge.without_source()
-
-        def source() -> Tensor:
-            order = same.by_energy + protected
-            return authors_order(protected, order[:, candidates:], order[:, 1:candidates:2])
-
-        if self.source_order:
-            merge._source = source
-        return merge
+        return Merge.join(metric.shape[1], *most_similar_first(unit, a, b, r), energy=energy)
 
     def _margin(self, depth: float) -> float:
         return 0.9 - 0.9 * depth if self.margin is None else self.margin
@@ -139,10 +126,11 @@ class PiToMe(Reducer):
         return value.add_(similarity.clamp_max_(margin).sub_(margin).exp_().sub_(1.0), alpha=self.alpha)
 
 
-def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
-    """What the authors' code leaves: class tokens, the ``others`` by energy, then B; (B, K)."""
-    front = torch.arange(protected, device=b.device).expand(len(b), protected)
-    return torch.cat([front, others, b], dim=1)
+def authors_order(protected: int, candidates: int, merge: Merge) -> Tensor:
+    """What the authors' code leaves, (B, K): class tokens, all but the ``candidates`` by energy, then B."""
+    order = merge.by_energy if isinstance(merge, kernels.FusedMerge) else ranked(merge.energy)
+    front = torch.arange(protected, device=order.device).expand(len(order), protected)
+    return torch.cat([front, order[:, candidates:] + protected, order[:, 1:candidates:2] + protected], dim=1)
 
 
 def similarities(some: Tensor, unit: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class Selector(Reducer):
 
     @abstractmethod
     def kept(self, metric: Tensor, count: int) -> Tensor:
-        """The tokens (B, count) int64 to keep of ``metric`` (B, n, C), which holds the unprotected ones; in any order."""
+        """The tokens (B, count) int64 to keep, in any order, of ``metric`` (B, n, C) without the protected ones."""
 
     @torch.no_grad()
     def match(

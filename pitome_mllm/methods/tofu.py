@@ -72,8 +72,6 @@ class ToFu(Reducer):
     ) -> Merge:
         self.check(metric, r, protected)
         a, b = alternate(metric, protected)
-        if r == 0:
-            return Merge.join(metric.shape[1], a[:, :0], a[:, :0])
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         merge = NormPreserving.join(metric.shape[1], merged, target)
         return merge if self.reference == "mean" else merge.aimed_at(target)
