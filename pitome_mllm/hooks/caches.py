@@ -55,16 +55,8 @@ def content_of(kwargs: Mapping[str, Any]) -> tuple[int, Layout | None]:
 def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None, positioned: bool) -> Layout | None:
     """The layout of what a KV cache of ``length`` places holds, for the rows of a call; None if it holds nothing.
 
-    Parameters
-    ----------
-    layout : Layout or None
-        What it was filled with; None = the caller's columns.
-    image : Tensor
-        (B, T) the placeholders of the call.
-    mask : Tensor or None
-        (B, T or more), 0 at the caller's padding.
-    positioned : bool
-        It is to have positions.
+    It was filled with ``layout``, by default the caller's columns; ``image`` (B, T) are the placeholders of the call,
+    ``mask`` (B, T or more) is 0 at padding, ``positioned`` asks for positions.
     """
     if not length:
         return None

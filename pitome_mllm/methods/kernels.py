@@ -1,7 +1,9 @@
 """Merges of PiToMe and ToMe in a handful of launches, on CUDA devices with Triton; elsewhere in torch's operations.
 
 The torch path is the reference: the fused one takes the same decisions up to near-ties, and combines with the same
-bits, but for features of a single channel, which torch adds in an order of its own. The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
+bits, but for features of a single channel, which torch adds in an order of its own.
+
+The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
 merge of these methods cannot be fused; "auto", the default, fuses what it can. Within torch.compile merges are always
 torch's operations.
 """
