@@ -81,12 +81,6 @@ class TokenGraph:
         member = self._membership(merge)
         return member.mT @ self.weights @ member
 
-    def lifted(self, merge: Merge | Sequence[Merge]) -> Tensor:
-        """(B, N, N) the graph of groups as one of tokens; written out, for checks. `distance` needs no such matrix."""
-        member = self._membership(merge)
-        share = member / member.sum(1, keepdim=True)
-        return share @ self.coarse(merge) @ share.mT
-
     def distance(self, merge: Merge | Sequence[Merge]) -> Tensor:
         """(B,) the `spectral_distance` of a merge."""
         coarse = laplacian_spectrum(self.coarse(merge))

@@ -129,7 +129,10 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
         or as `draw_groups`.
     """
     check_drawable(stats.plan)
-    _check(pictures, stats)
+    if len(pictures) != stats.images:
+        raise UserError(
+            f"got {len(pictures)} pictures for a run of {stats.images}; pass one for each picture or tile of the run"
+        )
     return [
         draw_groups(
             picture,
@@ -181,10 +184,3 @@ def draw_step_energies(
         draw_energies(picture, energies[s], protected=protected_patches(stats, image, s), **options) for s in steps
     ]
     return drawings, [f"{names[s]}: {counts[s]} to {counts[s + 1]} tokens" for s in steps]
-
-
-def _check(pictures: Sequence[Image.Image], stats: Any) -> None:
-    if len(pictures) != stats.images:
-        raise UserError(
-            f"got {len(pictures)} pictures for a run of {stats.images}; pass one for each picture or tile of the run"
-        )
