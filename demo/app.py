@@ -171,6 +171,7 @@ class Page:
             self.retry.click(do.ask_again, asked[1:], shown, **QUIET),
             self.examples.load_input_event.then(do.begin, asked, shown, trigger_mode="multiple", **QUIET),
         ):
+            said.then(None, None, None, js=SHOW)
             self._look_again(said.then(do.newest_look, None, inside, trigger_mode="multiple", **QUIET))
         settings = [self.which, *self.controls]
         self._look_again(gr.on(changed, do.redraw, settings, inside, **last))

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from pitome_mllm.methods import UserError
 from pitome_mllm_eval.accuracy import curves, tables
 
 from .controls import PLACES
@@ -56,7 +57,10 @@ class Curve:
 
 def curve(method: str, where: str, published: bool = False) -> Curve | None:
     """What the benchmark's record says about a method in a place; None = not measured."""
-    record = _record()
+    try:
+        record = _record()
+    except UserError:  # a checkout in which nothing is measured
+        return None
     found = {keep: row for (line, keep), row in record.cells.items() if line == (method, published, where)}
     if not found:
         return None

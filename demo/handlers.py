@@ -239,8 +239,8 @@ def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
     return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95% intervals. Dashed: the plain model.")
 
 
-def _loud(words: str, kind: str = "error") -> Any:
-    return gr.update(value=view.notice(words, kind), visible=True)
+def _loud(words: str) -> Any:
+    return gr.update(value=view.notice(words), visible=True)
 
 
 def _note(words: str) -> str:

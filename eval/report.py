@@ -15,6 +15,7 @@ from .provenance import RESULTS
 from .speed import report as speed
 
 COMMAND = "make report"
+POINTS = "Each setting is a point of [docs/spectra.png](docs/spectra.png)."
 GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in per cent or points:"
 Row = Mapping[str, str]
 
@@ -29,7 +30,7 @@ def texts() -> dict[str, dict[str, str]]:
     return {
         "README.md": {
             "accuracy": "\n\n".join([leads, tables.table(found, False), said]),
-            "spectra": _if_measured(lambda: spectra.sentence(*spectra.stored())),
+            "spectra": _if_measured(lambda: f"{spectra.sentence(*spectra.stored())} {POINTS}"),
             "speed": timed.pop("brief"),
             "finetune": finetuned(tuned),
         },

@@ -21,6 +21,8 @@ CHOICES = {
     "calibration": ("distance", "size", "none"),
     "schedule": tuple(SHAPES),
     "logits": ("merged", "caller"),
+    **dict.fromkeys(("weighted", "proportional_attention", "energies", "published"), (True, False)),
+    "graph": (True, False, "auto"),
 }
 # What a setting is where neither the caller nor the method's row says anything: what papers did, or what the library
 # does with methods that reduce in one step, or in several.
@@ -39,8 +41,6 @@ ONE_STEP = {**PUBLISHED, "calibration": "distance"}
 STEPS = {**ONE_STEP, "where": "both", "merges": 6, "metric": "hidden", "weighted": False}
 DEFAULT_METHOD = "pitome"
 HOW = ("metric", "place", "weighted", "proportional_attention", "order")  # goes with the method: another one resets it
-GRAPHS = (True, False, "auto")
-SWITCHES = ("weighted", "proportional_attention", "energies", "published")
 GONE = {
     "compiled": "graph=True runs the vision tower as CUDA graphs without a compiler; to use one, leave it out and call "
     "torch.compile on the tower yourself",
@@ -136,14 +136,9 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
     """
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
-        if value not in choices and not (value is None and name in PUBLISHED):
+        known = any(type(value) is type(choice) and value == choice for choice in choices)  # 1 is not True
+        if not known and not (value is None and name in PUBLISHED):
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
-    for name in SWITCHES:
-        value = getattr(settings, name)
-        if not isinstance(value, bool) and not (value is None and name in PUBLISHED):
-            raise UserError(f"{name}={value!r} is not possible; choose True or False")
-    if not any(settings.graph is choice or settings.graph == choice == "auto" for choice in GRAPHS):  # 1 is not True
-        raise UserError(f"graph={settings.graph!r} is not possible; choose True, False or 'auto'")
     reducer, name = _resolve(settings)
     merges, settings = settings.merges, _complete(settings, reducer, name, geometry)
     _check_needs(settings, reducer, name, geometry)

@@ -30,7 +30,7 @@ def attached():
     def make(family):
         if family.title not in made:
             model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
-            attach(model, "pitome", published=True, keep=9)
+            attach(model, "pitome", keep=9)
             made[family.title] = model, inputs, logits(model, inputs)
         return made[family.title]
 

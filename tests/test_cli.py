@@ -357,6 +357,7 @@ def test_help_imports_no_torch_and_an_interrupt_of_imports_is_quiet(swallowed):
     """Some imports swallow the interrupt, and what they left undone fails later."""
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the shell had these tests ignore it
 from pitome_mllm import cli
 class Interrupt:
     def find_spec(self, name, *_):
@@ -385,9 +386,9 @@ def test_progress_on_a_pipe_says_something(capsys, monkeypatch):
     said = ""
     with _options.progress("Timing", total=9) as advance:
         advance()
-        while "\n" not in said:
+        while "Timing: 1 of 9, " not in said:
             said += capsys.readouterr().err
-    assert said.startswith("Timing: 1 of 9, 0 s\n")
+    assert said.endswith(" s\n")
 
 
 def test_a_taken_port_is_said_before_an_address(run):

@@ -1,12 +1,15 @@
 """What is inside a run: picking groups, lighting them up, energies by block, and the charts."""
 
 import re
+from types import SimpleNamespace
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pitome_mllm.methods import UserError
 from pitome_mllm_demo import charts
 from pitome_mllm_demo.look import DIM
 from pitome_mllm_demo.session import Controls, Conversation
@@ -111,27 +114,38 @@ def test_the_chart_of_tokens_says_every_count(look):
     assert {"picture", *map(charts.short, look.steps), *map(str, look.counts)} <= set(said)
 
 
-def test_the_accuracy_curve_says_what_was_measured_at_the_current_setting():
-    found = charts.curve("pitome", "both")
-    assert sorted(found.points) == [16, 36, 72, 144, 288] and all(0.5 < value <= 1 for value in found.points.values())
-    share = {keep: f"{100 * value:.1f}%" for keep, value in found.points.items()}
-    assert f"keep 144: {share[144]};" in " ".join(texts(charts.accuracy(found, 144)))
+KEEPS = (16, 36, 72, 144, 288)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """A curve from a record of one method in one place, of .5 to .9."""
+    plain = {"value": "0.95", "questions": "3360"}
+    rows = [{"value": 0.5 + n / 10, "low": 0.4 + n / 10, "high": 0.6 + n / 10, "date": "2026-11-28"} for n in range(5)]
+    cells = {(("tome", True, "tower"), keep): row for keep, row in zip(KEEPS, rows, strict=True)}
+    monkeypatch.setattr(charts, "_record", lambda: SimpleNamespace(plain=plain, blind={"value": "0.3"}, cells=cells))
+    return charts.curve("tome", "tower", published=True)
+
+
+def test_the_accuracy_curve_says_what_was_measured_at_the_current_setting(found):
+    assert found.name == "tome, published, inside the vision tower" and found.about.startswith("3,360 held-out")
+    assert "keep 144: 80.0%;" in " ".join(texts(charts.accuracy(found, 144)))
     between = " ".join(texts(charts.accuracy(found, 100)))
-    assert f"keep 100: between {share[72]} (keep 72) and {share[144]} (keep 144)" in between
+    assert "keep 100: between 70.0% (keep 72) and 80.0% (keep 144)" in between
 
 
 @pytest.mark.parametrize("keep, words", [(8, "not measured; keep 16"), (700, "has only 576 visual tokens")])
-def test_a_setting_beyond_what_was_measured_says_so(keep, words):
+def test_a_setting_beyond_what_was_measured_says_so(found, keep, words):
     """As with another model, whose pictures have more tokens."""
-    found = charts.curve("pitome", "both")
     assert words in found.at(keep) and words in " ".join(texts(charts.accuracy(found, keep)))
 
 
-def test_a_setting_without_measurements_has_no_curve():
-    assert charts.curve("downsample", "projector", published=True) is None
-    assert charts.curve("downsample", "tower", published=True).points
+def test_a_setting_without_measurements_has_no_curve(found, monkeypatch):
+    assert charts.curve("tome", "tower") is charts.curve("tome", "both", published=True) is None
+    monkeypatch.setattr(charts, "_record", mock.Mock(side_effect=UserError("no results")))
+    assert charts.curve("tome", "tower", published=True) is None
 
 
-def test_charts_are_drawn_without_anything_from_outside(look):
-    for svg in (charts.bars(look), charts.accuracy(charts.curve("pitome", "tower"), 144)):
+def test_charts_are_drawn_without_anything_from_outside(look, found):
+    for svg in (charts.bars(look), charts.accuracy(found, 144)):
         assert not re.search(r"""(href|src)=["'](?!#)|<script|url\((?!#)|@import""", svg)

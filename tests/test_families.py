@@ -65,7 +65,7 @@ def test_a_quarter_is_exact_and_rows_stand_alone(family, where, made):
     """Also with several pictures in a row, and with every row of another length."""
     model, plain = family.build(), family.build()
     batch, alone = made(family)
-    with attach(model, "pitome", published=True, keep=0.25, where=where) as handle:
+    with attach(model, "pitome", keep=0.25, where=where) as handle:
         assert handle.plan.keep == round(handle.plan.available / 4)
         together, answers = logits(model, batch), new_ids(model, batch)
         lengths, groups = handle.stats.lengths, handle.stats.groups
@@ -94,7 +94,7 @@ def test_a_row_without_a_picture_is_that_of_the_plain_model(family, where):
     batch = family.process(rows)
     text = {key: batch[key][1:] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
     alone = {key: value[:, text["attention_mask"][0] == 1] for key, value in text.items()}
-    with attach(model, "pitome", published=True, keep=0.25, where=where):
+    with attach(model, "pitome", keep=0.25, where=where):
         together, answers = logits(model, batch), new_ids(model, batch, 3)
         for row, inputs in enumerate((family.process(rows[:1]), alone)):
             one = plain if row else model
@@ -109,7 +109,7 @@ def test_generate_says_what_forward_says(family, where, made):
     model = family.build()
     _, alone = made(family)
     inputs = {key: value for key, value in alone[1].items() if key != "labels"}
-    with attach(model, "pitome", published=True, keep=0.25, where=where):
+    with attach(model, "pitome", keep=0.25, where=where):
         answer = new_ids(model, inputs, 4)[0]
         longer = dict(inputs)
         for token in answer:
@@ -125,7 +125,7 @@ def test_turns_continue_the_cache(family, where, made):
     model = family.build()
     _, alone = made(family)
     inputs = {key: value for key, value in alone[1].items() if key != "labels"}
-    with attach(model, "pitome", published=True, keep=0.25, where=where):
+    with attach(model, "pitome", keep=0.25, where=where):
         first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         question = torch.tensor([[7, 8, 9, 10]])
         ids = torch.cat([first.sequences, question], 1)
@@ -166,7 +166,7 @@ def test_quantised(family, bits, made, folder):
     plain = logits(model, batch)
     assert any("bit" in type(module).__name__ for module in model.modules())
     for where in dict.fromkeys((family.wheres[0], family.wheres[-1])):
-        with attach(model, "pitome", published=True, keep=1.0, where=where) as handle:
+        with attach(model, "pitome", keep=1.0, where=where) as handle:
             assert torch.equal(logits(model, batch), plain)
             handle.update(keep=0.25)
             seen = logits(model, batch)
@@ -196,7 +196,7 @@ def test_the_estimate_counts_what_runs(title):
     model.set_attn_implementation("eager")  # the counter does not see into other kernels
     inputs.pop("labels", None)
     where = family.wheres[-1]
-    with attach(model, "pitome", published=True, keep=0.25, where=where) as handle:
+    with attach(model, "pitome", keep=0.25, where=where) as handle:
         with FlopCounterMode(display=False) as counter:
             logits(model, inputs, logits_to_keep=1)
         text, tiles = int((inputs["input_ids"] != IMAGE).sum()), handle.stats.images
@@ -213,7 +213,7 @@ class Renamed(transformers.LlavaForConditionalGeneration):
 
 def test_a_subclass_of_a_family_is_of_it():
     made = Renamed(BY_TITLE["LLaVA-1.5"].config()).eval()
-    with attach(made, "pitome", published=True, keep=36) as handle:
+    with attach(made, "pitome", keep=36) as handle:
         assert handle.family is SPECS["LlavaForConditionalGeneration"]
 
 

@@ -42,28 +42,28 @@ def test_features_are_what_the_projector_reads():
 
 def test_distances_are_those_of_the_plain_model_s_features():
     model = build(layers=4)
-    found = spectrum.compare(model, pixels(0, 1), ["tome", "pitome"], [100, 0.5, 288], "tower")
+    found = spectrum.compare(model, pixels(0, 1), ["tome", "pitome"], [100, 0.5, 288], {"where": "tower"})
     assert found.keeps == [288, 100] and list(found.distances) == ["tome", "pitome"] and not found.why
     plain = tower_features(model, pixels(0, 1))
-    with attach(model, "pitome", keep=100) as handle:
+    with attach(model, "pitome", keep=100, where="tower") as handle:
         tower_features(model, pixels(0, 1))
         expected = spectral_distance(plain, handle.stats.merges).mean()
     assert found.distances["pitome"][1] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_keeping_all_changes_nothing():
-    found = spectrum.compare(build(layers=4), pixels(0), ["pitome", "random"], [PATCHES, 288], "tower")
+    found = spectrum.compare(build(layers=4), pixels(0), ["pitome", "random"], [PATCHES, 288], {"where": "tower"})
     assert [values[0] < 1e-9 < values[1] for values in found.distances.values()] == [True, True]
 
 
 def test_what_cannot_be_is_left_out_with_its_reason():
-    found = spectrum.compare(build(layers=4), pixels(0), ["pool", "tome"], [144, 7], "tower")
+    found = spectrum.compare(build(layers=4), pixels(0), ["pool", "tome"], [144, 7], {"where": "tower"})
     assert found.distances["pool"][0] > 0 and found.distances["pool"][1] > 0
     assert (
         found.distances["tome"][1] is None and len(found.why) == 1 and found.why[0].startswith("tome: cannot reach 7")
     )
     with pytest.raises(ValueError, match="cannot reach 7 of 576"):
-        spectrum.compare(build(layers=4), pixels(0), ["tome"], [7], "tower")
+        spectrum.compare(build(layers=4), pixels(0), ["tome"], [7], {"where": "tower"})
 
 
 class Cut(Merge):
@@ -83,7 +83,7 @@ class Groupless(Reducer):
 
 def test_a_method_without_groups_says_so(monkeypatch):
     monkeypatch.setitem(METHODS, "cut", Method(Groupless, "cut", "here"))
-    found = spectrum.compare(build(layers=4), pixels(0), ["cut", "tome"], [144, 72], "projector")
+    found = spectrum.compare(build(layers=4), pixels(0), ["cut", "tome"], [144, 72], {"where": "projector"})
     assert found.distances["cut"] == [None, None] and None not in found.distances["tome"]
     assert found.why == ["cut: this method forms no groups, so there is no graph of groups; choose one that merges"]
 
@@ -95,7 +95,7 @@ def test_a_fault_inside_a_method_is_no_missing_figure(monkeypatch):
 
     monkeypatch.setitem(METHODS, "broken", Method(Broken, "broken", "here"))
     with pytest.raises(ValueError, match="broken inside"):
-        spectrum.compare(build(layers=4), pixels(0), ["broken", "tome"], [144], "tower")
+        spectrum.compare(build(layers=4), pixels(0), ["broken", "tome"], [144], {"where": "tower"})
 
 
 def test_the_table_names_every_method_and_keep(run):

@@ -175,7 +175,7 @@ def test_lengths_are_the_real_ones(model):
 @pytest.mark.parametrize("size", [(60, 150), (100, 100)])
 def test_the_packed_place_merges_overview_and_rest_apart(model, plain, size, method):
     inputs = NEXT.process([(TWO_PICTURES, [picture(n).resize(size[::-1]) for n in (0, 1)])])
-    with attach(model, method, keep=36, where="packed") as handle:
+    with attach(model, method, published=True, keep=36, where="packed") as handle:
         seen = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     full = plain.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     source = torch.tensor(places_of(plain, size))

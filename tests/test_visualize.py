@@ -355,7 +355,7 @@ def test_energies_come_back_to_patches_through_the_groups(run_of):
 
 
 def test_protected_are_the_tokens_of_least_energy(run_of):
-    stats = run_of("pitome", keep=288)
+    stats = run_of("pitome", keep=288, published=True)
     counts = token_counts(stats)
     first = protected_patches(stats, 0, 0)
     assert int(first.sum()) == 576 - 2 * (576 - counts[1])
@@ -368,7 +368,7 @@ def test_protected_are_the_tokens_of_least_energy(run_of):
 
 
 def test_a_merge_in_several_steps_protects_what_every_step_leaves_out(run_of):
-    stats = run_of("pitome", keep=288, steps=2)
+    stats = run_of("pitome", keep=288, steps=2, published=True)
     outside = []
     for step in stats.merges[0].steps:
         energy = step.energy[1]

@@ -18,13 +18,6 @@ def companion(name: str, module: str = "") -> ModuleType:
 
     Installed it is an ordinary package; in a checkout where nothing is installed, the folder ``<name>/`` beside
     ``pitome_mllm`` is loaded under that name.
-
-    Parameters
-    ----------
-    name : str
-        "eval" or "demo".
-    module : str, default ''
-        Dotted name of a module inside it; empty for the package itself.
     """
     package = f"pitome_mllm_{name}"
     try:

@@ -21,16 +21,9 @@ TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache a
 
 @dataclass(frozen=True)
 class Run(AnswerCost):
-    """One answer with its cost: FLOPs and KV cache when the last of `TIMED_TOKENS` new tokens is out.
+    """One answer, "plain" or "merged", with its cost when the last of `TIMED_TOKENS` new tokens is out.
 
     The cache then holds the prompt and every new token but that last one, which no later token looks at.
-
-    Attributes
-    ----------
-    mode : str
-        "plain" or "merged".
-    answer : str
-        The answer's text.
     """
 
     mode: str = "merged"
@@ -50,19 +43,7 @@ TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
 def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
-    """The runs with their times, medians of ``repeats`` in turns.
-
-    Parameters
-    ----------
-    runs : list of Run
-        To be completed.
-    model : object
-        Attached.
-    inputs : object
-        Of one image and prompt.
-    handle : object
-        Of the attached model.
-    """
+    """The runs with their times, medians of ``repeats`` in turns."""
     from ..costs.latency import in_turns, measure
 
     def once(mode: str) -> AnswerCost:

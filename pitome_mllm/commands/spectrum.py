@@ -88,17 +88,7 @@ def run(options: argparse.Namespace) -> None:
 def compare(
     model: Any, pixels: Any, methods: Sequence[str], keeps: Sequence[int | float], place: Mapping[str, Any]
 ) -> Comparison:
-    """Spectral distances of the plain model's features, over what the methods make of them.
-
-    Parameters
-    ----------
-    model : object
-        Not attached.
-    pixels : object
-        (I, 3, H, W); distances are means over the images.
-    methods, keeps, place
-        As for `attach`; ``place`` holds where and published.
-    """
+    """Spectral distances of the plain model's features, over what the methods make of ``pixels`` (I, 3, H, W)."""
     from ..families.features import tower_features
     from ..families.geometry import geometry
     from ..schedule import target_count

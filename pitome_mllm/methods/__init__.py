@@ -55,6 +55,7 @@ _ONCE = {"where": "projector"}  # where methods that reduce once belong
 _PROJECTED = {"where": "projector", "metric": "projected"}
 _METRIC_FREE = {"metric": "hidden"}  # so that no keys are read
 _SOURCE = dict(metric="hidden", place="end", weighted=False, proportional_attention=False, order="source")
+_DROP = _ONCE | _METRIC_FREE  # dropping earlier loses more
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
@@ -92,15 +93,15 @@ METHODS: dict[str, Method] = {
         PruMerge, "prumerge, half of it from equal distances", "arXiv 2403.15388", {"uniform": 0.5}, _ONCE
     ),
     "divprune": Method(DivPrune, "keep the most diverse tokens (max-min)", "arXiv 2503.02175", settings=_PROJECTED),
-    "dart": Method(DART, "keep what duplicates a few pivots least", "arXiv 2502.11494", settings=_ONCE | _METRIC_FREE),
+    "dart": Method(DART, "keep what duplicates a few pivots least", "arXiv 2502.11494", settings=_DROP),
     "cdpruner": Method(
         CDPruner,
         "keep the most diverse tokens (determinant); without the question",
         "arXiv 2506.10967",
         settings=_PROJECTED,
     ),
-    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_METRIC_FREE),
-    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_METRIC_FREE),
+    "random": Method(RandomDrop, "drop a random subset (control)", "control", settings=_DROP),
+    "uniform": Method(Uniform, "keep tokens at equal distances (control)", "control", settings=_DROP),
     "pool": Method(GridPool, "mean of neighbouring patches (control)", "control", settings=_METRIC_FREE),
     "downsample": Method(Downsample, "a smaller picture, fewer patches from the start (control)", "control"),
 }

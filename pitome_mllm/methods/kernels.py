@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .launches import KEPT, Launch, Rows, Tile, Tiles, on, padded, places_of, power, stream_of
+from .launches import KEPT, Launch, Rows, Tile, Tiles, is_transformed, on, padded, places_of, power, stream_of
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 2048  # tokens of a picture, whose groups one program numbers
 Step = tuple[bool, Launch]  # with whether it reads the metric
 is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func runs."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def fuses(metric: Tensor) -> bool:
@@ -135,9 +130,8 @@ def merge(
     launches, size = _decision(Rows.of(metric), r, protected, energy, tiles or Tiles.of(metric))
     with on(metric.device):
         memory = torch.empty(size, dtype=torch.uint8, device=metric.device)
-        stream = stream_of(metric.device)
         for reads, launch in launches:
-            launch(stream, memory, *((metric,) if reads else ()))
+            launch(stream_of(metric.device), memory, *((metric,) if reads else ()))
     batch, tokens = metric.shape[:2]
     n = tokens - protected
     return FusedMerge(memory, (batch, tokens, n, r), 1 / (energy.scale(n) * n) if energy else None)
@@ -238,8 +232,8 @@ class FusedMerge(Merge):
         return self._combine(x, size, False) if self._fused(x) else super().reduce_evenly(x, size)
 
     def _fused(self, x: Tensor) -> bool:
-        differentiated = x.requires_grad and torch.is_grad_enabled()
-        return x.dtype in DTYPES and not (differentiated or is_compiling() or is_transformed())
+        gradient = x.requires_grad and torch.is_grad_enabled()
+        return x.dtype in DTYPES and not (gradient or is_compiling() or is_transformed())
 
     def _combine(self, x: Tensor, size: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor]:
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()

@@ -155,3 +155,8 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def stream_of(device: torch.device) -> int:
     """The address of the current stream; 0 on a processor."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

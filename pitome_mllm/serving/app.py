@@ -30,15 +30,7 @@ MAX_PICTURES = 8  # in a request
 
 
 def make_app(engine: Engine, urls: bool = False, private: Collection[str] = ()) -> Any:
-    """The ASGI application.
-
-    Parameters
-    ----------
-    urls : bool, default False
-        Images may be http(s) addresses, which are fetched from here.
-    private : collection of str
-        Hosts whose addresses need not be public for that.
-    """
+    """The ASGI application; with ``urls`` it fetches images, from public addresses and the hosts in ``private``."""
 
     async def chat(request: Request) -> Response:
         asked = parse(await request.body())

@@ -25,30 +25,16 @@ NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
 
 @dataclass
 class Job(StoppingCriteria):
-    """One request on its way: what the model takes, and what came of it. As a criterion it ends the answer.
-
-    Attributes
-    ----------
-    inputs : object
-        Of the processor.
-    visual : int
-        Visual tokens of the prompt before merging.
-    new_tokens : int
-        Limit of the answer.
-    stopped : bool
-        One of the request's stop strings came.
-    merged : int
-        Visual tokens that the LLM got.
-    """
+    """One request on its way, and what came of it: `generate` asks it after every token whether the answer ends."""
 
     request: ChatRequest
     tokenizer: Any
     inputs: Any
-    visual: int
-    new_tokens: int
+    visual: int  # tokens of the prompt before merging
+    new_tokens: int  # at most
     given_up: Event = field(default_factory=Event)
-    stopped: bool = False
-    merged: int = 0
+    stopped: bool = False  # by one of the request's stop strings, or by the model
+    merged: int = 0  # visual tokens that the LLM got
     written: int = 0
 
     @property
@@ -159,6 +145,8 @@ class Engine:
                 inputs = job.inputs.to(model.device, dtype=model.dtype)
                 limits: dict[str, Any] = {"max_new_tokens": job.new_tokens, "stopping_criteria": [job]}
                 ids = model.generate(**inputs, **request.sampling, **limits, streamer=streamer)
+            ends = model.generation_config.eos_token_id
+            job.stopped |= int(ids[0, -1]) in (ends if isinstance(ends, list) else [ends])
             job.written = ids.shape[1] - job.prompt
             job.merged = sum(self.handle.stats.lengths) if job.visual else 0
         finally:

@@ -19,19 +19,9 @@ REDIRECTS = 3
 
 
 def fetch(url: str, private: Collection[str] = ()) -> bytes:
-    """What lies at an address, at most one byte more than `MAX_BYTES`.
+    """What lies at an http(s) address, at most one byte more than `MAX_BYTES`, or a `UserError` within `SECONDS`.
 
-    Parameters
-    ----------
-    url : str
-        http or https.
-    private : collection of str
-        Hosts that may have addresses which are not public, as they stand in ``url``.
-
-    Raises
-    ------
-    ValueError
-        It cannot be had within `SECONDS`, or leads to an address that is not public.
+    Hosts in ``private`` may have addresses that are not public.
     """
     end = time.monotonic() + SECONDS
     try:

@@ -132,7 +132,7 @@ class Visitor:
     def in_view(self, selector):
         """Whether all of the first such part lies in the window."""
         return self.page.locator(selector).first.evaluate(
-            "e => { const b = e.getBoundingClientRect(); return b.top >= 0 && b.bottom <= innerHeight + 1 }"
+            "e => { const b = e.getBoundingClientRect(); return b.top >= -1 && b.bottom <= innerHeight + 1 }"
         )
 
     def shot(self, name, whole=True):

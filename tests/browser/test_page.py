@@ -336,6 +336,8 @@ def test_energy_tokens_and_accuracy(visitor, files):
     visitor.choose("#pm-method", "pitome")
     visitor.ask("", files[16])
     visitor.until(lambda: visitor.page.locator("#pm-which input").input_value().startswith("1. scene16"))
+    visitor.tab("Tokens")
+    visitor.until(lambda: "scene16" in visitor.page.locator("#pm-tokens").inner_text())
     visitor.tab("Energy")
     visitor.until(lambda: source(visitor, "#pm-energy"))
     first = source(visitor, "#pm-energy")

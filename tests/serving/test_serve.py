@@ -165,6 +165,13 @@ def test_stop_strings_end_the_answer(server, local, tmp_path):
         assert reply.choices[0].message.content == streamed == expected and reply.choices[0].finish_reason == "stop"
 
 
+def test_an_answer_that_ends_at_the_limit_was_not_cut_off(server, tmp_path):
+    for limit, reason in ((1, "length"), (2, "stop")):  # a word, and the end
+        asked = messages(0, "is there a star?", tmp_path)
+        reply = server.client.chat.completions.create(model="tiny", messages=asked, max_tokens=limit, temperature=0)
+        assert reply.choices[0].finish_reason == reason and reply.usage.completion_tokens == limit
+
+
 def test_sampling_repeats_with_its_seed(server):
     def answer(seed):
         said = [{"role": "user", "content": "how many stars are there?"}]  # without a picture it has to guess
@@ -222,6 +229,7 @@ def test_no_bad_request_harms_the_next(server):
     good = {"model": "tiny", "messages": [{"role": "user", "content": "is there a star?"}], "max_tokens": 2}
     junk = [None, True, -1, 0, 1e308, "", "hot", "\ud800", [], [[]], {}, {"a": {}}, [None] * 3, 2**70, "a" * 9000]
     fields = [*good, *"keep stop n seed top_p temperature max_completion_tokens stream_options logprobs tools".split()]
+    assert ask(server.connection, good)[0] == 200
     link = server.connection.sock
     for number in range(500):
         body = copy.deepcopy(good)
