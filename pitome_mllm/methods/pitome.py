@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ class PiToMe(Reducer):
 
 def authors_order(protected: int, candidates: int, merge: Merge) -> Tensor:
     """What the authors' code leaves, (B, K): class tokens, all but the ``candidates`` by energy, then B."""
-    order = merge.by_energy if isinstance(merge, kernels.FusedMerge) else ranked(merge.energy)
+    order = merge.by_energy if isinstance(merge, kernels.FusedMerge) else ranked(cast(Tensor, merge.energy))
     front = torch.arange(protected, device=order.device).expand(len(order), protected)
     return torch.cat([front, order[:, candidates:] + protected, order[:, 1:candidates:2] + protected], dim=1)
 
