@@ -18,7 +18,7 @@ from ..errors import UserError
 from . import kernels
 from .matching import cosine, most_similar_first, ranked, unit_metric
 from .merge import Merge
-from .reducer import Reducer, check_count, check_number
+from .reducer import Known, Reducer, check_count, check_number
 
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their
@@ -74,11 +74,8 @@ class PiToMe(Reducer):
         """Known for the paper's procedure only, which protects all others and merges in one step."""
         return self.protect == 1 and self.steps == 1
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        self.check(metric, r, protected)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        size, protected, depth = known[:3]
         parts = [r * (step + 1) // self.steps - r * step // self.steps for step in range(self.steps)]
         whole = merge = self._step(metric, parts[0], protected, depth)
         for part in parts[1:]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from .matching import most_similar_first, unit_metric
 from .merge import Merge, rows
-from .reducer import Reducer
+from .reducer import Known, Reducer
 from .tome import alternate
 
 REFERENCES = ("mean", "target")
@@ -66,12 +66,8 @@ class ToFu(Reducer):
         if self.reference not in REFERENCES:
             raise UserError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        self.check(metric, r, protected)
-        a, b = alternate(metric, protected)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        a, b = alternate(metric, known.protected)
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         merge = NormPreserving.join(metric.shape[1], merged, target)
         return merge if self.reference == "mean" else merge.aimed_at(target)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .matching import most_similar_first, unit_metric
 from .merge import Merge
-from .reducer import Reducer
+from .reducer import Known, Reducer
 
 
 def alternate(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
@@ -34,18 +34,14 @@ class ToMe(Reducer):
 
     source_order: ClassVar[bool] = True
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        self.check(metric, r, protected)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
         if r and kernels.fuses(metric):
-            merge: Merge = kernels.merge(metric, r, protected)
+            merge: Merge = kernels.merge(metric, r, known.protected)
         else:
-            a, b = alternate(metric, protected)
+            a, b = alternate(metric, known.protected)
             merge = Merge.join(metric.shape[1], *most_similar_first(unit_metric(metric), a, b, r))
         if r:
-            merge.source = partial(authors_order, r, protected)
+            merge.source = partial(authors_order, r, known.protected)
         return merge
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .matching import nearest, ranked, split_evenly, unit_metric
 from .merge import Merge
-from .reducer import Reducer, check_number
+from .reducer import Known, Reducer, check_number
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,10 @@ class VisionZip(Reducer):
     def __post_init__(self) -> None:
         check_number("dominant", self.dominant, 0, 1)
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        attention: Tensor | None = None,
-    ) -> Merge:
-        keep, attention = self.check(metric, r, protected) - r, self.needed("attention", attention)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        order = ranked(self.needed("attention", known.attention)[:, known.protected :]) + known.protected
+        keep = order.shape[1] - r
         contextual = max(1, keep - round(self.dominant * keep))
-        order = ranked(attention[:, protected:]) + protected
         rest = order[:, keep - contextual :].sort(1).values
         targets, sources = split_evenly(rest, contextual)
         if r == 0:
