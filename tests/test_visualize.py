@@ -367,18 +367,6 @@ def test_protected_are_the_tokens_of_least_energy(run_of):
         assert not protected_patches(run_of(method, keep=288), 0).any()
 
 
-def test_a_merge_in_several_steps_protects_what_every_step_leaves_out(run_of):
-    stats = run_of("pitome", keep=288, steps=2, published=True)
-    outside = []
-    for step in stats.merges[0].steps:
-        energy = step.energy[1]
-        left = len(energy) - 2 * (len(energy) + 1 - step.count)
-        outside.append(torch.zeros(len(energy), dtype=torch.bool).index_fill(0, energy.argsort()[:left], True))
-    onward = stats.merges[0].steps[0].group[1, 1:] - 1
-    expected = outside[0] & outside[1][onward]
-    assert torch.equal(protected_patches(stats, 1, 0), expected) and 0 < expected.sum() < outside[0].sum()
-
-
 def test_dropped_patches_stay_dropped(run_of):
     stats = run_of("random", keep=100)
     assert (patch_groups(stats, 0) < 0).sum() == 476

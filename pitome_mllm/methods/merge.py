@@ -216,11 +216,6 @@ class Merge:
         """The composition: ``later`` merges what this one leaves."""
         return _Chain(self, later)
 
-    @property
-    def steps(self) -> tuple[Merge, ...]:
-        """The merges that this one is composed of, in their order; itself where it is no composition."""
-        return (self,)
-
     def in_source_order(self: M) -> M:
         """The same groups, numbered in the order that the reference code leaves (reading order where it has none)."""
         if self.source is None:
@@ -246,10 +241,6 @@ class _Chain(Merge):
         if earlier.group is not None and later.group is not None:
             group = later.group.gather(1, earlier.group.clamp(min=0) if earlier._may_drop else earlier.group)
             self.group = group.where(earlier.group >= 0, -1) if earlier._may_drop else group
-
-    @property
-    def steps(self) -> tuple[Merge, ...]:
-        return tuple(step for merge in self._steps for step in merge.steps)
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         earlier, later = self._steps

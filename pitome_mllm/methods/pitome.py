@@ -18,7 +18,7 @@ from ..errors import UserError
 from . import kernels
 from .matching import cosine, most_similar_first, ranked, unit_metric
 from .merge import Merge
-from .reducer import Known, Reducer, check_count, check_number
+from .reducer import Known, Reducer, check_number
 
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their
@@ -49,16 +49,12 @@ class PiToMe(Reducer):
     protect : float, default 1.0
         Share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more candidates
         than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
-    steps : int, default 1
-        1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left, whose
-        metric is the size-weighted mean; `Merge.energy` holds those of the first.
     """
 
     margin: float | None = None
     alpha: float = 1.0
     energy: str = "paper"
     protect: float = 1.0
-    steps: int = 1
 
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
@@ -67,25 +63,14 @@ class PiToMe(Reducer):
             check_number("margin", self.margin)
         check_number("alpha", self.alpha)
         check_number("protect", self.protect, 0, 1)
-        check_count("steps", self.steps)
 
     @property
     def source_order(self) -> bool:
-        """Known for the paper's procedure only, which protects all others and merges in one step."""
-        return self.protect == 1 and self.steps == 1
+        """Known for the paper's procedure only, which protects all others."""
+        return self.protect == 1
 
     def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
-        size, protected, depth = known[:3]
-        parts = [r * (step + 1) // self.steps - r * step // self.steps for step in range(self.steps)]
-        whole = merge = self._step(metric, parts[0], protected, depth)
-        for part in parts[1:]:
-            metric, size = merge.reduce(metric.float(), size)
-            merge = self._step(metric, part, protected, depth)
-            whole = whole.then(merge)
-        return whole
-
-    def _step(self, metric: Tensor, r: int, protected: int, depth: float) -> Merge:
-        """Merge ``r`` tokens by the energies of all of ``metric``."""
+        protected, depth = known.protected, known.depth
         n = metric.shape[1] - protected
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
         if r and type(self) is PiToMe and kernels.fuses(metric):
@@ -99,7 +84,7 @@ class PiToMe(Reducer):
         return merge
 
     def _plain(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
-        """The merge of one step in torch's operations."""
+        """The same in torch's operations."""
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected

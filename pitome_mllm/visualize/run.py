@@ -98,17 +98,16 @@ def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Te
     energy.
     """
     wanted = stats.merges if step is None else stats.merges[step : step + 1]
-    parts = [part for merge in wanted for part in merge.steps]
-    if all(part.candidates is None for part in parts):
+    if all(merge.candidates is None for merge in wanted):
         return torch.zeros(stats.plan.geometry.patches, dtype=torch.bool)
     group = patch_groups(stats, image, step or 0)
     found = torch.ones_like(group, dtype=torch.bool)
-    for part in parts:
-        if part.candidates is not None:
-            order = part.energy[image].cpu().argsort(descending=True, stable=True)
-            outside = torch.zeros(len(order) + 1, dtype=torch.bool).index_fill(0, order[part.candidates :], True)
+    for merge in wanted:
+        if merge.candidates is not None:
+            order = merge.energy[image].cpu().argsort(descending=True, stable=True)
+            outside = torch.zeros(len(order) + 1, dtype=torch.bool).index_fill(0, order[merge.candidates :], True)
             found &= outside[group]  # the last entry serves label -1
-        group = _onward(stats, image, group, part)
+        group = _onward(stats, image, group, merge)
     return found
 
 
