@@ -115,6 +115,3 @@ def laplacian_spectrum(weights: Tensor) -> Tensor:
     scale = degree.rsqrt().where(degree > 0, 0.0)
     identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
     return torch.linalg.eigvalsh(identity - scale[..., None] * weights * scale[..., None, :])
-
-
-__all__ = ["SAME", "TokenGraph", "laplacian_spectrum", "spectral_distance"]

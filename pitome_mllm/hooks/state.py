@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 
 from ..families.anyres import Places
@@ -70,7 +69,7 @@ class Attached:
         self.core: nn.Module = model.get_submodule(family.core)
         self.features = selected_features(vars(model.config))
         self.places: dict[tuple, Places] = {}  # how the model packs an image of the last few sizes
-        self.distances: tuple[Tensor | None, Tensor] = (None, torch.empty(0))  # frequencies; what `llm` made of them
+        self.distances: tuple[Tensor, Tensor] | None = None  # frequencies of the LLM, and what `llm` made of them
         self.told_of_videos = False
         self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
         self._plan = plan

@@ -36,13 +36,7 @@ is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is
 
 
 def fuses(metric: Tensor) -> bool:
-    """Whether a merge by ``metric`` (B, N, C) takes the fused kernels. Never within torch.compile.
-
-    Raises
-    ------
-    ValueError : the switch says what it cannot say.
-    RuntimeError : the switch says "fused", and this merge cannot be.
-    """
+    """Whether a merge by ``metric`` (B, N, C) takes the fused kernels. Never within torch.compile."""
     if is_compiling():
         return False
     choice = os.environ.get(SWITCH) or CHOICES[0]

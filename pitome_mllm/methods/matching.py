@@ -34,21 +34,9 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The most similar target of every source.
+    """The cosine similarity (B, S) of every source to its most similar target, and that target, the first of equals.
 
-    Parameters
-    ----------
-    unit : Tensor of shape (B, N, C)
-        From `unit_metric`.
-    sources, targets : Tensor of shape (B, S) and (B, T)
-        Token indices.
-
-    Returns
-    -------
-    similarity : Tensor of shape (B, S)
-        Cosine similarity to that target.
-    target : Tensor of shape (B, S)
-        Its token index; the first of equals.
+    ``sources`` (B, S) and ``targets`` (B, T) are tokens of ``unit`` (B, N, C), which `unit_metric` makes.
     """
     similarity, place = cosine(rows(unit, sources), rows(unit, targets)).max(-1)
     return similarity, targets.gather(1, place)
