@@ -228,13 +228,7 @@ class Processor:
 
 
 def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[nn.Module, Processor]:
-    """A model of the original package in evaluation mode, with its vision tower, and its `Processor`.
-
-    Raises
-    ------
-    ValueError
-        The package is missing, or weights are.
-    """
+    """A model of the original package in evaluation mode, with its vision tower, and its `Processor`."""
     if importlib.util.find_spec("llava") is None:
         raise UserError(
             f"{source!r} is a checkpoint of the original llava package, which is not installed; install "

@@ -17,12 +17,9 @@ REFERENCES = ("mean", "target")
 
 
 class NormPreserving(Merge):
-    """A group's mean, rescaled so that the largest norm among its tokens survives.
+    """A group's mean, rescaled so that the largest norm among its tokens survives."""
 
-    ``reference`` says to what length the mean is set in relation: its own, or that of the group's target.
-    """
-
-    reference: str = "mean"
+    target: Tensor | None = None  # (B, K) the token of each group whose norm is the reference; None = that of the mean
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -31,16 +28,10 @@ class NormPreserving(Merge):
         largest = rows(norm[..., None], self._first)[..., 0].scatter_reduce(
             1, self._group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
         )
-        own = mean.norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
+        own = mean.norm(dim=-1) if self.target is None else norm.gather(1, self.target)
         alone = super().reduce(norm[..., None].detach())[1][..., 0] == 1
         scale = (largest / own).masked_fill(alone | (own == 0), 1.0)
         return (mean * scale[..., None]).to(x.dtype), total
-
-    def aimed_at(self, targets: Tensor) -> NormPreserving:
-        """This merge with the norm of ``targets`` (B, r), the tokens that others joined, as reference."""
-        self.reference = "target"
-        self._target = self._first.scatter(1, self._group.gather(1, targets), targets)
-        return self
 
 
 @dataclass(frozen=True)
@@ -70,4 +61,6 @@ class ToFu(Reducer):
         a, b = alternate(metric, known.protected)
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         merge = NormPreserving.join(metric.shape[1], merged, target)
-        return merge if self.reference == "mean" else merge.aimed_at(target)
+        if self.reference == "target":
+            merge.target = merge._first.scatter(1, merge._group.gather(1, target), target)
+        return merge
