@@ -190,7 +190,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         Inside the blocks; before the projector; or both, and then ``tower_keep`` tokens leave the tower. Where images
         are cut into tiles also after the projector, overview and tiles apart, without newlines.
     tower_keep : int or float, optional
-        With where="both"; default: the geometric mean of all and keep.
+        With where="both"; default: a third of all, or the geometric mean of all and keep if that is less.
     metric : {"keys", "hidden", "projected"}, optional
         Keys of the block's attention; hidden states; or, before the projector, what it projected.
     place : {"mid", "end"}, optional

@@ -192,7 +192,7 @@ def _token_counts(
     if settings.where == "projector":
         return patches, [patches] * blocks, projector_counts(patches, keep, of_round)
     tower = (
-        round(math.sqrt(patches * keep))
+        min(round(math.sqrt(patches * keep)), max(keep, patches // 3))
         if settings.tower_keep is None
         else target_count(settings.tower_keep, patches, "tower_keep")
     )

@@ -264,10 +264,10 @@ def test_the_projector_merges_in_rounds_of_at_most_half(model, pair, keep, metri
     torch.testing.assert_close(torch.stack(list(seen)), twin.model.multi_modal_projector(features))
 
 
-@pytest.mark.parametrize("tower_keep,reached", [(None, 288), (300, 300), (144, 144), (576, 576)])
+@pytest.mark.parametrize("tower_keep,reached", [(None, 192), (300, 300), (144, 144), (576, 576)])
 def test_both_places(model, one, tower_keep, reached):
     plan, stats, _ = run(model, one, "pitome", keep=144, where="both", tower_keep=tower_keep)
-    assert plan.counts[-1] == reached  # the default is the geometric mean of 576 and 144
+    assert plan.counts[-1] == reached  # the default is a third of 576
     assert (plan.projector_counts[-1] if plan.projector_counts else reached) == 144
     assert_consistent(plan, stats, images=1, keep=144)
 

@@ -58,7 +58,7 @@ def test_methods_that_go_in_steps(method):
         assert dataclasses.replace(published, published=False) == plan  # it is what somebody published
     else:
         assert told(plan) == ("both", "hidden", False, calibration, FEW)
-        assert (plan.counts[-1], plan.projector_counts[-1]) == (288, 144)
+        assert (plan.counts[-1], plan.projector_counts[-1]) == (192, 144)
     assert published.reducer == get_method(method)
     assert plan.reducer == get_method(method, **METHODS[method].library)
 
