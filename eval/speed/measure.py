@@ -42,12 +42,7 @@ class Contender:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure what the command line asks for.
-
-    Raises
-    ------
-    ValueError : options that are not possible.
-    """
+    """Measure what the command line asks for."""
     device = _check(options)
     torch.set_num_threads(options.threads)
     sheet = Sheet(options.out, device, DTYPES[options.dtype], _title(options))

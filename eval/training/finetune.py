@@ -60,10 +60,8 @@ class Row:
 def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tensor]:
     """What the model's forward takes, one conversation for each picture of a training batch.
 
-    Parameters
-    ----------
-    batch : with ``pixels`` (B, 3, H, W), ``tokens`` and ``labels`` (B, 1, T); the labels name the next token.
-    image, tokens : id and number of the placeholders of a picture.
+    ``batch`` has ``pixels`` (B, 3, H, W), ``tokens`` and ``labels`` (B, 1, T), which name the next token; ``image`` and
+    ``tokens`` are id and number of the placeholders of a picture.
     """
     text, answers = batch["tokens"][:, 0], batch["labels"][:, 0]
     start = torch.tensor([word_ids()[word] for word in PREFIX] + [image] * tokens).expand(len(text), -1)

@@ -6,7 +6,6 @@ the state is saved whole, log included, so an interrupted run continues as if no
 """
 
 import argparse
-import csv
 import os
 import re
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..benchmark.sets import scene_questions
+from ..documents import write_csv
 from .tiny_batch import PHASES, Phase, encode_scene, row_length, stack, training_batch
 from .tiny_forward import Heads, losses
 from .tiny_model import build_model, vision_tower
@@ -36,17 +36,7 @@ def validation_batches(count: int, pictures: int = 8) -> list[dict[str, Tensor]]
 
 
 class Trainer:
-    """Model, auxiliary heads and optimisers, advanced one step at a time.
-
-    Parameters
-    ----------
-    phases : tuple of Phase
-        What to train on, in order.
-    seed : int, default 0
-        Of the initial weights and of every picture.
-    device : str, default "cpu"
-        Where to train.
-    """
+    """Model, auxiliary heads and optimisers, advanced one step at a time; the seed is of weights and pictures."""
 
     def __init__(self, phases: tuple[Phase, ...], seed: int = 0, device: str = "cpu"):
         self.phases, self.seed, self.device = phases, seed, torch.device(device)
@@ -122,12 +112,8 @@ class Trainer:
         state = {"parts": self.parts.state_dict(), "progress": (self.step, self.seconds, self.log)}
         state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
         torch.save(state, out / "checkpoint.part")
-        with (out / "log.part").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.log)
-        for part, whole in (("checkpoint.part", "checkpoint.pt"), ("log.part", "log.csv")):
-            os.replace(out / part, out / whole)
+        os.replace(out / "checkpoint.part", out / "checkpoint.pt")
+        write_csv(out / "log.csv", [dict.fromkeys(COLUMNS, "") | row for row in self.log])
 
     def load(self, out: Path) -> None:
         """Continue from what `save` wrote."""

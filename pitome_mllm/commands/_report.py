@@ -60,10 +60,9 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
 
     The FLOPs of an LLM that `accounting` does not know stay None, as those of images cut into tiles.
     """
-    from ..costs.flops import MLP_MATRICES, estimate, kv_bytes_per_token
-    from ..families.geometry import geometry
+    from ..costs.flops import estimate, flops_known, kv_bytes_per_token
 
-    if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).family.tiles:
+    if not flops_known(model.config):
         cached = run.prompt_tokens + TIMED_TOKENS - 1
         return replace(run, kv_cache_mb=cached * kv_bytes_per_token(model.config.text_config, model.dtype) / 1e6)
     text_tokens = run.prompt_tokens - run.visual_tokens
