@@ -108,7 +108,7 @@ def test_the_table_names_every_method_and_keep(run):
     )
     for name in METHODS:
         cell = r"-" if name == "dct" else r"\d\S*"
-        assert re.search(rf"│ {name} +│ +{cell} │ +{cell} │", out), name
+        assert re.search(rf"(?m)^ *{name} +{cell} +{cell} *$", out), name
     assert "dct: this method forms no groups" in said
 
 
@@ -134,17 +134,6 @@ def test_many_methods_are_drawn_apart(tmp_path):
     found = spectrum.Comparison([144, 72], {f"method {i}": [0.1 * i, None] for i in range(20)})
     spectrum.plot(found, str(tmp_path / "many.png"), "many")
     assert (tmp_path / "many.png").is_file()
-
-
-def test_a_missing_matplotlib_names_its_extra_before_any_work(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(spectrum, "open_model", lambda options: pytest.fail("loaded a model first"))
-    code, out, err = run("--out", tmp_path / "plot.png")
-    assert (
-        (code, out) == (2, "")
-        and "; in a checkout of pitome-mllm: pip install '.[eval]'" in err
-        and err.count("\n") == 1
-    )
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
+from ._report import print_table
 
 ABOUT = """which tokens join. Its own options and settings hold always; by default the library adds to them what it does
 with every method of its kind, with --published what its paper does."""
@@ -39,15 +38,9 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    table = Table(
-        Column("method", no_wrap=True), "what it does", "from", "its own", "by default", box=None, pad_edge=False
-    )
+    heads, lines = ("method", "what it does", "from", "its own", "by default"), []
     for name, row in rows.items():
-        own, library = (
-            ", ".join(f"{key}={value}" for key, value in pairs.items())
-            for pairs in ({**row["options"], **row["settings"]}, row["library"])
-        )
-        table.add_row(
-            f"{name} (default)" if name == DEFAULT_METHOD else name, row["summary"], row["reference"], own, library
-        )
-    Console().print(table)
+        pairs = {**row["options"], **row["settings"]}, row["library"]
+        said = (", ".join(f"{key}={value}" for key, value in each.items()) for each in pairs)
+        lines.append((name + " (default)" * (name == DEFAULT_METHOD), row["summary"], row["reference"], *said))
+    print_table(heads, lines, text=5)

@@ -8,14 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ._companion import companion
 from ._options import keep
+from ._report import print_table
 
 NAMES = ("pitome-paper", "pruning-literature", "llava-next", "shares", "embedded")
-WIDE = 160  # columns
 
 
 def register(commands: Any) -> None:
@@ -107,20 +104,20 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
         said = {"runs": runs, "downloads": fetched, "hours": hours, "sizes_about_right": about}
         sys.stdout.write(json.dumps(said) + "\n")
         return
-    console = _console()
-    console.print(f"{options.table}: {table.about}", markup=False)
-    view = Table("run", "tokens", "questions", "GFLOPs per question", "GPU hours", box=None, pad_edge=False)
-    for one in estimated:
-        view.add_row(str(one.run), str(one.run.tokens), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
-    console.print(view)
+    lines = (
+        [str(one.run), str(one.run.tokens), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}"]
+        for one in estimated
+    )
     tasks = {name: known[name] for name in table.tasks}
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
-    console.print(f"questions per task: {', '.join(sizes)}")
-    console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
-    console.print(
+    notes = [
+        f"questions per task: {', '.join(sizes)}",
+        f"downloads: {'; '.join(fetched) or 'none'}",
         f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s and {1000 * plans.BESIDE:.0f} ms beside them, "
-        f"prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ"
-    )
+        f"prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ",
+    ]
+    heads = ("run", "tokens", "questions", "GFLOPs per question", "GPU hours")
+    print_table(heads, lines, f"{options.table}: {table.about}", notes)
 
 
 def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
@@ -129,22 +126,10 @@ def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
         return
     columns = ("run", "tokens", "task", "questions", "ours", "95 % interval", "published", "tokens", "difference")
     columns += ("95 % interval",)
-    view = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        view.add_row(*_cells(row))
-    console = _console()
-    console.print(f"{options.table}: {table.about}", markup=False)
-    console.print(view)
-    for source in dict.fromkeys(row.source for row in rows if row.source):
-        console.print(f"published: {source}", markup=False)
+    notes = [f"published: {source}" for source in dict.fromkeys(row.source for row in rows if row.source)]
     if options.limit is not None or options.data is not None:
-        console.print("published figures are over all questions of the published data, ours here are not")
-
-
-def _console() -> Console:
-    """Wide enough for the tables where stdout is a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+        notes.append("published figures are over all questions of the published data, ours here are not")
+    print_table(columns, map(_cells, rows), f"{options.table}: {table.about}", notes)
 
 
 def _cells(row: Any) -> list[str]:

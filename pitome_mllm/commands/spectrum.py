@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError, missing_package
+from ..errors import UserError
 from ._inputs import read_subject
 from ._options import add_model, add_published, add_subject, check_method, keep, open_model, progress
+from ._report import print_table
 from .groups import check_picture_file
 
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
@@ -54,7 +54,7 @@ def register(commands: Any) -> None:
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
     )
     group.add_argument("--where", metavar="W", help="tower, projector or both (default: each method's own)")
-    parser.add_argument("--out", metavar="FILE", help="also draw a plot (needs matplotlib)")
+    parser.add_argument("--out", metavar="FILE", help="also draw a plot")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -69,7 +69,6 @@ def run(options: argparse.Namespace) -> None:
         check_method(method)
     if options.out:
         check_picture_file(options.out)
-        check_matplotlib()
     subject = read_subject(options)
     model, processor = open_model(options)
     place = {"where": options.where, "published": options.published}
@@ -131,24 +130,9 @@ def _distance(
 
 def show(found: Comparison, title: str) -> None:
     """A table: methods down, keeps across."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Spectral distance: {title}", title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for count in found.keeps:
-        table.add_column(f"keep {count}", justify="right")
-    for method, values in found.distances.items():
-        table.add_row(method, *("-" if value is None else f"{value:.4g}" for value in values))
-    console = Console()
-    console.print(table)
-    console.print("\n".join([WHAT, *found.why]), style="dim")
-
-
-def check_matplotlib() -> None:
-    """ValueError without matplotlib, which draws the plots."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_package("plots need matplotlib", "eval")
+    heads = ["method", *(f"keep {count}" for count in found.keeps)]
+    lines = ([name, *("-" if v is None else f"{v:.4g}" for v in values)] for name, values in found.distances.items())
+    print_table(heads, lines, f"Spectral distance: {title}", [WHAT, *found.why])
 
 
 def plot(found: Comparison, path: str, title: str) -> None:
