@@ -16,10 +16,28 @@ from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
+from pitome_mllm.serving import prompts
+from pitome_mllm.serving.prompts import Message
 
 from .controls import Controls
 from .engine import Engine
 from .look import Look, looks
+
+NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
+
+
+def encode(engine: Engine, question: str, said: list[Message], images: list[Any], plan: Plan | None) -> tuple[Any, int]:
+    """Model inputs on the model's device, and how many new tokens the answer may have; no plan = the plain model."""
+    model = engine.model
+    prompts.check_question(engine.processor, question)
+    inputs, length, most = prompts.encode(model, engine.processor, said, images, plan)
+    room = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
+    if room < 1:
+        raise UserError(
+            f"the conversation is too long: {length} tokens with {len(images)} pictures, and the model holds {most}; "
+            "clear it, or keep fewer tokens"
+        )
+    return inputs.to(model.device, dtype=model.dtype), room
 
 
 @dataclass(frozen=True)

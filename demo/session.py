@@ -20,8 +20,7 @@ from .controls import NOTHING, PLAIN, Controls, label
 from .engine import Engine
 from .look import Look
 from .pictures import Picture, open_upload
-from .prompts import encode
-from .runs import Event, Stopped, answer, look_only
+from .runs import Event, Stopped, answer, encode, look_only
 from .turns import Reply, Turn, history
 
 MAX_PICTURES = 8  # in one conversation

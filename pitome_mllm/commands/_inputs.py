@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError
-from ..serving.prompts import check_question, message, write
+from ..serving import prompts
 from ..serving.uploads import decode
 from ._companion import companion
 
@@ -60,11 +60,8 @@ def read_picture(path: str | Path) -> Image.Image:
 
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
     """Model inputs for one image and one question, on the model's device."""
-    check_question(processor, question, subject.examples)
-    inputs = processor(
-        images=subject.picture, text=write(processor, [message(question, pictures=1)]), return_tensors="pt"
-    )
-    length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    prompts.check_question(processor, question, subject.examples)
+    inputs, length, most = prompts.encode(model, processor, [prompts.message(question, 1)], [subject.picture])
     if length + new_tokens > most:
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
         text = most - new_tokens - visual

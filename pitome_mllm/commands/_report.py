@@ -114,9 +114,11 @@ def print_table(
     """A table, wide enough where stdout is a file; so many columns hold ``text``, the others figures."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
     columns = [Column(h, justify="right" if n >= text else "left", no_wrap=not n) for n, h in enumerate(heads)]
-    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0)
     for row in rows:
         table.add_row(*row)
+    if title:
+        console.print(title, style="italic", markup=False)
     console.print(table)
     for note in notes:
         console.print(note, style="dim", markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from ..errors import UserError
@@ -29,20 +29,16 @@ def _port(text: str) -> int:
 
 def bound(host: str, port: int | None) -> socket.socket:
     """A socket at the port that is given, else at the first free one of `PORTS`."""
-    ports: Iterable[int] = PORTS if port is None else [port]
-    for number in ports:
-        try:
-            family, kind, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-            found = socket.socket(family, kind)
-        except OSError as error:
-            failed = error
-            continue
-        try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # free again once its last user is gone
-            found.bind(address)
-            return found
-        except OSError as error:
-            found.close()
-            failed = error
+    for number in PORTS if port is None else [port]:
+        with ExitStack() as failing:
+            try:
+                family, kind, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+                found = failing.enter_context(socket.socket(family, kind))
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # free again once its last user is gone
+                found.bind(address)
+                failing.pop_all()
+                return found
+            except OSError as error:
+                failed = error
     said = f"port {port}" if port is not None else f"any port from {PORTS[0]} to {PORTS[-1]}"
     raise UserError(f"cannot listen on {host}, {said}: {failed}; choose another --host or --port") from failed

@@ -36,11 +36,5 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print a table, write rows.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Measure, print a table, write rows."""
     companion("eval", "speed.measure").bench(options)

@@ -40,6 +40,21 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
     return " ".join(said)
 
 
+def encode(
+    model: Any, processor: Any, messages: Sequence[Message], images: Sequence[Any], plan: Any = None
+) -> tuple[Any, int, int]:
+    """Inputs of a conversation, its length in positions of the LLM, and how many of these the model has.
+
+    Positions that are told of nothing count what the LLM reads under ``plan``, which with tiles is known behind the
+    tower only; None is the plain model.
+    """
+    inputs = processor(images=list(images) or None, text=write(processor, messages), return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if plan is not None and plan.calibration == "none" and not plan.geometry.family.tiles:
+        length -= len(images) * (plan.available - plan.keep)
+    return inputs, length, model.config.get_text_config().max_position_embeddings
+
+
 def check_question(processor: Any, question: str, examples: Sequence[str] = ()) -> None:
     """Refuse an empty question, one with the image's placeholder, and words the tokenizer does not know.
 
