@@ -282,6 +282,8 @@ def test_every_phase_gives_the_rows_that_the_table_asks_for(name, bench, monkeyp
     assert keys >= {key for key in {**report.SHARES, **report.MERGES} if key[0] == name and key[-1] == 1}
     if name in ("tower", "prefill", "first token"):
         assert {(name, "plain", mode, 1) for _, _, mode, _ in keys} <= keys
+    if name == "first token":
+        assert {(name, f"pitome, {keep}", "graph", 1) for keep in phases.KEEPS} <= keys, "the README's table"
     if name in ("bits", "memory"):
         assert keys and all(row.value != "" for row in made.sheet.rows)
 

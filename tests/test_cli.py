@@ -111,7 +111,7 @@ def test_the_table_says_what_its_costs_are_for(run):
     out = " ".join(run("ask", "--compare", "--repeats", 1)[1].split())
     assert "from the picture to new token 8. KV cache: calculated, for the prompt and 7 new tokens" in out
     tower, large, saved = re.search(
-        r"The tower has (\d+)% .* LLaVA-1.5-7B the tower has (\d+)%.* to (0.\d\d)", out
+        r"What decides: .* The tower has (\d+)% .* LLaVA-1.5-7B it has (\d+)%.* leaves (0.\d\d) of all", out
     ).groups()
     assert int(tower) > 2 * int(large) and 0.2 < float(saved) < 0.5  # a quarter of the tokens, where the LLM is large
 

@@ -176,9 +176,9 @@ def test_quantised(family, bits, made, folder):
     assert torch.equal(logits(model, batch), plain)
 
 
-def test_the_readme_has_these_families():
-    readme = family_table.README.read_text()
-    assert family_table.with_table(readme) == readme, "run: python tests/family_table.py"
+def test_the_page_has_these_families():
+    page = family_table.PAGE.read_text()
+    assert family_table.with_table(page) == page, "run: python tests/family_table.py"
 
 
 def test_every_row_of_the_package_is_tested():

@@ -280,16 +280,16 @@ def folders(tmp_path):
 
 
 def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
-    readme = folders / "README.md"
-    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--readme", str(readme)])
+    page = folders / "page.md"
+    page.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--page", str(page)])
     with (folders / "x.csv").open() as file:
         found = {(row["method"], row["asked"]): row for row in csv.DictReader(file)}
     assert len(found) == 3
     row = found["tome", "keep=144"]
     assert [row[name] for name in ("value", "visual_tokens", "latency_ms", "questions")] == ["0.8", "144", "14.0", "10"]
     assert float(row["low"]) < 0.8 < float(row["high"])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
     assert capsys.readouterr().out.strip() in text

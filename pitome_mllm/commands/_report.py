@@ -87,9 +87,9 @@ def what_decides(model: Any, settings: dict[str, Any], share: float) -> str:
     chosen = settings if settings.get("ratio") else {**settings, "keep": share}
     (tower, whole), (large_tower, large_whole), (_, merged) = parts(model, {}), parts(large, {}), parts(large, chosen)
     return (
-        f"The tower has {tower / whole:.0%} of the plain run's FLOPs, the LLM the rest; in LLaVA-1.5-7B the tower has "
-        f"{large_tower / large_whole:.0%}, and this setting comes to {merged / large_whole:.2f} of all FLOPs there "
-        f"(calculated). What is saved grows with the LLM."
+        "What decides: merging saves in the LLM and in the tower's later blocks, and takes time itself, which small "
+        f"models feel. The tower has {tower / whole:.0%} of the plain run's FLOPs, the LLM the rest; in LLaVA-1.5-7B "
+        f"it has {large_tower / large_whole:.0%}, and this leaves {merged / large_whole:.2f} of all (calculated)."
     )
 
 
