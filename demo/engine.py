@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from PIL import Image
@@ -36,7 +36,6 @@ class Engine:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._desk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="desk")
-        self.burden = lru_cache(maxsize=1)(self._burden)
         self._picture_flops = lru_cache(maxsize=256)(self._per_picture)  # counting them takes a good part of a second
 
     @property
@@ -87,7 +86,8 @@ class Engine:
         llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
         return kv, (pictures * self._picture_flops(controls) + llm) / 1e9
 
-    def _burden(self) -> str:
+    @cached_property
+    def burden(self) -> str:
         """What decides the cost of an answer, here and in a model of seven billion parameters, in words."""
         here = f"In {self.name} {_of_tower(self.model)}. " if flops_known(self.model.config) else ""
         there = f"In {SEVEN.title} {_of_tower(SEVEN.config())}"

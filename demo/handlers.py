@@ -99,7 +99,7 @@ class Handlers:
 
     def show_model(self, request: gr.Request) -> str:
         engine = self.of(request).engine
-        about = f"{engine.name} makes {engine.available} visual tokens of a picture. {engine.burden()}"
+        about = f"{engine.name} makes {engine.available} visual tokens of a picture. {engine.burden}"
         return f'<div class="pm-note"><b>What decides the cost:</b> {view.text(about)}</div>'
 
     # looking inside

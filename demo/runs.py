@@ -30,14 +30,8 @@ def encode(engine: Engine, question: str, said: list[Message], images: list[Any]
     """Model inputs on the model's device, and how many new tokens the answer may have; no plan = the plain model."""
     model = engine.model
     prompts.check_question(engine.processor, question)
-    inputs, length, most = prompts.encode(model, engine.processor, said, images, plan)
-    room = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
-    if room < 1:
-        raise UserError(
-            f"the conversation is too long: {length} tokens with {len(images)} pictures, and the model holds {most}; "
-            "clear it, or keep fewer tokens"
-        )
-    return inputs.to(model.device, dtype=model.dtype), room
+    inputs, room = prompts.encode(model, engine.processor, said, images, 1, plan)
+    return inputs.to(model.device, dtype=model.dtype), min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,8 @@ class Conversation:
         """Add a turn and write its replies, yielding the turn whenever there is something new to show.
 
         A UserError (a broken picture, an impossible setting or question, an answer still being written) leaves the
-        conversation as before.
-
-        Parameters
-        ----------
-        question : "" with pictures = only look at them.
-        files : new pictures.
-        compare : who answers too, before: `PLAIN`, a method (with the same settings), or `NOTHING`.
-        anew : end and forget what was before.
+        conversation as before. A question "" with pictures only looks at them; `PLAIN` or a method to ``compare`` with
+        answers first; ``anew`` ends and forgets what was before.
         """
         if anew:
             self.clear()

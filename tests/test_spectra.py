@@ -88,7 +88,7 @@ def test_the_command_writes_points_of_which_plot_and_sentence_are_made(tmp_path,
     made = {s: 0.2 + 0.01 * len(s.method) - s.keep / 5760 for s in spectra.losses(rows)}
     monkeypatch.setattr(spectra, "distances", lambda *given: made)
     out = tmp_path / "spectra.csv"
-    spectra.main(["--results", str(tmp_path / "accuracy.csv"), "--pictures", "2", "--threads", "1", "--out", str(out)])
+    spectra.main(["--results", str(tmp_path / "accuracy.csv"), "--pictures", "2", "--out", str(out)])
     found, about = spectra.stored(out)
     said = capsys.readouterr().out.strip()
     assert len(found) == 42 and said == spectra.sentence(found, about)
@@ -102,7 +102,6 @@ def test_the_command_writes_points_of_which_plot_and_sentence_are_made(tmp_path,
 @pytest.mark.parametrize(
     "rows, arguments, words",
     [
-        (made_up(keeps=(144, 72)), [], "a rank correlation of 12 settings says little"),
         (made_up(weights="other"), [], "the accuracies are of weights other"),
         (made_up(), ["--pictures", "0"], "--pictures 0 is not possible; choose 1 to 210"),
     ],

@@ -27,7 +27,6 @@ from .figures import BLIND
 from .runs import PLAIN, load, provenance
 from .tables import TABLES
 
-LEAST_POINTS = 40
 BATCH = 10  # pictures whose graphs are in memory at once
 MARKERS = "osD^vP*X<>"
 OUT = FOLDER / "spectra.csv"
@@ -130,11 +129,6 @@ def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
     The first is high already where both only grow as tokens get fewer; the second leaves that out. The sampling error
     of the pictures is in neither interval.
     """
-    if len(found) < LEAST_POINTS:
-        raise UserError(
-            f"a rank correlation of {len(found)} settings says little; at least {LEAST_POINTS} are needed: measure "
-            f"more methods or keeps with {CURVES}"
-        )
     distance, loss, keep = (np.array([getattr(p, name) for p in found], float) for name in ("distance", "loss", "keep"))
     methods = [p.name for p in found]
     return correlation(distance, loss, methods), correlation(distance, loss, methods, strata=keep)
@@ -200,10 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=FOLDER / SUMMARY, help="summary of curves (%(default)s)")
     parser.add_argument("--pictures", type=int, default=20, help="scenes to average over (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT, help="CSV of the points (%(default)s)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     try:
         found, about = measured(args.pictures, args.results)
         print(sentence(found, about))

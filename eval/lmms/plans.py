@@ -95,7 +95,7 @@ class Estimated:
     hours: float
 
 
-def plan(table: Table, limit: int | None, tflops: float) -> list[Estimated]:
+def plan(table: Table, limit: int | None, tflops: float = SUSTAINED) -> list[Estimated]:
     """What every run of a table takes, of ``limit`` questions per task, on a machine that sustains ``tflops``."""
     check_limit(table, limit)
     sizes = [TASKS[name].documents for name in table.tasks]

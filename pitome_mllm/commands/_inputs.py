@@ -61,18 +61,5 @@ def read_picture(path: str | Path) -> Image.Image:
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
     """Model inputs for one image and one question, on the model's device."""
     prompts.check_question(processor, question, subject.examples)
-    inputs, length, most = prompts.encode(model, processor, [prompts.message(question, 1)], [subject.picture])
-    if length + new_tokens > most:
-        visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
-        text = most - new_tokens - visual
-        if text > 0:
-            advice = f"shorten the question to {text} tokens at most"
-        elif length < most:
-            advice = f"ask for at most {most - length} new tokens"
-        else:
-            advice = "shorten the question and ask for fewer new tokens"
-        raise UserError(
-            f"the prompt of {length} tokens ({visual} visual, {length - visual} text) and {new_tokens} new ones do not "
-            f"fit: the model holds {most}; {advice}"
-        )
+    inputs, _ = prompts.encode(model, processor, [prompts.message(question, 1)], [subject.picture], new_tokens)
     return inputs.to(model.device, dtype=model.dtype)

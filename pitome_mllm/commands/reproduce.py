@@ -40,7 +40,6 @@ def register(commands: Any) -> None:
     parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs bitsandbytes)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
     parser.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
-    parser.add_argument("--tflops", type=_rate, metavar="T", help="rate that --plan reckons with (default: a paper's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -49,16 +48,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of questions; give 1 or more")
     return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; give TFLOP/s, such as 100")
-    return rate
 
 
 def run(options: argparse.Namespace) -> None:
@@ -90,8 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) -> None:
-    tflops = options.tflops or plans.SUSTAINED
-    estimated = plans.plan(table, options.limit, tflops)
+    estimated = plans.plan(table, options.limit)
     fetched = plans.downloads(table, options.data is not None)
     hours = sum(one.hours for one in estimated)
     if options.json:
@@ -113,8 +101,8 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
     notes = [
         f"questions per task: {', '.join(sizes)}",
         f"downloads: {'; '.join(fetched) or 'none'}",
-        f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s and {1000 * plans.BESIDE:.0f} ms beside them, "
-        f"prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ",
+        f"{hours:.1f} GPU hours in all, by FLOPs at {plans.SUSTAINED:g} TFLOP/s and {1000 * plans.BESIDE:.0f} ms "
+        f"beside them, prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ",
     ]
     heads = ("run", "tokens", "questions", "GFLOPs per question", "GPU hours")
     print_table(heads, lines, f"{options.table}: {table.about}", notes)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from ..errors import UserError
@@ -32,10 +33,6 @@ class Comparison:
     keeps: list[int]
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     why: list[str] = field(default_factory=list)
-
-    def without(self, reason: str) -> None:
-        """There is no figure, for this reason."""
-        self.why += [reason] * (reason not in self.why)
 
 
 def register(commands: Any) -> None:
@@ -95,36 +92,32 @@ def compare(
 
     counts = [target_count(keep, geometry(model.config).available) for keep in keeps]
     found = Comparison(sorted(set(counts), reverse=True))
-    with progress("Computing spectra", total=1 + len(methods) * len(found.keeps)) as advance:
+    with progress("Computing spectra", total=len(methods) * len(found.keeps)) as advance:
         graph = TokenGraph(tower_features(model, pixels).float().cpu())
-        for method in methods:
+        for method, keep in product(methods, found.keeps):
+            try:
+                value = _distance(model, pixels, graph, method, {**place, "keep": keep})
+            except UserError as error:
+                value, reason = None, f"{method}: {error}"
+                found.why += [reason] * (reason not in found.why)
+            found.distances.setdefault(method, []).append(value)
             advance()
-            found.distances[method] = [_distance(found, model, pixels, graph, method, n, place) for n in found.keeps]
     if all(value is None for values in found.distances.values() for value in values):
         raise UserError(found.why[0])
     return found
 
 
-def _distance(
-    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, place: Mapping[str, Any]
-) -> float | None:
-    """One figure; where it does not exist, None, and the reason goes to ``found.why``."""
+def _distance(model: Any, pixels: Any, graph: Any, method: str, settings: Mapping[str, Any]) -> float:
+    """One figure; a UserError says why there is none."""
     from ..attach import attach
     from ..families.features import tower_features
 
-    try:
-        handle = attach(model, method, keep=keep, **place)
-    except UserError as error:
-        return found.without(f"{method}: {error}")
-    with handle:
+    with attach(model, method, **settings) as handle:
         if handle.plan.where == "packed":
-            why = "where='packed' merges behind the projector; spectra are those of the tower's tokens"
-            return found.without(f"{method}: {why}")
+            raise UserError("where='packed' merges behind the projector; spectra are those of the tower's tokens")
         tower_features(model, pixels)
         if any(merge.group is None for merge in handle.stats.merges):
-            return found.without(
-                f"{method}: this method forms no groups, so there is no graph of groups; choose one that merges"
-            )
+            raise UserError("this method forms no groups, so there is no graph of groups; choose one that merges")
         return float(graph.distance(handle.stats.merges).mean())
 
 

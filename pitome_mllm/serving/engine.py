@@ -74,20 +74,15 @@ class Engine:
     def prepare(self, request: ChatRequest, pictures: Sequence[Image.Image]) -> Job:
         """All that may be wrong with a request is found here, before anything runs; `Refused`."""
         plan, processor, model = self._plan(request), self.processor, self.handle.model
+        turns = list(self._turns(request))
         try:
-            inputs, length, most = encode(model, processor, list(self._turns(request)), pictures, plan)
+            inputs, room = encode(model, processor, turns, pictures, request.new_tokens or 1, plan)
         except TemplateError as error:
             raise Refused(f"the messages do not fit the model's chat template: {error}", "messages") from error
+        except UserError as error:
+            raise Refused(str(error), "messages", "context_length_exceeded") from error
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
-        wanted = request.new_tokens or 1
-        if length + wanted > most:
-            raise Refused(
-                f"the prompt of {length} tokens and {wanted} new ones do not fit: the model holds {most}; shorten the "
-                "conversation, or ask for fewer new tokens",
-                "messages",
-                "context_length_exceeded",
-            )
-        usual = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
+        usual = min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
         return Job(request, processor.tokenizer, inputs, visual, request.new_tokens or usual)
 
     def _plan(self, request: ChatRequest) -> Plan:
