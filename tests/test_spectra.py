@@ -93,7 +93,7 @@ def test_the_command_writes_points_of_which_plot_and_sentence_are_made(tmp_path,
     said = capsys.readouterr().out.strip()
     assert len(found) == 42 and said == spectra.sentence(found, about)
     whole, within = correlations(found)
-    assert "Over 42 settings of 6 methods, as published" in said and f"accuracy is {whole}; " in said
+    assert "Over 42 settings of 6 methods, as published" in said and f"accuracy is {whole.value:.2f} (" in said
     assert 0 < whole.value < 1 and within.value == pytest.approx(0.75**0.5, abs=0.05)
     spectra.plot(found, about, tmp_path / "spectra.png")
     assert (tmp_path / "spectra.png").stat().st_size > 10_000

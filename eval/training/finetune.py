@@ -102,11 +102,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     model, processor = load("tiny")
     plan = attach(model, args.method, keep=args.keep).plan
     before, start = right(), time.process_time()
-    wrapped = tune(model, args.steps, args.rank, args.rate, args.seed)
+    tune(model, args.steps, args.rank, args.rate, args.seed)
     seconds = round(time.process_time() - start, 1)
     after = right()
-    if args.save:
-        wrapped.save_pretrained(args.save)
     bootstrap = Bootstrap(np.array([scene for scene, _ in questions(args.split)][: args.limit]))
     settings = (plan.method, plan.where, plan.keep, args.steps, args.rank, args.rate, args.seed, seconds)
     for what, values in {"before": before, "after": after, "difference": after - before}.items():
@@ -126,7 +124,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="ask only the first so many questions")
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the adapters, as peft writes them")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     about = provenance("tiny", args.split)

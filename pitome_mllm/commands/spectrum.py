@@ -14,12 +14,8 @@ from ..errors import UserError
 from ._inputs import read_subject
 from ._options import add_model, add_published, add_subject, check_method, keep, open_model, progress
 from ._report import print_table
-from .groups import check_picture_file
 
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
-# Colours of Okabe and Ito, which colour-blind readers can tell apart; further methods get other lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", ":")
 WHAT = (
     "Between the features of the plain model and their groups: sum of |change| over the spectrum of the normalised "
     "Laplacian; 0 = nothing changed. A dropped token keeps its place without edges."
@@ -51,7 +47,6 @@ def register(commands: Any) -> None:
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
     )
     group.add_argument("--where", metavar="W", help="tower, projector or both (default: each method's own)")
-    parser.add_argument("--out", metavar="FILE", help="also draw a plot")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -64,16 +59,12 @@ def run(options: argparse.Namespace) -> None:
     methods = options.method or list(METHODS)
     for method in methods:
         check_method(method)
-    if options.out:
-        check_picture_file(options.out)
     subject = read_subject(options)
     model, processor = open_model(options)
     place = {"where": options.where, "published": options.published}
     found = compare(model, pixel_values(processor, subject.picture), methods, options.keep, place)
     about = f"{subject.name}, {options.model}, {options.where or 'every method at its own place'}"
     about += ", as published" * options.published
-    if options.out:
-        plot(found, options.out, about)
     if options.json:
         asked = {"model": options.model, "picture": subject.name, **place, "keep": found.keeps}
         sys.stdout.write(json.dumps({**asked, "spectral_distance": found.distances, "impossible": found.why}) + "\n")
@@ -126,23 +117,3 @@ def show(found: Comparison, title: str) -> None:
     heads = ["method", *(f"keep {count}" for count in found.keeps)]
     lines = ([name, *("-" if v is None else f"{v:.4g}" for v in values)] for name, values in found.distances.items())
     print_table(heads, lines, f"Spectral distance: {title}", [WHAT, *found.why])
-
-
-def plot(found: Comparison, path: str, title: str) -> None:
-    """Spectral distance over visual tokens, a line for each method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
-    for number, (method, values) in enumerate(found.distances.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
-        axis.plot(found.keeps, [float("nan") if v is None else v for v in values], marker="o", label=method, **style)
-    axis.set(xscale="log", xlabel="visual tokens", ylabel="spectral distance", title=title, ylim=(0, None))
-    axis.set_xticks(found.keeps, [str(count) for count in found.keeps])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path!r}: {error}") from error
