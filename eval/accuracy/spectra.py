@@ -59,7 +59,7 @@ def spearman(x: np.ndarray, y: np.ndarray, strata: np.ndarray | None = None) -> 
 def correlation(
     x: np.ndarray, y: np.ndarray, cluster: Sequence[str], strata: np.ndarray | None = None, draws: int = DRAWS
 ) -> Correlation:
-    """`spearman` of points (n,); the bootstrap draws clusters, as points of one ``cluster`` (n,) are not independent."""
+    """`spearman` of points (n,); the bootstrap draws clusters, as points of one ``cluster`` (n,) depend."""
     names, strata = np.asarray(cluster), np.zeros(len(x)) if strata is None else strata
     members = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
     if len(members) < 2:
@@ -110,7 +110,7 @@ def distances(model: Any, pixels: torch.Tensor, wanted: Iterable[Setting]) -> di
 
 
 def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
-    """Of distance and loss: over all settings, and, leaving out what tokens make of both, within the same number of them.
+    """Of distance and loss: over all settings, and between methods at the same number of tokens.
 
     Clusters are methods; the sampling error of the pictures is in neither interval.
     """
