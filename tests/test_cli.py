@@ -221,8 +221,7 @@ def test_groups_stacks_the_steps_of_several_methods(run, tmp_path):
 def test_methods_lists_every_method(run):
     code, out, _ = run("methods")
     assert code == 0 and all(name in out for name in METHODS) and f"{DEFAULT_METHOD} (default)" in out
-    rows = json.loads(run("methods", "--json")[1])
-    assert list(rows) == list(METHODS) and rows["tome"]["reference"] == METHODS["tome"].reference
+    assert METHODS["tome"].reference in out
 
 
 def test_version_and_help(run):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Any
 
 from ._report import print_table
@@ -16,7 +14,6 @@ with every method of its kind, with --published what its paper does."""
 def register(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("methods", help="list the methods", description="List the methods there are: " + ABOUT)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
 
@@ -25,22 +22,9 @@ def run(options: argparse.Namespace) -> None:
     from ..methods import METHODS
     from ..settings import DEFAULT_METHOD
 
-    rows = {
-        name: {
-            "summary": method.summary,
-            "reference": method.reference,
-            "options": dict(method.options),
-            "settings": dict(method.settings),
-            "library": dict(method.library),
-        }
-        for name, method in METHODS.items()
-    }
-    if options.json:
-        sys.stdout.write(json.dumps(rows) + "\n")
-        return
     heads, lines = ("method", "what it does", "from", "its own", "by default"), []
-    for name, row in rows.items():
-        pairs = {**row["options"], **row["settings"]}, row["library"]
+    for name, method in METHODS.items():
+        pairs = {**method.options, **method.settings}, method.library
         said = (", ".join(f"{key}={value}" for key, value in each.items()) for each in pairs)
-        lines.append((name + " (default)" * (name == DEFAULT_METHOD), row["summary"], row["reference"], *said))
+        lines.append((name + " (default)" * (name == DEFAULT_METHOD), method.summary, method.reference, *said))
     print_table(heads, lines, text=5)
