@@ -159,7 +159,7 @@ def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(started
             assert cli.main(["demo", *given]) == 2
             said = capsys.readouterr()
             assert said.out == "" and said.err.startswith("pitome-mllm: cannot listen on ")
-        monkeypatch.setattr(_server, "PORTS", (port, free))
+        monkeypatch.setattr(_options, "PORTS", (port, free))
         with _options.bound("127.0.0.1", None) as found:
             assert found.getsockname()[1] == free
 

@@ -93,7 +93,7 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
     "arguments, message",
     [
         (["--table", "paper"], "invalid choice: 'paper'"),
-        (["--table", "embedded", "--limit", 0, "--plan"], "'0' is not a number of questions"),
+        (["--table", "embedded", "--limit", 0, "--plan"], "argument --limit: 0 is not possible"),
         (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
         (
             ["--table", "embedded", "--method", "tome", "tom"],

@@ -58,9 +58,6 @@ def bench(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> torch.device:
     """The device; ValueError for what is not possible."""
-    for name, value in (("threads", options.threads), ("repeats", options.repeats), ("batch", min(options.batch))):
-        if value < 1:
-            raise UserError(f"--{name} {value} is not possible; give 1 or more")
     if options.dtype not in DTYPES:
         raise UserError(unknown("dtype", options.dtype, DTYPES))
     for name in {*options.methods} - {ORACLE}:

@@ -33,6 +33,13 @@ def keep(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from None
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; give 1 or more")
+    return int(text)
+
+
 def merge_points(text: str) -> int | str:
     """``6`` is a number of merge points; words are `attach`'s to judge."""
     return int(text) if text.lstrip("-").isdigit() else text

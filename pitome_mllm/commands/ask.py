@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..serving.prompts import what_it_answers
 from ._inputs import Subject, encode, read_subject
-from ._options import add_merging, add_model, add_subject, check_method, merging, open_model
+from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, positive
 from ._report import (
     TIMED_TOKENS,
     Run,
@@ -35,10 +35,10 @@ def register(commands: Any) -> None:
     add_merging(parser)
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the model's own limit, else 64)"
+        "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the model's own limit, else 64)"
     )
     group.add_argument("--compare", action="store_true", help="also ask the plain model; show what both cost")
-    group.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs for --compare (%(default)s)")
+    group.add_argument("--repeats", type=positive, default=5, metavar="N", help="for --compare (%(default)s)")
     group.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -47,10 +47,6 @@ def run(options: argparse.Namespace) -> None:
     """Answer one question."""
     from ..attach import attach
 
-    for name in ("max_new_tokens", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not possible; give 1 or more")
     check_method(options.method)
     subject = read_subject(options)
     if subject.question is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ._companion import companion
-from ._options import keep
+from ._options import keep, positive
 from ._report import print_table
 
 NAMES = ("pitome-paper", "pruning-literature", "llava-next", "shares", "embedded")
@@ -24,7 +24,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--table", required=True, choices=NAMES)
     parser.add_argument("--plan", action="store_true", help="print what would run, and what it takes; run nothing")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of every task")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of every task")
     parser.add_argument("--model", metavar="M", help="another model than the table's: 'tiny', a folder, a hub name")
     parser.add_argument("--method", nargs="+", metavar="M", help="only these methods of the table")
     parser.add_argument("--keep", nargs="+", type=keep, metavar="K", help="only these numbers of tokens of the table")
@@ -36,18 +36,12 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="local data instead of the hub's data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="%(default)s")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="%(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="%(default)s")
     parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs bitsandbytes)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
     parser.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of questions; give 1 or more")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:
