@@ -259,6 +259,11 @@ def _llm(text: Any, queries: int, pairs: int) -> int:
     return text.num_hidden_layers * (2 * queries * weights + 4 * pairs * heads * head_width)
 
 
+def flops_known(config: Any) -> bool:
+    """Whether `estimate` can count a model's FLOPs: not of every LLM, nor of images that are cut into tiles."""
+    return config.text_config.model_type in MLP_MATRICES and not geometry(config).family.tiles
+
+
 def _heads(text: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads and the width of one."""
     heads = text.num_attention_heads
@@ -291,4 +296,4 @@ def at_least(**numbers: tuple[int, int]) -> None:
             raise UserError(f"{name}={value} is not possible; give {least} or more")
 
 
-__all__ = ["MLP_MATRICES", "Estimate", "estimate", "kv_bytes_per_token", "resolve"]
+__all__ = ["MLP_MATRICES", "Estimate", "estimate", "flops_known", "kv_bytes_per_token", "resolve"]
