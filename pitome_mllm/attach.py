@@ -13,19 +13,21 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .costs.flops import estimate
 from .families import FAMILIES
+from .families.encoders import ENCODERS
 from .families.geometry import geometry
 from .hooks import install
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
 from .hooks.state import Attached
-from .methods import Reducer, UserError
+from .methods import Merge, Reducer, UserError
 from .plan import Plan, make_plan
 from .settings import Settings
 from .stats import Stats
@@ -113,6 +115,35 @@ class Attachment(Attached):
         if Attachment.of(self.model) is not self:
             raise UserError(f"this attachment was removed from {type(self.model).__name__}; attach again")
 
+    def unmerge(self, hidden: Tensor) -> Tensor:
+        """Give every patch the value of the token that it became in the last run; zeros where it was dropped.
+
+        Parameters
+        ----------
+        hidden : Tensor of shape (B, class tokens + tokens, C)
+            A value for every token that left the vision tower, such as its ``last_hidden_state``.
+
+        Returns
+        -------
+        Tensor of shape (B, class tokens + patches, C)
+            In the order of the plain model's.
+
+        Raises
+        ------
+        ValueError
+            Nothing ran; ``hidden`` is not of the last run; the method forms no groups.
+        """
+        stats = self.stats
+        if stats is None or stats.packed or stats.where == "packed":
+            raise UserError("no run of the vision tower is there to undo; call the model first, with merging")
+        shape = stats.plan.geometry
+        left = (stats.images, shape.class_tokens + stats.plan.keep - shape.visible_class_tokens)
+        if hidden.shape[:-1] != left:
+            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the last run left {left}")
+        if stats.groups is None:
+            raise UserError(f"{stats.method} has no groups, so nobody knows which patches a token was")
+        return reduce(Merge.then, stats.merges).expand(hidden) if stats.merges else hidden
+
     def remove(self) -> None:
         """Restore the model exactly. A second call does nothing.
 
@@ -141,10 +172,12 @@ class Attachment(Attached):
         lines.append(f"patch tokens, merge by merge: {', '.join(map(str, dict.fromkeys(left)))}")
         try:
             plain, merged = estimate(self.model), estimate(self.model, plan)
-            share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / plain.kv_bytes
+            what, kv = "one image", ""
+            if plain.kv_bytes:
+                what, kv = f"{what} and 40 text tokens", f", KV cache {1 - merged.kv_bytes / plain.kv_bytes:.0%} saved"
             lines.append(
-                f"one image and 40 text tokens, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
-                f"({share:.0%} saved), KV cache {kv:.0%} saved"
+                f"{what}, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
+                f"({1 - merged.flops / plain.flops:.0%} saved){kv}"
             )
         except UserError as error:
             lines.append(f"FLOPs are not known: {error}")
@@ -170,14 +203,15 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     Parameters
     ----------
     model : nn.Module
-        A transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
-        without; put adapters on first, then attach.
+        A transformers model of a supported family, such as LlavaForConditionalGeneration, or a vision encoder, such as
+        CLIPModel, with peft's adapters or without; put adapters on first, then attach.
     method : str or Reducer, optional
         Which tokens join: a name in `METHODS` or a `Reducer`; default "pitome".
     published : bool, default False
         What the method's paper does, in place of what the library does with every method of its kind.
     keep : int or float, optional
-        Visual tokens per image, or per tile of one, that reach the LLM: a count, or a fraction in (0, 1].
+        Visual tokens per image, or per tile of one, that reach the LLM, or of an encoder alone patch tokens at its end:
+        a count, or a fraction in (0, 1].
     ratio : float, optional
         Instead of keep: the share of its tokens that every block keeps (the paper's rho).
     counts : sequence of int, optional
@@ -242,7 +276,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     if not isinstance(model, nn.Module):
         raise UserError(
             f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
-            f"supported: {', '.join(FAMILIES)}"
+            f"supported: {', '.join((*FAMILIES, *ENCODERS))}"
         )
     model = _unwrapped(model)
     carried = _carried(model)

@@ -34,9 +34,9 @@ def test_the_page_is_what_the_command_prints(run):
 def test_shapes_have_their_published_sizes(name):
     config = get_shape(name).config()
     vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
-    patches = {"vit-mae-h": 256}.get(name, 576)
+    patches = 256 if name == "vit-mae-h" else 576 if "336" in name or text else 196
     assert (vision.image_size // vision.patch_size) ** 2 == patches
-    assert (text is None) == (name in ("clip-l-336", "vit-mae-h"))
+    assert (text is None) == ("llava" not in name)
     published = {"clip-l-336": 381.9, "vit-mae-h": 334.6}  # 2 * 12 * N * C^2 and so on, worked out by hand
     if name in published:
         assert estimate(config).flops / 1e9 == pytest.approx(published[name], rel=1e-3)
@@ -108,9 +108,10 @@ def test_modules_are_built_once_and_merges_counted_once(monkeypatch, run):
     assert len(built) == 1 and 0 < len(merges) == len(set(merges))
 
 
-def test_the_encoder_alone_is_counted_as_the_paper_counts_it():
-    """A multiply-add once: the paper gives ViT-MAE-H 167.4 GFLOPs, some of which are no matrix products."""
-    assert estimate(SHAPES["vit-mae-h"].config()).tower_flops / 2e9 == pytest.approx(167.3, abs=0.05)
+@pytest.mark.parametrize("name,paper", [("vit-mae-h", 167.4), ("vit-mae-l", 61.6), ("deit-s", 4.6)])
+def test_an_encoder_alone_is_counted_as_the_paper_counts_it(name, paper):
+    """A multiply-add once, and some of the paper's are no matrix products."""
+    assert estimate(SHAPES[name].config()).tower_flops / 2e9 == pytest.approx(paper, rel=2e-3)
 
 
 def test_the_terminal_shows_table_notes_and_conventions(run):

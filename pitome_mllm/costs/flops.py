@@ -6,6 +6,7 @@ Attention counts every query with every key, causal or not, as that tool does. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -94,8 +95,8 @@ def estimate(
     Parameters
     ----------
     model_or_config : object
-        A LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there is no text,
-        and nothing but the tower costs); nothing runs and no weights are needed.
+        A model that `attach` takes, or a configuration of one; nothing runs and no weights are needed. Of an encoder
+        alone only the vision tower counts.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings
         As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
@@ -149,13 +150,11 @@ def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **
         An unsupported model; settings that `attach` refuses.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
     shape = geometry(config)
-    if text is None:  # whatever the method's own place
+    vision, text = getattr(config, "vision_config", config), None if shape.family.encoder else config.text_config
+    if shape.family.encoder:  # whatever the method's own place
         settings["where"] = settings.get("where") or "tower"
     plan = method if isinstance(method, Plan) else make_plan(Settings().changed(method=method, **settings), shape)
-    if text is None and plan.where != "tower":
-        raise UserError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
     return vision, text, plan
 
 
@@ -174,17 +173,26 @@ def _projector(vision: Any, text: Any, plan: Plan) -> int:
 
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one image."""
-    shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
-    flops = 2 * plan.input_patches * width * vision.num_channels * vision.patch_size**2
+    shape, width, (matrices, hidden) = plan.geometry, vision.hidden_size, _mlp(vision)
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else math.prod(vision.patch_size) ** 0.5
+    flops = round(2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch**2)
     tokens = plan.input_patches + shape.class_tokens
     for block in range(shape.blocks):
         left = tokens - plan.removed(block)
         flops += 8 * tokens * width**2 + 4 * tokens**2 * width
-        flops += 4 * (left if plan.place == "mid" else tokens) * width * hidden
+        flops += 2 * matrices * (left if plan.place == "mid" else tokens) * width * hidden
         tokens = left
-    if getattr(vision, "vision_use_head", False):  # SigLIP pools its output by attention: unused here, but computed
+    if getattr(vision, "vision_use_head", vision.model_type == "siglip_vision_model"):  # it pools by attention, always
         flops += 4 * (tokens + 1) * width**2 + 4 * tokens * width + 4 * width * hidden
     return flops
+
+
+def _mlp(vision: Any) -> tuple[int, int]:
+    """Matrices in the MLP of a tower's block, and the width between them; DINOv2 says the latter as a ratio."""
+    hidden = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
+    if getattr(vision, "use_swiglu_ffn", False):  # two thirds of it, in whole eights
+        return 3, (int(hidden * 2 / 3) + 7) // 8 * 8
+    return 3 if getattr(vision, "use_gated_mlp", False) else 2, hidden
 
 
 def _merging(vision: Any, text: Any, plan: Plan) -> int:
