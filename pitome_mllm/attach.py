@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .hooks import install
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
 from .hooks.state import Attached
-from .methods import Merge, Reducer, UserError
+from .methods import Reducer, UserError
 from .plan import Plan, make_plan
 from .settings import Settings
 from .stats import Stats
@@ -121,28 +120,17 @@ class Attachment(Attached):
         Parameters
         ----------
         hidden : Tensor of shape (B, class tokens + tokens, C)
-            A value for every token that left the vision tower, such as its ``last_hidden_state``.
-
-        Returns
-        -------
-        Tensor of shape (B, class tokens + patches, C)
-            In the order of the plain model's.
+            A value for every token that left the vision tower, such as its ``last_hidden_state``; what comes back is
+            (B, class tokens + patches, C) in the plain model's order.
 
         Raises
         ------
         ValueError
             Nothing ran; ``hidden`` is not of the last run; the method forms no groups.
         """
-        stats = self.stats
-        if stats is None or stats.packed or stats.where == "packed":
+        if self.stats is None:
             raise UserError("no run of the vision tower is there to undo; call the model first, with merging")
-        shape = stats.plan.geometry
-        left = (stats.images, shape.class_tokens + stats.plan.keep - shape.visible_class_tokens)
-        if hidden.shape[:-1] != left:
-            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the last run left {left}")
-        if stats.groups is None:
-            raise UserError(f"{stats.method} has no groups, so nobody knows which patches a token was")
-        return reduce(Merge.then, stats.merges).expand(hidden) if stats.merges else hidden
+        return self.stats.unmerge(hidden)
 
     def remove(self) -> None:
         """Restore the model exactly. A second call does nothing.

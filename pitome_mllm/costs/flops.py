@@ -209,9 +209,8 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
 def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
     shape, context = plan.geometry, plan.context
-    everything, width = context.get("protected", 0) + tokens, vision.hidden_size
-    if plan.where == "packed":
-        width = text.hidden_size
+    everything = context.get("protected", 0) + tokens
+    width = (text if plan.where == "packed" else vision).hidden_size
     widths = {
         "keys": width // vision.num_attention_heads,
         "hidden": width * max(1, len(shape.layers)) if depth == 1 else width,
@@ -274,12 +273,8 @@ def flops_known(config: Any) -> bool:
 
 def _heads(text: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads and the width of one."""
-    heads = text.num_attention_heads
-    return (
-        heads,
-        getattr(text, "num_key_value_heads", None) or heads,
-        getattr(text, "head_dim", None) or text.hidden_size // heads,
-    )
+    heads, width = text.num_attention_heads, getattr(text, "head_dim", None)
+    return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
 
 
 def itemsize(dtype: torch.dtype | str) -> int:
@@ -302,6 +297,3 @@ def at_least(**numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
         if value < least:
             raise UserError(f"{name}={value} is not possible; give {least} or more")
-
-
-__all__ = ["MLP_MATRICES", "Estimate", "estimate", "flops_known", "kv_bytes_per_token", "resolve"]
