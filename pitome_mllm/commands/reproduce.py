@@ -76,20 +76,18 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
     estimated = plans.plan(table, options.limit)
     fetched = plans.downloads(table, options.data is not None)
     hours = sum(one.hours for one in estimated)
+    runs = [
+        {"run": str(one.run), "tokens": one.run.tokens, "questions": one.documents, "gflops": one.gflops}
+        | {"hours": one.hours}
+        for one in estimated
+    ]
     if options.json:
-        runs = [
-            {"run": str(one.run), "tokens": one.run.tokens, "questions": one.documents}
-            | {"gflops": one.gflops, "hours": one.hours}
-            for one in estimated
-        ]
         about = [name for name in table.tasks if not known[name].counted]
         said = {"runs": runs, "downloads": fetched, "hours": hours, "sizes_about_right": about}
         sys.stdout.write(json.dumps(said) + "\n")
         return
-    lines = (
-        [str(one.run), str(one.run.tokens), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}"]
-        for one in estimated
-    )
+    forms = ("{}", "{}", "{:,}", "{:,.1f}", "{:.2f}")
+    lines = ([form.format(value) for form, value in zip(forms, row.values())] for row in runs)
     tasks = {name: known[name] for name in table.tasks}
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
     notes = [
