@@ -115,21 +115,9 @@ class Attachment(Attached):
             raise UserError(f"this attachment was removed from {type(self.model).__name__}; attach again")
 
     def unmerge(self, hidden: Tensor) -> Tensor:
-        """Give every patch the value of the token that it became in the last run; zeros where it was dropped.
-
-        Parameters
-        ----------
-        hidden : Tensor of shape (B, class tokens + tokens, C)
-            A value for every token that left the vision tower, such as its ``last_hidden_state``; what comes back is
-            (B, class tokens + patches, C) in the plain model's order.
-
-        Raises
-        ------
-        ValueError
-            Nothing ran; ``hidden`` is not of the last run; the method forms no groups.
-        """
+        """Values of the last run's tokens (B, class tokens + tokens, C) for every patch; see `Stats.unmerge`."""
         if self.stats is None:
-            raise UserError("no run of the vision tower is there to undo; call the model first, with merging")
+            raise UserError("no run is there to undo; call the model first, with merging")
         return self.stats.unmerge(hidden)
 
     def remove(self) -> None:
@@ -159,13 +147,11 @@ class Attachment(Attached):
         left = [plan.input_patches, *dict.fromkeys((*plan.counts, *plan.projector_counts, *plan.packed))]
         lines.append(f"patch tokens, merge by merge: {', '.join(map(str, dict.fromkeys(left)))}")
         try:
-            plain, merged = estimate(self.model), estimate(self.model, plan)
-            what, kv = "one image", ""
-            if plain.kv_bytes:
-                what, kv = f"{what} and 40 text tokens", f", KV cache {1 - merged.kv_bytes / plain.kv_bytes:.0%} saved"
+            plain, merged, alone = estimate(self.model), estimate(self.model, plan), self.family.encoder
+            share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / max(plain.kv_bytes, 1)
             lines.append(
-                f"{what}, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
-                f"({1 - merged.flops / plain.flops:.0%} saved){kv}"
+                f"one image{' and 40 text tokens' * (not alone)}, calculated: {merged.flops / 1e9:.4g} of "
+                f"{plain.flops / 1e9:.4g} GFLOPs ({share:.0%} saved){f', KV cache {kv:.0%} saved' * (not alone)}"
             )
         except UserError as error:
             lines.append(f"FLOPs are not known: {error}")
