@@ -104,8 +104,9 @@ def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
     if scaled or frequencies is not rotary.inv_freq or len(table) <= reach:
         distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
         near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-        handle.distances = rotary.inv_freq, (NEAR - near).log()
-    return handle.distances[1]
+        table = (NEAR - near).log()
+        handle.distances = rotary.inv_freq, table
+    return table  # another thread may have left a shorter one by now
 
 
 def _calibrated(
