@@ -119,9 +119,9 @@ class Attachment(Attached):
 
     def _tell_of_calibration(self, settings: Settings, plan: Plan) -> None:
         """Warn, once, that the LLM takes no calibration where the library would choose one."""
-        left = settings.calibration is None and not settings.as_published and plan.reducer.forms_groups
+        left = settings.calibration is None and not (settings.as_published or self.family.encoder)
         reason = self.geometry.llm_unsupported_reason
-        if reason and left and not self._told_of_calibration:
+        if reason and left and plan.reducer.forms_groups and not self._told_of_calibration:
             self._told_of_calibration = True
             logger.warning("calibration='none', which costs accuracy: %s", reason)
 
