@@ -190,7 +190,7 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
 
 def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
     """The calibration ``wanted``, or the best that method and LLM take; a warning where the LLM takes none."""
-    if wanted == "none" or not reducer.forms_groups:
+    if wanted == "none" or not reducer.forms_groups or geometry.family.encoder:
         return "none"
     if geometry.llm_unsupported_reason:
         logger.warning("calibration='none', which costs accuracy: %s", geometry.llm_unsupported_reason)
@@ -218,6 +218,10 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         )
     if geometry.family.original:
         _check_original(settings, reducer, name)
+    if geometry.family.encoder and settings.logits == "caller":
+        raise UserError("logits='caller' puts an LLM's logits at a prompt's columns, and an encoder alone has no LLM")
+    if geometry.family.rotary and not reducer.forms_groups:
+        raise UserError(f"{name} has no groups, so its tokens have no rotary position; choose another method")
     if settings.where == "packed" and (settings.metric != "hidden" or reducer.needs):
         got = f"{name} needs {' and '.join(reducer.needs)}" if reducer.needs else f"got metric={settings.metric!r}"
         raise UserError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")

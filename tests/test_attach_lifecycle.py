@@ -407,7 +407,8 @@ def test_a_failed_update_changes_nothing(model, plain, one, settings):
 
 
 @pytest.mark.parametrize(
-    "make", [build_text_model, lambda: nn.Linear(2, 2), lambda: build().model.vision_tower, lambda: "llava-1.5-7b"]
+    "make",
+    [build_text_model, lambda: nn.Linear(2, 2), lambda: build().model.vision_tower.encoder, lambda: "llava-1.5-7b"],
 )
 def test_unknown_models_are_refused(make):
     thing = make()
