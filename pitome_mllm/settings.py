@@ -235,7 +235,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
     _check_calibration(str(settings.calibration), reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
-            f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "
+            f"order='source' is known for ToMe and for PiToMe as published (protect=1), got {name}; "
             "choose order='reading'"
         )
     if "attention" in reducer.needs and not geometry.class_tokens:

@@ -100,12 +100,12 @@ def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
     scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
     if scaled:
         rotary(ids, ids)
-    frequencies, table = handle.distances
-    if scaled or frequencies is not rotary.inv_freq or len(table) <= reach:
+    kept = handle.distances
+    if scaled or kept is None or kept[0] is not rotary.inv_freq or len(kept[1]) <= reach:
         distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
         near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-        handle.distances = rotary.inv_freq, (NEAR - near).log()
-    return handle.distances[1]
+        handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
+    return kept[1]
 
 
 def _calibrated(
