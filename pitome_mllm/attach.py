@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Attachment(Attached):
     def _planned(self, settings: Settings) -> Plan:
         """What ``settings`` mean for this model, whose attention may be another one by now."""
         if not (self.family.original or self.family.encoder):
-            reason = llm_unsupported_reason(self.model.config.text_config)
+            reason = llm_unsupported_reason(cast(Any, self.model).config.text_config)
             self.geometry = replace(self.geometry, llm_unsupported_reason=reason)
         plan = make_plan(settings, self.geometry)
         install.check(self, plan)
