@@ -13,7 +13,8 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .costs.flops import estimate
 from .families import FAMILIES
 from .families.encoders import ENCODERS
-from .families.geometry import geometry
+from .families.geometry import geometry, llm_unsupported_reason
 from .hooks import install
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
@@ -57,6 +58,8 @@ class Attachment(Attached):
         found = geometry(model)
         super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
+        self._told_of_calibration = False
+        self._tell_of_calibration(settings, self._plan)
         self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
@@ -104,32 +107,32 @@ class Attachment(Attached):
             yield self
 
     def _planned(self, settings: Settings) -> Plan:
-        """What ``settings`` mean for this model."""
+        """What ``settings`` mean for this model, whose attention may be another one by now."""
+        if not (self.family.original or self.family.encoder):
+            reason = llm_unsupported_reason(cast(Any, self.model).config.text_config)
+            self.geometry = replace(self.geometry, llm_unsupported_reason=reason)
         plan = make_plan(settings, self.geometry)
         install.check(self, plan)
         install.listen(self, plan)
+        self._tell_of_calibration(settings, plan)
         return plan
+
+    def _tell_of_calibration(self, settings: Settings, plan: Plan) -> None:
+        """Warn, once, that the LLM takes no calibration where the library would choose one."""
+        left = settings.calibration is None and not (settings.as_published or self.family.encoder)
+        reason = self.geometry.llm_unsupported_reason
+        if reason and left and plan.reducer.forms_groups and not self._told_of_calibration:
+            self._told_of_calibration = True
+            logger.warning("calibration='none', which costs accuracy: %s", reason)
 
     def _check_attached(self) -> None:
         if Attachment.of(self.model) is not self:
             raise UserError(f"this attachment was removed from {type(self.model).__name__}; attach again")
 
     def unmerge(self, hidden: Tensor) -> Tensor:
-        """Give every patch the value of the token that it became in the last run; zeros where it was dropped.
-
-        Parameters
-        ----------
-        hidden : Tensor of shape (B, class tokens + tokens, C)
-            A value for every token that left the vision tower, such as its ``last_hidden_state``; what comes back is
-            (B, class tokens + patches, C) in the plain model's order.
-
-        Raises
-        ------
-        ValueError
-            Nothing ran; ``hidden`` is not of the last run; the method forms no groups.
-        """
+        """Values of the last run's tokens (B, class tokens + tokens, C) for every patch; see `Stats.unmerge`."""
         if self.stats is None:
-            raise UserError("no run of the vision tower is there to undo; call the model first, with merging")
+            raise UserError("no run is there to undo; call the model first, with merging")
         return self.stats.unmerge(hidden)
 
     def remove(self) -> None:
@@ -159,13 +162,11 @@ class Attachment(Attached):
         left = [plan.input_patches, *dict.fromkeys((*plan.counts, *plan.projector_counts, *plan.packed))]
         lines.append(f"patch tokens, merge by merge: {', '.join(map(str, dict.fromkeys(left)))}")
         try:
-            plain, merged = estimate(self.model), estimate(self.model, plan)
-            what, kv = "one image", ""
-            if plain.kv_bytes:
-                what, kv = f"{what} and 40 text tokens", f", KV cache {1 - merged.kv_bytes / plain.kv_bytes:.0%} saved"
+            plain, merged, alone = estimate(self.model), estimate(self.model, plan), self.family.encoder
+            share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / max(plain.kv_bytes, 1)
             lines.append(
-                f"{what}, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
-                f"({1 - merged.flops / plain.flops:.0%} saved){kv}"
+                f"one image{' and 40 text tokens' * (not alone)}, calculated: {merged.flops / 1e9:.4g} of "
+                f"{plain.flops / 1e9:.4g} GFLOPs ({share:.0%} saved){f', KV cache {kv:.0%} saved' * (not alone)}"
             )
         except UserError as error:
             lines.append(f"FLOPs are not known: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from .families.geometry import Geometry
 from .methods import METHODS, Method, Reducer, UserError, get_method, unknown
 from .schedule import EVERY, SHAPES, check_merges
-
-logger = logging.getLogger(__name__)
 
 CHOICES = {
     "where": ("tower", "projector", "both", "packed"),
@@ -189,11 +186,8 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
 
 
 def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
-    """The calibration ``wanted``, or the best that method and LLM take; a warning where the LLM takes none."""
-    if wanted == "none" or not reducer.forms_groups or geometry.family.encoder:
-        return "none"
-    if geometry.llm_unsupported_reason:
-        logger.warning("calibration='none', which costs accuracy: %s", geometry.llm_unsupported_reason)
+    """The calibration ``wanted``, or the best that method and LLM take."""
+    if wanted == "none" or not reducer.forms_groups or geometry.family.encoder or geometry.llm_unsupported_reason:
         return "none"
     return wanted if geometry.llm_rotary else "size"
 

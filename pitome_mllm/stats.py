@@ -133,15 +133,28 @@ class Stats:
         return self.token_sizes[:, self._hidden :, 0]
 
     def unmerge(self, hidden: Tensor) -> Tensor:
-        """(images, class tokens + patches, C) from a value for every token (images, class tokens + tokens, C) that left
-        the tower: each patch has that of its token, zeros where it was dropped; see `Attachment.unmerge`.
+        """Give every patch the value of the token that it became; zeros where it was dropped.
+
+        Parameters
+        ----------
+        hidden : Tensor of shape (images, class tokens + tokens, C)
+            A value for every token that left the vision tower, such as its ``last_hidden_state``.
+
+        Returns
+        -------
+        Tensor of shape (images, class tokens + patches, C)
+            In the order of the plain model's.
+
+        Raises
+        ------
+        ValueError
+            ``hidden`` is not of this run; the method forms no groups; images are several tiles.
         """
-        shape = self.plan.geometry
-        left = (self.images, shape.class_tokens + self.plan.keep - shape.visible_class_tokens)
+        left = (self.images, self._hidden + self.tokens_after)
         if self.packed or self.where == "packed":
-            raise UserError("tokens merged behind the projector, where no patches are left to give a value to")
+            raise UserError("tokens of tiles are packed for the LLM, so no values of the tower's tokens are left")
         if hidden.shape[:-1] != left:
-            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the last run left {left}")
+            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the run left {left}")
         if self.groups is None:
             raise UserError(f"{self.method} has no groups, so nobody knows which patches a token was")
         return reduce(Merge.then, self.merges).expand(hidden) if self.merges else hidden

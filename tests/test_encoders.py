@@ -160,10 +160,13 @@ def test_rotary_positions_are_those_of_median_patches():
 def test_a_reader_is_told_of_the_towers_own_tensor_only(caplog):
     row = BY_MODEL["Blip2ForImageTextRetrieval"]
     model, masks = row.build(), []
-    attach(model, keep=QUARTER)
+    handle = attach(model, keep=QUARTER)
     model.qformer.encoder.layer[0].crossattention.attention.register_forward_pre_hook(
         lambda m, a, k: masks.append(k["encoder_attention_mask"]), with_kwargs=True
     )
+    with handle.using(proportional_attention=False):
+        row.call(model, pixels(0, 1))
+    assert masks.pop() is None and not caplog.text
     row.call(model, pixels(0, 1))
     assert masks[0].shape[-1] == 1 + QUARTER and masks[0].max() > 0
     with torch.no_grad():
@@ -239,7 +242,7 @@ def test_calls_that_cannot_merge_say_why():
     with pytest.raises(ValueError, match="attention_mask hides tokens"):
         model(x, attention_mask=torch.ones(1, 1 + PATCHES))
     row.call(model, x)
-    with pytest.raises(ValueError, match=r"tokens \(1, 36\), the last run left \(1, 37\)"):
+    with pytest.raises(ValueError, match=r"tokens \(1, 36\), the run left \(1, 37\)"):
         handle.unmerge(torch.rand(1, 36, 2))
     handle.update(method="dct", keep=QUARTER)
     row.call(model, x)

@@ -6,7 +6,6 @@ Attention counts every query with every key, causal or not, as that tool does. T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -150,12 +149,11 @@ def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **
         An unsupported model; settings that `attach` refuses.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    shape = geometry(config)
-    vision, text = getattr(config, "vision_config", config), None if shape.family.encoder else config.text_config
+    shape, vision = geometry(config), getattr(config, "vision_config", config)
     if shape.family.encoder:  # whatever the method's own place
         settings["where"] = settings.get("where") or "tower"
     plan = method if isinstance(method, Plan) else make_plan(Settings().changed(method=method, **settings), shape)
-    return vision, text, plan
+    return vision, None if shape.family.encoder else config.text_config, plan
 
 
 def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> tuple[int, int]:
@@ -174,8 +172,8 @@ def _projector(vision: Any, text: Any, plan: Plan) -> int:
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one image."""
     shape, width, (matrices, hidden) = plan.geometry, vision.hidden_size, _mlp(vision)
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else math.prod(vision.patch_size) ** 0.5
-    flops = round(2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch**2)
+    patch = vision.patch_size**2 if isinstance(vision.patch_size, int) else vision.patch_size[0] * vision.patch_size[1]
+    flops = 2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch
     tokens = plan.input_patches + shape.class_tokens
     for block in range(shape.blocks):
         left = tokens - plan.removed(block)
@@ -192,7 +190,7 @@ def _mlp(vision: Any) -> tuple[int, int]:
     hidden = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
     if getattr(vision, "use_swiglu_ffn", False):  # two thirds of it, in whole eights
         return 3, (int(hidden * 2 / 3) + 7) // 8 * 8
-    return 3 if getattr(vision, "use_gated_mlp", False) else 2, hidden
+    return 2 + getattr(vision, "use_gated_mlp", False), hidden
 
 
 def _merging(vision: Any, text: Any, plan: Plan) -> int:

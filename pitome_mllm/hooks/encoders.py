@@ -111,7 +111,8 @@ def keep_sizes(reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         states = states.to(reader.dtype)  # as the Q-Former does, which would lose the mark
         setattr(states, SIZES, size)
         return args, {**kwargs, "encoder_hidden_states": states}
-    if states is not None and plan and states.shape[1] < plan.geometry.class_tokens + plan.geometry.patches:
+    told = plan is not None and plan.proportional_attention
+    if states is not None and told and states.shape[1] < plan.geometry.class_tokens + plan.geometry.patches:
         logger.warning(
             "%s reads other tokens than those that the tower gave, and counts each as one patch; hand on the tower's "
             "last_hidden_state itself",

@@ -64,10 +64,10 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
     if prompt.is_long:
         new = shorten(fresh, real, prompt.images.full, prompt.images.kept)
     else:
-        new = unchanged(*fresh.shape, fresh.device)
+        new = replace(unchanged(*fresh.shape, fresh.device), real=real)
     positions = caller_positions(real)
     if prompt.is_short and prompt.calibrated:
-        check_whole(restart)
+        check_whole(restart, real)
         restart = None  # they leave gaps behind images, and begin no sample
         given = prompt.kwargs.get("position_ids")
         if tell and (pixels_in(prompt.kwargs) is not None or given is None):

@@ -9,21 +9,7 @@ from matplotlib.colors import LogNorm
 from PIL import Image, ImageDraw
 
 from ..methods import UserError
-from .canvas import (
-    DROPPED,
-    array,
-    canvas,
-    check_picture,
-    diamonds,
-    dots,
-    font_of,
-    hairline,
-    hatch,
-    on_grid,
-    per_pixel,
-    stretched,
-    to_picture,
-)
+from .canvas import DROPPED, array, canvas, diamonds, dots, font_of, hairline, hatch, on_grid, per_pixel, to_picture
 from .heat import colours, with_bar
 
 STYLES = ("outline", "mean", "size")
@@ -76,12 +62,10 @@ def draw_groups(
     """
     if style not in STYLES:
         raise UserError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
-    check_picture(picture)
     labels = _labels(groups, grid)
     sizes = np.append(np.bincount(labels[labels != DROPPED]), 0)  # (K + 1,) patches; the last serves label -1
-    height, width = canvas(labels.shape, picture.size, side)
-    pixels, label_map = stretched(picture, height, width), per_pixel(labels, height, width)
-    cell = min(height // labels.shape[0], width // labels.shape[1])
+    pixels, cell = canvas(picture, labels.shape, side)
+    label_map = per_pixel(labels, pixels)
     draw = {"outline": _outline, "mean": _mean, "size": _size}[style]
     drawn = draw(pixels, labels, label_map, sizes, cell)
     drawing = to_picture(hatch(drawn, label_map == DROPPED, cell))
