@@ -1,20 +1,9 @@
-# make ask          answer a question about a held-out picture, with all visual tokens and with a quarter of them
-# make test         lint and the test suite
-# make test-oldest  the test suite on the oldest supported release of transformers
-# make test-newest  the same on its newest release, where a call that it will refuse one day fails
-# make test-lmms    the tests of the lmms-eval plug-in, with lmms-eval in an environment of its own
-# make test-llava   the tests beside the original llava package, with its old torch and transformers (5 GB, Python 3.10 or 3.11)
-# make demo         the chat in a browser
-# make test-browser the chat in headless Chromium and through gradio_client (installs a Chromium where there is none)
-# make test-load    eight visitors of the chat for two minutes
-# make record-chat  both of these, and their figures into eval/results/chat.csv and docs/chat.md
-# make test-kernels the fused kernels for GPUs, in Triton's interpreter (numpy below 2.4)
-# make test-serve   the OpenAI-compatible server, asked by the openai package
-# make test-trl     a few steps of TRL's trainers (SFT, DPO, GRPO) around a model that merges
-# make report       the tables and plots of README and docs anew from eval/results; fails if a table was another one
-# make bench        the speed on one thread of a processor, measured in some 6 minutes (8 GB)
-# make bench-gpu    the speed that is promised on a GPU, measured there in some 4 minutes: rows, and a table of what is kept
-# make lint         style and types
+# make ask       answer a question about a held-out picture, with all visual tokens and with a quarter of them
+# make demo      the chat in a browser
+# make test      style, types and the test suite
+# make report    the tables and plots of README and docs anew from eval/results; fails if a table was another one
+# make bench     the speed on one thread of a processor; make bench-gpu: what is promised on a GPU
+# All others stand in CONTRIBUTING.md.
 # Each creates its own virtual environment with pinned versions on first use. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,12 +17,14 @@ TRL ?= .venv-trl
 KERNELS ?= .venv-kernels
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
+# What is said before pip is silent; torch decides, and pip's index which torch.
+SIZE := once, 2 to 5 minutes; 1.5 GB with torch for processors, some 7 GB with torch for GPUs
 PINS := requirements/common.txt requirements/constraints.txt
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask report bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
+.PHONY: ask report test-readme bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -96,6 +87,10 @@ test-kernels: $(KERNELS)/.ready
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest -q tests/serving
 
+# The commands of the README in a fresh clone and a fresh environment, which pip fills from its index.
+test-readme:
+	$(PYTHON) tests/readme/run.py
+
 test-trl: $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
 
@@ -121,27 +116,30 @@ $(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
 $(TRL)/.ready: requirements/trl.txt $(PINS) pyproject.toml
 
 $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
-	@echo "Creating $(LMMS) with the versions of $< (once, a few minutes)"
+	@echo "Creating $(LMMS) with the versions of $<: $(SIZE)"
 	$(PYTHON) -m venv $(LMMS)
 	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	@echo "Installing this checkout into $(LMMS): some seconds"
 	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' || \
 		{ echo "torch 2.0.1 needs Python 3.10 or 3.11 here: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "Creating $(LLAVA) with the versions of $< (once, several minutes, 5 GB)"
+	@echo "Creating $(LLAVA) with the versions of $<: once, several minutes, 5 GB"
 	$(PYTHON) -m venv $(LLAVA)
 	$(LLAVA)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	@echo "Installing this checkout into $(LLAVA): some seconds"
 	$(LLAVA)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 
 %/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "the pinned packages need Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "Creating $* with the versions of $< (once, a few minutes)"
+	@echo "Creating $* with the versions of $<: $(SIZE)"
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install $(PIP_FLAGS) -r $<
+	@echo "Installing this checkout into $*: some seconds"
 	$*/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 

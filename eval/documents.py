@@ -15,6 +15,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES = ("-", "--", ":", "-.")
 
 
+class NotMeasured(UserError):
+    """There are no results yet."""
+
+
 def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV.
 
@@ -28,7 +32,7 @@ def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[s
     ValueError : no such file, no rows, or one of something else or of an older version.
     """
     if not path.is_file():
-        raise UserError(f"no results {path.name}; measure first: {command}")
+        raise NotMeasured(f"no results {path.name}; measure first: {command}")
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     if not found or not set(columns) <= set(found[0]):

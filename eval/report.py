@@ -3,60 +3,74 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from pitome_mllm.methods import UserError
-
+from . import front
 from .accuracy import curves, search, spectra, tables
 from .accuracy.figures import gate_table
-from .documents import marks, put_in, read
+from .documents import NotMeasured, marks, put_in, read
 from .provenance import RESULTS
 from .speed import report as speed
+from .speed.sheet import CPU_RESULTS, GPU_RESULTS
 
 COMMAND = "make report"
-POINTS = "Each setting is a point of [docs/spectra.png](docs/spectra.png)."
 GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in per cent or points:"
-Row = Mapping[str, str]
 
 
 def texts() -> dict[str, dict[str, str]]:
     """What stands between the marks of each name, by document."""
-    found, answered = curves.summary(), curves.answered(curves.results())
-    timed = speed.texts()
-    tuned = read(RESULTS / "finetune.csv", "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
-    said, leads = tables.about(found), tables.leaders(found)
-    measured = (f"## {name.capitalize()}\n\n{tables.table(found, key)}" for key, name in tables.TABLES.items())
+    gpu, cpu = (rows_of(partial(speed.results, path)) for path in (GPU_RESULTS, CPU_RESULTS))
     return {
-        "README.md": {
-            "accuracy": "\n\n".join([leads, tables.table(found, False), said]),
-            "spectra": _if_measured(lambda: f"{spectra.sentence(*spectra.stored())} {POINTS}"),
-            "speed": timed.pop("brief"),
-            "finetune": finetuned(tuned),
-        },
-        "docs/accuracy.md": {"accuracy": "\n\n".join([leads, *measured, said, GATES, gate_table(*answered)])},
-        "docs/search.md": {"accuracy": _if_measured(lambda: tables.ablation(search.results()))},
-        "docs/speed.md": timed,
+        "README.md": {"number": front.number(gpu), "results": front.table(rows_of(curves.summary), gpu, cpu)},
+        "docs/accuracy.md": {"accuracy": if_measured(accuracy_of_all), "spectra": if_measured(spectra_of_all)},
+        "docs/search.md": {"accuracy": if_measured(lambda: tables.ablation(search.results()))},
+        "docs/speed.md": {name: if_measured(made) for name, made in speed.TEXTS.items()},
+        "docs/training.md": {"finetune": if_measured(finetuned)},
     }
 
 
-def _if_measured(made: Callable[[], str]) -> str:
+def rows_of(made: Callable[[], list[dict[str, str]]]) -> list[dict[str, str]]:
+    """What was measured, if anything was."""
+    try:
+        return made()
+    except NotMeasured:
+        return []
+
+
+def accuracy_of_all() -> str:
+    """The page of accuracy: who leads, both tables, what they are of, and what must be shown."""
+    found = curves.summary()
+    measured = (f"## {name.capitalize()}\n\n{tables.table(found, key)}" for key, name in tables.TABLES.items())
+    gates = gate_table(*curves.answered(curves.results()))
+    return "\n\n".join([tables.leaders(found), *measured, tables.about(found), GATES, gates])
+
+
+def if_measured(made: Callable[[], str]) -> str:
     """A text, or how to measure what it needs."""
     try:
         return made()
-    except UserError as error:
+    except NotMeasured as error:
         return f"*{error}*"
+
+
+def spectra_of_all() -> str:
+    """Its part on spectra, with the plot that `plots` draws."""
+    return f"{spectra.sentence(*spectra.stored())}\n\n![Loss of accuracy over spectral distance](spectra.png)"
 
 
 def plots(docs: Path) -> None:
     """Draw accuracy and spectra."""
-    tables.plot(curves.summary(), docs / "accuracy.png")
+    if found := rows_of(curves.summary):
+        tables.plot(found, docs / "accuracy.png")
     if spectra.OUT.exists():
         spectra.plot(*spectra.stored(), docs / "spectra.png")
 
 
-def finetuned(rows: Sequence[Row]) -> str:
+def finetuned(path: Path = RESULTS / "finetune.csv") -> str:
     """What fine-tuning gained, as a paragraph."""
+    rows = read(path, "python -m pitome_mllm_eval.training.finetune", ("what", "steps", "rank"))
     found, about = {row["what"]: row for row in rows}, rows[0]
 
     def figure(what: str, sign: str = "") -> str:

@@ -13,16 +13,16 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .costs.flops import estimate
 from .families import FAMILIES
-from .families.geometry import geometry, llm_unsupported_reason
-from .hooks import install
+from .families.encoders import ENCODERS
+from .families.geometry import geometry
+from .hooks import install, llm
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
 from .hooks.state import Attached
@@ -57,8 +57,7 @@ class Attachment(Attached):
         found = geometry(model)
         super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
-        self._told_of_calibration = False
-        self._tell_of_calibration(settings, self._plan)
+        llm.tell_left_out(self, settings, self._plan)
         self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
@@ -101,32 +100,37 @@ class Attachment(Attached):
         settings |= {} if plain or len(method) != 1 else {"method": method[0]}
         if len(method) > 1 or plain == bool(settings):
             raise UserError(f"got using{method}; call using(None) for the plain model, or using(keep=72, ...)")
-        plan = None if plain else self._planned(self.settings.changed(**settings))
-        with self.choosing(plan):
+        with self.choosing(None if plain else self._planned(self.settings.changed(**settings))):
             yield self
 
     def _planned(self, settings: Settings) -> Plan:
-        """What ``settings`` mean for this model, whose attention may be another one by now."""
-        if not self.family.original:
-            reason = llm_unsupported_reason(self.model.config.text_config)
-            self.geometry = replace(self.geometry, llm_unsupported_reason=reason)
-        plan = make_plan(settings, self.geometry)
+        """What ``settings`` mean for this model."""
+        plan = llm.planned(self, settings)
         install.check(self, plan)
         install.listen(self, plan)
-        self._tell_of_calibration(settings, plan)
         return plan
-
-    def _tell_of_calibration(self, settings: Settings, plan: Plan) -> None:
-        """Warn, once, that the LLM takes no calibration where the library would choose one."""
-        left = settings.calibration is None and not settings.as_published and plan.reducer.forms_groups
-        reason = self.geometry.llm_unsupported_reason
-        if reason and left and not self._told_of_calibration:
-            self._told_of_calibration = True
-            logger.warning("calibration='none', which costs accuracy: %s", reason)
 
     def _check_attached(self) -> None:
         if Attachment.of(self.model) is not self:
             raise UserError(f"this attachment was removed from {type(self.model).__name__}; attach again")
+
+    def unmerge(self, hidden: Tensor) -> Tensor:
+        """Give every patch the value of the token that it became in the last run; zeros where it was dropped.
+
+        Parameters
+        ----------
+        hidden : Tensor of shape (B, class tokens + tokens, C)
+            A value for every token that left the vision tower, such as its ``last_hidden_state``; what comes back is
+            (B, class tokens + patches, C) in the plain model's order.
+
+        Raises
+        ------
+        ValueError
+            Nothing ran; ``hidden`` is not of the last run; the method forms no groups.
+        """
+        if self.stats is None:
+            raise UserError("no run of the vision tower is there to undo; call the model first, with merging")
+        return self.stats.unmerge(hidden)
 
     def remove(self) -> None:
         """Restore the model exactly. A second call does nothing.
@@ -156,10 +160,12 @@ class Attachment(Attached):
         lines.append(f"patch tokens, merge by merge: {', '.join(map(str, dict.fromkeys(left)))}")
         try:
             plain, merged = estimate(self.model), estimate(self.model, plan)
-            share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / plain.kv_bytes
+            what, kv = "one image", ""
+            if plain.kv_bytes:
+                what, kv = f"{what} and 40 text tokens", f", KV cache {1 - merged.kv_bytes / plain.kv_bytes:.0%} saved"
             lines.append(
-                f"one image and 40 text tokens, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
-                f"({share:.0%} saved), KV cache {kv:.0%} saved"
+                f"{what}, calculated: {merged.flops / 1e9:.4g} of {plain.flops / 1e9:.4g} GFLOPs "
+                f"({1 - merged.flops / plain.flops:.0%} saved){kv}"
             )
         except UserError as error:
             lines.append(f"FLOPs are not known: {error}")
@@ -185,14 +191,15 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     Parameters
     ----------
     model : nn.Module
-        A transformers model of a supported family, such as LlavaForConditionalGeneration, with peft's adapters or
-        without; put adapters on first, then attach.
+        A transformers model of a supported family, such as LlavaForConditionalGeneration, or a vision encoder, such as
+        CLIPModel, with peft's adapters or without; put adapters on first, then attach.
     method : str or Reducer, optional
         Which tokens join: a name in `METHODS` or a `Reducer`; default "pitome".
     published : bool, default False
         What the method's paper does, in place of what the library does with every method of its kind.
     keep : int or float, optional
-        Visual tokens per image, or per tile of one, that reach the LLM: a count, or a fraction in (0, 1].
+        Visual tokens per image, or per tile of one, that reach the LLM, or of an encoder alone patch tokens at its end:
+        a count, or a fraction in (0, 1].
     ratio : float, optional
         Instead of keep: the share of its tokens that every block keeps (the paper's rho).
     counts : sequence of int, optional
@@ -257,7 +264,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     if not isinstance(model, nn.Module):
         raise UserError(
             f"got {str(model)[:60]!r} ({type(model).__name__}), not a model; load one first, such as load('tiny'); "
-            f"supported: {', '.join(FAMILIES)}"
+            f"supported: {', '.join((*FAMILIES, *ENCODERS))}"
         )
     model = _unwrapped(model)
     carried = _carried(model)

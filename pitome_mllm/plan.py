@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .families.geometry import Geometry
@@ -11,6 +11,7 @@ from .methods import Reducer, UserError
 from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
 from .settings import HOW, Settings, resolve_settings
 
+GRIDS = 64  # sizes of pictures whose plans are remembered
 _AS_ASKED = ("where", "calibration", "energies", "logits", "graph", "published")
 
 
@@ -37,6 +38,8 @@ class Plan:
     graph : bool or str
         Whether the tower and the LLM's prefill run as CUDA graphs, made on the first call (True) or on the second equal
         one ("auto").
+    asked : Settings
+        What was asked for, of which pictures of another size make a plan of their own.
     """
 
     method: str
@@ -58,6 +61,7 @@ class Plan:
     published: bool = False
     packed: tuple[int, ...] = ()
     gentle: bool = False
+    asked: Settings = field(default=Settings(), repr=False, compare=False)
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merged_before: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -74,7 +78,19 @@ class Plan:
             _merging=merging,
             _merged_before=tuple(before),
             _match_inputs=tuple(name for name, wanted in needed.items() if wanted),
+            _of_grids={},
         )
+
+    def for_grid(self, grid: tuple[int, int]) -> Plan:
+        """What was asked for, for images of another number of patches."""
+        known: dict[tuple[int, int], Plan] = vars(self)["_of_grids"]
+        if grid == self.geometry.grid:
+            return self
+        if grid not in known:
+            if len(known) > GRIDS:
+                known.clear()
+            known[grid] = make_plan(self.asked, replace(self.geometry, grid=grid))
+        return known[grid]
 
     @property
     def available(self) -> int:
@@ -139,7 +155,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
     ValueError
         An unknown method, option or choice; a keep, ratio or counts that cannot be reached.
     """
-    settings, reducer, name = resolve_settings(settings, geometry)
+    asked, (settings, reducer, name) = settings, resolve_settings(settings, geometry)
     input_patches, counts, steps = _token_counts(settings, reducer, name, geometry)
     return Plan(
         method=name,
@@ -150,6 +166,7 @@ def make_plan(settings: Settings, geometry: Geometry) -> Plan:
         projector_counts=() if settings.where == "packed" else tuple(steps),
         packed=tuple(steps) if settings.where == "packed" else (),
         gentle=settings.merges != EVERY,
+        asked=asked,
         **{name: getattr(settings, name) for name in (*HOW, *_AS_ASKED)},
     )
 

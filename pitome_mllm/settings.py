@@ -187,7 +187,8 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
 
 def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
     """The calibration ``wanted``, or the best that method and LLM take."""
-    if wanted == "none" or not reducer.forms_groups or geometry.llm_unsupported_reason:
+    known = reducer.forms_groups and not geometry.family.encoder
+    if wanted == "none" or not known or geometry.llm_unsupported_reason:
         return "none"
     return wanted if geometry.llm_rotary else "size"
 
@@ -212,6 +213,10 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         )
     if geometry.family.original:
         _check_original(settings, reducer, name)
+    if geometry.family.encoder and settings.logits == "caller":
+        raise UserError("logits='caller' puts an LLM's logits at a prompt's columns, and an encoder alone has no LLM")
+    if geometry.family.rotary and not reducer.forms_groups:
+        raise UserError(f"{name} has no groups, so its tokens have no rotary position; choose another method")
     if settings.where == "packed" and (settings.metric != "hidden" or reducer.needs):
         got = f"{name} needs {' and '.join(reducer.needs)}" if reducer.needs else f"got metric={settings.metric!r}"
         raise UserError(f"where='packed' merges by what is projected, metric='hidden': {got}; choose another method")
@@ -225,7 +230,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
     _check_calibration(str(settings.calibration), reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
-            f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "
+            f"order='source' is known for ToMe and for PiToMe as published (protect=1), got {name}; "
             "choose order='reading'"
         )
     if "attention" in reducer.needs and not geometry.class_tokens:

@@ -132,6 +132,20 @@ class Stats:
             return torch.ones(self.images, self.tokens_after, dtype=torch.float32, device=self.device)
         return self.token_sizes[:, self._hidden :, 0]
 
+    def unmerge(self, hidden: Tensor) -> Tensor:
+        """(images, class tokens + patches, C) from a value for every token (images, class tokens + tokens, C) that left
+        the tower: each patch has that of its token, zeros where it was dropped; see `Attachment.unmerge`.
+        """
+        shape = self.plan.geometry
+        left = (self.images, shape.class_tokens + self.plan.keep - shape.visible_class_tokens)
+        if self.packed or self.where == "packed":
+            raise UserError("tokens merged behind the projector, where no patches are left to give a value to")
+        if hidden.shape[:-1] != left:
+            raise UserError(f"got values for tokens {tuple(hidden.shape[:-1])}, the last run left {left}")
+        if self.groups is None:
+            raise UserError(f"{self.method} has no groups, so nobody knows which patches a token was")
+        return reduce(Merge.then, self.merges).expand(hidden) if self.merges else hidden
+
     @property
     def energies(self) -> list[Tensor | None] | None:
         """Per merge the energy (images, patch tokens before it), None for methods without one; of its first step.

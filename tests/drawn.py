@@ -104,7 +104,6 @@ def extras(reducer: Reducer, batch: int, tokens: int, patches: int) -> dict[str,
     side = math.isqrt(patches)
     values = {
         "attention": torch.rand(batch, tokens, generator=random),
-        "query": torch.randn(batch, 5, generator=random),
         "grid": (side, side),
     }
     return {key: values[key] for key in reducer.needs}

@@ -1,6 +1,6 @@
 """One row per family of models: a shrunken real configuration, its ordinary processor, and what merging saves in it.
 
-The README's table is generated from these rows. Weights are random but fixed, as in `models`.
+The table of docs/families.md is generated from these rows. Weights are random but fixed, as in `models`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Family:
 
     Attributes
     ----------
-    title : what the README calls it.
+    title : what the page calls it.
     model : name of the model's class.
     config : the name of its configuration's class, and a function that gives the keywords.
     processor : makes the processor from a tokenizer.

@@ -149,7 +149,7 @@ def scale_weights(model: nn.Module, seed: int) -> None:
     """Draw every weight anew so that signals neither die out nor drown: unit variance in, about unit variance out."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        if weight.dim() == 1:
+        if weight.dim() <= 1:
             if "class_embedding" in name:
                 weight.data.normal_(0, 1, generator=generator)
             elif name.endswith("bias"):

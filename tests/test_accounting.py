@@ -158,7 +158,7 @@ def test_a_tower_alone_costs_what_it_costs_in_a_model_that_reads_its_last_block(
         assert (alone.tower_flops, alone.merging_flops) == (within.tower_flops, within.merging_flops)
         assert alone.flops == alone.tower_flops + alone.merging_flops and alone.kv_bytes == 0
         assert alone.visual_tokens == within.visual_tokens
-    with pytest.raises(ValueError, match="has no projector, got where='both'; choose where='tower'"):
+    with pytest.raises(ValueError, match="an encoder alone has no projector; choose where='tower'"):
         estimate(whole.vision_config, keep=100, where="both")
     with pytest.raises(ValueError, match="unsupported family 'llama'; supported: llava, .* a new one is a row"):
         estimate(whole.text_config)

@@ -33,6 +33,7 @@ LAYERS = (
     "pitome_mllm_eval.accuracy",
     "pitome_mllm_eval.training",
     "pitome_mllm_eval.speed",
+    "pitome_mllm_eval.front",
     "pitome_mllm_eval.report",
     "pitome_mllm_eval.lmms",
     "pitome_mllm_eval.bench",

@@ -54,7 +54,6 @@ def draw(n: int, protected: int, seed: int, channels: int = 8) -> SimpleNamespac
         attention=attention,
         x=torch.randn(2, tokens, 5, generator=random),
         size=torch.randint(1, 6, (2, tokens, 1), generator=random).float(),
-        query=torch.randn(2, channels, generator=random),
     )
 
 
@@ -66,7 +65,6 @@ def one_row(drawn: SimpleNamespace, row: int, given: tuple[str, ...]) -> SimpleN
         x=drawn.x[row].tolist(),
         size=drawn.size[row, :, 0].tolist() if "size" in given else ones,
         attention=drawn.attention[row].tolist() if "attention" in given else ones,
-        query=drawn.query[row].tolist() if "query" in given else None,
     )
 
 
@@ -331,9 +329,7 @@ def test_dct_keeps_low_frequencies_and_forgets_the_others():
 # VisionZip.
 
 
-def slow_visionzip(
-    one: SimpleNamespace, r: int, protected: int, dominant: float = 54 / 64, combine: str = "add"
-) -> Groups:
+def slow_visionzip(one: SimpleNamespace, r: int, protected: int, dominant: float = 54 / 64) -> Groups:
     cos, order = cosines(one.metric), by_attention(one, protected)
     keep = len(order) - r
     count = min(round(dominant * keep), keep - 1)  # at least one target
@@ -352,16 +348,14 @@ def target_plus_mean(one: SimpleNamespace, kept: int, others: list[int]) -> list
 
 @seeds
 @pytest.mark.parametrize("dominant", [54 / 64, 0.5, 0.0, 1.0])
-@pytest.mark.parametrize("combine, value", [("add", target_plus_mean), ("mean", size_weighted)])
-def test_visionzip(combine, value, dominant, seed):
+def test_visionzip(dominant, seed):
     given = ("size", "attention")
-    check("visionzip", slow_visionzip, ANY, seed, value=value, given=given, dominant=dominant, combine=combine)
+    check("visionzip", slow_visionzip, ANY, seed, value=target_plus_mean, given=given, dominant=dominant)
 
 
 @seeds
 def test_visionzip_without_sizes(seed):
     check("visionzip", slow_visionzip, ANY, seed, value=target_plus_mean, given=("attention",))
-    check("visionzip", slow_visionzip, ANY, seed, value=size_weighted, given=("attention",), combine="mean")
 
 
 @pytest.mark.parametrize("protected", [0, 1])
@@ -464,24 +458,15 @@ def test_dart_has_eight_pivots_unless_told_otherwise(seed):
 # CDPruner.
 
 
-def relevance(one: SimpleNamespace, protected: int) -> list[float]:
-    """Similarity of every unprotected token to the question, from 0 (least) to 1 (most similar)."""
-    if one.query is None:
-        return [1.0] * len(one.metric)
-    similarity = cosines([one.query, *one.metric])[0][1:]
-    low, high = min(similarity[protected:]), max(similarity[protected:])
-    return [(value - low) / ((high - low) or 1.0) for value in similarity]
-
-
 def slow_cdpruner(one: SimpleNamespace, r: int, protected: int) -> Groups:
     """Determinants from the definition; of equal ones the first token, as everywhere."""
-    cos, q, others = cosines(one.metric), relevance(one, protected), range(protected, len(one.metric))
+    cos, others = cosines(one.metric), range(protected, len(one.metric))
     kept: list[int] = []
 
     def volume(chosen: list[int]) -> float:
         if not chosen:
             return 1.0
-        kernel = [[q[i] * cos[i][j] * q[j] for j in chosen] for i in chosen]
+        kernel = [[cos[i][j] for j in chosen] for i in chosen]
         return torch.linalg.det(torch.tensor(kernel, dtype=torch.float64)).item()
 
     while len(kept) < len(others) - r:
@@ -494,27 +479,20 @@ def slow_cdpruner(one: SimpleNamespace, r: int, protected: int) -> Groups:
 
 
 @seeds
-@pytest.mark.parametrize("given", [("size",), ("size", "query")])
-def test_cdpruner(given, seed):
-    check("cdpruner", slow_cdpruner, SMALL, seed, given=given, channels=16)
+def test_cdpruner(seed):
+    check("cdpruner", slow_cdpruner, SMALL, seed, channels=16)
 
 
 @seeds
-@pytest.mark.parametrize("given", [("size",), ("size", "query")])
 @pytest.mark.parametrize("channels", [2, 4])
-def test_cdpruner_of_more_tokens_than_dimensions(channels, given, seed):
-    check("cdpruner", slow_cdpruner, AMPLE, seed, given=given, channels=channels)
+def test_cdpruner_of_more_tokens_than_dimensions(channels, seed):
+    check("cdpruner", slow_cdpruner, AMPLE, seed, channels=channels)
 
 
 @pytest.mark.parametrize("protected", [0, 1])
-def test_cdpruner_to_one_token(protected):
-    """With a question the one most like it, and without one the first, since all gain the same."""
+def test_cdpruner_to_one_token_keeps_the_first_since_all_gain_the_same(protected):
     for seed in range(20):
-        drawn = draw(12, protected, seed)
-        alike = torch.cosine_similarity(drawn.metric, drawn.query[:, None], dim=-1)[:, protected:].argmax(1)
-        merge = get_method("cdpruner").match(drawn.metric, 11, protected=protected, query=drawn.query)
-        assert [members(merge, row)[-1] for row in range(2)] == [[i + protected] for i in alike.tolist()]
-        merge = get_method("cdpruner").match(drawn.metric, 11, protected=protected)
+        merge = get_method("cdpruner").match(draw(12, protected, seed).metric, 11, protected=protected)
         assert [members(merge, row)[-1] for row in range(2)] == [[protected]] * 2, f"seed={seed}"
 
 
@@ -587,9 +565,9 @@ def test_a_common_factor_of_the_attention_changes_nothing(name, factor):
         torch.testing.assert_close(merge.reduce(drawn.x)[0], scaled.reduce(drawn.x)[0], **TOLERANCE)
 
 
-def groups_of(name: str, drawn: SimpleNamespace, metric: Tensor, r: int, **more: Tensor) -> Tensor:
+def groups_of(name: str, drawn: SimpleNamespace, metric: Tensor, r: int) -> Tensor:
     inputs = {"attention": drawn.attention} if name in ATTENDING else {}
-    return get_method(name).match(metric, r, size=drawn.size, protected=1, **inputs, **more).group
+    return get_method(name).match(metric, r, size=drawn.size, protected=1, **inputs).group
 
 
 @each([name for name in SEEING if name != "dart"])
@@ -601,16 +579,6 @@ def test_the_length_of_a_metric_does_not_matter(name):
         length = 10 ** (2 * torch.rand(2, 28, 1, generator=random) - 1)
         plain, scaled = (groups_of(name, drawn, metric, 11) for metric in (drawn.metric, drawn.metric * length))
         assert torch.equal(plain, scaled), f"seed={seed}"
-
-
-def test_the_length_of_the_question_does_not_matter():
-    for seed in range(4):
-        drawn = draw(27, 1, seed, channels=32)
-        plain, scaled, none = (
-            groups_of("cdpruner", drawn, drawn.metric, 11, query=query)
-            for query in (drawn.query, drawn.query * 37, drawn.query.flip(-1))
-        )
-        assert torch.equal(plain, scaled) and not torch.equal(plain, none)
 
 
 def test_dart_depends_on_lengths_but_not_on_a_common_factor():

@@ -28,7 +28,7 @@ def test_every_method_is_described(name):
     assert method.summary and "\n" not in method.summary and method.reference
     known = {field.name for field in dataclasses.fields(method.reducer)}
     assert set(method.options) <= known
-    assert method.reducer.needs <= {"attention", "query", "grid"}
+    assert method.reducer.needs <= {"attention", "grid"}
     assert {*method.settings} <= {*PUBLISHED}
     assert method.reducer.__doc__
 

@@ -1,11 +1,12 @@
 """README and docs say what was measured."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pitome_mllm_eval import report
+from pitome_mllm_eval import front, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,9 +28,42 @@ def test_documents_are_those_of_the_results(copied):
 def test_a_figure_that_was_not_measured_is_replaced(copied):
     readme = copied / "README.md"
     text = readme.read_text()
-    readme.write_text(text.replace("| plain | - |", "| plain | 99.9 |"))
+    changed = text.replace("| 576, plain |", "| 576, plain | 99.9")
+    readme.write_text(changed)
     report.main(["--root", str(copied), "--no-plots"])
-    assert readme.read_text() == text
+    assert changed != text and readme.read_text() == text
+
+
+def test_what_was_not_measured_is_said(monkeypatch, tmp_path):
+    missing = {"GPU_RESULTS": tmp_path / "none.csv", "CPU_RESULTS": tmp_path / "none.csv"}
+    for name, path in missing.items():
+        monkeypatch.setattr(report, name, path)
+    monkeypatch.setattr(report.curves, "summary", partial(report.curves.summary, tmp_path / "none.csv"))
+    first = report.texts()["README.md"]
+    assert "not measured yet." in first["number"]
+    assert first["results"].count("not measured") == 5 * 4 and "not help" not in first["results"]
+
+
+def test_the_first_screen_says_what_was_measured_and_where_nothing_is_gained():
+    about = {"device": "chip", "dtype": "bfloat16", "shape": "llava", "mode": "graph"}
+    times = [
+        ("plain", "1", 40, 1.0),
+        ("default", "1", 39, 0.975),
+        ("plain", "16", 300, 1.0),
+        ("pitome, 144", "16", 90, 0.3),
+    ]
+    gpu = [about | dict(phase="first token", what=w, batch=b, ms=str(ms), share=str(s)) for w, b, ms, s in times]
+    right = [
+        {"method": name, "published": published, "keep": keep, "value": value, "questions": "3360"}
+        for name, published, keep, value in (
+            ("plain", "False", "576", "0.97"), ("pitome", "True", "144", "0.7"), ("pitome", "False", "144", "0.964"),
+            ("downsample", "False", "144", "0.6"),
+        )
+    ]  # fmt: skip
+    assert "on one chip" in front.number(gpu) and "**90 ms in place of 300** (batch 16, 144 of 576" in front.number(gpu)
+    text = front.table(right, gpu, [])
+    assert "| 576, plain | 97.0 | 97.0 | 40 | 300 |" in text and "| 144 | 96.4 | 60.0 | not measured | 90 |" in text
+    assert "one chip" in text and "at batch 1, 64 tokens (0.97)" in text
 
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path):

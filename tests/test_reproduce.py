@@ -93,7 +93,7 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
     "arguments, message",
     [
         (["--table", "paper"], "invalid choice: 'paper'"),
-        (["--table", "embedded", "--limit", 0, "--plan"], "'0' is not a number of questions"),
+        (["--table", "embedded", "--limit", 0, "--plan"], "argument --limit: 0 is not possible"),
         (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
         (
             ["--table", "embedded", "--method", "tome", "tom"],
@@ -102,7 +102,6 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
         (["--table", "embedded", "--keep", 72, 9, "--plan"], "no keep 9 in this table; choose from 36, 72, 144"),
         (["--table", "pitome-paper", "--keep", 72, "--plan"], "no keep 72 in this table; it has no keep at all"),
         (["--table", "pruning-literature", "--method", "dart", "--keep", 94], "no run of the table has one of these"),
-        (["--table", "embedded", "--tflops", 0, "--plan"], "'0' is not a rate; give TFLOP/s"),
         (
             ["--table", "pitome-paper", "--limit", 5, "--plan"],
             "limit=5 is not possible: mme scores 2 questions together",
@@ -280,16 +279,16 @@ def folders(tmp_path):
 
 
 def test_the_report_makes_csv_plots_and_the_table(folders, capsys):
-    readme = folders / "README.md"
-    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--readme", str(readme)])
+    page = folders / "page.md"
+    page.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    report.main([str(folders), "--csv", str(folders / "x.csv"), "--plots", str(folders), "--page", str(page)])
     with (folders / "x.csv").open() as file:
         found = {(row["method"], row["asked"]): row for row in csv.DictReader(file)}
     assert len(found) == 3
     row = found["tome", "keep=144"]
     assert [row[name] for name in ("value", "visual_tokens", "latency_ms", "questions")] == ["0.8", "144", "14.0", "10"]
     assert float(row["low"]) < 0.8 < float(row["high"])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny | tome | keep=72 | own exact_match | 0.600 (" in text
     assert capsys.readouterr().out.strip() in text

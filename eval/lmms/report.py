@@ -152,14 +152,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with results, at any depth")
     parser.add_argument("--csv", type=Path, default=Path("runs/lmms.csv"), help="%(default)s")
     parser.add_argument("--plots", type=Path, default=Path("runs"), metavar="FOLDER", help="%(default)s")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between its marks in this document")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table between its marks in this document")
     parser.add_argument("--times", action="store_true", help="also the times in the table; of a machine of its own")
     args = parser.parse_args(argv)
     try:
         found = [row for results in read(args.folders) for row in rows(results)]
         text = table(found, args.times)
-        if args.readme:
-            put_in(args.readme, text, MARKS)
+        if args.page:
+            put_in(args.page, text, MARKS)
     except (UserError, EvaluationError) as error:
         parser.error(str(error))
     write_csv(args.csv, found)

@@ -41,27 +41,13 @@ ROTATED = 1_000_000  # MMBench: index of a question with rotated choices, less t
 
 @dataclass(frozen=True)
 class Options:
-    """How a table is run.
+    """How a table is run."""
 
-    Attributes
-    ----------
-    limit : int or None
-        Questions per task; None = all.
-    batch_size : int
-        Questions per batch.
-    data : Path or None
-        Folder with a parquet file for each task instead of the data sets on the hub.
-    out : Path
-        Folder for the results.
-    load : dict or None
-        Keywords of `pitome_mllm.load`.
-    """
-
-    limit: int | None = None
+    limit: int | None = None  # questions per task; None = all
     batch_size: int = 8
-    data: Path | None = None
+    data: Path | None = None  # folder with a parquet file for each task instead of the data sets on the hub
     out: Path = Path("runs/reproduce")
-    load: dict[str, Any] | None = None
+    load: dict[str, Any] | None = None  # keywords of `pitome_mllm.load`
 
 
 @dataclass(frozen=True)
@@ -91,15 +77,8 @@ class Row:
 def reproduce(name: str, table: Table, options: Options, say: Callable[[str], None]) -> dict[Run, Results]:
     """The results of every run, from where they are already, or asked for now; a killed run goes on where it was.
 
-    In a parallel run only the first process has results, and says anything.
-
-    Raises
-    ------
-    EvaluationError
-        Data could not be fetched, a question not be answered, or results not be written.
-    ValueError
-        A data set is missing in ``options.data``; a limit with which a task cannot be scored; settings that `attach` or
-        `load` refuse.
+    In a parallel run only the first process has results, and says anything. EvaluationError: data could not be fetched,
+    a question not be answered, or results not be written.
     """
     check_limit(table, options.limit)
     for task in table.tasks:

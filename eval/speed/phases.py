@@ -22,7 +22,7 @@ POINTS = {  # name -> where the tower merges, patches that leave it, metric
     "5 points": ((0, 4, 8, 12, 16), 64, "keys"),
     "6 points": ((1, 4, 7, 10, 13, 16), 192, "hidden"),
 }
-KEEP = 64
+KEEP, KEEPS = 64, (288, 144, 72)  # visual tokens that are left; those of the README
 MODES = {"eager": False, "graph": True}  # of generate(), by what `graph` is
 OFTEN, MERGES = 10, 100  # calls of a captured tower, and merges in one graph, that are timed as one
 
@@ -48,10 +48,13 @@ class Bench:
         self.model = random_model(config, dtype, self.device)
 
     def merged(self, like: str) -> nn.Module:
-        """A plain model, one that merges at these `POINTS` or slices there, or as `attach` does with nothing said."""
+        """A plain model, one that merges at these `POINTS` or slices there, or as `attach` does with nothing said.
+
+        "pitome, 144" is the latter too, with so many visual tokens.
+        """
         made = twin(self.model)
-        if like == "default":
-            attach(made, keep=KEEP, graph=False)
+        if like == "default" or ", " in like:
+            attach(made, keep=KEEP if like == "default" else int(like.split(", ")[1]), graph=False)
         elif like != "plain":
             points, left, metric = POINTS[like.removeprefix("oracle of ")]
             vision = self.model.config.vision_config
@@ -150,13 +153,13 @@ def run_prefill(model: nn.Module, pixels: Tensor, text: Tensor) -> Tensor:
 
 def first_token(bench: Bench) -> None:
     """generate() of one token: all that surrounds the prefill too."""
-    models = {name: bench.merged(name) for name in ("plain", "default")}
-    handle = Attachment.of(models["default"])
+    models = {name: bench.merged(name) for name in ("plain", "default", *(f"pitome, {keep}" for keep in KEEPS))}
     for batch in LLM_BATCHES:
         inputs = prompt(bench.model, batch)
         calls = {name: partial(run_generate, model, inputs) for name, model in models.items()}
         for mode, graph in MODES.items():
-            handle.update(graph=graph)
+            for handle in filter(None, map(Attachment.of, models.values())):
+                handle.update(graph=graph)
             bench.time("first token", mode, batch, calls)
 
 

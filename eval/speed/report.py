@@ -1,4 +1,4 @@
-"""One table of speed for each device, and what the README says of it, from what was measured."""
+"""One table of speed for each device, from what was measured."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ LIMITS = {
     ("LLaVA-1.5-7B, the tower alone", "pitome:keys, 144", "merge"): 0.01,
     ("LLaVA-1.5-7B, the tower alone", "pitome:hidden, 144", "merge"): 0.025,
 }
-SIZES = {"LLaVA-1.5-7B, the tower alone": "CLIP-L's widths", "tiny": "those of the embedded model"}
 
 
 def results(path: Path) -> list[Found]:
@@ -66,14 +65,19 @@ def results(path: Path) -> list[Found]:
     return rows
 
 
-def texts() -> dict[str, str]:
-    """The tables of docs/speed.md by device, and the README's paragraph."""
-    cpu, gpu = results(CPU_RESULTS), results(GPU_RESULTS)
-    return {
-        "processor": f"{about(cpu, 'make bench')}\n\n{cpu_table(cpu)}",
-        "gpu": f"{about(gpu, 'make bench-gpu')}\n\n{gpu_table(gpu)}",
-        "brief": brief(cpu, gpu),
-    }
+def processor() -> str:
+    """The processor's part of docs/speed.md."""
+    rows = results(CPU_RESULTS)
+    return f"{about(rows, 'make bench')}\n\n{cpu_table(rows)}"
+
+
+def graphics() -> str:
+    """The GPU's."""
+    rows = results(GPU_RESULTS)
+    return f"{about(rows, 'make bench-gpu')}\n\n{gpu_table(rows)}"
+
+
+TEXTS = {"processor": processor, "gpu": graphics}
 
 
 def about(rows: Sequence[Found], command: str) -> str:
@@ -165,25 +169,3 @@ def cpu_table(rows: Iterable[Found]) -> str:
             share("decode"),
         ])  # fmt: skip
     return markdown(lines, numbers=2)
-
-
-def brief(cpu: Sequence[Found], gpu: Sequence[Found]) -> str:
-    """What attaching with nothing said does to the first token, in a paragraph."""
-    found = {(row["what"], row["batch"]): row for row in gpu if (row["phase"], row["mode"]) == ("first token", "graph")}
-
-    def took(batch: int) -> str:
-        before, after = (float(found[what, str(batch)]["ms"]) for what in ("plain", "default"))
-        return f"{before:.1f} to {after:.1f} ms at batch {batch}"
-
-    ways = " and from ".join(map(took, LLM_BATCHES)) if found else "(not measured)"
-    tower = {
-        row["shape"]: float(row["share"]) for row in cpu if (row["phase"], row["what"]) == ("tower", "pitome, 144")
-    }
-    shares = " and ".join(
-        f"{tower[shape]:.2f} of the time at {name}" for shape, name in SIZES.items() if shape in tower
-    )
-    return (
-        f"On one {gpu[0]['device']} the first token of a LLaVA-1.5-7B (random weights, {gpu[0]['dtype']}, {KEEP} "
-        f"visual tokens in place of 576, `graph=True`) goes from {ways}. On one thread of a processor the vision tower "
-        f"takes, with 144 tokens, {shares}. All of it, and how it was measured: [docs/speed.md](docs/speed.md)."
-    )

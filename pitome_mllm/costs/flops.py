@@ -6,6 +6,7 @@ Attention counts every query with every key, causal or not, as that tool does. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -94,8 +95,8 @@ def estimate(
     Parameters
     ----------
     model_or_config : object
-        A LLaVA model, its configuration, or that of a vision tower alone (then every block merges, there is no text,
-        and nothing but the tower costs); nothing runs and no weights are needed.
+        A model that `attach` takes, or a configuration of one; nothing runs and no weights are needed. Of an encoder
+        alone only the vision tower counts.
     method, keep, ratio, counts, schedule, where, tower_keep, **settings
         As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
@@ -149,13 +150,11 @@ def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **
         An unsupported model; settings that `attach` refuses.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", None)
     shape = geometry(config)
-    if text is None:  # whatever the method's own place
+    vision, text = getattr(config, "vision_config", config), None if shape.family.encoder else config.text_config
+    if shape.family.encoder:  # whatever the method's own place
         settings["where"] = settings.get("where") or "tower"
     plan = method if isinstance(method, Plan) else make_plan(Settings().changed(method=method, **settings), shape)
-    if text is None and plan.where != "tower":
-        raise UserError(f"a vision tower alone has no projector, got where={plan.where!r}; choose where='tower'")
     return vision, text, plan
 
 
@@ -174,17 +173,26 @@ def _projector(vision: Any, text: Any, plan: Plan) -> int:
 
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one image."""
-    shape, width, hidden = plan.geometry, vision.hidden_size, vision.intermediate_size
-    flops = 2 * plan.input_patches * width * vision.num_channels * vision.patch_size**2
+    shape, width, (matrices, hidden) = plan.geometry, vision.hidden_size, _mlp(vision)
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else math.prod(vision.patch_size) ** 0.5
+    flops = round(2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch**2)
     tokens = plan.input_patches + shape.class_tokens
     for block in range(shape.blocks):
         left = tokens - plan.removed(block)
         flops += 8 * tokens * width**2 + 4 * tokens**2 * width
-        flops += 4 * (left if plan.place == "mid" else tokens) * width * hidden
+        flops += 2 * matrices * (left if plan.place == "mid" else tokens) * width * hidden
         tokens = left
-    if getattr(vision, "vision_use_head", False):  # SigLIP pools its output by attention: unused here, but computed
+    if getattr(vision, "vision_use_head", vision.model_type == "siglip_vision_model"):  # it pools by attention, always
         flops += 4 * (tokens + 1) * width**2 + 4 * tokens * width + 4 * width * hidden
     return flops
+
+
+def _mlp(vision: Any) -> tuple[int, int]:
+    """Matrices in the MLP of a tower's block, and the width between them; DINOv2 says the latter as a ratio."""
+    hidden = getattr(vision, "intermediate_size", None) or int(vision.hidden_size * vision.mlp_ratio)
+    if getattr(vision, "use_swiglu_ffn", False):  # two thirds of it, in whole eights
+        return 3, (int(hidden * 2 / 3) + 7) // 8 * 8
+    return 3 if getattr(vision, "use_gated_mlp", False) else 2, hidden
 
 
 def _merging(vision: Any, text: Any, plan: Plan) -> int:
@@ -201,9 +209,8 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
 def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
     shape, context = plan.geometry, plan.context
-    everything, width = context.get("protected", 0) + tokens, vision.hidden_size
-    if plan.where == "packed":
-        width = text.hidden_size
+    everything = context.get("protected", 0) + tokens
+    width = (text if plan.where == "packed" else vision).hidden_size
     widths = {
         "keys": width // vision.num_attention_heads,
         "hidden": width * max(1, len(shape.layers)) if depth == 1 else width,
@@ -259,14 +266,15 @@ def _llm(text: Any, queries: int, pairs: int) -> int:
     return text.num_hidden_layers * (2 * queries * weights + 4 * pairs * heads * head_width)
 
 
+def flops_known(config: Any) -> bool:
+    """Whether `estimate` can count a model's FLOPs: not of every LLM, nor of images that are cut into tiles."""
+    return config.text_config.model_type in MLP_MATRICES and not geometry(config).family.tiles
+
+
 def _heads(text: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads and the width of one."""
-    heads = text.num_attention_heads
-    return (
-        heads,
-        getattr(text, "num_key_value_heads", None) or heads,
-        getattr(text, "head_dim", None) or text.hidden_size // heads,
-    )
+    heads, width = text.num_attention_heads, getattr(text, "head_dim", None)
+    return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
 
 
 def itemsize(dtype: torch.dtype | str) -> int:
@@ -289,6 +297,3 @@ def at_least(**numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
         if value < least:
             raise UserError(f"{name}={value} is not possible; give {least} or more")
-
-
-__all__ = ["MLP_MATRICES", "Estimate", "estimate", "kv_bytes_per_token", "resolve"]

@@ -8,14 +8,21 @@ from typing import Any
 
 from ..methods import UserError, unknown
 
-_CLIP_L_336 = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14, projection_dim=768,
-)  # fmt: skip
-_MAE_H = dict(
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
-    patch_size=14, projection_dim=1280,
-)  # fmt: skip
+
+def _tower(width: int, blocks: int, heads: int, side: int, patch: int) -> dict[str, Any]:
+    """Keywords of CLIPVisionConfig, for pictures of ``side`` pixels; other towers of this size cost as much."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "image_size": side,
+        "patch_size": patch,
+        "projection_dim": 768,
+    }
+
+
+_CLIP_L_336 = _tower(1024, 24, 16, 336, 14)
 _VICUNA_7B = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
 )  # fmt: skip
@@ -31,7 +38,7 @@ class Shape:
     Attributes
     ----------
     vision, text : mapping
-        Keywords of CLIPVisionConfig and LlamaConfig; without text it is a tower alone.
+        Keywords of CLIPVisionConfig and LlamaConfig; without text it is an encoder alone.
     images : int
         Times that the tower runs for one image.
     paper_ratio : float or None
@@ -62,18 +69,17 @@ _TILES = (
     "newline tokens at the ends of rows are left out."
 )
 
+_ALONE = "The tower alone: all blocks merge, and what follows it is left out."
+
 SHAPES = {
     "llava-1.5-7b": Shape("LLaVA-1.5-7B", _CLIP_L_336, _VICUNA_7B, paper_ratio=0.9),
     "llava-1.5-13b": Shape("LLaVA-1.5-13B", _CLIP_L_336, _VICUNA_13B, paper_ratio=0.925),
     "llava-next-7b": Shape("LLaVA-NeXT-7B (Vicuna)", _CLIP_L_336, _VICUNA_7B, images=5, about=_TILES),
-    "clip-l-336": Shape(
-        "CLIP ViT-L/14 at 336 pixels, the vision tower alone", _CLIP_L_336, about="All 24 blocks merge."
-    ),
-    "vit-mae-h": Shape(
-        "ViT-MAE-H/14 at 224 pixels",
-        _MAE_H,
-        about="A class token and 256 patches; the classifier is left out.",
-    ),
+    "clip-l-336": Shape("CLIP ViT-L/14 at 336 pixels", _CLIP_L_336, about=_ALONE),
+    "clip-b-16": Shape("CLIP ViT-B/16", _tower(768, 12, 12, 224, 16), about=_ALONE),
+    "deit-s": Shape("DeiT-S/16", _tower(384, 12, 6, 224, 16), about=_ALONE),
+    "vit-mae-l": Shape("ViT-MAE-L/16", _tower(1024, 24, 16, 224, 16), about=_ALONE),
+    "vit-mae-h": Shape("ViT-MAE-H/14", _tower(1280, 32, 16, 224, 14), about=_ALONE),
 }
 
 

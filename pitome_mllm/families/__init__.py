@@ -5,21 +5,24 @@ Read from transformers 5.6 .. 5.23. A new tower or family is one row here; `geom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing after the projector needs a whole grid
 
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """The attribute names of one kind of encoder layer, and its class tokens."""
+    """The attribute names of one kind of encoder layer, and the class tokens of its tower, registers not counted."""
 
     norm1: str = "layer_norm1"
     attention: str = "self_attn"
     norm2: str = "layer_norm2"
     mlp: str = "mlp"
-    query: str = "q_proj"  # on the attention module
+    after_attention: tuple[str, ...] = ()  # what its output goes through before it is added, as layer scale
+    after_mlp: tuple[str, ...] = ()
+    query: str = "q_proj"  # on the attention module; the same as the key where one projection makes both, and values
     key: str = "k_proj"
+    takes_mask: bool = True  # the layer and its attention
     class_tokens: int = 1
 
 
@@ -56,6 +59,14 @@ class FamilySpec:
         What the model calls images.
     original : bool
         A model of the original llava package, which writes images into the prompt itself.
+    encoder : bool
+        A vision tower by itself, or with a head or a text tower beside it, and no LLM behind it.
+    means : bool
+        The model takes the mean over the patches of the tower's output.
+    reader : str
+        A part whose cross-attention reads the tower's output.
+    rotary : bool
+        The blocks of the tower turn queries and keys by the place of every patch.
     """
 
     config: str
@@ -74,6 +85,10 @@ class FamilySpec:
     videos: str = ""
     pixels: str = "pixel_values"
     original: bool = False
+    encoder: bool = False
+    means: bool = False
+    reader: str = ""
+    rotary: bool = False
 
     @property
     def merges_in_tower(self) -> bool:
@@ -101,9 +116,20 @@ def _shuffled(config: str) -> FamilySpec:
     )
 
 
+_VIT = TowerSpec("layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",))
+_DINO = TowerSpec("norm1", "attention", "norm2", "mlp", ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
+_BLIP = TowerSpec(query="qkv", key="qkv", takes_mask=False)
 TOWERS: dict[str, TowerSpec] = {  # key: class name of the encoder layer
     "CLIPEncoderLayer": TowerSpec(),
     "SiglipEncoderLayer": TowerSpec(class_tokens=0),
+    "ViTLayer": _VIT,
+    "DeiTLayer": replace(_VIT, class_tokens=2),
+    "ViTMAELayer": _VIT,
+    "Dinov2Layer": _DINO,
+    "Dinov2WithRegistersLayer": _DINO,
+    "DINOv3ViTLayer": _DINO,
+    "BlipEncoderLayer": _BLIP,
+    "Blip2EncoderLayer": _BLIP,
 }
 TOWER_OF_CONFIG = {"clip_vision_model": "CLIPEncoderLayer", "siglip_vision_model": "SiglipEncoderLayer"}
 

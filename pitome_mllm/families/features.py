@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import UserError
-from .geometry import Geometry, family_of, geometry
+from .geometry import Geometry, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call images; the latter Video-LLaVA's
 
@@ -66,12 +65,12 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     ValueError
         An unsupported family or vision tower; images cut into tiles.
     """
-    shape = geometry(model.config)  # raises for what is not supported
+    shape = geometry(model)  # raises for what is not supported
     if pixel_values.dim() != 4:
         raise UserError(
             f"got pixel_values of shape {tuple(pixel_values.shape)}, pictures cut into tiles; give tiles (I, 3, H, W)"
         )
-    tower = operator.attrgetter(family_of(model.config).tower)(model)
+    tower = model.get_submodule(shape.family.tower)
     weight = next(tower.parameters())
     given = pixel_values.to(weight.device, cast(Any, model).dtype)
     return cast(Tensor, read(tower(given, output_hidden_states=True), shape))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..methods import UserError
 from . import ANYWHERE, FAMILIES, FAMILY_OF_CONFIG, IN_TOWER, LLAVA_PACKAGE, TOWER_OF_CONFIG, TOWERS, FamilySpec
+from .encoders import ENCODER_OF_CONFIG, ENCODERS, LAYER_OF_CONFIG, REFUSED
 
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
@@ -26,7 +27,7 @@ class Geometry:
     grid : tuple of int
         Rows and columns of patches inside the tower.
     class_tokens : int
-        Tokens before the patches that never merge.
+        Tokens before the patches that never merge: class and distillation tokens, and registers.
     visible_class_tokens : int
         Class tokens that reach the LLM (feature selection "full").
     merging_blocks : int
@@ -34,7 +35,7 @@ class Geometry:
     blocks : int
         All blocks of the tower; those after ``merging_blocks`` run without effect on the LLM.
     family : FamilySpec
-        The row of the model; that of a vision tower alone names no model.
+        The row of the model.
     llm_unsupported_reason : str
         Why the LLM takes no calibration, and what to change; empty if it takes one.
     llm_rotary : bool
@@ -69,7 +70,7 @@ class Geometry:
 
 
 def geometry(model_or_config: Any) -> Geometry:
-    """Token counts of a multimodal model, of its configuration, or of that of a vision tower alone.
+    """Token counts of a multimodal model or of a vision encoder, or of a configuration of one.
 
     Parameters
     ----------
@@ -85,17 +86,20 @@ def geometry(model_or_config: Any) -> Geometry:
     ValueError
         The family or the vision tower has no row here, or a class token is where only patches can be.
     """
-    config = model_or_config
+    config, encoder = model_or_config, None
     if isinstance(model_or_config, nn.Module):
         names = [cls.__name__ for cls in type(model_or_config).__mro__]
         if {*names} & {*LLAVA_PACKAGE, LLAVA_MPT}:
             return _of_llava_package(model_or_config)
-        if not {*names} & {*FAMILIES}:
-            raise UserError(_unsupported("model", names[0], FAMILIES))
+        for name in (name for name in names if name in REFUSED):
+            raise UserError(f"unsupported model {names[0]}: {REFUSED[name]}")
+        encoder = next((ENCODERS[name] for name in names if name in ENCODERS), None)
+        if not encoder and not {*names} & {*FAMILIES}:
+            raise UserError(_unsupported("model", names[0], (*FAMILIES, *ENCODERS)))
         config = model_or_config.config
-    if config.model_type in TOWER_OF_CONFIG:  # a tower alone: all its blocks merge
-        tower = _tower(config, FamilySpec(""))
-        return Geometry(**tower, visible_class_tokens=0, merging_blocks=tower["blocks"])
+    encoder = encoder or ENCODER_OF_CONFIG.get(config.model_type)
+    if encoder:
+        return _of_encoder(getattr(config, "vision_config", config), encoder)
     family, vision = family_of(config), config.vision_config
     tower = _tower(vision, family)
     full = (family.select or config.vision_feature_select_strategy) == "full"
@@ -118,6 +122,19 @@ def geometry(model_or_config: Any) -> Geometry:
         llm_rotary="rope_type" in (getattr(config.text_config, "rope_parameters", None) or {}),
         layers=layers,
         shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
+    )
+
+
+def _of_encoder(vision: Any, family: FamilySpec) -> Geometry:
+    """The geometry of an encoder alone: all blocks of its tower merge."""
+    if getattr(vision, "mask_ratio", 0):
+        raise UserError(
+            f"mask_ratio={vision.mask_ratio} hides patches at random; load with mask_ratio=0, as for features"
+        )
+    tower = _tower(vision, family)
+    reason = "an encoder alone has no LLM that could be told"
+    return Geometry(
+        **tower, visible_class_tokens=0, merging_blocks=tower["blocks"], llm_unsupported_reason=reason, llm_rotary=False
     )
 
 
@@ -168,14 +185,17 @@ def _tower(vision: Any, family: FamilySpec) -> dict[str, Any]:
         Tokens are to merge in a tower of a kind that has no row, or it does not say how many patches it has.
     """
     kind = getattr(vision, "model_type", None) or type(vision).__name__
-    sides: list[Any] = [getattr(vision, name, None) for name in ("image_size", "patch_size", "num_hidden_layers")]
-    counted = all(isinstance(side, int) for side in sides)
-    if kind not in TOWER_OF_CONFIG and ("tower" in family.places or not counted):
-        raise UserError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(TOWER_OF_CONFIG))}")
-    known = TOWERS.get(TOWER_OF_CONFIG.get(kind, ""))
-    side = sides[0] // sides[1]
-    class_tokens = known.class_tokens if known else 0
-    return {"grid": (side, side), "class_tokens": class_tokens, "blocks": sides[2], "family": family}
+    rows = {**TOWER_OF_CONFIG, **LAYER_OF_CONFIG} if family.encoder else TOWER_OF_CONFIG
+    blocks = getattr(vision, "num_hidden_layers", None)
+    sides: list[Any] = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    sides = [(side, side) if isinstance(side, int) else side for side in sides]
+    counted = isinstance(blocks, int) and all(isinstance(side, (list, tuple)) and len(side) == 2 for side in sides)
+    if kind not in rows and ("tower" in family.places or not counted):
+        raise UserError(f"unsupported vision tower {kind!r}; supported: {', '.join(sorted(rows))}")
+    grid = tuple(side // patch for side, patch in zip(*sides))
+    class_tokens = TOWERS[rows[kind]].class_tokens if kind in rows else 0
+    class_tokens += getattr(vision, "num_register_tokens", 0)
+    return {"grid": grid, "class_tokens": class_tokens, "blocks": blocks, "family": family}
 
 
 def family_of(config: Any) -> FamilySpec:

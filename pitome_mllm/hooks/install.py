@@ -12,7 +12,7 @@ from torch import nn
 from ..families import TOWERS, TowerSpec
 from ..methods import UserError
 from ..plan import Plan
-from . import graphs, llava_package, llm, prefill, prompt, tiles, tower
+from . import encoders, graphs, llava_package, llm, prefill, prompt, tiles, tower
 from .classes import Hook, author_of_forward, plain_class
 from .generate import generate as generate_short
 from .lock import drawing
@@ -49,13 +49,22 @@ def check(handle: Attached, plan: Plan) -> None:
             f"expected {handle.geometry.blocks}"
         )
     for layer in layers:
+        spec = _tower_spec(layer)
+        if not hasattr(getattr(layer, spec.attention), spec.key):
+            raise UserError(
+                f"{type(layer).__name__} has no {spec.attention}.{spec.key} in this release of transformers; 5.18 and "
+                "newer ones have it"
+            )
         _check_forward(layer, plan)
 
 
 def _put_on(handle: Attached) -> None:
     if handle.family.merges_in_tower:
         _hook_tower(handle)
-    if not handle.family.original:
+    if handle.family.encoder:
+        for module, hook in encoders.parts(handle).items():
+            module.register_forward_pre_hook(Hook(hook), with_kwargs=True)
+    elif not handle.family.original:
         for module in dict.fromkeys((handle.model, handle.core)):
             module.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
             module.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True)
@@ -70,7 +79,7 @@ def _put_on(handle: Attached) -> None:
         setattr(owner, name, made)
     if handle.family.merges_in_tower and not handle.family.original:
         graphs.install(handle, handle.tower, TOWER, graphs.run_tower)
-    if not handle.family.original:
+    if not handle.family.original and not handle.family.encoder:
         graphs.install(handle, handle.language, LLM, prefill.run_prefill)
 
 
@@ -98,6 +107,8 @@ def _attached_modules(handle: Attached) -> list[nn.Module]:
     """The modules that know their attachment."""
     if handle.family.original:
         return [handle.model, handle.tower]
+    if handle.family.encoder:
+        return list(dict.fromkeys((handle.model, handle.tower, *encoders.parts(handle))))
     modules = [handle.model, handle.core, handle.tower, handle.language]
     modules += [handle.projector] if handle.family.tiles == "connector" else []
     return list(dict.fromkeys(modules))
@@ -105,6 +116,8 @@ def _attached_modules(handle: Attached) -> list[nn.Module]:
 
 def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
     """Methods that instances get in place of their class's: whose, which, and what makes them."""
+    if handle.family.encoder:
+        return []
     if handle.family.original:
         methods = [(handle.tower, "forward", llava_package.make_tower_forward)]
         if handle.family.tiles:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from functools import reduce
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..families.features import read, write
 from ..methods import Merge, UserError
+from ..methods.merge import median_of_groups
 from ..plan import Plan
 from ..stats import Stats
 from .merging import MatchInputs, merge_once, merge_rounds
@@ -21,11 +25,13 @@ class Run:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.means = False  # the model takes means over what leaves the tower
         self.is_finished = False  # by a graph, which made its stats too
         self.stats: Stats | None = None
         self.sizes: dict[int, Tensor] = {}  # patches per token (B, N, 1), after a block that merged
         self.log_sizes: tuple[Tensor, Tensor] | None = None  # sizes of the last block, and what attention adds
         self.merges: dict[int, Merge] = {}
+        self.medians: dict[int, Tensor] = {}  # (B, N) patches whose places tokens have, after a block that merged
         self.inputs: dict[int, MatchInputs] = {}  # of the tokens that leave a block
 
     def acts(self, block: int) -> bool:
@@ -67,6 +73,17 @@ class Run:
             self.log_sizes = size, log_sizes(size, x.dtype).expand(-1, -1, x.shape[1], -1)
         bias = self.log_sizes[1]
         return bias if mask is None else mask + bias
+
+    def rotary(self, block: int, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotary tables (patches, D) for the tokens that enter a block (B, 1, N, D): of their median patches."""
+        last, protected = self.plan.merged_before(block), self.plan.geometry.class_tokens
+        if last < 0:
+            return tables
+        if last not in self.medians:
+            done = reduce(Merge.then, (self.merges[b] for b in self.plan.merging if b <= last))
+            group = done.group[:, protected:] - protected
+            self.medians[last] = median_of_groups(group.clamp(min=-1), done.count - protected)
+        return tuple(table[self.medians[last]][:, None] for table in tables)
 
     def merge_block(self, block: int, x: Tensor, inputs: MatchInputs) -> Tensor:
         """Merge what the block removes; ``x`` (B, N, C) -> (B, N - r, C)."""
@@ -134,6 +151,22 @@ class Run:
             merges = [plan.reducer.match(blank, plan.geometry.patches - plan.input_patches, **plan.context)]
             size = merges[0].reduce(blank)[1]
         self.stats = Stats(plan, x.shape[0], tuple(merges), size, x.device)
+
+
+_running: ContextVar[ref[Run] | None] = ContextVar("pitome_running", default=None)
+
+
+def begin(plan: Plan) -> Run:
+    """A new `Run`, which `running` gives to what gets no keyword."""
+    run = Run(plan)
+    _running.set(ref(run))
+    return run
+
+
+def running() -> Run | None:
+    """The run that this thread or task began last, while its call lasts."""
+    found = _running.get()
+    return None if found is None else found()
 
 
 def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:

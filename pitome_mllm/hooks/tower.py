@@ -10,7 +10,9 @@ while the layer runs its attention. It is no context variable, since torch.compi
 
 from __future__ import annotations
 
+import inspect
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,8 +26,9 @@ from ..methods.pooling import cells
 from ..plan import Plan
 from .call import CALL
 from .classes import Merging
+from .encoders import MEANS, SIZES, adding_to_logits, for_call, for_means
 from .merging import MatchInputs
-from .run import RUN, Run
+from .run import RUN, Run, begin
 
 
 class Inbox(threading.local):
@@ -75,10 +78,20 @@ class MergingLayer:
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         run: Run | None = kwargs.pop(RUN, None)
         if run is not None:
-            attention_mask = run.bias(self._pitome.index, attention_mask, hidden_states)
-            if run.acts(self._pitome.index):
+            block = self._pitome.index
+            attention_mask = run.bias(block, attention_mask, hidden_states)
+            if run.plan.geometry.family.rotary:
+                kwargs["position_embeddings"] = run.rotary(block, kwargs["position_embeddings"])
+            if run.acts(block):
                 return self._merging_forward(run, hidden_states, attention_mask, *args, **kwargs)
-        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return self._masked(super().forward, hidden_states, attention_mask, *args, **kwargs)
+
+    def _masked(self, own: Callable[..., Any], x: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """What the layer's forward or its attention makes with a mask, whether it takes one or not."""
+        if self._pitome.spec.takes_mask:
+            return own(x, mask, *args, **kwargs)
+        with adding_to_logits(mask):
+            return own(x, *args, **kwargs)
 
     def _merging_forward(
         self, run: Run, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
@@ -88,15 +101,22 @@ class MergingLayer:
         try:
             inbox.shut(wanted=run.plan.match_inputs)
             if early:
-                normed = getattr(self, spec.norm1)(hidden_states)
-                x = hidden_states + getattr(self, spec.attention)(normed, attention_mask, *args, **kwargs)[0]
+                attention, normed = getattr(self, spec.attention), getattr(self, spec.norm1)(hidden_states)
+                x = self._masked(attention, normed, attention_mask, *args, **kwargs)[0]
+                x = hidden_states + self._through(spec.after_attention, x)
             else:
-                x = super().forward(hidden_states, attention_mask, *args, **kwargs)
+                x = self._masked(super().forward, hidden_states, attention_mask, *args, **kwargs)
             inputs = self._match_inputs(run, inbox.keys, inbox.query)
         finally:
             inbox.shut()
         x = run.merge_block(block, x, inputs)
-        return x + getattr(self, spec.mlp)(getattr(self, spec.norm2)(x)) if early else x
+        return x + self._through((spec.norm2, spec.mlp, *spec.after_mlp), x) if early else x
+
+    def _through(self, names: tuple[str, ...], x: Tensor) -> Tensor:
+        """What parts of the layer make of ``x``, one after the other."""
+        for name in names:
+            x = getattr(self, name)(x)
+        return x
 
     def _match_inputs(self, run: Run, keys: Tensor | None, query: Tensor | None) -> MatchInputs:
         """What the attention that just ran tells about its tokens, as far as the plan asks for it."""
@@ -110,8 +130,9 @@ class MergingLayer:
                 f"block {block} has another key or query projection than at attach: adapters were put on it, or its "
                 "attention was replaced; call handle.remove() and attach again"
             )
-        keys = keys.view(*keys.shape[:2], attention.num_heads, -1)  # (B, N, heads, C / heads)
-        return run.read(block, None if query is None else query.view_as(keys[:, 0]), keys)
+        fused, heads = 3 if spec.key == spec.query else 1, attention.config.num_attention_heads
+        keys = keys.unflatten(-1, (fused, heads, -1))[:, :, fused // 2]  # (B, N, heads, C / heads)
+        return run.read(block, None if query is None else query.unflatten(-1, (fused, heads, -1))[:, 0], keys)
 
 
 @lru_cache
@@ -122,40 +143,50 @@ def merging_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def start_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the tower: hand a new `Run` down to the layers."""
-    tower._pitome.check_calls(tower)
-    plan = tower._pitome.plan
+    handle, plan = tower._pitome, tower._pitome.plan
+    handle.check_calls(tower)
     if plan is None:
         return None
+    if handle.family.encoder:
+        plan, kwargs = for_call(tower, plan, args, kwargs)
     backend = tower.config._attn_implementation
     if plan.proportional_attention and plan.merging and backend not in PLAIN_BACKENDS:
         raise UserError(
             f"the vision tower's attention {backend!r} takes no log-size bias, {' and '.join(PLAIN_BACKENDS)} do: use "
-            "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own), "
-            "or attach with proportional_attention=False"
+            "model.set_attn_implementation({'vision_config': 'sdpa'}) (the LLM keeps its own; 'sdpa' where there is "
+            "none), or attach with proportional_attention=False"
         )
     if plan.input_patches < plan.geometry.patches:
-        args, kwargs = smaller_picture(plan, args, kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name != CALL}  # transformers 5.24 hands it down here too
-    return args, {**kwargs, RUN: Run(plan)}
+        args, kwargs = smaller_picture(tower, plan, args, kwargs)
+    run = begin(plan)
+    run.means = MEANS in kwargs
+    given = {name: value for name, value in kwargs.items() if name not in (CALL, MEANS)}  # CALL: transformers 5.24
+    return args, {**given, RUN: run}
 
 
-def smaller_picture(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def smaller_picture(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The tower's arguments with images scaled to ``plan.input_patches``, antialiased as a processor scales."""
     pixels, args = (args[0], args[1:]) if args else (kwargs["pixel_values"], args)
     rows, columns = cells(*plan.geometry.grid, plan.input_patches)
     patch = pixels.shape[-2] // plan.geometry.grid[0]
     size = (rows * patch, columns * patch)
     scaled = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
-    return args, {**kwargs, "pixel_values": scaled, "interpolate_pos_encoding": True}
+    takes = "interpolate_pos_encoding" in inspect.signature(type(tower).forward).parameters  # others always do
+    return args, {**kwargs, "pixel_values": scaled, **({"interpolate_pos_encoding": True} if takes else {})}
 
 
 def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the tower: merge before the projector, and keep the stats."""
+    """Forward hook of the tower: merge before the projector, have what reads the output know sizes, keep the stats."""
     handle, run = tower._pitome, kwargs.get(RUN)
     stats = None
     try:
         if run is not None and not run.is_finished:
             run.finish(output, handle.projector)
         stats = None if run is None else run.stats
+        size = None if stats is None else stats.token_sizes
+        if size is not None and run.means:
+            output.last_hidden_state = for_means(output.last_hidden_state, size, run.plan.geometry.class_tokens)
+        if size is not None and handle.family.reader and run.plan.proportional_attention:
+            setattr(output.last_hidden_state, SIZES, size)
     finally:
         handle.note(stats=stats)

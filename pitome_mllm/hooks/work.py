@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .classes import Hook
 from .guards import guard_of, unsupported_modules
-from .run import RUN, Run
+from .run import RUN, Run, begin
 from .tower import finish_run
 
 
@@ -121,7 +121,7 @@ class TowerWork(Work):
         return unsupported_modules(self.module, *others, last=self.last)
 
     def again(self, *tensors: Tensor) -> tuple[Any, Any]:
-        (args, kwargs), run = self.placed(tensors), Run(self.plan)
+        (args, kwargs), run = self.placed(tensors), begin(self.plan)
         output = self.plain(*args, **{**kwargs, RUN: run})
         run.finish(output, self.module._pitome.projector)
         if self.plan.calibration != "none" and run.stats is not None and run.stats.groups is not None:

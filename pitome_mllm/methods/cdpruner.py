@@ -10,64 +10,41 @@ import torch
 from torch import Tensor
 
 from .matching import cosine, unit_metric
-from .merge import Merge
-from .reducer import Reducer
+from .reducer import Selector
 
 
 @dataclass(frozen=True)
-class CDPruner(Reducer):
+class CDPruner(Selector):
     r"""Keep the subset that a determinantal point process finds most diverse (section 3).
 
-    .. math:: L = \mathrm{diag}(q)\, C\, \mathrm{diag}(q), \qquad \max_{|S| = K} \det L_S
+    .. math:: \max_{|S| = K} \det C_S
 
     with cosine similarities C, greedily: each step adds the token with the largest gain, which a Cholesky factor that
-    grows by one column a step keeps up to date (Chen et al., arXiv 1709.05135). The rest is dropped.
+    grows by one column a step keeps up to date (Chen et al., arXiv 1709.05135). The rest is dropped. Of equals the
+    first is taken; so once the gains are used up (more tokens than the metric has dimensions), the first tokens in
+    reading order follow.
 
-    The paper's q is each token's relevance to the question by the text encoder of the same CLIP. LLaVA carries none, so
-    q = 1 unless ``query`` is given: then q is the cosine similarity to it, from 0 (least) to 1 (most similar token).
-    Of equals the first is taken; so once the gains are used up (more tokens than the metric has dimensions), the first
-    tokens in reading order follow.
+    The paper weighs tokens by their relevance to the question, which the text encoder of the same CLIP tells. LLaVA
+    carries none, so that is left out.
     """
 
-    bipartite: ClassVar[bool] = False
     once: ClassVar[bool] = True
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        query: Tensor | None = None,
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        unit = unit_metric(metric)[:, protected:]
-        q = unit.any(-1, keepdim=True).float()
-        if query is not None:
-            q = q * _relevance(unit, query)
-        kernel = cosine(unit * q, unit * q)
-        gain = q.square()[..., 0]  # the kernel's diagonal without its rounding, which would break ties at random
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        unit, n = unit_metric(metric), metric.shape[1]
+        kernel = cosine(unit, unit)
+        gain = unit.any(-1).float()  # the kernel's diagonal without its rounding, which would break ties at random
         taken = torch.zeros_like(gain)
-        factor = gain.new_zeros(len(gain), n - r, n)
+        factor = gain.new_zeros(len(gain), count, n)
         chosen = []
-        for step in range(n - r):
+        for step in range(count):
             best = gain.argmax(1, keepdim=True)
             chosen.append(best)
-            column = factor.gather(2, best[:, None].expand(-1, n - r, -1)).mT  # (B, 1, K)
+            column = factor.gather(2, best[:, None].expand(-1, count, -1)).mT  # (B, 1, K)
             row = kernel.gather(1, best[..., None].expand(-1, -1, n)) - cosine(column, factor.mT)
             row = row[:, 0] / gain.gather(1, best).clamp_min(1e-6).sqrt()
             factor[:, step] = row
             taken = taken.scatter(1, best, -math.inf)
             gain = (gain - row.square()).clamp_min(0.0)
             gain = gain.where(gain > 1e-6, 0.0) + taken
-        return Merge.select(n + protected, torch.cat(chosen, 1) + protected, protected)
-
-
-def _relevance(unit: Tensor, query: Tensor) -> Tensor:
-    """(B, n, 1): similarity of unit tokens (B, n, C) to a query (B, C), scaled to 0 .. 1 over the tokens."""
-    similarity = cosine(unit, unit_metric(query[:, None]))
-    low, high = similarity.amin(1, keepdim=True), similarity.amax(1, keepdim=True)
-    return (similarity - low) / (high - low).clamp_min(1e-6)
+        return torch.cat(chosen, 1)
