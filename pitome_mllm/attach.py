@@ -13,8 +13,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from .costs.flops import estimate
 from .families import FAMILIES
 from .families.encoders import ENCODERS
-from .families.geometry import geometry, llm_unsupported_reason
-from .hooks import install
+from .families.geometry import geometry
+from .hooks import install, llm
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
 from .hooks.state import Attached
@@ -58,8 +57,7 @@ class Attachment(Attached):
         found = geometry(model)
         super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
-        self._told_of_calibration = False
-        self._tell_of_calibration(settings, self._plan)
+        llm.tell_left_out(self, settings, self._plan)
         self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
@@ -102,28 +100,15 @@ class Attachment(Attached):
         settings |= {} if plain or len(method) != 1 else {"method": method[0]}
         if len(method) > 1 or plain == bool(settings):
             raise UserError(f"got using{method}; call using(None) for the plain model, or using(keep=72, ...)")
-        plan = None if plain else self._planned(self.settings.changed(**settings))
-        with self.choosing(plan):
+        with self.choosing(None if plain else self._planned(self.settings.changed(**settings))):
             yield self
 
     def _planned(self, settings: Settings) -> Plan:
-        """What ``settings`` mean for this model, whose attention may be another one by now."""
-        if not (self.family.original or self.family.encoder):
-            reason = llm_unsupported_reason(cast(Any, self.model).config.text_config)
-            self.geometry = replace(self.geometry, llm_unsupported_reason=reason)
-        plan = make_plan(settings, self.geometry)
+        """What ``settings`` mean for this model."""
+        plan = llm.planned(self, settings)
         install.check(self, plan)
         install.listen(self, plan)
-        self._tell_of_calibration(settings, plan)
         return plan
-
-    def _tell_of_calibration(self, settings: Settings, plan: Plan) -> None:
-        """Warn, once, that the LLM takes no calibration where the library would choose one."""
-        left = settings.calibration is None and not (settings.as_published or self.family.encoder)
-        reason = self.geometry.llm_unsupported_reason
-        if reason and left and plan.reducer.forms_groups and not self._told_of_calibration:
-            self._told_of_calibration = True
-            logger.warning("calibration='none', which costs accuracy: %s", reason)
 
     def _check_attached(self) -> None:
         if Attachment.of(self.model) is not self:

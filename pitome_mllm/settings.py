@@ -187,7 +187,8 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
 
 def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
     """The calibration ``wanted``, or the best that method and LLM take."""
-    if wanted == "none" or not reducer.forms_groups or geometry.family.encoder or geometry.llm_unsupported_reason:
+    known = reducer.forms_groups and not geometry.family.encoder
+    if wanted == "none" or not known or geometry.llm_unsupported_reason:
         return "none"
     return wanted if geometry.llm_rotary else "size"
 
