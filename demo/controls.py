@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pitome_mllm import METHODS
@@ -49,9 +49,6 @@ class Controls:
         much = {"keep": keep, "merges": merges} if self.amount == "tokens" else {"ratio": self.ratio}
         where = None if self.where == OWN else self.where
         return {"method": self.method, "published": self.published, "where": where, **much}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], most: int) -> Controls:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from PIL import Image
 
 from pitome_mllm import attach, estimate
-from pitome_mllm.costs.flops import MLP_MATRICES, kv_bytes_per_token
+from pitome_mllm.costs.flops import flops_known, kv_bytes_per_token
 from pitome_mllm.costs.published import SHAPES
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.plan import Plan, make_plan
@@ -36,7 +36,6 @@ class Engine:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._desk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="desk")
-        self.burden = lru_cache(maxsize=1)(self._burden)
         self._picture_flops = lru_cache(maxsize=256)(self._per_picture)  # counting them takes a good part of a second
 
     @property
@@ -82,19 +81,15 @@ class Engine:
         ``controls`` None = the plain model; ``prompt_tokens`` as the LLM reads them.
         """
         kv = prompt_tokens * kv_bytes_per_token(self.model.config.text_config, self.model.dtype) / 1e6
-        if not self._countable:
+        if not flops_known(self.model.config):
             return kv, None
         llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
         return kv, (pictures * self._picture_flops(controls) + llm) / 1e9
 
-    @property
-    def _countable(self) -> bool:
-        """Whether FLOPs are known: not of every LLM, nor of pictures that are cut into tiles."""
-        return self.model.config.text_config.model_type in MLP_MATRICES and not self.geometry.family.tiles
-
-    def _burden(self) -> str:
+    @cached_property
+    def burden(self) -> str:
         """What decides the cost of an answer, here and in a model of seven billion parameters, in words."""
-        here = f"In {self.name} {_of_tower(self.model)}. " if self._countable else ""
+        here = f"In {self.name} {_of_tower(self.model)}. " if flops_known(self.model.config) else ""
         there = f"In {SEVEN.title} {_of_tower(SEVEN.config())}"
         return (
             f"{here}{there}. Where that share is large, merging inside the tower saves most; where it is small, the "

@@ -56,7 +56,7 @@ class Handlers:
                 yield view.messages(chat.turns), QUIET, emptied
                 emptied = gr.skip()
         except UserError as error:
-            yield view.messages(chat.turns), _loud(str(error)), box
+            yield view.messages(chat.turns), gr.update(value=view.notice(str(error)), visible=True), box
 
     def begin(self, request: gr.Request, box: dict[str, Any], *values: Any) -> Iterator[Any]:
         """An example: it is asked in a new conversation."""
@@ -69,7 +69,7 @@ class Handlers:
             for _ in chat.retry(self._controls(values), compare):
                 yield view.messages(chat.turns), QUIET, gr.skip()
         except UserError as error:
-            yield view.messages(chat.turns), _loud(str(error)), gr.skip()
+            yield view.messages(chat.turns), gr.update(value=view.notice(str(error)), visible=True), gr.skip()
 
     def end(self, request: gr.Request) -> None:
         self.of(request).stop()
@@ -99,7 +99,7 @@ class Handlers:
 
     def show_model(self, request: gr.Request) -> str:
         engine = self.of(request).engine
-        about = f"{engine.name} makes {engine.available} visual tokens of a picture. {engine.burden()}"
+        about = f"{engine.name} makes {engine.available} visual tokens of a picture. {engine.burden}"
         return f'<div class="pm-note"><b>What decides the cost:</b> {view.text(about)}</div>'
 
     # looking inside
@@ -237,10 +237,6 @@ def _accuracy(model: str, plan: Any, by_tokens: bool) -> str:
     text += "" if by_tokens else ". Measured with a number of tokens, not with a ratio"
     text += "" if model == "tiny" else f". Nothing was measured for {model}"
     return charts.accuracy(found, plan.keep) + _note(f"{text}. Bars: 95% intervals. Dashed: the plain model.")
-
-
-def _loud(words: str) -> Any:
-    return gr.update(value=view.notice(words), visible=True)
 
 
 def _note(words: str) -> str:

@@ -16,10 +16,22 @@ from pitome_mllm.costs.latency import timed
 from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
+from pitome_mllm.serving import prompts
+from pitome_mllm.serving.prompts import Message
 
 from .controls import Controls
 from .engine import Engine
 from .look import Look, looks
+
+NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
+
+
+def encode(engine: Engine, question: str, said: list[Message], images: list[Any], plan: Plan | None) -> tuple[Any, int]:
+    """Model inputs on the model's device, and how many new tokens the answer may have; no plan = the plain model."""
+    model = engine.model
+    prompts.check_question(engine.processor, question)
+    inputs, room = prompts.encode(model, engine.processor, said, images, 1, plan)
+    return inputs.to(model.device, dtype=model.dtype), min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from .controls import NOTHING, PLAIN, Controls, label
 from .engine import Engine
 from .look import Look
 from .pictures import Picture, open_upload
-from .prompts import encode
-from .runs import Event, Stopped, answer, look_only
+from .runs import Event, Stopped, answer, encode, look_only
 from .turns import Reply, Turn, history
 
 MAX_PICTURES = 8  # in one conversation
@@ -50,14 +49,8 @@ class Conversation:
         """Add a turn and write its replies, yielding the turn whenever there is something new to show.
 
         A UserError (a broken picture, an impossible setting or question, an answer still being written) leaves the
-        conversation as before.
-
-        Parameters
-        ----------
-        question : "" with pictures = only look at them.
-        files : new pictures.
-        compare : who answers too, before: `PLAIN`, a method (with the same settings), or `NOTHING`.
-        anew : end and forget what was before.
+        conversation as before. A question "" with pictures only looks at them; `PLAIN` or a method to ``compare`` with
+        answers first; ``anew`` ends and forgets what was before.
         """
         if anew:
             self.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pitome_mllm.costs.answer import AnswerCost
@@ -33,10 +33,10 @@ class Reply:
         return {
             "model": self.model,
             "label": self.label,
-            "settings": None if self.controls is None else self.controls.to_dict(),
+            "settings": None if self.controls is None else asdict(self.controls),
             "answer": self.text,
             "state": self.state,
-            "figures": None if self.figures is None else self.figures.to_dict(),
+            "figures": None if self.figures is None else asdict(self.figures),
             "of_plain": {} if self.figures is None else self.figures.over(self.plain),
         }
 

@@ -59,7 +59,16 @@ def table(accuracy: Sequence[Row], gpu: Sequence[Row], cpu: Sequence[Row]) -> st
         times = [first_token(gpu, keep, batch) for batch in LLM_BATCHES]
         cells += [shown(ms) if ms else NOT_MEASURED for ms in times]
         lines.append([f"{keep}, plain" if keep == PATCHES else str(keep), *cells])
-    return f"{markdown(lines, numbers=0)}\n\n{measured_on(accuracy, gpu)}{little(gpu, cpu)}"
+    return f"{markdown(lines, numbers=0)}\n\n{measured_on(accuracy, gpu)}{best(right)}{little(gpu, cpu)}"
+
+
+def best(right: Mapping[tuple[str, int], Row]) -> str:
+    """Which method leads at each number of tokens, as a sentence behind others; right : rows by method and tokens."""
+    said = []
+    for keep in sorted({keep for _, keep in right} - {0, PATCHES}, reverse=True):
+        value, method = max((float(row["value"]), method) for (method, tokens), row in right.items() if tokens == keep)
+        said.append(f"{keep}: {method} {100 * value:.1f}")
+    return f" The best of all methods, under the same defaults: {', '.join(said)}." if said else ""
 
 
 def measured_on(accuracy: Sequence[Row], gpu: Sequence[Row]) -> str:

@@ -32,12 +32,7 @@ def commit() -> str:
 
 
 def check_commit(path: Path, found: str) -> None:
-    """Refuse to put what is measured at ``found`` among the published results where that is no clean commit.
-
-    Raises
-    ------
-    ValueError : as it says.
-    """
+    """Refuse to put what is measured at ``found`` among the published results where that is no clean commit."""
     if path.resolve().is_relative_to(RESULTS.resolve()) and (not found or found.endswith("-dirty")):
         raise UserError(
             f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
@@ -46,12 +41,7 @@ def check_commit(path: Path, found: str) -> None:
 
 
 def check_out(out: Path, default: Path, whole: bool) -> None:
-    """Refuse to replace the results of a whole benchmark by those of a part, or of no clean commit of a checkout.
-
-    Raises
-    ------
-    ValueError : as it says.
-    """
+    """Refuse to replace the results of a whole benchmark by those of a part, or of no clean commit of a checkout."""
     if out == default and not whole:
         raise UserError(f"{default} holds the results of the whole benchmark; say with --out where those of a part go")
     if out == default and not (default.parents[2] / "pyproject.toml").is_file():

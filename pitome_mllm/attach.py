@@ -22,7 +22,7 @@ from .costs.flops import estimate
 from .families import FAMILIES
 from .families.encoders import ENCODERS
 from .families.geometry import geometry
-from .hooks import install
+from .hooks import install, llm
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
 from .hooks.state import Attached
@@ -57,6 +57,7 @@ class Attachment(Attached):
         found = geometry(model)
         super().__init__(model, found, make_plan(settings, found))
         self.settings = settings
+        llm.tell_left_out(self, settings, self._plan)
         self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
@@ -99,13 +100,12 @@ class Attachment(Attached):
         settings |= {} if plain or len(method) != 1 else {"method": method[0]}
         if len(method) > 1 or plain == bool(settings):
             raise UserError(f"got using{method}; call using(None) for the plain model, or using(keep=72, ...)")
-        plan = None if plain else self._planned(self.settings.changed(**settings))
-        with self.choosing(plan):
+        with self.choosing(None if plain else self._planned(self.settings.changed(**settings))):
             yield self
 
     def _planned(self, settings: Settings) -> Plan:
         """What ``settings`` mean for this model."""
-        plan = make_plan(settings, self.geometry)
+        plan = llm.planned(self, settings)
         install.check(self, plan)
         install.listen(self, plan)
         return plan

@@ -13,13 +13,13 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from .costs.memory import BITS
 from .errors import UserError, missing_package
 from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
 from .families.geometry import family_of, geometry
 from .hooks import llava_package
 
 TINY = Path(__file__).with_name("tiny")
-BITS = (4, 8)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -81,8 +81,10 @@ def load(
             f"bits={bits} is not possible with a checkpoint of the original llava package here; load it quantised "
             "with that package's own load_pretrained_model, then attach"
         )
-    if architecture is None:
-        check_bits(bits)
+    if bits is not None and (isinstance(bits, bool) or bits not in BITS):
+        raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
+    if bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise missing_package(f"bits={bits} needs bitsandbytes", "bnb")
     dtype = _dtype(dtype, tiny=name_or_path == "tiny")
     placement = _device_map(device, bits)
     if architecture is not None:
@@ -93,16 +95,6 @@ def load(
         options["quantization_config"] = _quantisation(bits, dtype)
     model = _model(source, config, options)
     return model.eval(), _processor(source, config)
-
-
-def check_bits(bits: int | None) -> None:
-    """Refuse a number of bits that weights cannot have, and quantised ones without bitsandbytes; ValueError."""
-    if bits is None:
-        return
-    if isinstance(bits, bool) or bits not in BITS:
-        raise UserError(f"bits={bits!r} is not possible; choose 4 or 8, or leave it out for unquantised weights")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise missing_package(f"bits={bits} needs bitsandbytes", "bnb")
 
 
 def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:

@@ -89,15 +89,6 @@ class Schedule:
         self.shape = shape
         self.merges = None if isinstance(merges, str) else merges
 
-    def __repr__(self) -> str:
-        given = {"keep": self.keep, "ratio": self.ratio, "counts": self.explicit, "merges": self.merges}
-        said = [f"{k}={v}" for k, v in given.items() if v is not None]
-        return f"Schedule({', '.join([*said, f'shape={self.shape!r}'])})"
-
-    def target(self, tokens: int) -> int:
-        """The count that ``keep`` means for ``tokens`` patch tokens; ValueError if that is out of range."""
-        return target_count(self.keep, tokens)
-
     def counts(self, tokens: int, blocks: int, max_removable: MaxRemovable | None = None) -> list[int]:
         """Patch tokens left after each of ``blocks`` merging blocks, class tokens not counted.
 
@@ -120,9 +111,10 @@ class Schedule:
             return _by_ratio(tokens, blocks, self.ratio, max_removable)
         if self.explicit is not None:
             return _check_explicit(self.explicit, tokens, blocks, max_removable)
+        keep = target_count(self.keep, tokens)
         if self.merges is not None:
-            return _at_points(tokens, blocks, self.target(tokens), self.shape, max_removable, self.merges)
-        return _towards(tokens, blocks, self.target(tokens), self.shape, max_removable)
+            return _at_points(tokens, blocks, keep, self.shape, max_removable, self.merges)
+        return _towards(tokens, blocks, keep, self.shape, max_removable)
 
 
 def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> int:

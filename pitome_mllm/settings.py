@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from .families.geometry import Geometry
 from .methods import METHODS, Method, Reducer, UserError, get_method, unknown
 from .schedule import EVERY, SHAPES, check_merges
-
-logger = logging.getLogger(__name__)
 
 CHOICES = {
     "where": ("tower", "projector", "both", "packed"),
@@ -189,11 +186,9 @@ def _complete(settings: Settings, reducer: Reducer, name: str, geometry: Geometr
 
 
 def _best_calibration(wanted: str, reducer: Reducer, geometry: Geometry) -> str:
-    """The calibration ``wanted``, or the best that method and LLM take; a warning where the LLM takes none."""
-    if wanted == "none" or not reducer.forms_groups or geometry.family.encoder:
-        return "none"
-    if geometry.llm_unsupported_reason:
-        logger.warning("calibration='none', which costs accuracy: %s", geometry.llm_unsupported_reason)
+    """The calibration ``wanted``, or the best that method and LLM take."""
+    known = reducer.forms_groups and not geometry.family.encoder
+    if wanted == "none" or not known or geometry.llm_unsupported_reason:
         return "none"
     return wanted if geometry.llm_rotary else "size"
 
@@ -235,7 +230,7 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
     _check_calibration(str(settings.calibration), reducer, name, geometry)
     if settings.order == "source" and not reducer.source_order:
         raise UserError(
-            f"order='source' is known for ToMe and for PiToMe as published (protect=1, steps=1), got {name}; "
+            f"order='source' is known for ToMe and for PiToMe as published (protect=1), got {name}; "
             "choose order='reading'"
         )
     if "attention" in reducer.needs and not geometry.class_tokens:

@@ -81,12 +81,6 @@ class TokenGraph:
         member = self._membership(merge)
         return member.mT @ self.weights @ member
 
-    def lifted(self, merge: Merge | Sequence[Merge]) -> Tensor:
-        """(B, N, N) the graph of groups as one of tokens; written out, for checks. `distance` needs no such matrix."""
-        member = self._membership(merge)
-        share = member / member.sum(1, keepdim=True)
-        return share @ self.coarse(merge) @ share.mT
-
     def distance(self, merge: Merge | Sequence[Merge]) -> Tensor:
         """(B,) the `spectral_distance` of a merge."""
         coarse = laplacian_spectrum(self.coarse(merge))
@@ -121,6 +115,3 @@ def laplacian_spectrum(weights: Tensor) -> Tensor:
     scale = degree.rsqrt().where(degree > 0, 0.0)
     identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
     return torch.linalg.eigvalsh(identity - scale[..., None] * weights * scale[..., None, :])
-
-
-__all__ = ["SAME", "TokenGraph", "laplacian_spectrum", "spectral_distance"]

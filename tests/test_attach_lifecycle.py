@@ -362,7 +362,6 @@ WRONG = [  # settings, words that the message must contain
     ({"keep": 144, "place": "start"}, ["start", "mid", "end"]),
     ({"keep": 144, "order": "random"}, ["random", "reading", "source"]),
     ({"method": "crossget", "keep": 144, "order": "source"}, ["source", "crossget", "reading"]),
-    ({"method": "pitome", "keep": 144, "order": "source", "steps": 2}, ["source", "steps", "reading"]),
     ({"method": "pitome-bsm", "keep": 144, "order": "source"}, ["source", "protect", "reading"]),
     ({"keep": 144, "calibration": "old"}, ["old", "distance", "size", "none"]),
     ({"keep": 144, "positions": "original"}, ["positions", "calibration='distance'"]),

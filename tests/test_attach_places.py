@@ -198,10 +198,26 @@ def test_the_default_goes_without_what_the_llm_does_not_take(model, caplog, text
     with caplog.at_level("WARNING"), attach(model, keep=144) as handle:
         assert handle.plan.calibration == "none"
         assert handle.plan.keep == 144
+        with handle.using(keep=72), handle.using("tome"):
+            handle.update(keep=100)
     assert caplog.text.count("calibration='none', which costs accuracy: the LLM") == 1
     for calibration in ("size", "distance"):  # what the caller asks for is not taken away in silence
         with pytest.raises(ValueError, match=f"calibration='{calibration}' is not possible: the LLM.*'none'"):
             attach(model, keep=144, calibration=calibration)
+
+
+def test_attention_that_is_switched_after_attach_counts(model):
+    text = model.config.text_config
+    text._attn_implementation = "flash_attention_2"
+    with attach(model, keep=144) as handle:
+        text._attn_implementation = "sdpa"
+        handle.update(keep=100)
+        assert handle.plan.calibration == "distance"
+        text._attn_implementation = "flash_attention_2"
+        with handle.using(keep=72):
+            assert handle.plan.calibration == "none"
+        with pytest.raises(ValueError, match="calibration='size' is not possible: the LLM's attention"):
+            handle.update(calibration="size")
 
 
 def test_an_llm_without_rotary_embedding_is_told_of_sizes(model):

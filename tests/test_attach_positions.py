@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from by_hand import Reference, Tokens
@@ -98,6 +100,14 @@ def test_distances_are_those_of_the_models_own_frequencies(one, rope):
         assert_row(seen, expected.logits())
         usual = reference(build(), one, handle.plan.counts, calibration="distance").term([0, 500], [1, 1])
         assert (expected.term([0, 500], [1, 1])[1] - usual[1]).abs().max() > 1e-3, "the test would prove nothing"
+
+
+def test_a_table_is_as_long_as_its_call_asks_whatever_other_threads_leave(model):
+    class Shared:
+        distances = property(lambda self: (None, torch.empty(0)), lambda self, value: None)  # another thread was last
+
+    language = SimpleNamespace(_pitome=Shared(), rotary_emb=model.model.language_model.rotary_emb)
+    assert len(llm.distances(language, torch.zeros(1, 1).long(), 9)) > 9
 
 
 def test_text_in_front_of_a_picture_is_what_it_is_without_one(model, plain, handle):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checks import Operations
+from checks import Operations, command_line
 from models import build
 
 from pitome_mllm import METHODS, attach, cli
@@ -201,15 +201,14 @@ def test_families_whose_pictures_bench_cannot_make_are_refused(config):
         (["--methods", "visionzip", "oracle"], "does not merge in the tower"),
         (["--layers", "2"], "name one"),
         (["--shape", "llava-1.5-7b", "--layers", "33"], "choose 0 (the tower alone) to 32"),
-        (["--repeats", "0"], "--repeats 0 is not possible"),
-        (["--batch", "0"], "--batch 0"),
+        (["--repeats", "0"], "argument --repeats: 0 is not possible"),
+        (["--batch", "0"], "argument --batch: 0"),
         (["--device", "chip"], "--device chip is not possible; choose cpu"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):
-    assert cli.main(["bench", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
+    code, _, said = command_line(capsys, "bench", *arguments)
+    assert code == 2 and words in said and said.count("\n") == 1
 
 
 @torch.inference_mode()

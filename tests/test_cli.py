@@ -218,17 +218,10 @@ def test_groups_stacks_the_steps_of_several_methods(run, tmp_path):
     assert heights[1] > 1.8 * heights[0]
 
 
-def test_ask_saves_the_groups_too(run, tmp_path):
-    assert run("ask", "--save-groups", tmp_path / "out.png")[0] == 0
-    with Image.open(tmp_path / "out.png") as drawn:
-        assert min(drawn.size) >= 336
-
-
 def test_methods_lists_every_method(run):
     code, out, _ = run("methods")
     assert code == 0 and all(name in out for name in METHODS) and f"{DEFAULT_METHOD} (default)" in out
-    rows = json.loads(run("methods", "--json")[1])
-    assert list(rows) == list(METHODS) and rows["tome"]["reference"] == METHODS["tome"].reference
+    assert METHODS["tome"].reference in out
 
 
 def test_version_and_help(run):
@@ -291,16 +284,16 @@ MISTAKES = [
     (["groups", "--side", "100000"], "side=100000 is more than 4096 pixels"),
     (["ask", "--scene", "0", "what is <image>?"], "'<image>', which stands for the picture"),
     (["ask", "--scene", "0", "  "], "the question is empty"),
-    (["ask", "--scene", "0", "what " * 3000], "do not fit: the model holds 2048; shorten the question to"),
-    (["ask", "--max-new-tokens", "0"], "--max-new-tokens 0 is not possible; give 1 or more"),
-    (["ask", "--repeats", "-1"], "--repeats -1 is not possible"),
+    (["ask", "--scene", "0", "what " * 3000], "do not fit: the model holds 2048; shorten what is said"),
+    (["ask", "--max-new-tokens", "0"], "argument --max-new-tokens: 0 is not possible; give 1 or more"),
+    (["ask", "--repeats", "-1"], "argument --repeats: -1 is not possible"),
     (["ask", "--bits", "3"], "bits=3 is not possible; choose 4 or 8"),
     (["ask", "--dtype", "int8"], "dtype='int8' is not possible"),
     (["ask", "--device", "toaster"], "device='toaster' is not a device"),
     (["ask", "--model", "./nowhere"], "no folder 'nowhere'"),
     (["ask", "--model", "nobody/nothing"], "cannot load 'nobody/nothing'"),
-    (["ask", "--save-groups", "groups.xyz"], "'groups.xyz' does not end like a picture file"),
-    (["ask", "--save-groups", "nowhere/groups.png"], "no folder 'nowhere' to write 'groups.png' into"),
+    (["groups", "--out", "groups.xyz"], "'groups.xyz' does not end like a picture file"),
+    (["groups", "--out", "nowhere/groups.png"], "no folder 'nowhere' to write 'groups.png' into"),
     (["ask", "--max-new-tokens", "100000"], "do not fit: the model holds 2048; ask for at most 1"),
     (["groups", "a.png", "--scene", "0"], "got the picture 'a.png' and --scene 0; give one of them"),
     (["groups", "--method", "pitome", "tom"], "unknown method 'tom'; did you mean"),

@@ -11,7 +11,6 @@ from checks import command_line
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from pitome_mllm import estimate
-from pitome_mllm.commands._cost_tables import Costs
 from pitome_mllm.costs import flops, memory
 from pitome_mllm.costs.memory import largest_batch
 from pitome_mllm.costs.published import SHAPES, get_shape
@@ -95,18 +94,20 @@ def test_rows_are_the_estimate_s(run):
     assert keep["batch"] == largest_batch(config, 30e9, "pitome", keep=72, **counts) > plain["batch"]
 
 
-def test_the_paper_s_ratio_stands_in_the_notes():
-    found = Costs(SHAPES["llava-1.5-13b"], "pitome").section([], [])
-    assert len(found.rows) == 1 and "are at ratio 0.925, which saves 77.0%" in found.notes[-1]
+def test_the_paper_s_ratio_stands_in_the_notes(run):
+    found = json.loads(run("llava-1.5-13b", "--keep", 0.5, "--json")[1])["llava-1.5-13b"]
+    assert "are at ratio 0.925, which saves 77.0%" in found["notes"][-1]
 
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.paper_cost])
-def test_the_paper_s_table_of_imagenet_is_counted(name):
-    cost, costs = SHAPES[name].paper_cost, Costs(SHAPES[name], "pitome", published=True)
-    counts = cost.counts(geometry(costs.config).patches, geometry(costs.config).blocks)
-    assert costs.plain.flops / 2e9 == pytest.approx(cost.plain, rel=2e-3)  # some of theirs are no matrix products
-    assert costs.row(counts=counts).gflops / 2 == pytest.approx(cost.merged, rel=0.02)
-    assert f"says {cost.plain:g} and {cost.merged:g} GFLOPs" in costs.section([], []).notes[-1]
+def test_the_paper_s_table_of_imagenet_is_counted(run, name):
+    config, paper = SHAPES[name].config(), SHAPES[name].paper_cost
+    counts = paper.counts(geometry(config).patches, geometry(config).blocks)
+    merged = estimate(config, "pitome", counts=counts, published=True).flops
+    assert estimate(config).flops / 2e9 == pytest.approx(paper.plain, rel=2e-3)  # some of theirs are no matrix products
+    assert merged / 2e9 == pytest.approx(paper.merged, rel=0.02)
+    note = json.loads(run(name, "--json")[1])[name]["notes"][-1]
+    assert f"{paper.removed} patches less" in note and f"{merged / 2e9:.2f} here" in note
 
 
 def test_modules_are_built_once_and_merges_counted_once(monkeypatch, run):

@@ -75,7 +75,7 @@ def test_methods_that_reduce_in_one_place(method):
 
 def test_pitome_as_published_is_the_paper_s():
     plan = plan_of(published=True)
-    assert plan.reducer == get_method("pitome", margin=None, alpha=1.0, energy="paper", protect=1.0, steps=1)
+    assert plan.reducer == get_method("pitome", margin=None, alpha=1.0, energy="paper", protect=1.0)
     assert (plan.metric, plan.place, plan.order) == ("keys", "mid", "reading")
     assert plan.weighted and plan.proportional_attention
     assert plan_of().reducer == get_method("pitome", protect=0.5, alpha=0.0, margin=0.6)

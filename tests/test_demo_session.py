@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -112,7 +113,10 @@ def test_settings_hold_for_the_next_turn_and_earlier_turns_keep_their_label(chat
 
 def test_a_conversation_that_does_not_fit_is_refused_before_anything_shows(chat, files):
     ask(chat, "is there a star?", files[:3])
-    with pytest.raises(ValueError, match="conversation is too long: 2.* tokens with 4 pictures.*clear it"):
+    with pytest.raises(
+        ValueError,
+        match="1 new ones do not fit: .* shorten what is said, or keep fewer tokens",
+    ):
         ask(chat, "is there a star?", files[3:4], Controls("pitome", keep=144))
     assert len(chat.turns) == 1
     fits = Controls("pitome", keep=144, published=True)  # counts what the LLM reads
@@ -155,7 +159,7 @@ def test_mistakes_are_one_readable_error_and_leave_no_trace(chat, files, questio
     ],
 )  # fmt: skip
 def test_a_number_that_is_cleared_or_out_of_range_is_said_in_words(changed, message):
-    given = {**Controls(keep=144).to_dict(), **changed}
+    given = {**asdict(Controls(keep=144)), **changed}
     with pytest.raises(ValueError, match=message):
         Controls.of(given, 576)
     assert Controls.of({**given, "amount": "tokens", "keep": 99.0}, 576).keep == 99
@@ -336,7 +340,7 @@ def test_compare_gives_both_answers_and_their_figures(chat, files):
     for figures in (plain.figures, merged.figures):
         assert 0 < figures.tower_ms < figures.prefill_ms and (figures.per_token_ms or 1) > 0
     shares = merged.figures.over(merged.plain)
-    assert set(shares) >= {*merged.figures.to_dict()} - {"per_token_ms"} and shares["visual_tokens"] == 0.125
+    assert set(shares) >= {*asdict(merged.figures)} - {"per_token_ms"} and shares["visual_tokens"] == 0.125
     assert 0 < shares["gflops"] < 1 and 0 < shares["kv_cache_mb"] < 0.2
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pitome_mllm import cli
-from pitome_mllm.commands import _server, demo
+from pitome_mllm.commands import _options, demo
 from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm_demo import view
 from pitome_mllm_demo.pictures import Picture
@@ -159,8 +159,8 @@ def test_only_an_address_that_cannot_be_listened_on_is_the_users_mistake(started
             assert cli.main(["demo", *given]) == 2
             said = capsys.readouterr()
             assert said.out == "" and said.err.startswith("pitome-mllm: cannot listen on ")
-        monkeypatch.setattr(_server, "PORTS", (port, free))
-        with _server.bound("127.0.0.1", None) as found:
+        monkeypatch.setattr(_options, "PORTS", (port, free))
+        with _options.bound("127.0.0.1", None) as found:
             assert found.getsockname()[1] == free
 
 

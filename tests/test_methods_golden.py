@@ -175,7 +175,7 @@ def test_the_two_energies_rank_differently():
 def test_pitome_is_the_papers():
     metric = picture(2, 40, seed=2)
     default = get_method("pitome").match(metric, 9, protected=1, depth=0.25)
-    paper = get_method("pitome", margin=0.9 - 0.9 * 0.25, alpha=1.0, energy="paper", protect=1, steps=1)
+    paper = get_method("pitome", margin=0.9 - 0.9 * 0.25, alpha=1.0, energy="paper", protect=1)
     assert torch.equal(default.group, paper.match(metric, 9, protected=1).group)
 
 

@@ -7,6 +7,8 @@ that its methods have the very signatures that are listed in `SIGNATURES` and th
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
 
 from pitome_mllm import attach
-from pitome_mllm.hooks.llava_package import IMAGE, PREPARE, SIGNATURES, pack
+from pitome_mllm.hooks.llava_package import IMAGE, PREPARE, pack
 
+SIGNATURES = Path(__file__).parent / "data" / "llava_signatures.json"  # what is relied on, self left out
 SIDE, PATCH, WIDTH, BLOCKS = 16, 4, 8, 3
 PATCHES = (SIDE // PATCH) ** 2
 
@@ -137,9 +140,9 @@ def prompt(*rows, tiles=(3, 2)):
 
 def test_the_stand_in_keeps_to_the_contract():
     classes = {c.__name__: c for c in (CLIPAttention, CLIPEncoderLayer, CLIPVisionTower, LlavaMetaForCausalLM)}
-    for name, parameters in SIGNATURES.items():
+    for name, parameters in json.loads(SIGNATURES.read_text()).items():
         owner, method = name.split(".")
-        assert tuple(inspect.signature(getattr(classes[owner], method)).parameters)[1:] == parameters, name
+        assert list(inspect.signature(getattr(classes[owner], method)).parameters)[1:] == parameters, name
 
 
 def test_mpt_models_are_refused():

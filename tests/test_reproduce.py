@@ -98,7 +98,7 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
     "arguments, message",
     [
         (["--table", "paper"], "invalid choice: 'paper'"),
-        (["--table", "embedded", "--limit", 0, "--plan"], "'0' is not a number of questions"),
+        (["--table", "embedded", "--limit", 0, "--plan"], "argument --limit: 0 is not possible"),
         (["--table", "embedded", "--task", "gqa", "--plan"], "no task gqa in this table; choose from pitome_scenes"),
         (
             ["--table", "embedded", "--method", "tome", "tom"],
@@ -107,7 +107,6 @@ def test_the_plan_takes_the_hours_that_the_paper_reports_for_vqav2():
         (["--table", "embedded", "--keep", 72, 9, "--plan"], "no keep 9 in this table; choose from 36, 72, 144"),
         (["--table", "pitome-paper", "--keep", 72, "--plan"], "no keep 72 in this table; it has no keep at all"),
         (["--table", "pruning-literature", "--method", "dart", "--keep", 94], "no run of the table has one of these"),
-        (["--table", "embedded", "--tflops", 0, "--plan"], "'0' is not a rate; give TFLOP/s"),
         (
             ["--table", "pitome-paper", "--limit", 5, "--plan"],
             "limit=5 is not possible: mme scores 2 questions together",

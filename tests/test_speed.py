@@ -15,7 +15,7 @@ from pitome_mllm.methods import pitome
 from pitome_mllm.methods.pitome import BLOCK
 
 SHORT = Call({}, torch.zeros(1, 0, dtype=torch.bool))  # a prompt that generate() knows to be short
-OPTIONS = [{}, {"energy": "elu"}, {"alpha": 0.0, "protect": 0.5, "steps": 2}]
+OPTIONS = [{}, {"energy": "elu"}, {"alpha": 0.0, "protect": 0.5}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -27,7 +27,7 @@ def test_energies_in_blocks_are_those_of_all_at_once(options, pairs):
         whole = reducer.match(metric, 20, protected=1, depth=0.4)
     with patch.dict(BLOCK, cpu=pairs):
         blocks = reducer.match(metric, 20, protected=1, depth=0.4)
-    torch.testing.assert_close(blocks.steps[0].energy, whole.steps[0].energy, rtol=0, atol=1e-6)
+    torch.testing.assert_close(blocks.energy, whole.energy, rtol=0, atol=1e-6)
     assert torch.equal(blocks.group, whole.group)
 
 

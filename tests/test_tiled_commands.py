@@ -59,7 +59,7 @@ def test_groups_of_every_tile_are_drawn(run, options):
 
 @PACKED_ONLY
 def test_what_merged_behind_the_projector_is_not_drawn(run, family, tmp_path):
-    for command in (["groups", "--out"], ["groups", "--steps", "--out"], ["ask", "what is it", "--save-groups"]):
+    for command in (["groups", "--out"], ["groups", "--steps", "--out"]):
         code, _, err = run(family, *command, "drawn.png", "--keep", "9")
         assert code == 2 and "where='packed' merges what the projector made of all tiles" in err
         assert not (tmp_path / "drawn.png").exists()

@@ -115,15 +115,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(command, straight
         with pytest.raises(SystemExit) as stop:
             command(out, *options)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="got --phases look=2; give NAME=STEPS, .* of see, ask-small, ask-full"):
-        command(tmp_path, "--phases", "see=1", "look=2")
     assert before == ((straight / "checkpoint.pt").read_bytes(), (straight / "log.csv").read_bytes())
     assert not list(tmp_path.iterdir())
-
-
-def test_step_counts_can_be_given(command, tmp_path):
-    command(tmp_path, "--phases", "see=0", "ask-full=0", "ask-small=1")
-    assert [(row["phase"], row["step"]) for row in outcome(tmp_path)[1]] == [("ask-small", "1")] * 2
 
 
 def test_a_step_learns():

@@ -119,16 +119,9 @@ def test_everything_dropped_can_be_drawn():
     assert draw_groups(gradient(), [-1] * 16).size == (112, 112)
 
 
-def test_sizes_say_which_tokens_stayed_alone():
-    ones = draw_groups(gradient(), BLOCKS, torch.ones(6), side=240)
-    counted = draw_groups(gradient(), BLOCKS, torch.tensor([4.0, 4.0, 1.0, 1.0, 3.0, 2.0]), side=240)
-    assert (pixels(counted) == pixels(draw_groups(gradient(), BLOCKS, side=240))).all()
-    assert (pixels(ones) != pixels(counted)).any()
-
-
 def test_a_class_token_is_left_out_by_the_caller():
     with_class = [0, *(group + 1 if group >= 0 else -1 for group in BLOCKS)]
-    drawn = draw_groups(gradient(), with_class[1:], [1.0, 4.0, 4.0, 1.0, 1.0, 3.0, 2.0], style="mean", side=96)
+    drawn = draw_groups(gradient(), with_class[1:], style="mean", side=96)
     assert (pixels(drawn) == pixels(draw_groups(gradient(), BLOCKS, style="mean", side=96))).all()
 
 
@@ -150,7 +143,6 @@ def test_the_inputs_are_left_as_they_were():
         ({"groups": []}, "those of one picture"),
         ({"groups": [0.5] * 16}, "integers"),
         ({"groups": [-2] * 16}, "integers from 0"),
-        ({"sizes": [1.0]}, "got 1 sizes for 6 tokens"),
         ({"style": "outlines"}, "unknown style 'outlines'; choose from outline, mean, size"),
         ({"side": 12}, "pass at least 16"),
         ({"picture": np.zeros((4, 4, 3))}, "expected a PIL picture, got ndarray"),
@@ -373,18 +365,6 @@ def test_protected_are_the_tokens_of_least_energy(run_of):
     assert 0 < always.sum() and (alone | ~always).all()  # what is always protected stays alone
     for method in ("tome", "pitome-bsm", "random", "dct"):
         assert not protected_patches(run_of(method, keep=288), 0).any()
-
-
-def test_a_merge_in_several_steps_protects_what_every_step_leaves_out(run_of):
-    stats = run_of("pitome", keep=288, steps=2, published=True)
-    outside = []
-    for step in stats.merges[0].steps:
-        energy = step.energy[1]
-        left = len(energy) - 2 * (len(energy) + 1 - step.count)
-        outside.append(torch.zeros(len(energy), dtype=torch.bool).index_fill(0, energy.argsort()[:left], True))
-    onward = stats.merges[0].steps[0].group[1, 1:] - 1
-    expected = outside[0] & outside[1][onward]
-    assert torch.equal(protected_patches(stats, 1, 0), expected) and 0 < expected.sum() < outside[0].sum()
 
 
 def test_dropped_patches_stay_dropped(run_of):

@@ -47,7 +47,6 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "tokens out of the tower": [{"tower_keep": count} for count in (160, 192, 240, 288)],
     "merge points": [{"merges": points} for points in (3, 4, 5, 6, "every")],
     "first and last merge point": [{"schedule": shape} for shape in ("delayed", "early", "equal")],
-    "steps per merge": [{"steps": 1}, {"steps": 2}],
     "metric": [{"metric": "keys"}, {"metric": "hidden"}],
     "mean": [{"weighted": True}, {"weighted": False}],
     "place in a block": [{"place": "end"}, {"place": "mid"}],

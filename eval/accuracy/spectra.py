@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,23 +27,18 @@ from .figures import BLIND
 from .runs import PLAIN, load, provenance
 from .tables import TABLES
 
-LEAST_POINTS = 40
 BATCH = 10  # pictures whose graphs are in memory at once
 MARKERS = "osD^vP*X<>"
 OUT = FOLDER / "spectra.csv"
 COMMAND = "python -m pitome_mllm_eval.accuracy.spectra"
 
 
-@dataclass(frozen=True)
-class Correlation:
+class Correlation(NamedTuple):
     """A rank correlation with its 95 % bootstrap interval over clusters."""
 
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -53,17 +48,10 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, strata: np.ndarray | None = None) -> float:
-    """Rank correlation of ``x`` and ``y`` (n,); with ``strata`` (n,) of ranks within each of them, taken together.
-
-    NaN where one of them never varies.
-    """
+    """Rank correlation of ``x`` and ``y`` (n,), NaN where one never varies; of ranks within each of ``strata`` (n,)."""
     strata = np.zeros(len(x)) if strata is None else strata
-    a, b = np.zeros(len(x)), np.zeros(len(x))
-    for stratum in np.unique(strata):
-        inside = strata == stratum
-        for target, values in ((a, x), (b, y)):
-            own = ranks(values[inside])
-            target[inside] = own - own.mean()
+    parts = [[ranks(values[strata == s]) for s in np.unique(strata)] for values in (x, y)]
+    a, b = (np.concatenate([own - own.mean() for own in part]) for part in parts)
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale else float("nan")
 
@@ -71,10 +59,7 @@ def spearman(x: np.ndarray, y: np.ndarray, strata: np.ndarray | None = None) -> 
 def correlation(
     x: np.ndarray, y: np.ndarray, cluster: Sequence[str], strata: np.ndarray | None = None, draws: int = DRAWS
 ) -> Correlation:
-    """`spearman` of points (n,), and how far it would be another with other clusters.
-
-    The points of one ``cluster`` (n,) are not independent: the bootstrap draws clusters, each with all its points.
-    """
+    """`spearman` of points (n,); the bootstrap draws clusters, as points of one ``cluster`` (n,) depend."""
     names, strata = np.asarray(cluster), np.zeros(len(x)) if strata is None else strata
     members = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
     if len(members) < 2:
@@ -125,16 +110,10 @@ def distances(model: Any, pixels: torch.Tensor, wanted: Iterable[Setting]) -> di
 
 
 def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
-    """Of distance and loss: over all settings, and between methods at the same number of tokens; clusters are methods.
+    """Of distance and loss: over all settings, and between methods at the same number of tokens.
 
-    The first is high already where both only grow as tokens get fewer; the second leaves that out. The sampling error
-    of the pictures is in neither interval.
+    Clusters are methods; the sampling error of the pictures is in neither interval.
     """
-    if len(found) < LEAST_POINTS:
-        raise UserError(
-            f"a rank correlation of {len(found)} settings says little; at least {LEAST_POINTS} are needed: measure "
-            f"more methods or keeps with {CURVES}"
-        )
     distance, loss, keep = (np.array([getattr(p, name) for p in found], float) for name in ("distance", "loss", "keep"))
     methods = [p.name for p in found]
     return correlation(distance, loss, methods), correlation(distance, loss, methods, strata=keep)
@@ -170,7 +149,7 @@ def measured(pictures: int, results: Path) -> tuple[list[Point], dict[str, Any]]
     about = provenance("tiny", split) | {"pictures": pictures}
     if (weights := {row["weights"] for row in rows}) != {about["weights"]}:
         raise UserError(
-            f"the accuracies are of weights {', '.join(weights)}, this model has {about['weights']}: {CURVES}"
+            f"the accuracies are of weights {', '.join(weights)}, this model of {about['weights']}: {CURVES}"
         )
     pixels = pixel_values(processor, [scene(number, split)[0] for number in range(pictures)])
     distance = distances(model, pixels, track(lost, "Computing spectra", transient=True))
@@ -185,7 +164,8 @@ def stored(path: Path = OUT) -> tuple[list[Point], dict[str, Any]]:
 
 def sentence(found: Sequence[Point], about: dict[str, Any]) -> str:
     """Both `correlations`, of what, and what their intervals leave out."""
-    methods, (whole, within) = len({p.name for p in found}), correlations(found)
+    methods = len({p.name for p in found})
+    whole, within = ("{:.2f} ({:.2f} to {:.2f})".format(*each) for each in correlations(found))
     return (
         f"Over {len(found)} settings of {methods} methods, as published and under the library's defaults, Spearman's "
         f"correlation between spectral distance and loss of accuracy is {whole}; between methods at the same number of "
@@ -200,10 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=FOLDER / SUMMARY, help="summary of curves (%(default)s)")
     parser.add_argument("--pictures", type=int, default=20, help="scenes to average over (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT, help="CSV of the points (%(default)s)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     try:
         found, about = measured(args.pictures, args.results)
         print(sentence(found, about))

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from pitome_mllm import estimate
-from pitome_mllm.costs.flops import MLP_MATRICES
+from pitome_mllm.costs.flops import flops_known
 from pitome_mllm.costs.latency import timed
-from pitome_mllm.families.geometry import geometry
 
 COUNTS = ("images", "text", "visual", "new")
 
@@ -22,16 +21,9 @@ COUNTS = ("images", "text", "visual", "new")
 def visual_tokens(
     handle: Any, placeholders: Sequence[int], images: Sequence[int], lengths: Callable[[], Sequence[int]]
 ) -> list[int]:
-    """Visual tokens of each row of a batch that reach the LLM.
+    """Visual tokens of each row of a batch that reach the LLM, of the placeholders and images that the row has.
 
-    Parameters
-    ----------
-    handle : Attachment or None
-        What `attach` gave; None is the plain model.
-    placeholders, images : sequence of int
-        Of each row, in the prompt as the processor writes it.
-    lengths : callable
-        Of every image; asked for only where they depend on the image, which is cut into tiles.
+    ``lengths`` gives those of every image; asked for only where they depend on the image, which is cut into tiles.
     """
     if not handle or handle.plan.keep == handle.plan.available:
         return list(placeholders)
@@ -42,21 +34,11 @@ def visual_tokens(
 
 
 class Meter:
-    """Adds up the cost of every batch in this process.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        What answers.
-    settings : dict
-        Of `attach`; empty for the plain model.
-    """
+    """Adds up the cost of every batch in this process; ``settings`` are those of `attach`."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         self.model, self.settings, self.sums = model, settings, Counter()
-        # `estimate` does not know how many tokens the images of a model have that cuts them into tiles.
-        known = model.config.text_config.model_type in MLP_MATRICES and not geometry(model.config).family.tiles
-        self.flops = lru_cache(maxsize=None)(self._flops) if known else None
+        self.flops = lru_cache(maxsize=None)(self._flops) if flops_known(model.config) else None
         self.gpus = {part.device for part in model.parameters() if part.device.type == "cuda"}
         self.reset()
 

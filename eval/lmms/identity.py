@@ -25,17 +25,9 @@ PACKAGES = ("torch", "torchvision", "transformers", "bitsandbytes", "pillow", "l
 def identity(
     run: Run, table: Table, data: Path | None, model: Mapping[str, str], how: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that a run's results follow from, so that it can be written beside them.
+    """All that a run's results follow from: with its `model_identity`, and how it was loaded and asked.
 
-    Parameters
-    ----------
-    run, table : Run, Table
-    data : Path or None
-        Folder of local data; None = lmms-eval's own data sets, which are known by their names only.
-    model : mapping
-        Its `model_identity`, which takes long for large files.
-    how : mapping
-        Limit, batch size, what the model is loaded with, and the like.
+    Local ``data`` counts by its content, lmms-eval's own data sets by their names.
     """
     return {
         "model": dict(model),

@@ -95,17 +95,8 @@ class Estimated:
     hours: float
 
 
-def plan(table: Table, limit: int | None, tflops: float) -> list[Estimated]:
-    """What every run of a table takes.
-
-    Parameters
-    ----------
-    table : Table
-    limit : int or None
-        Questions per task; None = all.
-    tflops : float
-        10^12 FLOPs per second that the machine sustains.
-    """
+def plan(table: Table, limit: int | None, tflops: float = SUSTAINED) -> list[Estimated]:
+    """What every run of a table takes, of ``limit`` questions per task, on a machine that sustains ``tflops``."""
     check_limit(table, limit)
     sizes = [TASKS[name].documents for name in table.tasks]
     documents = sum(size if limit is None else min(size, limit) for size in sizes)

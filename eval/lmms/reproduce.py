@@ -42,15 +42,8 @@ ROTATED = 1_000_000  # MMBench: index of a question with rotated choices, less t
 def reproduce(name: str, table: Table, options: Options, say: Callable[[str], None]) -> dict[Run, Results]:
     """The results of every run, from where they are already, or asked for now; a killed run goes on where it was.
 
-    In a parallel run only the first process has results, and says anything.
-
-    Raises
-    ------
-    EvaluationError
-        Data could not be fetched, a question not be answered, or results not be written.
-    ValueError
-        A data set is missing in ``options.data``; a limit with which a task cannot be scored; settings that `attach` or
-        `load` refuse.
+    In a parallel run only the first process has results, and says anything. EvaluationError: data could not be fetched,
+    a question not be answered, or results not be written.
     """
     check_limit(table, options.limit)
     for task in table.tasks:

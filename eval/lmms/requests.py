@@ -26,27 +26,13 @@ NOT_OURS = ("do_sample", "until", "stop_sequences", "image_aspect_ratio", "max_a
 
 @dataclass(frozen=True)
 class Asked:
-    """One request.
+    """One request."""
 
-    Attributes
-    ----------
-    messages : sequence of mapping
-        Role and content of every turn, as chat templates take them, without the images themselves.
-    images : sequence of PIL.Image.Image
-        In the order of their placeholders.
-    options : mapping
-        lmms-eval's generation options.
-    continuation : str
-        The text whose likelihood is asked for; empty where an answer is.
-    padding : bool
-        Only there to fill up a process's share.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    images: Sequence[Image.Image]
-    options: Mapping[str, Any]
-    continuation: str = ""
-    padding: bool = False
+    messages: Sequence[Mapping[str, Any]]  # of every turn, as chat templates take them, without the images themselves
+    images: Sequence[Image.Image]  # in the order of their placeholders
+    options: Mapping[str, Any]  # lmms-eval's, of generation
+    continuation: str = ""  # the text whose likelihood is asked for; empty where an answer is
+    padding: bool = False  # only there to fill up a process's share
 
 
 @contextmanager

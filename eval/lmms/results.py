@@ -67,13 +67,7 @@ class Results:
         return {name: value for name, value in named.items() if isinstance(value, int | float) and name != "samples"}
 
     def figure(self, task: str, metric: str, scale: float = 1.0) -> Figure:
-        """A figure as lmms-eval gives it, with the interval that its questions give.
-
-        Raises
-        ------
-        EvaluationError
-            The questions on file give another figure than the results.
-        """
+        """A figure as lmms-eval gives it, with the interval of its questions; these must agree."""
         names = self.content["group_subtasks"].get(task) or [task]
         questions = sum(self.content["n-samples"][name]["effective"] for name in names)
         value, found = self.figures(task).get(metric), interval(self.samples(task), metric)

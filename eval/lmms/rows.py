@@ -11,27 +11,13 @@ from .tables import Run
 
 @dataclass(frozen=True)
 class Options:
-    """How a table is run.
+    """How a table is run."""
 
-    Attributes
-    ----------
-    limit : int or None
-        Questions per task; None = all.
-    batch_size : int
-        Questions per batch.
-    data : Path or None
-        Folder with a parquet file for each task instead of the data sets on the hub.
-    out : Path
-        Folder for the results.
-    load : dict or None
-        Keywords of `pitome_mllm.load`.
-    """
-
-    limit: int | None = None
+    limit: int | None = None  # questions per task; None = all
     batch_size: int = 8
-    data: Path | None = None
+    data: Path | None = None  # folder with a file or folder for each task instead of the data sets on the hub
     out: Path = Path("runs/reproduce")
-    load: dict[str, Any] | None = None
+    load: dict[str, Any] | None = None  # keywords of `pitome_mllm.load`
 
 
 @dataclass(frozen=True)

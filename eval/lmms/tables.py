@@ -46,35 +46,17 @@ SHAPE_OF |= {CLIP_L: "clip-l-336", CLIP_B: "clip-b-16", DEIT: "deit-s", BLIP: "b
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lmms-eval, or of an encoder alone; the figure of it that is published, and its size.
+    """A task of lmms-eval, or of encoders alone; the figure of it that is published, and its size."""
 
-    Attributes
-    ----------
-    task, metric, split : str
-        lmms-eval's name, the key in its results, and the part of its data set.
-    documents : int
-        Questions in it.
-    data : str
-        The data set on the Hugging Face hub; empty for ours.
-    scale : float
-        Published figure over lmms-eval's.
-    counted : bool
-        Whether ``documents`` was read where the data set is described (for ours: off its files), or is about right.
-    together : int
-        Questions that lmms-eval scores together and stumbles over if one is missing.
-    changes : mapping
-        What differs from lmms-eval's own settings of the task.
-    """
-
-    task: str
-    metric: str
-    split: str
-    documents: int
-    data: str = ""
-    scale: float = 100.0
-    counted: bool = True
-    together: int = 1
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    task: str  # lmms-eval's name,
+    metric: str  # the key in its results,
+    split: str  # and the part of its data set
+    documents: int  # questions in it
+    data: str = ""  # the data set on the Hugging Face hub; empty for ours
+    scale: float = 100.0  # published figure over lmms-eval's
+    counted: bool = True  # whether ``documents`` was read where the data set is described, or is about right
+    together: int = 1  # questions that lmms-eval scores together and stumbles over if one is missing
+    changes: Mapping[str, Any] = field(default_factory=dict)  # what differs from lmms-eval's own settings of the task
 
 
 _SHORT = "\nAnswer the question using a single word or phrase."

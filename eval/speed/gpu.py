@@ -43,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     if start is None:
         print(f"there is no {options.device} device here; --device cpu --shape tiny rehearses without", file=sys.stderr)
         return 2
-    failed = [name for name in options.phases if not run_phase(start, name, options)]
+    failed = []
+    for name in options.phases:
+        began, seconds = time.monotonic(), PHASES[name][2] * (1 if options.device == "cuda" else 5)
+        if not run_in(start, seconds, work, name, options):
+            failed.append(name)
+        said = "FAILED" if name in failed else "done"
+        print(f"{name}: {said} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if options.out.exists():
         print(gpu_table(read(options.out, "make bench-gpu")))
     for name in failed:
@@ -65,15 +71,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return options
-
-
-def run_phase(start: str, name: str, options: argparse.Namespace) -> bool:
-    """Whether a phase came to its end in its time."""
-    began = time.monotonic()
-    seconds = PHASES[name][2] * (1 if options.device == "cuda" else 5)
-    done = run_in(start, seconds, work, name, options)
-    print(f"{name}: {'done' if done else 'FAILED'} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return done
 
 
 def run_in(start: str, seconds: int, target: Callable[..., None], *given: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from pitome_mllm import METHODS, Attachment, attach
 from pitome_mllm.commands._options import open_model, progress
+from pitome_mllm.commands._report import print_table
 from pitome_mllm.costs.latency import in_turns, measure, milliseconds, runs_alone, timed
 from pitome_mllm.families.features import tower_features
 from pitome_mllm.families.geometry import geometry
@@ -42,12 +43,7 @@ class Contender:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure what the command line asks for.
-
-    Raises
-    ------
-    ValueError : options that are not possible.
-    """
+    """Measure what the command line asks for."""
     device = _check(options)
     torch.set_num_threads(options.threads)
     sheet = Sheet(options.out, device, DTYPES[options.dtype], _title(options))
@@ -62,9 +58,6 @@ def bench(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> torch.device:
     """The device; ValueError for what is not possible."""
-    for name, value in (("threads", options.threads), ("repeats", options.repeats), ("batch", min(options.batch))):
-        if value < 1:
-            raise UserError(f"--{name} {value} is not possible; give 1 or more")
     if options.dtype not in DTYPES:
         raise UserError(unknown("dtype", options.dtype, DTYPES))
     for name in {*options.methods} - {ORACLE}:
@@ -183,26 +176,16 @@ def _tower(model: Any, pixels: torch.Tensor, own: bool) -> Any:
 
 def show(sheet: Sheet) -> None:
     """A table in the terminal for every batch: contenders down, phases across."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console, about = Console(highlight=False), sheet.about
-    phases = [name for name in dict.fromkeys(row.phase for row in sheet.rows) if name != OVER_SLICING]
-    for batch in dict.fromkeys(row.batch for row in sheet.rows):
-        table = Table(title=f"{about['shape']}, batch {batch}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-        table.add_column("")
-        for phase in phases:
-            table.add_column(f"{phase}, ms", justify="right", no_wrap=True)
-        cells = {(row.what, row.phase): row for row in sheet.rows if row.batch == batch}
-        for what in dict.fromkeys(row.what for row in cells.values()):
-            table.add_row(what, *(cell(cells.get((what, phase))) for phase in phases))
-        console.print(table)
-    console.print(
+    about, phases = sheet.about, [p for p in dict.fromkeys(row.phase for row in sheet.rows) if p != OVER_SLICING]
+    how = (
         f"{about['device']}, {about['dtype']}, torch {about['torch']}: medians of rounds in turns. In brackets the "
-        "share of the plain model's, of merging that of its own tower. Decode: each new token after the first.",
-        style="dim",
+        "share of the plain model's, of merging that of its own tower. Decode: each new token after the first."
     )
+    for batch in dict.fromkeys(row.batch for row in sheet.rows):
+        cells = {(row.what, row.phase): row for row in sheet.rows if row.batch == batch}
+        whats = dict.fromkeys(row.what for row in cells.values())
+        lines = ([what, *(cell(cells.get((what, phase))) for phase in phases)] for what in whats)
+        print_table(["", *(f"{phase}, ms" for phase in phases)], lines, f"{about['shape']}, batch {batch}", [how])
 
 
 def cell(row: Row | None) -> str:

@@ -55,12 +55,7 @@ def slice_like(model: Any, handle: Attachment) -> None:
 
 
 def find_shape(name: str) -> Shape:
-    """The shape of this name, or the only one whose name begins so.
-
-    Raises
-    ------
-    ValueError : there is none, or several.
-    """
+    """The shape of this name, or the only one whose name begins so."""
     begun = [known for known in SHAPES if known.startswith(name)]
     return get_shape(begun[0] if len(begun) == 1 else name)
 

@@ -21,39 +21,24 @@ CPU_RESULTS, GPU_RESULTS = RESULTS / "bench.csv", RESULTS / "bench-gpu.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was measured.
+    """One thing that was measured."""
 
-    Attributes
-    ----------
-    phase : what is measured, such as "tower" or "first token".
-    what : of whom: "plain", or a method with what it was asked for.
-    mode : "eager", or as what graph it ran.
-    ms, p20, p80 : median and percentiles of milliseconds.
-    share : of the plain model's time, of merging that of its own tower; the median of shares of the same round.
-    value : what is no time.
-    """
-
-    phase: str
-    what: str
-    mode: str
+    phase: str  # such as "tower" or "first token"
+    what: str  # "plain", or a method with what it was asked for
+    mode: str  # "eager", or as what graph it ran
     batch: int
-    ms: float | str = ""
+    ms: float | str = ""  # median of milliseconds
     p20: float | str = ""
     p80: float | str = ""
-    share: float | str = ""
-    value: float | str = ""
+    share: float | str = ""  # of the plain model's time, of merging that of its own tower; the median of the rounds'
+    value: float | str = ""  # what is no time
 
 
 ABOUT = ("device", "dtype", "shape", "torch", "transformers", "commit", "date")
 
 
 class Sheet:
-    """Rows of one model on one device, added to the file ``out`` as they come.
-
-    Raises
-    ------
-    ValueError : they could not be added there, which is said before anything is measured.
-    """
+    """Rows of one model on one device, added to the file ``out`` as they come; refuses one that cannot take them."""
 
     def __init__(self, out: Path | None, device: torch.device, dtype: torch.dtype, shape: str) -> None:
         self.out, self.device, self.rows = out, device, list[Row]()

@@ -60,10 +60,8 @@ class Row:
 def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tensor]:
     """What the model's forward takes, one conversation for each picture of a training batch.
 
-    Parameters
-    ----------
-    batch : with ``pixels`` (B, 3, H, W), ``tokens`` and ``labels`` (B, 1, T); the labels name the next token.
-    image, tokens : id and number of the placeholders of a picture.
+    ``batch`` has ``pixels`` (B, 3, H, W), ``tokens`` and ``labels`` (B, 1, T), which name the next token; ``image`` and
+    ``tokens`` are id and number of the placeholders of a picture.
     """
     text, answers = batch["tokens"][:, 0], batch["labels"][:, 0]
     start = torch.tensor([word_ids()[word] for word in PREFIX] + [image] * tokens).expand(len(text), -1)
@@ -104,11 +102,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     model, processor = load("tiny")
     plan = attach(model, args.method, keep=args.keep).plan
     before, start = right(), time.process_time()
-    wrapped = tune(model, args.steps, args.rank, args.rate, args.seed)
+    tune(model, args.steps, args.rank, args.rate, args.seed)
     seconds = round(time.process_time() - start, 1)
     after = right()
-    if args.save:
-        wrapped.save_pretrained(args.save)
     bootstrap = Bootstrap(np.array([scene for scene, _ in questions(args.split)][: args.limit]))
     settings = (plan.method, plan.where, plan.keep, args.steps, args.rank, args.rate, args.seed, seconds)
     for what, values in {"before": before, "after": after, "difference": after - before}.items():
@@ -128,7 +124,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="ask only the first so many questions")
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the adapters, as peft writes them")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     about = provenance("tiny", args.split)

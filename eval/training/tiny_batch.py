@@ -83,14 +83,10 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
 
 
 def encode_row(turns: list[Question], length: int) -> dict[str, np.ndarray]:
-    """One row of tokens: the turns of a conversation, without the "user:" and the picture that precede the first.
+    """One row of tokens (length,): the turns of a conversation, less the "user:" and the picture before the first.
 
-    Returns
-    -------
-    dict
-        ``tokens`` (length,); ``labels``: the next token where it is an answer or the end after it, else `IGNORE`;
-        ``column``, ``row`` of the object that a word mentions;
-        ``across``, ``down`` at the second of two mentions: on which side of it the first lies.
+    ``labels``: the next token where it is an answer or the end after it, else `IGNORE`; ``column``, ``row`` of the
+    object that a word mentions; ``across``, ``down`` at the second of two mentions: on which side of it the first lies.
     """
     row = {name: np.full(length, IGNORE, np.int64) for name in ROW_LABELS}
     tokens: list[int] = []

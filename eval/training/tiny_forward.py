@@ -36,11 +36,9 @@ class Heads(nn.Module):
     def patch_loss(self, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Dense loss of all patches."""
         kind, colour, centre, offset, place = self.patch(self.norm(features)).float().split(self.sizes, -1)
-        loss = 0.5 * F.binary_cross_entropy_with_logits(
-            centre[..., 0], batch["centre"], pos_weight=torch.full((), 10.0, device=centre.device)
-        )
+        loss = 0.5 * F.binary_cross_entropy_with_logits(centre[..., 0], batch["centre"], pos_weight=torch.tensor(10.0))
         for name, logits in (("kind", kind), ("colour", colour)):
-            weight = torch.tensor([BACKGROUND] + [1.0] * (logits.shape[-1] - 1), device=logits.device)
+            weight = torch.tensor([BACKGROUND] + [1.0] * (logits.shape[-1] - 1))
             loss = loss + F.cross_entropy(logits.flatten(0, 1), batch[name].flatten(), weight=weight)
         on_object = (batch["kind"] > 0).float()[..., None]
         away = F.smooth_l1_loss(offset, batch["offset"], reduction="none") * on_object
@@ -76,26 +74,25 @@ def tower_features(model: nn.Module, pixels: Tensor, patches: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _mask(prefix: int, rows: int, length: int, device: torch.device) -> Tensor:
+def _mask(prefix: int, rows: int, length: int) -> Tensor:
     """True where a token of prefix and rows may look: at those before it, but never from one row into another."""
     total = prefix + rows * length
-    row = (torch.arange(total, device=device) - prefix).div(length, rounding_mode="floor").clamp_min(-1)
-    earlier = torch.ones(total, total, device=device, dtype=torch.bool).tril()
+    row = (torch.arange(total) - prefix).div(length, rounding_mode="floor").clamp_min(-1)
+    earlier = torch.ones(total, total, dtype=torch.bool).tril()
     return ((row == -1) | (row == row[:, None])) & earlier
 
 
 def language_states(model: nn.Module, features: Tensor, patches: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
     """Hidden states (B, rows, length, C) of the text: after `LOOKING_LAYER`, after `COMPARING_LAYER`, at the end."""
-    (batch, rows, length), llm, device = tokens.shape, model.model.language_model, tokens.device
-    start = torch.arange(len(_START), device=device).expand(batch, -1)
-    text = torch.arange(length, device=device).repeat(rows).expand(batch, -1)
+    (batch, rows, length), llm = tokens.shape, model.model.language_model
+    start = torch.arange(len(_START)).expand(batch, -1)
+    text = torch.arange(length).repeat(rows).expand(batch, -1)
     positions = torch.cat([start, patches + len(_START), text + len(_START) + GRID * GRID], 1)
     image = model.model.multi_modal_projector(features)
-    words = llm.embed_tokens(torch.cat([torch.tensor(_START, device=device).expand(batch, -1), tokens.flatten(1)], 1))
-    words = words.to(image.dtype)
+    words = llm.embed_tokens(torch.cat([torch.tensor(_START).expand(batch, -1), tokens.flatten(1)], 1))
     x = torch.cat([words[:, : len(_START)], image, words[:, len(_START) :]], 1)
     prefix = len(_START) + features.shape[1]
-    mask = _mask(prefix, rows, length, device)[None, None]
+    mask = _mask(prefix, rows, length)[None, None]
     states = llm(
         inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True
     ).hidden_states

@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m pitome_mllm_eval.training.train_tiny --out DIR [--resume] [--device cuda]``.
+"""Train the embedded model: ``python -m pitome_mllm_eval.training.train_tiny --out DIR [--resume]``.
 
 Three phases: the tower alone on dense labels of windows of the canvas, then questions on windows, then questions on
 whole pictures with all 576 tokens and a falling learning rate. Batch i of a phase depends on (seed, phase, i) alone and
@@ -6,17 +6,16 @@ the state is saved whole, log included, so an interrupted run continues as if no
 """
 
 import argparse
-import csv
 import os
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..benchmark.sets import scene_questions
+from ..documents import write_csv
 from .tiny_batch import PHASES, Phase, encode_scene, row_length, stack, training_batch
 from .tiny_forward import Heads, losses
 from .tiny_model import build_model, vision_tower
@@ -36,23 +35,13 @@ def validation_batches(count: int, pictures: int = 8) -> list[dict[str, Tensor]]
 
 
 class Trainer:
-    """Model, auxiliary heads and optimisers, advanced one step at a time.
+    """Model, auxiliary heads and optimisers, advanced one step at a time; the seed is of weights and pictures."""
 
-    Parameters
-    ----------
-    phases : tuple of Phase
-        What to train on, in order.
-    seed : int, default 0
-        Of the initial weights and of every picture.
-    device : str, default "cpu"
-        Where to train.
-    """
-
-    def __init__(self, phases: tuple[Phase, ...], seed: int = 0, device: str = "cpu"):
-        self.phases, self.seed, self.device = phases, seed, torch.device(device)
+    def __init__(self, phases: tuple[Phase, ...], seed: int = 0):
+        self.phases, self.seed = phases, seed
         model = build_model(seed)
         heads = Heads(model.config.vision_config.hidden_size)
-        self.parts = nn.ModuleDict({"model": model, "heads": heads}).to(self.device)
+        self.parts = nn.ModuleDict({"model": model, "heads": heads})
         tower = vision_tower(model)  # whose last block has nothing to learn: features are read before it
         for unused in (tower.encoder.layers[-1], tower.post_layernorm):
             unused.requires_grad_(False)
@@ -84,7 +73,7 @@ class Trainer:
         share = number / phase.steps
         rate = min(1, (number + 1) / phase.warmup) * (phase.rate[0] * (1 - share) + phase.rate[1] * share)
         self.parts.train()
-        out = self._losses(batch, phase.ask)
+        out = losses(self.parts["model"], self.parts["heads"], batch, phase.ask)
         loss = phase.auxiliary * out["patch"]
         if phase.ask:
             loss = loss + out["answer"] + phase.auxiliary * (out["mention"] + out["comparison"])
@@ -98,16 +87,12 @@ class Trainer:
         self.step, self.seconds = self.step + 1, self.seconds + time.perf_counter() - start
         return {"loss": loss.item(), "rate": rate, **{name: value.item() for name, value in out.items()}}
 
-    def _losses(self, batch: dict[str, Tensor], ask: bool) -> dict[str, Tensor]:
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            return losses(self.parts["model"], self.parts["heads"], batch, ask)
-
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Accuracy on whole pictures that were not trained on."""
         self.parts.eval()
-        return {"accuracy": sum(self._losses(batch, True)["accuracy"].item() for batch in batches) / len(batches)}
+        found = [losses(self.parts["model"], self.parts["heads"], batch, True)["accuracy"].item() for batch in batches]
+        return {"accuracy": sum(found) / len(found)}
 
     def note(self, split: str, phase: str, values: dict[str, float]) -> None:
         """Put a row into the log."""
@@ -122,16 +107,12 @@ class Trainer:
         state = {"parts": self.parts.state_dict(), "progress": (self.step, self.seconds, self.log)}
         state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
         torch.save(state, out / "checkpoint.part")
-        with (out / "log.part").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.log)
-        for part, whole in (("checkpoint.part", "checkpoint.pt"), ("log.part", "log.csv")):
-            os.replace(out / part, out / whole)
+        os.replace(out / "checkpoint.part", out / "checkpoint.pt")
+        write_csv(out / "log.csv", [dict.fromkeys(COLUMNS, "") | row for row in self.log])
 
     def load(self, out: Path) -> None:
         """Continue from what `save` wrote."""
-        state = torch.load(out / "checkpoint.pt", map_location=self.device)
+        state = torch.load(out / "checkpoint.pt")
         self.parts.load_state_dict(state["parts"])
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
@@ -156,35 +137,23 @@ def run(trainer: Trainer, out: Path, every: int, questions: int) -> None:
             results.clear()
 
 
-def _phases(overrides: list[str]) -> tuple[Phase, ...]:
-    """`PHASES` with step counts replaced as "name=steps" says."""
-    names = [phase.name for phase in PHASES]
-    if bad := [item for item in overrides if not re.fullmatch(rf"({'|'.join(names)})=\d+", item)]:
-        raise SystemExit(f"got --phases {' '.join(bad)}; give NAME=STEPS, such as ask-full=500, of {', '.join(names)}")
-    wanted = dict(item.split("=") for item in overrides)
-    return tuple(replace(phase, steps=int(wanted.get(phase.name, phase.steps))) for phase in PHASES)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.pt and log.csv")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    parser.add_argument("--phases", nargs="*", default=[], metavar="NAME=STEPS", help="other numbers of steps")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=512, help="validation questions per evaluation")
     parser.add_argument("--every", type=int, default=50, metavar="STEPS", help="log, evaluate and save so often")
     args = parser.parse_args(argv)
-    phases = _phases(args.phases)
     there = (args.out / "checkpoint.pt").exists()
     if there != args.resume:
         what = "exists; add --resume to continue it" if there else "does not exist: there is nothing to resume"
         parser.error(f"{args.out / 'checkpoint.pt'} {what}, or choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    trainer = Trainer(phases, args.seed, args.device)
+    trainer = Trainer(PHASES, args.seed)
     if args.resume:
         trainer.load(args.out)
     run(trainer, args.out, args.every, args.validation)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError
-from ..serving.prompts import check_question, message, write
+from ..serving import prompts
 from ..serving.uploads import decode
 from ._companion import companion
 
@@ -60,22 +60,6 @@ def read_picture(path: str | Path) -> Image.Image:
 
 def encode(model: Any, processor: Any, subject: Subject, question: str, new_tokens: int) -> Any:
     """Model inputs for one image and one question, on the model's device."""
-    check_question(processor, question, subject.examples)
-    inputs = processor(
-        images=subject.picture, text=write(processor, [message(question, pictures=1)]), return_tensors="pt"
-    )
-    length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
-    if length + new_tokens > most:
-        visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
-        text = most - new_tokens - visual
-        if text > 0:
-            advice = f"shorten the question to {text} tokens at most"
-        elif length < most:
-            advice = f"ask for at most {most - length} new tokens"
-        else:
-            advice = "shorten the question and ask for fewer new tokens"
-        raise UserError(
-            f"the prompt of {length} tokens ({visual} visual, {length - visual} text) and {new_tokens} new ones do not "
-            f"fit: the model holds {most}; {advice}"
-        )
+    prompts.check_question(processor, question, subject.examples)
+    inputs, _ = prompts.encode(model, processor, [prompts.message(question, 1)], [subject.picture], new_tokens)
     return inputs.to(model.device, dtype=model.dtype)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ..errors import UserError
+
 QUARTER = 0.25  # share of the visual tokens kept when neither --keep nor --ratio is given
+PORTS = range(7860, 7960)  # the first free one of them, where none is given
 EVERY = 10  # seconds between the lines of a progress bar on a pipe
 
 
@@ -27,6 +31,13 @@ def keep(text: str) -> int | float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from None
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; give 1 or more")
+    return int(text)
 
 
 def merge_points(text: str) -> int | str:
@@ -153,3 +164,35 @@ def check_method(name: str | None) -> None:
 
     if name is not None and name not in METHODS:
         get_method(name)
+
+
+def add_server(parser: argparse.ArgumentParser, default: int | None) -> Any:
+    """--host and --port, in a group that is returned."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    said = f"the first free one from {PORTS[0]}" if default is None else default
+    group.add_argument("--port", type=_port, default=default, help=f"port to listen on (default: {said})")
+    return group
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 1 to 65535")
+    return int(text)
+
+
+def bound(host: str, port: int | None) -> socket.socket:
+    """A socket at the port that is given, else at the first free one of `PORTS`."""
+    for number in PORTS if port is None else [port]:
+        with ExitStack() as failing:
+            try:
+                family, kind, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+                found = failing.enter_context(socket.socket(family, kind))
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # free again once its last user is gone
+                found.bind(address)
+                failing.pop_all()
+                return found
+            except OSError as error:
+                failed = error
+    said = f"port {port}" if port is not None else f"any port from {PORTS[0]} to {PORTS[-1]}"
+    raise UserError(f"cannot listen on {host}, {said}: {failed}; choose another --host or --port") from failed

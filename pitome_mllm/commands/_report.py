@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..costs.answer import AnswerCost
 from ._options import progress
 
+WIDE = 160  # columns of a table that goes into a file
 TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache are calculated for as many
 
 
@@ -60,10 +64,9 @@ def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
 
     The FLOPs of an LLM that `accounting` does not know stay None, as those of images cut into tiles.
     """
-    from ..costs.flops import MLP_MATRICES, estimate, kv_bytes_per_token
-    from ..families.geometry import geometry
+    from ..costs.flops import estimate, flops_known, kv_bytes_per_token
 
-    if model.config.text_config.model_type not in MLP_MATRICES or geometry(model.config).family.tiles:
+    if not flops_known(model.config):
         cached = run.prompt_tokens + TIMED_TOKENS - 1
         return replace(run, kv_cache_mb=cached * kv_bytes_per_token(model.config.text_config, model.dtype) / 1e6)
     text_tokens = run.prompt_tokens - run.visual_tokens
@@ -105,28 +108,38 @@ def describe_device(model: Any) -> str:
     return f"{name}{threads}, {str(model.dtype).removeprefix('torch.')}"
 
 
+def print_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", notes: Sequence[str] = (), text: int = 1
+) -> None:
+    """A table, wide enough where stdout is a file; so many columns hold ``text``, the others figures."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    columns = [Column(h, justify="right" if n >= text else "left", no_wrap=not n) for n, h in enumerate(heads)]
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0)
+    for row in rows:
+        table.add_row(*row)
+    if title:
+        console.print(title, style="italic", markup=False)
+    console.print(table)
+    for note in notes:
+        console.print(note, style="dim", markup=False)
+
+
 def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int, decides: str) -> None:
     """Plain and merged side by side, with merged as a share of plain, and what ``decides`` about it."""
     plain, merged = runs
-    console = Console()
-    table = Table(title=f"{about['model']}, {about['method']}", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for heading in (plain.mode, merged.mode, "ratio"):
-        table.add_column(heading, justify="right")
-    table.add_row("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")
+    rows = [("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")]
     for field, title in ROWS.items():
         before, after = getattr(plain, field), getattr(merged, field)
-        known = before is not None and after is not None
-        table.add_row(title, _number(before), _number(after), f"{after / before:.2f}" if known else "")
-    console.print(table)
-    console.print(
+        share = f"{after / before:.2f}" if before and after else ""
+        rows.append((title, _number(before), _number(after), share))
+    how = (
         f"Times: wall clock on this device ({about['device']}), medians of {repeats} runs in turns after a warm-up. "
         f"FLOPs: calculated, from the picture to new token {TIMED_TOKENS}. KV cache: calculated, for the prompt and "
-        f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}.",
-        style="dim",
+        f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}."
     )
     unknown = "FLOPs are unknown where pictures are cut into tiles, and for LLMs of which costs/flops.py has no row."
-    console.print(unknown if plain.gflops is None else decides, style="dim")
+    notes = [how, unknown if plain.gflops is None else decides]
+    print_table(("", plain.mode, merged.mode, "ratio"), rows, f"{about['model']}, {about['method']}", notes)
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..serving.prompts import what_it_answers
 from ._inputs import Subject, encode, read_subject
-from ._options import add_merging, add_model, add_subject, check_method, merging, open_model
+from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, positive
 from ._report import (
     TIMED_TOKENS,
     Run,
@@ -21,7 +21,6 @@ from ._report import (
     print_json,
     what_decides,
 )
-from .groups import check_picture_file, drawing, write_picture
 
 NEW_TOKENS = 64  # longest answer where neither the command line nor the model sets a limit
 
@@ -36,11 +35,10 @@ def register(commands: Any) -> None:
     add_merging(parser)
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the model's own limit, else 64)"
+        "--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the model's own limit, else 64)"
     )
     group.add_argument("--compare", action="store_true", help="also ask the plain model; show what both cost")
-    group.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs for --compare (%(default)s)")
-    group.add_argument("--save-groups", metavar="FILE", help="draw which patches were merged")
+    group.add_argument("--repeats", type=positive, default=5, metavar="N", help="for --compare (%(default)s)")
     group.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -48,15 +46,8 @@ def register(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Answer one question."""
     from ..attach import attach
-    from ..visualize import check_drawable
 
-    for name in ("max_new_tokens", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not possible; give 1 or more")
     check_method(options.method)
-    if options.save_groups:
-        check_picture_file(options.save_groups)
     subject = read_subject(options)
     if subject.question is None:
         raise UserError(_ask_for_a_question(options, subject))
@@ -64,16 +55,12 @@ def run(options: argparse.Namespace) -> None:
     if options.max_new_tokens is None:
         options.max_new_tokens = model.generation_config.max_new_tokens or NEW_TOKENS
     with attach(model, options.method, **merging(options)) as handle:
-        if options.save_groups:
-            check_drawable(handle.plan)
         longest = max(options.max_new_tokens, TIMED_TOKENS if options.compare else 0)
         inputs = encode(model, processor, subject, subject.question, longest)
         if not options.json:
             sys.stdout.write(f"{subject.name}: {subject.question}\n")
         modes = ("plain", "merged") if options.compare else ("merged",)
         runs = [_one(options, model, processor, inputs, handle, mode) for mode in modes]
-        if options.save_groups:
-            write_picture(drawing(processor, subject.picture, handle.stats), options.save_groups)
         if options.compare:
             settings = {"plain": {}, "merged": {"method": options.method, **merging(options)}}
             runs = [add_costs(run, model, settings[run.mode]) for run in runs]

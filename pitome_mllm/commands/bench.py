@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ._companion import companion
-from ._options import keep
+from ._options import keep, positive
 
 METHODS = ["pitome", "tome", "visionzip", "downsample", "oracle"]
 ABOUT = """Vision tower, first token and each further one are timed, what is compared in turns, on random pictures and
@@ -24,23 +24,17 @@ def register(commands: Any) -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="with --shape: so many LLM blocks; 0: the tower alone")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the processor (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of the processor (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help=f"default: {' '.join(METHODS)}")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--keep", nargs="+", type=keep, metavar="K", help="visual tokens per picture (144)")
     amount.add_argument("--ratio", nargs="+", type=float, metavar="R", help="share of its tokens that a block keeps")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="rows, one or more sizes (1)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1], metavar="B", help="rows, several sizes (1)")
+    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="CSV", help="also append the rows to this file")
     parser.set_defaults(run=run, bits=None)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print a table, write rows.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Measure, print a table, write rows."""
     companion("eval", "speed.measure").bench(options)

@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ._options import add_published, check_method, keep, progress
+from ._report import print_table
 
 RATIOS, KEEPS = (0.95, 0.9), (0.5, 0.25, 0.125)
-COLUMNS = {  # field of Row: its heading and how it is written; columns without any figure are left out
+COLUMNS = {  # of a row: its heading and how it is written; columns without any figure are left out
     "setting": ("setting", "{}"),
     "tokens": ("visual tokens", "{}"),
     "tower_gflops": ("tower, GFLOPs", "{:.1f}"),
@@ -32,6 +33,15 @@ merging, that of the LLM the projector. `ratio` is the share of its patches that
 
 The largest batch is what `pitome_mllm.costs.memory.largest_batch` says for {memory:g} GB (10^9 bytes) and {weights}
 weights: weights, KV cache and a bound on activations, without what the driver of a GPU takes."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is said about one model; in the rows, None where a tower alone has no such figure."""
+
+    title: str
+    rows: list[dict[str, Any]]
+    notes: list[str]
 
 
 def register(commands: Any) -> None:
@@ -58,24 +68,16 @@ def register(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the tables.
-
-    Raises
-    ------
-    ValueError
-        A mistake the user can mend, in one sentence.
-    """
+    """Print the tables."""
     from ..costs.published import SHAPES, get_shape
-    from ._cost_tables import Costs
 
     check_method(options.method)
-    asked = {name: getattr(options, name) for name in ("method", "published", "text_tokens", "new_tokens", "bits")}
     whole = [name for name, shape in SHAPES.items() if shape.text]
     shapes = {name: get_shape(name) for name in options.shape or whole}
     sections = {}
     with progress("Calculating", total=len(shapes)) as advance:
         for name, shape in shapes.items():
-            sections[name] = Costs(shape, memory=1e9 * options.memory, **asked).section(options.ratio, options.keep)
+            sections[name] = section(shape, options)
             advance()
     mode = ", as published" if options.published else ", under the library's defaults"
     about = ABOUT.format(**vars(options), mode=mode, weights=f"{options.bits}-bit" if options.bits else "float16")
@@ -87,10 +89,53 @@ def run(options: argparse.Namespace) -> None:
         show(list(sections.values()), about)
 
 
-def _cells(rows: Sequence[Any]) -> list[list[str]]:
+def section(shape: Any, asked: argparse.Namespace) -> Section:
+    """The table of one model over ratio and keep, for one image, and what is said about it."""
+    from ..costs.flops import estimate
+    from ..costs.memory import largest_batch, weight_bytes
+    from ..families.geometry import geometry
+
+    config, method = shape.config(), {"method": asked.method, "published": asked.published}
+    counts = {"images": shape.images, "text_tokens": asked.text_tokens, "new_tokens": asked.new_tokens}
+    plain, alone = estimate(config, **counts), shape.text is None
+
+    def row(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        cost = estimate(config, **settings, **counts) if settings else plain
+        found = {"setting": name.format(cost.visual_tokens), "tokens": shape.images * cost.visual_tokens}
+        found |= dict.fromkeys(COLUMNS.keys() - found)
+        if not alone:
+            found["tower_gflops"] = (cost.tower_flops + cost.merging_flops) / 1e9
+            found["llm_gflops"] = (cost.projector_flops + cost.prefill_flops + cost.decode_flops) / 1e9
+            found["kv_mb"] = cost.kv_bytes / 1e6
+            found["batch"] = largest_batch(config, 1e9 * asked.memory, bits=asked.bits, **settings, **counts)
+        return found | {"gflops": cost.flops / 1e9, "saved": 1 - cost.flops / plain.flops}
+
+    rows = [row("plain", {}), *(row(f"ratio {ratio:g}", {**method, "ratio": ratio}) for ratio in asked.ratio)]
+    rows += [row("keep {}", {**method, "keep": keep}) for keep in asked.keep]
+    notes = [shape.about] if shape.about else []
+    if not alone:
+        kinds = {"float16": None, "8 bits": 8, "4 bits": 4}
+        sizes = [f"{weight_bytes(config, bits=bits) / 1e9:.2f} GB in {name}" for name, bits in kinds.items()]
+        notes.append(f"Weights: {', '.join(sizes)}.")
+    if (ratio := shape.paper_ratio) is not None:
+        saved = row("", {"method": asked.method, "published": True, "ratio": ratio})["saved"]
+        notes.append(f"The paper's results for this model are at ratio {ratio:g}, which saves {saved:.1%}.")
+    if (paper := shape.paper_cost) is not None:
+        left = paper.counts(geometry(config).patches, geometry(config).blocks)
+        ours = row("", {"method": asked.method, "published": True, "counts": left})
+        notes.append(
+            f"The paper's table says {paper.plain:g} and {paper.merged:g} GFLOPs, with a multiply-add as one. With "
+            f"{paper.removed} patches less after every block it is {plain.flops / 2e9:.1f} and "
+            f"{ours['gflops'] / 2:.2f} here, which saves {ours['saved']:.1%}; no one ratio gives the figures of all its "
+            "models."
+        )
+    return Section(shape.title, rows, notes)
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Headings, and the rows as text; without columns that have no figures."""
-    used = {name: c for name, c in COLUMNS.items() if any(getattr(row, name) is not None for row in rows)}
-    body = [[form.format(getattr(row, name)) for name, (_, form) in used.items()] for row in rows]
+    used = {name: c for name, c in COLUMNS.items() if any(row[name] is not None for row in rows)}
+    body = [[form.format(row[name]) for name, (_, form) in used.items()] for row in rows]
     return [[heading for heading, _ in used.values()], *body]
 
 
@@ -110,20 +155,6 @@ def _line(cells: Sequence[str]) -> str:
 
 def show(sections: Sequence[Any], about: str) -> None:
     """All of it in the terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for found in sections:
+    for number, found in enumerate(sections, 1):
         heading, *body = _cells(found.rows)
-        table = Table(title=found.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-        for number, text in enumerate(heading):
-            table.add_column(text, justify="right" if number else "left", no_wrap=not number)
-        for cells in body:
-            table.add_row(*cells)
-        console.print(table)
-        for note in found.notes:
-            console.print(note, markup=False)
-        console.print()
-    console.print(about, style="dim", markup=False)
+        print_table(heading, body, found.title, [*found.notes, "\n" + about if number == len(sections) else ""])

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._companion import companion
-from ._options import add_model, open_model
-from ._server import add_server, bound
+from ._options import add_model, add_server, bound, open_model
 
 
 def register(commands: Any) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
+from ._report import print_table
 
 ABOUT = """which tokens join. Its own options and settings hold always; by default the library adds to them what it does
 with every method of its kind, with --published what its paper does."""
@@ -17,7 +14,6 @@ with every method of its kind, with --published what its paper does."""
 def register(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("methods", help="list the methods", description="List the methods there are: " + ABOUT)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
 
@@ -26,28 +22,9 @@ def run(options: argparse.Namespace) -> None:
     from ..methods import METHODS
     from ..settings import DEFAULT_METHOD
 
-    rows = {
-        name: {
-            "summary": method.summary,
-            "reference": method.reference,
-            "options": dict(method.options),
-            "settings": dict(method.settings),
-            "library": dict(method.library),
-        }
-        for name, method in METHODS.items()
-    }
-    if options.json:
-        sys.stdout.write(json.dumps(rows) + "\n")
-        return
-    table = Table(
-        Column("method", no_wrap=True), "what it does", "from", "its own", "by default", box=None, pad_edge=False
-    )
-    for name, row in rows.items():
-        own, library = (
-            ", ".join(f"{key}={value}" for key, value in pairs.items())
-            for pairs in ({**row["options"], **row["settings"]}, row["library"])
-        )
-        table.add_row(
-            f"{name} (default)" if name == DEFAULT_METHOD else name, row["summary"], row["reference"], own, library
-        )
-    Console().print(table)
+    heads, lines = ("method", "what it does", "from", "its own", "by default"), []
+    for name, method in METHODS.items():
+        pairs = {**method.options, **method.settings}, method.library
+        said = (", ".join(f"{key}={value}" for key, value in each.items()) for each in pairs)
+        lines.append((name + " (default)" * (name == DEFAULT_METHOD), method.summary, method.reference, *said))
+    print_table(heads, lines, text=5)

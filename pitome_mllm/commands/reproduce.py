@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ..errors import UserError
 from ._companion import companion
-from ._options import keep
+from ._options import keep, positive
+from ._report import print_table
 
 NAMES = (
     "pitome-paper",
@@ -24,7 +22,6 @@ NAMES = (
     "pitome-imagenet",
     "embedded",
 )
-WIDE = 160  # columns
 
 
 def register(commands: Any) -> None:
@@ -36,7 +33,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--table", required=True, choices=NAMES)
     parser.add_argument("--plan", action="store_true", help="print what would run, and what it takes; run nothing")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of every task")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of every task")
     parser.add_argument("--model", metavar="M", help="another model than the table's: 'tiny', a folder, a hub name")
     parser.add_argument("--method", nargs="+", metavar="M", help="only these methods of the table")
     parser.add_argument("--keep", nargs="+", type=keep, metavar="K", help="only these numbers of tokens of the table")
@@ -48,29 +45,12 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="local data instead of the hub's data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="%(default)s")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="%(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="%(default)s")
     parser.add_argument("--bits", type=int, metavar="4|8", help="quantise the weights (needs bitsandbytes)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
     parser.add_argument("--device", help="cpu, cuda:0, ...; auto spreads the model (default: a GPU if there is one)")
-    parser.add_argument("--tflops", type=_rate, metavar="T", help="rate that --plan reckons with (default: a paper's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of questions; give 1 or more")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; give TFLOP/s, such as 100")
-    return rate
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,33 +85,32 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) -> None:
-    tflops = options.tflops or plans.SUSTAINED
-    estimated = plans.plan(table, options.limit, tflops)
+    estimated = plans.plan(table, options.limit)
     fetched = plans.downloads(table, options.data is not None)
     hours = sum(one.hours for one in estimated)
+    runs = [
+        {"run": str(one.run), "tokens": one.run.tokens, "questions": one.documents, "gflops": one.gflops}
+        | {"hours": one.hours}
+        for one in estimated
+    ]
     if options.json:
-        runs = [
-            {"run": str(one.run), "tokens": one.run.tokens, "questions": one.documents}
-            | {"gflops": one.gflops, "hours": one.hours}
-            for one in estimated
-        ]
         about = [name for name in table.tasks if not known[name].counted]
         said = {"runs": runs, "downloads": fetched, "hours": hours, "sizes_about_right": about}
         sys.stdout.write(json.dumps(said) + "\n")
         return
-    console = _console()
-    console.print(f"{options.table}: {table.about}", markup=False)
-    view = Table("run", "tokens", "questions", "GFLOPs per question", "GPU hours", box=None, pad_edge=False)
-    for one in estimated:
-        view.add_row(str(one.run), str(one.run.tokens), f"{one.documents:,}", f"{one.gflops:,.1f}", f"{one.hours:.2f}")
-    console.print(view)
+    forms = ("{}", "{}", "{:,}", "{:,.1f}", "{:.2f}")
+    lines = ([form.format(value) for form, value in zip(forms, row.values())] for row in runs)
     tasks = {name: known[name] for name in table.tasks}
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
-    console.print(f"questions per task: {', '.join(sizes)}")
-    console.print(f"downloads: {'; '.join(fetched) or 'none'}", markup=False)
     text = f" and {1000 * plans.BESIDE:.0f} ms beside them, prompts of {plans.TEXT_TOKENS} text tokens and answers of "
     text = ", of pictures only" if table.of_encoders else f"{text}{plans.NEW_TOKENS}"
-    console.print(f"{hours:.1f} GPU hours in all, by FLOPs at {tflops:g} TFLOP/s{text}; GPUs differ")
+    notes = [
+        f"questions per task: {', '.join(sizes)}",
+        f"downloads: {'; '.join(fetched) or 'none'}",
+        f"{hours:.1f} GPU hours in all, by FLOPs at {plans.SUSTAINED:g} TFLOP/s{text}; GPUs differ",
+    ]
+    heads = ("run", "tokens", "questions", "GFLOPs per question", "GPU hours")
+    print_table(heads, lines, f"{options.table}: {table.about}", notes)
 
 
 def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
@@ -140,22 +119,10 @@ def _show(options: argparse.Namespace, table: Any, rows: list[Any]) -> None:
         return
     columns = ("run", "tokens", "task", "questions", "ours", "95 % interval", "published", "tokens", "difference")
     columns += ("95 % interval",)
-    view = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        view.add_row(*_cells(row))
-    console = _console()
-    console.print(f"{options.table}: {table.about}", markup=False)
-    console.print(view)
-    for source in dict.fromkeys(row.source for row in rows if row.source):
-        console.print(f"published: {source}", markup=False)
+    notes = [f"published: {source}" for source in dict.fromkeys(row.source for row in rows if row.source)]
     if options.limit is not None or options.data is not None:
-        console.print("published figures are over all questions of the published data, ours here are not")
-
-
-def _console() -> Console:
-    """Wide enough for the tables where stdout is a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+        notes.append("published figures are over all questions of the published data, ours here are not")
+    print_table(columns, map(_cells, rows), f"{options.table}: {table.about}", notes)
 
 
 def _cells(row: Any) -> list[str]:

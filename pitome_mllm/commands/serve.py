@@ -8,8 +8,7 @@ import sys
 from typing import Any
 
 from ..errors import UserError, missing_package
-from ._options import add_merging, add_model, check_method, merging, open_model
-from ._server import add_server, bound
+from ._options import add_merging, add_model, add_server, bound, check_method, merging, open_model
 
 PACKAGES = ("pydantic", "starlette", "uvicorn")
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
-from ..errors import UserError, missing_package
+from ..errors import UserError
 from ._inputs import read_subject
 from ._options import add_model, add_published, add_subject, check_method, keep, open_model, progress
-from .groups import check_picture_file
+from ._report import print_table
 
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
-# Colours of Okabe and Ito, which colour-blind readers can tell apart; further methods get other lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", ":")
 WHAT = (
     "Between the features of the plain model and their groups: sum of |change| over the spectrum of the normalised "
     "Laplacian; 0 = nothing changed. A dropped token keeps its place without edges."
@@ -32,10 +29,6 @@ class Comparison:
     keeps: list[int]
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     why: list[str] = field(default_factory=list)
-
-    def without(self, reason: str) -> None:
-        """There is no figure, for this reason."""
-        self.why += [reason] * (reason not in self.why)
 
 
 def register(commands: Any) -> None:
@@ -54,7 +47,6 @@ def register(commands: Any) -> None:
         "--keep", nargs="+", type=keep, default=KEEPS, metavar="K", help="visual tokens left, numbers or shares"
     )
     group.add_argument("--where", metavar="W", help="tower, projector or both (default: each method's own)")
-    parser.add_argument("--out", metavar="FILE", help="also draw a plot (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -67,17 +59,12 @@ def run(options: argparse.Namespace) -> None:
     methods = options.method or list(METHODS)
     for method in methods:
         check_method(method)
-    if options.out:
-        check_picture_file(options.out)
-        check_matplotlib()
     subject = read_subject(options)
     model, processor = open_model(options)
     place = {"where": options.where, "published": options.published}
     found = compare(model, pixel_values(processor, subject.picture), methods, options.keep, place)
     about = f"{subject.name}, {options.model}, {options.where or 'every method at its own place'}"
     about += ", as published" * options.published
-    if options.out:
-        plot(found, options.out, about)
     if options.json:
         asked = {"model": options.model, "picture": subject.name, **place, "keep": found.keeps}
         sys.stdout.write(json.dumps({**asked, "spectral_distance": found.distances, "impossible": found.why}) + "\n")
@@ -96,76 +83,37 @@ def compare(
 
     counts = [target_count(keep, geometry(model.config).available) for keep in keeps]
     found = Comparison(sorted(set(counts), reverse=True))
-    with progress("Computing spectra", total=1 + len(methods) * len(found.keeps)) as advance:
+    with progress("Computing spectra", total=len(methods) * len(found.keeps)) as advance:
         graph = TokenGraph(tower_features(model, pixels).float().cpu())
-        for method in methods:
+        for method, keep in product(methods, found.keeps):
+            try:
+                value = _distance(model, pixels, graph, method, {**place, "keep": keep})
+            except UserError as error:
+                value, reason = None, f"{method}: {error}"
+                found.why += [reason] * (reason not in found.why)
+            found.distances.setdefault(method, []).append(value)
             advance()
-            found.distances[method] = [_distance(found, model, pixels, graph, method, n, place) for n in found.keeps]
     if all(value is None for values in found.distances.values() for value in values):
         raise UserError(found.why[0])
     return found
 
 
-def _distance(
-    found: Comparison, model: Any, pixels: Any, graph: Any, method: str, keep: int, place: Mapping[str, Any]
-) -> float | None:
-    """One figure; where it does not exist, None, and the reason goes to ``found.why``."""
+def _distance(model: Any, pixels: Any, graph: Any, method: str, settings: Mapping[str, Any]) -> float:
+    """One figure; a UserError says why there is none."""
     from ..attach import attach
     from ..families.features import tower_features
 
-    try:
-        handle = attach(model, method, keep=keep, **place)
-    except UserError as error:
-        return found.without(f"{method}: {error}")
-    with handle:
+    with attach(model, method, **settings) as handle:
         if handle.plan.where == "packed":
-            why = "where='packed' merges behind the projector; spectra are those of the tower's tokens"
-            return found.without(f"{method}: {why}")
+            raise UserError("where='packed' merges behind the projector; spectra are those of the tower's tokens")
         tower_features(model, pixels)
         if any(merge.group is None for merge in handle.stats.merges):
-            return found.without(
-                f"{method}: this method forms no groups, so there is no graph of groups; choose one that merges"
-            )
+            raise UserError("this method forms no groups, so there is no graph of groups; choose one that merges")
         return float(graph.distance(handle.stats.merges).mean())
 
 
 def show(found: Comparison, title: str) -> None:
     """A table: methods down, keeps across."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Spectral distance: {title}", title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for count in found.keeps:
-        table.add_column(f"keep {count}", justify="right")
-    for method, values in found.distances.items():
-        table.add_row(method, *("-" if value is None else f"{value:.4g}" for value in values))
-    console = Console()
-    console.print(table)
-    console.print("\n".join([WHAT, *found.why]), style="dim")
-
-
-def check_matplotlib() -> None:
-    """ValueError without matplotlib, which draws the plots."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_package("plots need matplotlib", "eval")
-
-
-def plot(found: Comparison, path: str, title: str) -> None:
-    """Spectral distance over visual tokens, a line for each method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
-    for number, (method, values) in enumerate(found.distances.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
-        axis.plot(found.keeps, [float("nan") if v is None else v for v in values], marker="o", label=method, **style)
-    axis.set(xscale="log", xlabel="visual tokens", ylabel="spectral distance", title=title, ylim=(0, None))
-    axis.set_xticks(found.keeps, [str(count) for count in found.keeps])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path!r}: {error}") from error
+    heads = ["method", *(f"keep {count}" for count in found.keeps)]
+    lines = ([name, *("-" if v is None else f"{v:.4g}" for v in values)] for name, values in found.distances.items())
+    print_table(heads, lines, f"Spectral distance: {title}", [WHAT, *found.why])

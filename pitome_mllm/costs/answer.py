@@ -33,15 +33,11 @@ class AnswerCost:
     kv_cache_mb: float | None = None
     gflops: float | None = None
 
-    def to_dict(self) -> dict[str, float | None]:
-        """All figures by name."""
-        return asdict(self)
-
     def over(self, plain: AnswerCost | None) -> dict[str, float]:
         """Each figure as a share of another answer's, where both are known."""
         if plain is None:
             return {}
-        pairs = {name: (value, getattr(plain, name)) for name, value in self.to_dict().items()}
+        pairs = {name: (value, getattr(plain, name)) for name, value in asdict(self).items()}
         return {name: a / b for name, (a, b) in pairs.items() if a is not None and b}
 
 

@@ -207,9 +207,8 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
 def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth: float) -> int:
     """FLOPs of one merge of ``tokens`` to ``left`` patch tokens: counted while the method runs on zeros."""
     shape, context = plan.geometry, plan.context
-    everything, width = context.get("protected", 0) + tokens, vision.hidden_size
-    if plan.where == "packed":
-        width = text.hidden_size
+    everything = context.get("protected", 0) + tokens
+    width = (text if plan.where == "packed" else vision).hidden_size
     widths = {
         "keys": width // vision.num_attention_heads,
         "hidden": width * max(1, len(shape.layers)) if depth == 1 else width,
@@ -265,14 +264,15 @@ def _llm(text: Any, queries: int, pairs: int) -> int:
     return text.num_hidden_layers * (2 * queries * weights + 4 * pairs * heads * head_width)
 
 
+def flops_known(config: Any) -> bool:
+    """Whether `estimate` can count a model's FLOPs: not of every LLM, nor of images that are cut into tiles."""
+    return config.text_config.model_type in MLP_MATRICES and not geometry(config).family.tiles
+
+
 def _heads(text: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads and the width of one."""
-    heads = text.num_attention_heads
-    return (
-        heads,
-        getattr(text, "num_key_value_heads", None) or heads,
-        getattr(text, "head_dim", None) or text.hidden_size // heads,
-    )
+    heads, width = text.num_attention_heads, getattr(text, "head_dim", None)
+    return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
 
 
 def itemsize(dtype: torch.dtype | str) -> int:

@@ -29,60 +29,27 @@ GENERATING: ContextVar[tuple[Attached, ...]] = ContextVar("pitome_generating", d
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a call.
+    """The images of a call."""
 
-    Attributes
-    ----------
-    full, kept : list of int
-        Visual tokens of every image, of the plain model and as many as it will have. -1 where the former are not known.
-    encoded : Encoded or None
-        The images, where only the tower could tell.
-    lent : Stats or None
-        Of features that come without their images, what became of those in the model that encoded them, if its
-        generate() runs.
-    """
-
-    full: list[int]
-    kept: list[int]
-    encoded: Encoded | None = None
-    lent: Stats | None = None
+    full: list[int]  # visual tokens of every image in the plain model; -1 where that is not known
+    kept: list[int]  # as many as it will have
+    encoded: Encoded | None = None  # the images, where only the tower could tell
+    lent: Stats | None = None  # of features without images: what became of those in the model whose generate() runs
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt as the caller gives it.
+    """A prompt as the caller gives it; masks are on the host."""
 
-    Attributes
-    ----------
-    kwargs : dict
-        The arguments of the call.
-    images : Images
-        Those that it brings.
-    image : Tensor
-        (B, T') bool, the placeholders of all columns that the call brings.
-    fresh : Tensor
-        (B, T) bool, those of the columns that the KV cache does not hold.
-    real : Tensor
-        (B, T) bool, False at padding. All of these are on the host.
-    seen : Layout or None
-        What the KV cache holds; None if it holds nothing.
-    continues : bool
-        What the KV cache holds has a layout of ours.
-    calibration : str
-        What the LLM is to be told of visual tokens.
-    first : int
-        The position id of the first token.
-    """
-
-    kwargs: dict[str, Any]
+    kwargs: dict[str, Any]  # the arguments of the call
     images: Images
-    image: Tensor
-    fresh: Tensor
-    real: Tensor
-    seen: Layout | None
-    continues: bool
-    calibration: str
-    first: int
+    image: Tensor  # (B, T') bool, the placeholders of all columns that the call brings
+    fresh: Tensor  # (B, T) bool, those of the columns that the KV cache does not hold
+    real: Tensor  # (B, T) bool, False at padding
+    seen: Layout | None  # what the KV cache holds; None if it holds nothing
+    continues: bool  # that has a layout of ours
+    calibration: str  # what the LLM is to be told of visual tokens
+    first: int  # the position id of the first token
 
     @property
     def calibrated(self) -> bool:
@@ -117,15 +84,7 @@ class Prompt:
 def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt | None:
     """The prompt of a call; None if it has neither images nor merged tokens in its KV cache.
 
-    Parameters
-    ----------
-    whole : bool
-        Ids that come with a KV cache start at the beginning (generate), not after it (forward).
-
-    Raises
-    ------
-    ValueError
-        What is given does not fit the model.
+    ``whole`` says that ids that come with a KV cache start at the beginning (generate), not after it (forward).
     """
     length, cached = caches.content_of(kwargs)
     if cached is not None or pixels_in(kwargs) is not None:

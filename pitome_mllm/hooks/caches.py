@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .layout import Layout, unchanged
@@ -55,16 +55,8 @@ def content_of(kwargs: Mapping[str, Any]) -> tuple[int, Layout | None]:
 def seen(length: int, layout: Layout | None, image: Tensor, mask: Tensor | None, positioned: bool) -> Layout | None:
     """The layout of what a KV cache of ``length`` places holds, for the rows of a call; None if it holds nothing.
 
-    Parameters
-    ----------
-    layout : Layout or None
-        What it was filled with; None = the caller's columns.
-    image : Tensor
-        (B, T) the placeholders of the call.
-    mask : Tensor or None
-        (B, T or more), 0 at the caller's padding.
-    positioned : bool
-        It is to have positions.
+    It was filled with ``layout``, by default the caller's columns; ``image`` (B, T) are the placeholders of the call,
+    ``mask`` (B, T or more) is 0 at padding, ``positioned`` asks for positions.
     """
     if not length:
         return None
@@ -84,7 +76,7 @@ def remember(past: Any, layout: Layout) -> None:
     setattr(past, LAYOUT, layout)
     for name in _CHANGES:
         if hasattr(type(past), name):
-            setattr(past, name, _Followed(past, name))
+            setattr(past, name, partial(_follow, past, name))
 
 
 def forget(past: Any) -> None:
@@ -93,40 +85,23 @@ def forget(past: Any) -> None:
         vars(past).pop(name, None)
 
 
-class _Followed:
-    """A method of a KV cache that changes the cache's layout alike."""
-
-    def __init__(self, past: Any, name: str) -> None:
-        self.past, self.name = past, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = getattr(type(self.past), self.name)(self.past, *args, **kwargs)
-        layout = layout_of(self.past)
-        if layout is not None:
-            layout = _CHANGES[self.name](layout, self.past, *args, *kwargs.values())
-        if layout is None or not layout.places:
-            forget(self.past)
-        else:
-            setattr(self.past, LAYOUT, layout)
-        return out
-
-
-def _cropped(layout: Layout, past: Any, removed: int) -> Layout:
-    return layout.fitted_to(min(length_of(past), layout.places))
-
-
-def _selected(layout: Layout, past: Any, rows: Any) -> Layout:
-    return layout.rows(rows)
-
-
-def _repeated(layout: Layout, past: Any, times: int) -> Layout:
-    return layout.rows(torch.arange(len(layout.index)).repeat_interleave(times))
+def _follow(past: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of a KV cache, and change the cache's layout alike."""
+    out = getattr(type(past), name)(past, *args, **kwargs)
+    layout = layout_of(past)
+    if layout is not None:
+        layout = _CHANGES[name](layout, past, *args, *kwargs.values())
+    if layout is None or not layout.places:
+        forget(past)
+    else:
+        setattr(past, LAYOUT, layout)
+    return out
 
 
 _CHANGES: dict[str, Callable[..., Layout | None]] = {
     "reset": lambda layout, past: None,
-    "crop": _cropped,
-    "reorder_cache": _selected,
-    "batch_select_indices": _selected,
-    "batch_repeat_interleave": _repeated,
+    "crop": lambda layout, past, removed: layout.fitted_to(min(length_of(past), layout.places)),
+    "reorder_cache": lambda layout, past, rows: layout.rows(rows),
+    "batch_select_indices": lambda layout, past, rows: layout.rows(rows),
+    "batch_repeat_interleave": lambda layout, past, times: layout.repeated(times * len(layout.index)),
 }

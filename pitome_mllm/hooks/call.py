@@ -20,32 +20,9 @@ CALL = "pitome_call"  # the keyword that hands a Call from the model down to its
 
 
 class Call:
-    """One prompt as the model gets it.
+    """One prompt as the model gets it; masks and layouts on the host.
 
     No dataclass: wrappers such as FSDP go through the fields of those that they find among the arguments.
-
-    Attributes
-    ----------
-    kwargs : dict
-        The arguments, with every per-token tensor shortened.
-    image : Tensor
-        (B, S) bool, the placeholders among the tokens of this call; on the host, as ``layout`` and ``sample`` are.
-    layout : Layout, optional
-        What every place of the KV cache is after this call; None if the caller's columns are.
-    calibration : str, default "none"
-        What the LLM is told of visual tokens as soon as the tower has run.
-    sample : Tensor, optional
-        (B, S) int64, the sample that a token belongs to where several are packed into one row; else None.
-    fresh : Layout, optional
-        The layout of the tokens of this call only; None if they are the caller's.
-    answer : Columns or None
-        How the output of this call comes to the caller's columns; None if it stays as it is.
-    owner : nn.Module or None
-        The module whose call it is, the model or its core.
-    told : Layout or None
-        The layout with what it was told, for the rows that the LLM had, once it was called.
-    encoded : Encoded or None
-        Images of this call that are encoded already; the only place that keeps them.
     """
 
     def __init__(
@@ -57,12 +34,16 @@ class Call:
         sample: Tensor | None = None,
         fresh: Layout | None = None,
     ) -> None:
-        self.kwargs, self.image, self.layout = kwargs, image, layout
-        self.calibration, self.sample, self.fresh = calibration, sample, fresh
-        self.encoded: Encoded | None = None
-        self.answer: Columns | None = None
-        self.owner: nn.Module | None = None
-        self.told: Layout | None = None
+        self.kwargs = kwargs  # the arguments, with every per-token tensor shortened
+        self.image = image  # (B, S) bool, the placeholders among the tokens of this call
+        self.layout = layout  # of every place of the KV cache after this call; None = the caller's columns
+        self.calibration = calibration  # what the LLM is told of visual tokens as soon as the tower has run
+        self.sample = sample  # (B, S) int64, which sample a token is of, where several are packed into one row
+        self.fresh = fresh  # the layout of the tokens of this call only; None = the caller's columns
+        self.encoded: Encoded | None = None  # images that are encoded already; the only place that keeps them
+        self.answer: Columns | None = None  # how the output comes to the caller's columns; None = it stays as it is
+        self.owner: nn.Module | None = None  # whose call it is, the model's or its core's
+        self.told: Layout | None = None  # once the LLM was called, the layout with what it was told, for its rows
 
     def again(self) -> Call:
         """The same call with images that are encoded anew."""

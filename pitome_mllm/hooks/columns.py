@@ -20,24 +20,12 @@ from .layout import IGNORED, Layout
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Where what a model returns stands, by the columns of the caller.
+    """Where what a model returns stands, by the columns of the caller."""
 
-    Attributes
-    ----------
-    logits : Tensor
-        (B, n) int64, for every column that the caller gets its place among the logits (B, S', V) of the model.
-    predicting : Tensor or None
-        (B, T) int64, the place that predicts the token after every column; None = only logits move.
-    labelled : Tensor or None
-        (B, T) bool, whether that token has a label; None = no labels.
-    places : int
-        How many places the model has, S.
-    """
-
-    logits: Tensor
-    predicting: Tensor | None
-    labelled: Tensor | None
-    places: int
+    logits: Tensor  # (B, n) int64, for every column that the caller gets its place among the logits (B, S', V)
+    predicting: Tensor | None  # (B, T) int64, the place that predicts the token after a column; None = only logits move
+    labelled: Tensor | None  # (B, T) bool, whether that token has a label; None = no labels
+    places: int  # how many places the model has, S
 
     def restore(self, output: Any) -> Any:
         """What the model returned, a mapping or a tuple, with the caller's columns."""

@@ -132,14 +132,9 @@ def unsupported_now() -> str | None:
 
 
 def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str | None:
-    """Why the modules of a tower cannot be captured, as they are.
+    """Why a tower and other modules that its graph runs cannot be captured, as they are.
 
-    Parameters
-    ----------
-    tower : nn.Module
-        Its own hooks run around its graph, those after ``last`` (a hook of ours) with what it made.
-    others
-        Modules that the graph runs too.
+    The tower's own hooks run around the graph, those after ``last`` (a hook of ours) with what it made.
     """
     for root in (tower, *others):
         for name, module in root.named_modules():

@@ -29,39 +29,17 @@ FILL = {"attention_mask": 0, "labels": IGNORED, "inputs_embeds": 0, "token_type_
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the columns of a shorter prompt come from, and what the LLM is told of them.
+    """Where the columns of a shorter prompt come from, and what the LLM is told of them."""
 
-    Attributes
-    ----------
-    index : Tensor
-        (B, S) int64, the caller's column at each place.
-    real : Tensor
-        (B, S) bool, False at padding places.
-    width : int
-        Number of columns of the caller, T.
-    position : Tensor or None
-        (B, S) int64, positions that count the caller's columns; None if the LLM counts the places itself.
-    follows : Tensor or None
-        (B, 1) int64, the position of the column after them; with ``position`` only.
-    calibration : str
-        What the LLM is told of visual tokens that merged; what follows is None if it is "none".
-    shift : Tensor or None
-        (B, S) int64, what visual tokens add to their ``position``.
-    size : Tensor or None
-        (B, S) float32, the patches that a visual token stands for, 0 at text.
-    reach : int
-        No position is larger.
-    """
-
-    index: Tensor
-    real: Tensor
-    width: int
-    position: Tensor | None = None
-    follows: Tensor | None = None
-    calibration: str = "none"
-    shift: Tensor | None = None
-    size: Tensor | None = None
-    reach: int = 0
+    index: Tensor  # (B, S) int64, the caller's column at each place
+    real: Tensor  # (B, S) bool, False at padding places
+    width: int  # number of columns of the caller, T
+    position: Tensor | None = None  # (B, S) int64, counting the caller's columns; None = the LLM counts the places
+    follows: Tensor | None = None  # (B, 1) int64, the position of the column after them; with ``position`` only
+    calibration: str = "none"  # what the LLM is told of visual tokens that merged; if "none", shift and size are None
+    shift: Tensor | None = None  # (B, S) int64, what visual tokens add to their ``position``
+    size: Tensor | None = None  # (B, S) float32, the patches that a visual token stands for, 0 at text
+    reach: int = 0  # no position is larger
 
     @property
     def places(self) -> int:
@@ -119,13 +97,7 @@ class Layout:
         return self._each(lambda x: x[which])
 
     def repeated(self, rows: int) -> Layout:
-        """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt, or did.
-
-        Raises
-        ------
-        ValueError
-            Neither ``rows`` nor the layout's rows repeat the other.
-        """
+        """The layout for ``rows`` rows, where beams or several answers repeat each row of the prompt, or did."""
         have = len(self.index)
         times, rest = divmod(rows, have)
         if times and not rest:
@@ -143,7 +115,7 @@ class Layout:
     def fitted_to(self, places: int, mask: Tensor | None = None) -> Layout:
         """This layout for a cache of ``places`` places: what follows the prompt is one to one.
 
-        ``mask`` : (B, T or more), 0 at the caller's padding; None = there is none.
+        ``mask`` (B, T or more) is 0 at the caller's padding.
         """
         rows, have = self.index.shape
         if places < have:
@@ -157,14 +129,8 @@ class Layout:
         return self.then(more)
 
     def told(self, image: Tensor, shift: Tensor, size: Tensor, calibration: str) -> Layout:
-        """This layout with what the LLM is told of the placeholders ``image`` (B, S') of its last S' places.
-
-        Parameters
-        ----------
-        shift : Tensor
-            (B, S') what positions there grow by.
-        size : Tensor
-            (B, S') patches.
+        """This layout with what the LLM is told of the placeholders ``image`` (B, S') of its last S' places: what
+        positions there grow by (B, S'), and patches (B, S').
         """
         old = self.places - image.shape[1]
         told = self.on(size.device)
@@ -209,19 +175,8 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
     The columns after the last image of every row stay the last columns, padding included: a slice from the end has
     the tokens that it has in the caller's prompt. Before them padding stays on the side where a row has it.
 
-    Parameters
-    ----------
-    image : Tensor
-        (B, T) bool, True at placeholders; row by row they are the images in order, which may adjoin.
-    mask : Tensor
-        (B, T), 0 at the caller's padding.
-    full, kept : sequence of int
-        Placeholders of every image before and after.
-
-    Raises
-    ------
-    ValueError
-        The placeholders of a row are not those of whole images.
+    ``image`` (B, T) is True at placeholders, row by row those of the images in order, ``mask`` (B, T) 0 at the caller's
+    padding; ``full`` and ``kept`` are the placeholders of every image before and after.
     """
     counts = image.sum(1)
     ends = torch.tensor([0, *full], device=image.device).cumsum(0)
@@ -261,13 +216,7 @@ def unchanged(rows: int, width: int, device: torch.device) -> Layout:
 
 
 def take_all(kwargs: Mapping[str, Any], pad: int, *layouts: Layout) -> dict[str, Any]:
-    """The arguments of ``kwargs`` with every per-token tensor in the layout of its width.
-
-    Raises
-    ------
-    ValueError
-        An attention mask that is not (B, T), or of a width that no layout has.
-    """
+    """The arguments of ``kwargs`` with every per-token tensor in the layout of its width."""
     by_width = {int(layout.width): layout for layout in layouts}
     taken = dict(kwargs)
     for name, fill in {"input_ids": pad, **FILL, "shift_labels": IGNORED}.items():

@@ -31,26 +31,6 @@ from .tower import MergingLayer, finish_run, start_run
 IMAGE = -200  # the id that stands for an image: llava.constants.IMAGE_TOKEN_INDEX
 PREPARE = "prepare_inputs_labels_for_multimodal"
 
-# What this module relies on: the parameters of these methods, self left out.
-SIGNATURES: dict[str, tuple[str, ...]] = {
-    f"LlavaMetaForCausalLM.{PREPARE}": (
-        "input_ids",
-        "position_ids",
-        "attention_mask",
-        "past_key_values",
-        "labels",
-        "images",
-        "image_sizes",
-    ),
-    "LlavaMetaForCausalLM.encode_images": ("images",),
-    "LlavaMetaForCausalLM.get_vision_tower": (),
-    "CLIPVisionTower.forward": ("images",),
-    "CLIPVisionTower.load_model": ("device_map",),
-    "CLIPEncoderLayer.forward": ("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
-    "CLIPAttention.forward": ("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
-}
-
-
 # The vision tower: a run reaches its layers by a variable that is set while the tower runs, not by a keyword.
 
 _current: ContextVar[Run | None] = ContextVar("pitome_run", default=None)
@@ -248,13 +228,7 @@ class Processor:
 
 
 def load(source: str, architecture: str, dtype: Any, device_map: Any) -> tuple[nn.Module, Processor]:
-    """A model of the original package in evaluation mode, with its vision tower, and its `Processor`.
-
-    Raises
-    ------
-    ValueError
-        The package is missing, or weights are.
-    """
+    """A model of the original package in evaluation mode, with its vision tower, and its `Processor`."""
     if importlib.util.find_spec("llava") is None:
         raise UserError(
             f"{source!r} is a checkpoint of the original llava package, which is not installed; install "

@@ -11,6 +11,8 @@ What it takes stays on the KV cache, for decoding and later turns.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +21,17 @@ from torch import Tensor, nn
 
 from ..families.geometry import llm_unsupported_reason
 from ..methods import UserError
+from ..plan import Plan, make_plan
+from ..settings import Settings
 from ..stats import Stats
 from . import caches
 from .call import CALL, Call
 from .layout import Layout
 from .positions import at_placeholders, shift_to_median
+from .state import Attached
 from .transfers import on
+
+logger = logging.getLogger(__name__)
 
 NEAR = 2.0  # what D is subtracted from, which is 1 at distance 0
 TABLE = 4096  # distances that are worked out at once
@@ -91,6 +98,25 @@ def check(config: Any, calibration: str) -> None:
         raise UserError(f"calibration={calibration!r} is not possible: {reason}; or choose calibration='none'")
 
 
+def planned(handle: Attached, settings: Settings) -> Plan:
+    """What ``settings`` mean now: the LLM's attention may be another one than at `attach`."""
+    if not (handle.family.original or handle.family.encoder):
+        reason = llm_unsupported_reason(handle.model.config.text_config)
+        handle.geometry = replace(handle.geometry, llm_unsupported_reason=reason)
+    plan = make_plan(settings, handle.geometry)
+    tell_left_out(handle, settings, plan)
+    return plan
+
+
+def tell_left_out(handle: Attached, settings: Settings, plan: Plan) -> None:
+    """Warn, once, that the LLM takes no calibration where the library would choose one."""
+    left = settings.calibration is None and not settings.as_published and plan.reducer.forms_groups
+    reason = handle.geometry.llm_unsupported_reason
+    if reason and left and not (handle.told_of_calibration or handle.family.encoder):
+        handle.told_of_calibration = True
+        logger.warning("calibration='none', which costs accuracy: %s", reason)
+
+
 def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
     """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies.
 
@@ -100,12 +126,12 @@ def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
     scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
     if scaled:
         rotary(ids, ids)
-    frequencies, table = handle.distances
-    if scaled or frequencies is not rotary.inv_freq or len(table) <= reach:
+    kept = handle.distances
+    if scaled or kept is None or kept[0] is not rotary.inv_freq or len(kept[1]) <= reach:
         distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
         near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-        handle.distances = rotary.inv_freq, (NEAR - near).log()
-    return handle.distances[1]
+        handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
+    return kept[1]
 
 
 def _calibrated(

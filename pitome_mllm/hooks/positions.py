@@ -12,19 +12,9 @@ from .transfers import on
 
 
 def ranks(image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which image every placeholder belongs to, and its rank within that image.
+    """Which image every placeholder belongs to, and its rank within that image: (B, T) int64 each.
 
-    Parameters
-    ----------
-    image : Tensor
-        (B, T) bool, True at placeholders; row by row they are the images in order, which may adjoin.
-    lengths : sequence of int
-        Placeholders of every image.
-
-    Returns
-    -------
-    number, rank : Tensor
-        (B, T) int64 each; elsewhere they mean nothing.
+    ``image`` (B, T) is True at placeholders, row by row the ``lengths`` of the images in order, which may adjoin.
     """
     ends = torch.tensor(lengths, device=image.device).cumsum(0)
     flat = (image.flatten().cumsum(0) - 1).view_as(image)
@@ -50,14 +40,8 @@ def missing_before(image: Tensor, full: Sequence[int], kept: Sequence[int]) -> T
 def shift_to_median(image: Tensor, median: Sequence[Tensor]) -> Tensor:
     """(B, S) what positions grow by, so that each visual token has that of the median patch of its group.
 
-    Parameters
-    ----------
-    image : Tensor
-        (B, S) bool, True at placeholders, on the host; row by row they are the images in order. Positions of an
-        image's placeholders count up. B may be a multiple of the rows that the images were given for (beams): then
-        every row is repeated in place.
-    median : sequence of Tensor
-        Per image (K,) the median patch of every visual token, counted within its image.
+    ``image`` (B, S) is True at placeholders, row by row those of the images in order; it may have every row several
+    times in place (beams). ``median`` are per image (K,) the median patches of its tokens, counted within it.
     """
     if isinstance(median, Tensor):
         return at_placeholders(image, (median - torch.arange(median.shape[1], device=median.device)).unbind())

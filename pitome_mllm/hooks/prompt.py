@@ -22,10 +22,7 @@ from .validate import check_count, check_features_alone, check_restart, check_un
 
 
 def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | None:
-    """The call that ``kwargs`` become; None if there is nothing of ours in it.
-
-    ``whole`` says that ids that come with a KV cache start at the beginning (generate), not after it (forward).
-    """
+    """The call that ``kwargs`` become; None if there is nothing of ours in it. ``whole`` : as in `read_prompt`."""
     prompt = read_prompt(handle, kwargs, whole)
     if prompt is None:
         return None
@@ -44,14 +41,7 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
 
 
 def _tells(handle: Attached, prompt: Prompt) -> bool:
-    """Whether the LLM is told where visual tokens were, and how many patches each stands for.
-
-    Raises
-    ------
-    ValueError
-        The placeholders are not those of the images; features without their images that no generate() around this call
-        has encoded, where the plan asks for what only images tell.
-    """
+    """Whether the LLM is told where visual tokens were, and how many patches each stands for."""
     kwargs, images, count = prompt.kwargs, prompt.images, prompt.placeholders
     tell = count > 0 and prompt.merges and prompt.calibrated
     if prompt.merges and pixels_in(kwargs) is not None:
@@ -74,10 +64,10 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
     if prompt.is_long:
         new = shorten(fresh, real, prompt.images.full, prompt.images.kept)
     else:
-        new = unchanged(*fresh.shape, fresh.device)
+        new = replace(unchanged(*fresh.shape, fresh.device), real=real)
     positions = caller_positions(real)
     if prompt.is_short and prompt.calibrated:
-        check_whole(restart)
+        check_whole(restart, real)
         restart = None  # they leave gaps behind images, and begin no sample
         given = prompt.kwargs.get("position_ids")
         if tell and (pixels_in(prompt.kwargs) is not None or given is None):

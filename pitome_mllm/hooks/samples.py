@@ -29,14 +29,8 @@ def restarting(kwargs: Mapping[str, Any], real: Tensor, seen: Layout | None) -> 
 def packed(new: Layout, real: Tensor, restart: Tensor, counted: bool) -> tuple[Layout, Tensor, Tensor | None]:
     """The layout of packed samples, which of them (B, S) every place belongs to, and position ids (B, S).
 
-    Parameters
-    ----------
-    real : Tensor
-        (B, T), 0 at padding.
-    restart : Tensor
-        (B, T) the caller's position ids.
-    counted : bool
-        The layout has positions, and there are no others.
+    ``real`` (B, T) is 0 at padding, ``restart`` (B, T) the caller's position ids; with ``counted`` the layout has
+    positions, and there are no others.
     """
     begin = restart.gather(1, (real != 0).to(torch.int8).argmax(1, keepdim=True))
     positions = restart.where(real != 0, begin)  # of padding such that no neighbour follows on it

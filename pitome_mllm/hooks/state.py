@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 
 from ..families.anyres import Places
@@ -27,22 +26,13 @@ from .call import Call, Encoded
 
 
 class Choice:
-    """A plan in force until it is closed, which may happen in another task or thread than it was made in.
-
-    Attributes
-    ----------
-    plan : Plan or None
-        What to do; None = the plain model.
-    call : Call, optional
-        The prompt of the generate() that runs with it; None if it is of `using`.
-    outside : bool, default False
-        A generate() calls a function of its caller's, which is no part of it.
-    closed
-        It counts no more, wherever it is still listed.
-    """
+    """A plan in force until it is closed, which may happen in another task or thread than it was made in."""
 
     def __init__(self, plan: Plan | None, call: Call | None = None, outside: bool = False) -> None:
-        self.plan, self.call, self.outside, self.closed = plan, call, outside, False
+        self.plan = plan  # None = the plain model
+        self.call = call  # the prompt of the generate() that runs with it; None if it is of `using`
+        self.outside = outside  # a generate() calls a function of its caller's, which is no part of it
+        self.closed = False  # it counts no more, wherever it is still listed
 
     def close(self) -> None:
         self.plan, self.call, self.closed = None, None, True
@@ -50,21 +40,11 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What one task or thread does with one attachment; never changed, but replaced.
+    """What one task or thread does with one attachment; never changed, but replaced."""
 
-    Attributes
-    ----------
-    choices : tuple of Choice
-        Of `using` and generate(), innermost last.
-    stats : Stats or None
-        Of its last run, None before it or if the plain model ran.
-    encoded : ref[Encoded] or None
-        Images that the model has not asked for yet; they end with the call that brought them.
-    """
-
-    choices: tuple[Choice, ...] = ()
-    stats: Stats | None = None
-    encoded: ref[Encoded] | None = None
+    choices: tuple[Choice, ...] = ()  # of `using` and generate(), innermost last
+    stats: Stats | None = None  # of its last run; None before it, or if the plain model ran
+    encoded: ref[Encoded] | None = None  # images that the model has not asked for yet; they end with their call
 
     @property
     def open(self) -> tuple[Choice, ...]:
@@ -89,8 +69,8 @@ class Attached:
         self.core: nn.Module = model.get_submodule(family.core)
         self.features = selected_features(vars(model.config))
         self.places: dict[tuple, Places] = {}  # how the model packs an image of the last few sizes
-        self.distances: tuple[Tensor | None, Tensor] = (None, torch.empty(0))  # frequencies; what `llm` made of them
-        self.told_of_videos = False
+        self.distances: tuple[Tensor, Tensor] | None = None  # frequencies of the LLM, and what `llm` made of them
+        self.told_of_videos = self.told_of_calibration = False
         self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
         self._plan = plan
 

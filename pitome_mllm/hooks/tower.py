@@ -130,7 +130,8 @@ class MergingLayer:
                 f"block {block} has another key or query projection than at attach: adapters were put on it, or its "
                 "attention was replaced; call handle.remove() and attach again"
             )
-        fused, heads = 3 if spec.key == spec.query else 1, attention.config.num_attention_heads
+        fused = 3 if spec.key == spec.query else 1
+        heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
         keys = keys.unflatten(-1, (fused, heads, -1))[:, :, fused // 2]  # (B, N, heads, C / heads)
         return run.read(block, None if query is None else query.unflatten(-1, (fused, heads, -1))[:, 0], keys)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.features import PIXELS, selected_features
@@ -161,9 +162,12 @@ def check_unpacked(kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def check_whole(restart: Tensor | None) -> None:
-    """ValueError for samples packed into a row whose prompt is short already."""
-    if restart is not None and bool((restart.diff(dim=1) < 1).any()):
+def check_whole(restart: Tensor | None, real: Tensor) -> None:
+    """ValueError for samples packed into a row whose prompt is short already; ``real`` is False at padding."""
+    if restart is None:
+        return
+    before = F.pad(restart.where(real, -1)[:, :-1], (1, 0), value=-1).cummax(1).values
+    if bool((real & (restart <= before)).any()):
         raise UserError(
             "a calibration does not go with a short prompt whose position_ids restart; pass the processor's "
             "whole prompt, or attach with calibration='none'"

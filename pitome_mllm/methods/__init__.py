@@ -51,10 +51,11 @@ class Method:
 
 
 _PITOME = "arXiv 2405.16148"
-_BEFORE_PROJECTOR = {"where": "projector"}  # where methods that reduce once belong
+_ONCE = {"where": "projector"}  # where methods that reduce once belong
 _PROJECTED = {"where": "projector", "metric": "projected"}
 _METRIC_FREE = {"metric": "hidden"}  # so that no keys are read
-_DROP = {**_METRIC_FREE, "where": "projector"}  # dropping earlier loses more: the stronger control
+_SOURCE = dict(metric="hidden", place="end", weighted=False, proportional_attention=False, order="source")
+_DROP = _ONCE | _METRIC_FREE  # dropping earlier loses more
 
 METHODS: dict[str, Method] = {
     "pitome": Method(
@@ -71,13 +72,7 @@ METHODS: dict[str, Method] = {
         Staged,
         "what the authors' LLaVA code does: ToMe, then energy; after the block, unweighted, out of order",
         _PITOME,
-        settings={
-            "metric": "hidden",
-            "place": "end",
-            "weighted": False,
-            "proportional_attention": False,
-            "order": "source",
-        },
+        settings=_SOURCE,
         variant=True,
     ),
     "tome": Method(ToMe, "alternate by position, most similar pairs first", "arXiv 2210.09461"),
@@ -89,27 +84,16 @@ METHODS: dict[str, Method] = {
     "diffrate": Method(DiffRate, "keep what the class token looks at, merge the rest into it", "arXiv 2305.17997"),
     "dct": Method(DCT, "drop high frequencies of the token sequence", "arXiv 2305.15099"),
     "visionzip": Method(
-        VisionZip,
-        "dominant tokens by class attention, few others",
-        "arXiv 2412.04467",
-        settings=_BEFORE_PROJECTOR,
+        VisionZip, "dominant tokens by class attention, few others", "arXiv 2412.04467", settings=_ONCE
     ),
     "prumerge": Method(
-        PruMerge,
-        "keep what the class token looks at, absorb by attention",
-        "arXiv 2403.15388",
-        settings=_BEFORE_PROJECTOR,
+        PruMerge, "keep what the class token looks at, absorb by attention", "arXiv 2403.15388", settings=_ONCE
     ),
     "prumerge-plus": Method(
-        PruMerge, "prumerge, half of it from equal distances", "arXiv 2403.15388", {"uniform": 0.5}, _BEFORE_PROJECTOR
+        PruMerge, "prumerge, half of it from equal distances", "arXiv 2403.15388", {"uniform": 0.5}, _ONCE
     ),
     "divprune": Method(DivPrune, "keep the most diverse tokens (max-min)", "arXiv 2503.02175", settings=_PROJECTED),
-    "dart": Method(
-        DART,
-        "keep what duplicates a few pivots least",
-        "arXiv 2502.11494",
-        settings={**_BEFORE_PROJECTOR, "metric": "hidden"},
-    ),
+    "dart": Method(DART, "keep what duplicates a few pivots least", "arXiv 2502.11494", settings=_DROP),
     "cdpruner": Method(
         CDPruner,
         "keep the most diverse tokens (determinant); without the question",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .merge import Merge
-from .reducer import Reducer
+from .reducer import Selector
 
 _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of SplitMix64
 
@@ -25,10 +23,8 @@ def _shuffled(n: int, seed: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RandomDrop(Reducer):
+class RandomDrop(Selector):
     """Drop a seeded random subset, the same for every image; nothing merges."""
-
-    bipartite: ClassVar[bool] = False
 
     seed: int = 0
 
@@ -36,25 +32,15 @@ class RandomDrop(Reducer):
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise UserError(f"seed={self.seed!r} is not possible; choose a whole number")
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        kept = _shuffled(n, self.seed, metric.device)[r:] + protected
-        return Merge.select(n + protected, kept.repeat(metric.shape[0], 1), protected)
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        rows, n = metric.shape[:2]
+        return _shuffled(n, self.seed, metric.device)[n - count :].repeat(rows, 1)
 
 
 @dataclass(frozen=True)
-class Uniform(Reducer):
+class Uniform(Selector):
     """Keep tokens at equal distances in reading order; nothing merges."""
 
-    bipartite: ClassVar[bool] = False
-
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        kept = torch.arange(n - r, device=metric.device) * n // (n - r) + protected
-        return Merge.select(n + protected, kept.repeat(metric.shape[0], 1), protected)
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        rows, n = metric.shape[:2]
+        return (torch.arange(count, device=metric.device) * n // count).repeat(rows, 1)

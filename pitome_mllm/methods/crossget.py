@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .matching import cosine, most_similar_first, ranked, unit_metric
 from .merge import Merge
-from .reducer import Reducer
+from .reducer import Known, Reducer
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,12 @@ class CrossGET(Reducer):
 
     bipartite: ClassVar[bool] = False
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        unit = unit_metric(metric)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        unit, protected = unit_metric(metric), known.protected
         similarity = cosine(unit[:, protected:], unit[:, protected:])
         similarity.diagonal(dim1=1, dim2=2).fill_(-math.inf)
         rank = ranked(similarity.amax(-1)).argsort(1)  # (B, n): place of every token
         behind = similarity.masked_fill(rank[:, None] <= rank[:, :, None], -math.inf)
         order = ranked(behind.amax(-1)) + protected
         sources, targets = order[:, :r], order[:, r:].sort(1).values
-        if r == 0:
-            return Merge.join(n + protected, sources, sources)
-        return Merge.join(n + protected, *most_similar_first(unit, sources, targets, r))
+        return Merge.join(metric.shape[1], *most_similar_first(unit, sources, targets, r))

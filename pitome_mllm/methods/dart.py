@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .matching import cosine, ranked, unit_metric
-from .merge import Merge, rows
-from .reducer import Reducer, check_count
+from .merge import rows
+from .reducer import Selector, check_count
 
 
 @dataclass(frozen=True)
-class DART(Reducer):
+class DART(Selector):
     r"""Keep a few pivots, and what duplicates them least (section 3.3).
 
     Pivots :math:`P` are the tokens with the largest L1 norm. Each in turn keeps its share of the others, those least
@@ -34,7 +34,6 @@ class DART(Reducer):
         How many; 8 in the paper.
     """
 
-    bipartite: ClassVar[bool] = False
     once: ClassVar[bool] = True
 
     pivots: int = 8
@@ -42,20 +41,15 @@ class DART(Reducer):
     def __post_init__(self) -> None:
         check_count("pivots", self.pivots)
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        unit = unit_metric(metric)[:, protected:]
-        count = min(self.pivots, n - r)
-        norm = metric.detach()[:, protected:].float().abs().sum(-1)
-        pivots = ranked(norm.where(norm.isfinite(), 0.0))[:, :count]
-        similarity = cosine(rows(unit, pivots), unit).scatter(2, pivots[:, None].expand(-1, count, -1), math.inf)
-        kept, others = [pivots], n - r - count
-        for number in range(count):
-            share = others // count + (number < others % count)
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        unit, many = unit_metric(metric), min(self.pivots, count)
+        norm = metric.detach().float().abs().sum(-1)
+        pivots = ranked(norm.where(norm.isfinite(), 0.0))[:, :many]
+        similarity = cosine(rows(unit, pivots), unit).scatter(2, pivots[:, None].expand(-1, many, -1), math.inf)
+        kept, others = [pivots], count - many
+        for number in range(many):
+            share = others // many + (number < others % many)
             least = ranked(-similarity[:, number])[:, :share]
             kept.append(least)
-            similarity = similarity.scatter(2, least[:, None].expand(-1, count, -1), math.inf)
-        return Merge.select(n + protected, torch.cat(kept, 1) + protected, protected)
+            similarity = similarity.scatter(2, least[:, None].expand(-1, many, -1), math.inf)
+        return torch.cat(kept, 1)

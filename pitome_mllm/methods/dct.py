@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .matching import cosine
 from .merge import Merge
-from .reducer import Reducer
+from .reducer import Known, Reducer
 
 
 def cosines(n: int, device: torch.device) -> Tensor:
@@ -27,7 +27,7 @@ class LowPass(Merge):
     def __init__(self, tokens: int, count: int, protected: int, device: torch.device) -> None:
         n, k = tokens - protected, count - protected
         self.count = count
-        self.energy = self.group = self._source = None
+        self.energy = self.group = None
         self._protected = protected
         # Scaled so that a constant stays what it is. (k, n)
         self._matrix = cosines(k, device).mT @ cosines(n, device)[:k] * math.sqrt(k / n)
@@ -66,9 +66,6 @@ class DCT(Reducer):
     bipartite: ClassVar[bool] = False
     forms_groups: ClassVar[bool] = False
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        return LowPass(n + protected, n + protected - r, protected, metric.device)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        tokens = metric.shape[1]
+        return LowPass(tokens, tokens - r, known.protected, metric.device)

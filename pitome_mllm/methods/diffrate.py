@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .matching import most_similar_first, ranked, unit_metric
 from .merge import Merge
-from .reducer import Reducer
+from .reducer import Known, Reducer
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,8 @@ class DiffRate(Reducer):
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     bipartite: ClassVar[bool] = False
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        attention: Tensor | None = None,
-    ) -> Merge:
-        n, attention = self.check(metric, r, protected), self.needed("attention", attention)
-        order = ranked(attention[:, protected:]) + protected
-        kept, others = order[:, : n - r].sort(1).values, order[:, n - r :]
-        if r == 0:
-            return Merge.join(n + protected, others, others)
-        return Merge.join(n + protected, *most_similar_first(unit_metric(metric), others, kept, r))
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        order = ranked(self.needed("attention", known.attention)[:, known.protected :]) + known.protected
+        keep = order.shape[1] - r
+        kept, others = order[:, :keep].sort(1).values, order[:, keep:]
+        return Merge.join(metric.shape[1], *most_similar_first(unit_metric(metric), others, kept, r))

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .matching import cosine, unit_metric
-from .merge import Merge
-from .reducer import Reducer
+from .reducer import Selector
 
 
 @dataclass(frozen=True)
-class DivPrune(Reducer):
+class DivPrune(Selector):
     r"""Keep the most diverse subset: maximise the smallest distance between any two (max-min diversity, section 3).
 
     .. math:: d_{ij} = 1 - c_{ij}, \qquad S \leftarrow S \cup \arg\max_{i \notin S} \min_{j \in S} d_{ij}
@@ -24,24 +23,19 @@ class DivPrune(Reducer):
     the paper the metric is what the projector gives to the LLM.
     """
 
-    bipartite: ClassVar[bool] = False
     once: ClassVar[bool] = True
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        unit = unit_metric(metric)[:, protected:]
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        unit, n = unit_metric(metric), metric.shape[1]
         distance = 1 - cosine(unit, unit)
         nearest = distance.clone()
         nearest.diagonal(dim1=1, dim2=2).fill_(math.inf)
         nearest = nearest.amin(-1) if n > 1 else nearest[..., 0]
         chosen, open_to = [], torch.full_like(nearest, math.inf)
-        for _ in range(n - r):
+        for _ in range(count):
             best = nearest.argmax(1, keepdim=True)
             chosen.append(best)
             open_to = open_to.minimum(distance.gather(1, best[..., None].expand(-1, -1, n))[:, 0])
             open_to = open_to.scatter(1, best, -math.inf)
             nearest = open_to
-        return Merge.select(n + protected, torch.cat(chosen, 1) + protected, protected)
+        return torch.cat(chosen, 1)

@@ -1,8 +1,9 @@
 """Merges of PiToMe and ToMe in a handful of launches, on CUDA devices with Triton; elsewhere in torch's operations.
 
 The torch path is the reference: the fused one takes the same decisions up to near-ties, and combines with the same
-bits, but for features of a single channel, which torch adds in an order of its own. `fuses` alone decides which of the
-two a merge takes. The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
+bits, but for features of a single channel, which torch adds in an order of its own.
+
+The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
 merge of these methods cannot be fused; "auto", the default, fuses what it can. Within torch.compile merges are always
 torch's operations.
 """
@@ -30,17 +31,12 @@ SWITCH = "PITOME_KERNELS"
 CHOICES = ("auto", "torch", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 2048  # tokens of a picture, whose groups one program numbers
+Step = tuple[bool, Launch]  # with whether it reads the metric
 is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 
 def fuses(metric: Tensor) -> bool:
-    """Whether a merge by ``metric`` (B, N, C) takes the fused kernels. Never within torch.compile.
-
-    Raises
-    ------
-    ValueError : the switch says what it cannot say.
-    RuntimeError : the switch says "fused", and this merge cannot be.
-    """
+    """Whether a merge by ``metric`` (B, N, C) takes the fused kernels. Never within torch.compile."""
     if is_compiling():
         return False
     choice = os.environ.get(SWITCH) or CHOICES[0]
@@ -136,10 +132,8 @@ def merge(
 
 
 @lru_cache(KEPT)
-def _decision(
-    rows: Rows, r: int, protected: int, energy: Energy | None, tiles: Tiles
-) -> tuple[tuple[tuple[bool, Launch], ...], int]:
-    """The launches that decide a merge, each with whether it reads the metric, and the bytes that they take."""
+def _decision(rows: Rows, r: int, protected: int, energy: Energy | None, tiles: Tiles) -> tuple[tuple[Step, ...], int]:
+    """The launches that decide a merge, and the bytes that they take."""
     batch, tokens, width = rows.shape
     n, tile, ordered = tokens - protected, tiles.matches, energy is not None
     shifts = (protected,) * 2 if ordered else (protected + protected % 2, protected - protected % 2)
@@ -152,9 +146,7 @@ def _decision(
     places, size = places_of(batch, tokens, n, r, parts, sources)
     shape = (*rows.stride[:2], tokens, protected)
 
-    def launch(
-        kernel: str, grid: tuple[int, int, int], names: str, numbers: tuple, constants: dict[str, Any], **options: Any
-    ) -> tuple[bool, Launch]:
+    def launch(kernel: str, grid: tuple, names: str, numbers: tuple, constants: dict, **options: Any) -> Step:
         inside = [places[name] for name in names.split() if name != "metric"]
         return names.startswith("metric "), Launch(kernel, grid, inside, numbers, constants, **options)
 
@@ -184,14 +176,8 @@ def _decision(
 
 
 def _ranking(
-    rows: Rows,
-    n: int,
-    shape: tuple,
-    energy: Energy,
-    tile: Tile,
-    launch: Callable[..., tuple[bool, Launch]],
-    similarity: dict,
-) -> list[tuple[bool, Launch]]:
+    rows: Rows, n: int, shape: tuple, energy: Energy, tile: Tile, launch: Callable[..., Step], similarity: dict
+) -> list[Step]:
     """The launches that write tokens in the order of their energy."""
     batch, tokens, width = rows.shape
     count = -(-n // tile.rows)
@@ -218,7 +204,7 @@ class FusedMerge(Merge):
         batch, tokens, n, r = shape
         self.count = tokens - r
         self._memory, self._shape, self._unit = memory, shape, unit
-        self._weight = self._source = None
+        self._weight = None
         self._may_drop = False
         self._renumbered = False
 
@@ -229,12 +215,6 @@ class FusedMerge(Merge):
         value = make(self)
         setattr(self, name, value)
         return value
-
-    def without_source(self) -> FusedMerge:
-        """The same merge, for the recipe of its order to hold: a recipe that held the merge would keep its memory."""
-        same = object.__new__(type(self))
-        same.__dict__.update(self.__dict__)
-        return same
 
     def _read(self, name: str) -> Tensor:
         return places_of(*self._shape, 1, 1)[0][name].of(self._memory)

@@ -34,21 +34,9 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The most similar target of every source.
+    """The cosine similarity (B, S) of every source to its most similar target, and that target, the first of equals.
 
-    Parameters
-    ----------
-    unit : Tensor of shape (B, N, C)
-        From `unit_metric`.
-    sources, targets : Tensor of shape (B, S) and (B, T)
-        Token indices.
-
-    Returns
-    -------
-    similarity : Tensor of shape (B, S)
-        Cosine similarity to that target.
-    target : Tensor of shape (B, S)
-        Its token index; the first of equals.
+    ``sources`` (B, S) and ``targets`` (B, T) are tokens of ``unit`` (B, N, C), which `unit_metric` makes.
     """
     similarity, place = cosine(rows(unit, sources), rows(unit, targets)).max(-1)
     return similarity, targets.gather(1, place)
@@ -70,6 +58,8 @@ def split_evenly(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def most_similar_first(unit: Tensor, sources: Tensor, targets: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The ``r`` sources that are most similar to their nearest target, and those targets, each (B, r)."""
+    if r == 0:  # there may be no target
+        return sources[:, :0], targets[:, :0]
     similarity, target = nearest(unit, sources, targets)
     if r == sources.shape[1]:
         return sources, target

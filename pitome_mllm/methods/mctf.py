@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from .matching import cosine, ranked, unit_metric
 from .merge import Merge, rows
-from .reducer import Reducer, check_number
+from .reducer import Known, Reducer, check_number
 from .tome import alternate
 
 
@@ -50,22 +50,11 @@ class MCTF(Reducer):
         if not isinstance(self.bidirectional, bool):
             raise UserError(f"bidirectional={self.bidirectional!r} is not possible; choose True or False")
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        attention: Tensor | None = None,
-    ) -> Merge:
-        self.check(metric, r, protected)
-        a, b = alternate(metric, protected)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        a, b = alternate(metric, known.protected)
         if r == 0:
             return Merge.join(metric.shape[1], a[:, :0], a[:, :0])
-        unit, cost = unit_metric(metric), self._cost(metric, size, attention)
+        unit, cost = unit_metric(metric), self._cost(metric, known.size, known.attention)
         there = r // 2 if self.bidirectional else r
         root = torch.arange(metric.shape[1], device=metric.device).repeat(len(metric), 1)
         order, target = self._best(unit, cost, a, b)

@@ -73,6 +73,10 @@ class Merge:
         Number of groups K.
     energy : Tensor of shape (B, n), float32, or None
         Energy of the unprotected tokens, for methods that have one; else None.
+    candidates : int or None
+        How many tokens of the highest energy could merge.
+    source : callable or None
+        Makes of the merge (B, K) int64, one token of each group, in the order in which the reference code leaves them.
 
     Notes
     -----
@@ -80,6 +84,7 @@ class Merge:
     """
 
     candidates: int | None = None
+    source: Callable[[Merge], Tensor] | None = None
     _may_drop: bool = False  # whether groups may be -1
 
     def __init__(
@@ -88,7 +93,6 @@ class Merge:
         count: int,
         *,
         weight: Tensor | None = None,
-        source: Callable[[], Tensor] | None = None,
         energy: Tensor | None = None,
         root_is_first: bool = False,
         may_drop: bool = True,
@@ -103,8 +107,6 @@ class Merge:
             How many different roots every row has.
         weight : Tensor of shape (B, N), float32, optional
             Factor of each token in its group's value; None = its share of the group's size.
-        source : callable, optional
-            Makes (B, K) int64, one token of each group, in the order in which the reference code leaves them.
         root_is_first : bool, default False
             Every root is the first token of its group; saves looking for it.
         may_drop : bool, default True
@@ -122,7 +124,6 @@ class Merge:
         self.count = count
         self.energy = energy
         self.group: Tensor | None = group.where(root >= 0, -1) if may_drop else group
-        self._source = source
         self._weight = weight
         self._may_drop = may_drop
         self._first = order[:, :count]  # the first token of each group ...
@@ -215,16 +216,11 @@ class Merge:
         """The composition: ``later`` merges what this one leaves."""
         return _Chain(self, later)
 
-    @property
-    def steps(self) -> tuple[Merge, ...]:
-        """The merges that this one is composed of, in their order; itself where it is no composition."""
-        return (self,)
-
     def in_source_order(self: M) -> M:
         """The same groups, numbered in the order that the reference code leaves (reading order where it has none)."""
-        if self._source is None:
+        if self.source is None:
             return self
-        order = self._group.gather(1, self._source())  # (B, K): reading-order number of the group now at each place
+        order = self._group.gather(1, self.source(self))  # (B, K): reading-order number of the group now at each place
         place = order.argsort(dim=1)
         renumbered = object.__new__(type(self))
         renumbered.__dict__.update(self.__dict__)
@@ -240,16 +236,11 @@ class _Chain(Merge):
         self._steps = (earlier, later)
         self.count = later.count
         self.energy = earlier.energy
-        self._source = None
         self._may_drop = earlier._may_drop or later._may_drop
         self.group = None
         if earlier.group is not None and later.group is not None:
             group = later.group.gather(1, earlier.group.clamp(min=0) if earlier._may_drop else earlier.group)
             self.group = group.where(earlier.group >= 0, -1) if earlier._may_drop else group
-
-    @property
-    def steps(self) -> tuple[Merge, ...]:
-        return tuple(step for merge in self._steps for step in merge.steps)
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         earlier, later = self._steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from ..errors import UserError
 from . import kernels
 from .matching import cosine, most_similar_first, ranked, unit_metric
 from .merge import Merge
-from .reducer import Reducer, check_count, check_number
+from .reducer import Known, Reducer, check_number
 
 ENERGIES = ("paper", "elu")
 # Pairs of tokens whose similarity is held at once: on processors what their caches hold, else 256 MB in float32; their
@@ -48,16 +49,12 @@ class PiToMe(Reducer):
     protect : float, default 1.0
         Share of the tokens outside the first 2r that may not merge. 1 = the paper. Below it there are more candidates
         than needed and the r most similar pairs merge; 0 = no protected set at all (`pitome-bsm`).
-    steps : int, default 1
-        1 = the paper. Above it the r tokens go in so many steps, each by the energies of what the last one left, whose
-        metric is the size-weighted mean; `Merge.energy` holds those of the first.
     """
 
     margin: float | None = None
     alpha: float = 1.0
     energy: str = "paper"
     protect: float = 1.0
-    steps: int = 1
 
     def __post_init__(self) -> None:
         if self.energy not in ENERGIES:
@@ -66,33 +63,24 @@ class PiToMe(Reducer):
             check_number("margin", self.margin)
         check_number("alpha", self.alpha)
         check_number("protect", self.protect, 0, 1)
-        check_count("steps", self.steps)
 
     @property
     def source_order(self) -> bool:
-        """Known for the paper's procedure only, which protects all others and merges in one step."""
-        return self.protect == 1 and self.steps == 1
+        """Known for the paper's procedure only, which protects all others."""
+        return self.protect == 1
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        self.check(metric, r, protected)
-        parts = [r * (step + 1) // self.steps - r * step // self.steps for step in range(self.steps)]
-        whole = merge = self._step(metric, parts[0], protected, depth)
-        for part in parts[1:]:
-            metric, size = merge.reduce(metric.float(), size)
-            merge = self._step(metric, part, protected, depth)
-            whole = whole.then(merge)
-        return whole
-
-    def _step(self, metric: Tensor, r: int, protected: int, depth: float) -> Merge:
-        """Merge ``r`` tokens by the energies of all of ``metric``."""
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        protected, depth = known.protected, known.depth
         n = metric.shape[1] - protected
         candidates = 2 * r + int((1.0 - self.protect) * (n - 2 * r))
-        fused = r and type(self) is PiToMe and kernels.fuses(metric)
-        merge = (self._fused if fused else self._plain)(metric, r, protected, candidates, depth)
+        if r and type(self) is PiToMe and kernels.fuses(metric):
+            energy = kernels.Energy(candidates, float(self._margin(depth)), float(self.alpha), self.energy == "elu")
+            merge: Merge = kernels.merge(metric, r, protected, energy)
+        else:
+            merge = self._plain(metric, r, protected, candidates, depth)
         merge.candidates = candidates
+        if r and self.source_order:
+            merge.source = partial(authors_order, protected, candidates)
         return merge
 
     def _plain(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
@@ -100,26 +88,8 @@ class PiToMe(Reducer):
         unit = unit_metric(metric)
         energy = self.energy_of(unit[:, protected:], depth)
         order = ranked(energy) + protected
-        if r == 0:
-            return Merge.join(metric.shape[1], order[:, :0], order[:, :0], energy=energy)
         a, b = order[:, 0:candidates:2], order[:, 1:candidates:2]
-        merged, target = most_similar_first(unit, a, b, r)
-        source = partial(authors_order, protected, order[:, candidates:], b) if self.source_order else None
-        return Merge.join(metric.shape[1], merged, target, source=source, energy=energy)
-
-    def _fused(self, metric: Tensor, r: int, protected: int, candidates: int, depth: float) -> Merge:
-        """The same by the fused kernels."""
-        energy = kernels.Energy(candidates, float(self._margin(depth)), float(self.alpha), self.energy == "elu")
-        merge = kernels.merge(metric, r, protected, energy)
-        same = merge.without_source()
-
-        def source() -> Tensor:
-            order = same.by_energy + protected
-            return authors_order(protected, order[:, candidates:], order[:, 1:candidates:2])
-
-        if self.source_order:
-            merge._source = source
-        return merge
+        return Merge.join(metric.shape[1], *most_similar_first(unit, a, b, r), energy=energy)
 
     def _margin(self, depth: float) -> float:
         return 0.9 - 0.9 * depth if self.margin is None else self.margin
@@ -139,10 +109,11 @@ class PiToMe(Reducer):
         return value.add_(similarity.clamp_max_(margin).sub_(margin).exp_().sub_(1.0), alpha=self.alpha)
 
 
-def authors_order(protected: int, others: Tensor, b: Tensor) -> Tensor:
-    """What the authors' code leaves: class tokens, the ``others`` by energy, then B; (B, K)."""
-    front = torch.arange(protected, device=b.device).expand(len(b), protected)
-    return torch.cat([front, others, b], dim=1)
+def authors_order(protected: int, candidates: int, merge: Merge) -> Tensor:
+    """What the authors' code leaves, (B, K): class tokens, all but the ``candidates`` by energy, then B."""
+    order = merge.by_energy if isinstance(merge, kernels.FusedMerge) else ranked(cast(Tensor, merge.energy))
+    front = torch.arange(protected, device=order.device).expand(len(order), protected)
+    return torch.cat([front, order[:, candidates:] + protected, order[:, 1:candidates:2] + protected], dim=1)
 
 
 def similarities(some: Tensor, unit: Tensor) -> Tensor:

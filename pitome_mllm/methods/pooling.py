@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .merge import Merge
-from .reducer import Reducer
+from .reducer import Known, Reducer
 
 
 def cells(height: int, width: int, count: int) -> tuple[int, int] | None:
@@ -38,19 +38,10 @@ class GridPool(Reducer):
     bipartite: ClassVar[bool] = False
     once: ClassVar[bool] = True
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        grid: tuple[int, int] | None = None,
-    ) -> Merge:
-        n = self.check(metric, r, protected)
-        height, width = grid or square(n)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        protected = known.protected
+        n = metric.shape[1] - protected
+        height, width = known.grid or square(n)
         if height * width != n:
             raise UserError(f"grid {height} x {width} does not hold {n} tokens; pool whole, unmerged grids only")
         chosen = cells(height, width, n - r)

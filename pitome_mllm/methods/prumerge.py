@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .matching import nearest, ranked, split_evenly, unit_metric
 from .merge import Merge
-from .reducer import Reducer, check_number
+from .reducer import Known, Reducer, check_number
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,11 @@ class PruMerge(Reducer):
     def __post_init__(self) -> None:
         check_number("uniform", self.uniform, 0, 1)
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        attention: Tensor | None = None,
-    ) -> Merge:
-        keep, attention = self.check(metric, r, protected) - r, self.needed("attention", attention)
-        uniform = round(self.uniform * keep)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        attention, protected = self.needed("attention", known.attention), known.protected
         order = ranked(attention[:, protected:]) + protected
+        keep = order.shape[1] - r
+        uniform = round(self.uniform * keep)
         samples, sources = split_evenly(order[:, keep - uniform :].sort(1).values, uniform)
         if r == 0:
             return Merge.join(metric.shape[1], sources, sources)

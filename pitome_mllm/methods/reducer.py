@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import math
 import numbers
-from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, TypeGuard
+from typing import ClassVar, NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .merge import Merge
 
 
+class Known(NamedTuple):
+    """What `Reducer.match` is told beside the metric and the number of tokens to remove."""
+
+    size: Tensor | None
+    protected: int
+    depth: float
+    attention: Tensor | None
+    grid: tuple[int, int] | None
+
+
 @dataclass(frozen=True)
-class Reducer(ABC):
-    """A method: decides which tokens join. Its options are its dataclass fields.
+class Reducer:
+    """A method: overrides `decide`, or `match` itself. Its options are its dataclass fields.
 
     Attributes
     ----------
     needs : frozenset of str
         What `match` requires beyond the metric: "attention" (B, N), what each token receives from the class token (mean
-        over heads); "query" (B, C), the question; "grid" (rows, columns) of the patches.
+        over heads); "grid" (rows, columns) of the patches.
     bipartite : bool
         One step removes at most half of the tokens; else all but one.
     once : bool
@@ -45,9 +55,17 @@ class Reducer(ABC):
         """Whether the reference code leaves tokens in an order of its own, which `Merge.in_source_order` gives."""
         return False
 
-    @abstractmethod
+    @torch.no_grad()
     def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
+        self,
+        metric: Tensor,
+        r: int,
+        *,
+        size: Tensor | None = None,
+        protected: int = 0,
+        depth: float = 0.0,
+        attention: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Merge:
         """Decide which tokens join.
 
@@ -63,6 +81,8 @@ class Reducer(ABC):
             The first tokens (a class token) stay alone, as groups 0 .. protected-1.
         depth : float, default 0.0
             The 0-based index of the merging block over their number.
+        attention, grid
+            As `needs` says.
 
         Returns
         -------
@@ -74,6 +94,12 @@ class Reducer(ABC):
         ValueError
             ``r`` is negative or beyond ``max_removable``; something of ``needs`` is missing.
         """
+        self.check(metric, r, protected)
+        return self.decide(metric, r, Known(size, protected, depth, attention, grid))
+
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        """`match` of what is checked already, without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither decide nor match")
 
     def max_removable(self, n: int) -> int:
         """The most tokens that one `match` can remove of ``n`` unprotected ones."""
@@ -83,21 +109,36 @@ class Reducer(ABC):
         """The token counts that repeated matching can reach from ``n`` unprotected tokens."""
         return range(1, n + 1)
 
-    def check(self, metric: Tensor, r: int, protected: int) -> int:
-        """The number of unprotected tokens of ``metric`` (B, N, C); ValueError if ``r`` of them cannot be removed."""
+    def check(self, metric: Tensor, r: int, protected: int) -> None:
+        """ValueError if ``r`` of the unprotected tokens of ``metric`` (B, N, C) cannot be removed."""
         tokens = metric.shape[1] - protected
         if not 0 <= r <= self.max_removable(tokens):
             raise UserError(
                 f"cannot remove r={r} of {tokens} tokens in one step with {type(self).__name__}: "
                 f"0 to {self.max_removable(tokens)} are possible; remove the rest in further steps"
             )
-        return tokens
 
     def needed(self, name: str, value: Tensor | None) -> Tensor:
         """What `match` got as ``name``, one of ``needs``; ValueError if it got none."""
         if value is None:
             raise UserError(f"{type(self).__name__}.match needs {name}=..., got none; see `Reducer.needs`")
         return value
+
+
+@dataclass(frozen=True)
+class Selector(Reducer):
+    """A method that keeps some tokens and drops the others; it says only which."""
+
+    bipartite: ClassVar[bool] = False
+
+    def kept(self, metric: Tensor, count: int) -> Tensor:
+        """The tokens (B, count) int64 to keep, in any order, of ``metric`` (B, n, C) without the protected ones."""
+        raise NotImplementedError(f"{type(self).__name__} does not override kept")
+
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        tokens, protected = metric.shape[1], known.protected
+        kept = self.kept(metric[:, protected:], tokens - protected - r) + protected
+        return Merge.select(tokens, kept, protected)
 
 
 def is_number(value: object) -> TypeGuard[float]:

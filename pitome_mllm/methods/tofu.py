@@ -10,19 +10,16 @@ from torch import Tensor
 from ..errors import UserError
 from .matching import most_similar_first, unit_metric
 from .merge import Merge, rows
-from .reducer import Reducer
+from .reducer import Known, Reducer
 from .tome import alternate
 
 REFERENCES = ("mean", "target")
 
 
 class NormPreserving(Merge):
-    """A group's mean, rescaled so that the largest norm among its tokens survives.
+    """A group's mean, rescaled so that the largest norm among its tokens survives."""
 
-    ``reference`` says to what length the mean is set in relation: its own, or that of the group's target.
-    """
-
-    reference: str = "mean"
+    target: Tensor | None = None  # (B, K) the token of each group whose norm is the reference; None = that of the mean
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -31,16 +28,10 @@ class NormPreserving(Merge):
         largest = rows(norm[..., None], self._first)[..., 0].scatter_reduce(
             1, self._group.gather(1, self._rest), norm.gather(1, self._rest), "amax"
         )
-        own = mean.norm(dim=-1) if self.reference == "mean" else norm.gather(1, self._target)
+        own = mean.norm(dim=-1) if self.target is None else norm.gather(1, self.target)
         alone = super().reduce(norm[..., None].detach())[1][..., 0] == 1
         scale = (largest / own).masked_fill(alone | (own == 0), 1.0)
         return (mean * scale[..., None]).to(x.dtype), total
-
-    def aimed_at(self, targets: Tensor) -> NormPreserving:
-        """This merge with the norm of ``targets`` (B, r), the tokens that others joined, as reference."""
-        self.reference = "target"
-        self._target = self._first.scatter(1, self._group.gather(1, targets), targets)
-        return self
 
 
 @dataclass(frozen=True)
@@ -66,14 +57,10 @@ class ToFu(Reducer):
         if self.reference not in REFERENCES:
             raise UserError(f"unknown reference {self.reference!r}; choose one of {', '.join(REFERENCES)}")
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        self.check(metric, r, protected)
-        a, b = alternate(metric, protected)
-        if r == 0:
-            return Merge.join(metric.shape[1], a[:, :0], a[:, :0])
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        a, b = alternate(metric, known.protected)
         merged, target = most_similar_first(unit_metric(metric), a, b, r)
         merge = NormPreserving.join(metric.shape[1], merged, target)
-        return merge if self.reference == "mean" else merge.aimed_at(target)
+        if self.reference == "target":
+            merge.target = merge._first.scatter(1, merge._group.gather(1, target), target)
+        return merge

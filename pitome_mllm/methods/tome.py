@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .matching import most_similar_first, unit_metric
 from .merge import Merge
-from .reducer import Reducer
+from .reducer import Known, Reducer
 
 
 def alternate(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
@@ -34,34 +34,24 @@ class ToMe(Reducer):
 
     source_order: ClassVar[bool] = True
 
-    @torch.no_grad()
-    def match(
-        self, metric: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, depth: float = 0.0
-    ) -> Merge:
-        self.check(metric, r, protected)
-        tokens = metric.shape[1]
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
         if r and kernels.fuses(metric):
-            merge = kernels.merge(metric, r, protected)
-            same = merge.without_source()
-            merge._source = lambda: authors_order(tokens, gone(same, r, protected), protected)
-            return merge
-        a, b = alternate(metric, protected)
-        if r == 0:
-            return Merge.join(tokens, a[:, :0], a[:, :0])
-        merged, target = most_similar_first(unit_metric(metric), a, b, r)
-        return Merge.join(tokens, merged, target, source=partial(authors_order, tokens, merged, protected))
+            merge: Merge = kernels.merge(metric, r, known.protected)
+        else:
+            a, b = alternate(metric, known.protected)
+            merge = Merge.join(metric.shape[1], *most_similar_first(unit_metric(metric), a, b, r))
+        if r:
+            merge.source = partial(authors_order, r, known.protected)
+        return merge
 
 
-def gone(merge: Merge, r: int, protected: int) -> Tensor:
-    """The r tokens of A that joined another, (B, r)."""
-    a = alternate(merge._group, protected)[0]
-    tokens = torch.ones_like(merge._group, dtype=torch.float32)[..., None]
-    alone = merge.expand(merge.reduce(tokens)[1])[..., 0] == 1
-    return a.gather(1, alone.gather(1, a).byte().argsort(dim=1, stable=True)[:, :r])
-
-
-def authors_order(tokens: int, merged: Tensor, protected: int) -> Tensor:
-    """What the authors' code leaves of ``tokens`` when ``merged`` (B, r) have gone: class token, rest of A, then B."""
-    index = torch.arange(tokens, device=merged.device).expand(len(merged), tokens)
+def authors_order(r: int, protected: int, merge: Merge) -> Tensor:
+    """What the authors' code leaves, (B, K): the class token, the rest of A, then B; r tokens of A have joined one."""
+    group = merge._group
+    batch, tokens = group.shape
+    a = alternate(group, protected)[0]
+    alone = merge.expand(merge.reduce(torch.ones_like(group, dtype=torch.float32)[..., None])[1])[..., 0] == 1
+    gone = a.gather(1, alone.gather(1, a).byte().argsort(dim=1, stable=True)[:, :r])
+    index = torch.arange(tokens, device=group.device).expand(batch, tokens)
     place = index.where(index < protected, index + tokens * (1 + index % 2))
-    return place.scatter(1, merged, 3 * tokens).argsort(dim=1)[:, : tokens - merged.shape[1]]
+    return place.scatter(1, gone, 3 * tokens).argsort(dim=1)[:, : tokens - r]

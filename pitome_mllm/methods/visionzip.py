@@ -8,12 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .matching import nearest, ranked, split_evenly, unit_metric
 from .merge import Merge
-from .reducer import Reducer, check_number
-
-COMBINATIONS = ("add", "mean")
+from .reducer import Known, Reducer, check_number
 
 
 @dataclass(frozen=True)
@@ -26,16 +23,13 @@ class VisionZip(Reducer):
 
     .. math:: x_j + \frac{1}{|S_j|} \sum_{i \in S_j} x_i, \quad S_j = \{ i : \arg\max_{t \in T} c_{it} = j \} .
 
-    The published code hands on the class token too; here a model's own selection of features
-    decides that.
+    The paper's words allow the mean of all of them as well. The published code hands on the class token too; here a
+    model's own selection of features decides that.
 
     Parameters
     ----------
     dominant : float, default 54 / 64
         Share of the kept tokens that are dominant; 54 of 64 in the paper.
-    combine : str, default 'add'
-        What a contextual token is: "add" = the target plus the mean of the tokens that joined it, "mean" = the mean of
-        all of them; the paper's words allow both.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -43,35 +37,20 @@ class VisionZip(Reducer):
     once: ClassVar[bool] = True
 
     dominant: float = 54 / 64
-    combine: str = "add"
 
     def __post_init__(self) -> None:
         check_number("dominant", self.dominant, 0, 1)
-        if self.combine not in COMBINATIONS:
-            raise UserError(f"unknown combine {self.combine!r}; choose one of {', '.join(COMBINATIONS)}")
 
-    @torch.no_grad()
-    def match(
-        self,
-        metric: Tensor,
-        r: int,
-        *,
-        size: Tensor | None = None,
-        protected: int = 0,
-        depth: float = 0.0,
-        attention: Tensor | None = None,
-    ) -> Merge:
-        keep, attention = self.check(metric, r, protected) - r, self.needed("attention", attention)
+    def decide(self, metric: Tensor, r: int, known: Known) -> Merge:
+        order = ranked(self.needed("attention", known.attention)[:, known.protected :]) + known.protected
+        keep = order.shape[1] - r
         contextual = max(1, keep - round(self.dominant * keep))
-        order = ranked(attention[:, protected:]) + protected
         rest = order[:, keep - contextual :].sort(1).values
         targets, sources = split_evenly(rest, contextual)
         if r == 0:
             return Merge.join(metric.shape[1], sources, sources)
         target = nearest(unit_metric(metric), sources, targets)[1]
-        weight = None
-        if self.combine == "add":
-            ones = torch.ones(metric.shape[:2], dtype=torch.float32, device=metric.device)
-            joined = torch.zeros_like(ones, dtype=torch.int64).scatter_add(1, target, torch.ones_like(target))
-            weight = ones.scatter(1, sources, 1 / joined.gather(1, target).float())
+        ones = torch.ones(metric.shape[:2], dtype=torch.float32, device=metric.device)
+        joined = torch.zeros_like(ones, dtype=torch.int64).scatter_add(1, target, torch.ones_like(target))
+        weight = ones.scatter(1, sources, 1 / joined.gather(1, target).float())
         return Merge.join(metric.shape[1], sources, target, weight=weight)

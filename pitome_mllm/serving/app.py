@@ -56,7 +56,7 @@ def make_app(engine: Engine, urls: bool = False, private: Collection[str] = ()) 
         Route("/v1/models", models),
         Route("/health", health),
     ]
-    handlers = {UserError: _refused, HTTPException: _no_such_thing, Exception: _failed}
+    handlers = dict.fromkeys((UserError, HTTPException, Exception), _failed)
     return WholeBodies(Starlette(routes=routes, exception_handlers=handlers))
 
 
@@ -131,19 +131,15 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
     return JSONResponse(content, status, {"connection": "close"} if status == 413 else None)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, Refused):
         return _error(error.status, str(error), error.param, error.code)
-    return _error(400, str(error))
-
-
-async def _no_such_thing(request: Request, error: Exception) -> Response:
-    possible = "POST /v1/chat/completions, GET /v1/models, GET /health"
-    status = getattr(error, "status_code", 404)
-    return _error(status, f"nothing is served at {request.method} {request.url.path}; possible: {possible}")
-
-
-async def _failed(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        possible = "POST /v1/chat/completions, GET /v1/models, GET /health"
+        said = f"nothing is served at {request.method} {request.url.path}; possible: {possible}"
+        return _error(error.status_code, said)
+    if isinstance(error, UserError):
+        return _error(400, str(error))
     return _error(500, "the server failed to answer; its log says why")
 
 

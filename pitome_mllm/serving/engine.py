@@ -17,7 +17,8 @@ from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 
 from ..attach import Attachment
 from ..errors import UserError
-from .prompts import write
+from ..plan import Plan
+from .prompts import encode
 from .requests import ChatRequest, Refused, Text
 
 NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
@@ -72,40 +73,31 @@ class Engine:
 
     def prepare(self, request: ChatRequest, pictures: Sequence[Image.Image]) -> Job:
         """All that may be wrong with a request is found here, before anything runs; `Refused`."""
-        keep = self._keep(request)
-        processor, model = self.processor, self.handle.model
+        plan, processor, model = self._plan(request), self.processor, self.handle.model
+        turns = list(self._turns(request))
         try:
-            prompt = write(processor, list(self._turns(request)))
-            inputs = processor(images=list(pictures) or None, text=prompt, return_tensors="pt")
+            inputs, room = encode(model, processor, turns, pictures, request.new_tokens or 1, plan)
         except TemplateError as error:
             raise Refused(f"the messages do not fit the model's chat template: {error}", "messages") from error
+        except UserError as error:
+            raise Refused(str(error), "messages", "context_length_exceeded") from error
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
-        length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
-        if self.handle.plan.calibration == "none" and not self.handle.geometry.family.tiles:
-            length -= len(pictures) * (self.handle.plan.available - keep)
-        wanted = request.new_tokens or 1
-        if length + wanted > most:
-            raise Refused(
-                f"the prompt of {length} tokens and {wanted} new ones do not fit: the model holds {most}; shorten the "
-                "conversation, or ask for fewer new tokens",
-                "messages",
-                "context_length_exceeded",
-            )
-        usual = min(most - length, model.generation_config.max_new_tokens or NEW_TOKENS)
+        usual = min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
         return Job(request, processor.tokenizer, inputs, visual, request.new_tokens or usual)
 
-    def _keep(self, request: ChatRequest) -> int:
-        """Visual tokens per image that a request comes to."""
-        most = self.handle.plan.keep
+    def _plan(self, request: ChatRequest) -> Plan:
+        """What a request comes to."""
+        served = self.handle.plan
         if request.keep is None:
-            return most
+            return served
         try:
             with self.handle.using(keep=request.keep):
-                asked = self.handle.plan.keep
+                asked = self.handle.plan
         except UserError as error:
             raise Refused(f"keep: {error}", "keep") from error
-        if asked > most:
-            raise Refused(f"keep={request.keep} comes to {asked} visual tokens; at most {most} are served", "keep")
+        if asked.keep > served.keep:
+            counts = f"{asked.keep} visual tokens; at most {served.keep}"
+            raise Refused(f"keep={request.keep} comes to {counts} are served", "keep")
         return asked
 
     def _turns(self, request: ChatRequest) -> Any:

@@ -7,7 +7,8 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from threading import Timer
 from urllib.parse import urljoin, urlsplit
 
@@ -68,18 +69,16 @@ def _ask(url: str, end: float, private: Collection[str]) -> tuple[bytes, str | N
     return content, None
 
 
-class _ending(Timer):
+@contextmanager
+def _ending(link: socket.socket, end: float) -> Iterator[None]:
     """A block at whose deadline a connection ends."""
-
-    def __init__(self, link: socket.socket, end: float) -> None:
-        super().__init__(max(0.0, end - time.monotonic()), _cut, [link.dup()])
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.cancel()
-        self.args[0].close()
+    with link.dup() as same:
+        timer = Timer(max(0.0, end - time.monotonic()), _cut, [same])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _cut(link: socket.socket) -> None:

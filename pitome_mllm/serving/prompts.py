@@ -19,14 +19,7 @@ def message(text: str, pictures: int = 0, role: str = "user") -> Message:
 def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
     """The text of a conversation as the model was trained on it, up to where its answer begins.
 
-    Processors without a chat template get the words of LLaVA-1.5.
-
-    Parameters
-    ----------
-    messages : sequence of Message
-        Turns of "user" and "assistant".
-    system : str, default ''
-        Said before all of them.
+    Processors without a chat template get the words of LLaVA-1.5; ``system`` is said before all turns.
     """
     if getattr(processor, "chat_template", None):
         first = [message(system, role="system")] if system else []
@@ -38,6 +31,27 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
         )
         said.append(f"{text}</s>" if turn["role"] == "assistant" else f"USER: {text} ASSISTANT:")
     return " ".join(said)
+
+
+def encode(
+    model: Any, processor: Any, messages: Sequence[Message], images: Sequence[Any], new_tokens: int, plan: Any = None
+) -> tuple[Any, int]:
+    """Inputs of a conversation, and how many new tokens there is room for: ``new_tokens`` at least.
+
+    Positions that are told of nothing count what the LLM reads under ``plan`` (None: the plain model), which with tiles
+    is known behind the tower only.
+    """
+    inputs = processor(images=list(images) or None, text=write(processor, messages), return_tensors="pt")
+    length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    if plan is not None and plan.calibration == "none" and not plan.geometry.family.tiles:
+        length -= len(images) * (plan.available - plan.keep)
+    if (room := most - length) < new_tokens:
+        advice = f"ask for at most {room} new tokens, or shorten" if room > 0 else "shorten"
+        raise UserError(
+            f"the prompt of {length} tokens and {new_tokens} new ones do not fit: the model holds {most}; {advice} "
+            "what is said, or keep fewer tokens"
+        )
+    return inputs, room
 
 
 def check_question(processor: Any, question: str, examples: Sequence[str] = ()) -> None:

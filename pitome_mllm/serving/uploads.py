@@ -19,19 +19,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoded by Pillow itself; oth
 
 
 def read_upload(source: Path | bytes, name: str) -> Image.Image:
-    """Decode what a stranger sent: RGB, at most `MAX_SIDE` on its longer side.
+    """Decode what a stranger sent, a file or its content: RGB, at most `MAX_SIDE` on its longer side.
 
-    Parameters
-    ----------
-    source : Path or bytes
-        A file that exists, or its content.
-    name : str
-        What messages call it.
-
-    Raises
-    ------
-    ValueError
-        Not a whole image in one of `FORMATS`, or more bytes or pixels than allowed.
+    A UserError, in which it is called ``name``: no whole image in one of `FORMATS`, or too many bytes or pixels.
     """
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:

@@ -20,12 +20,6 @@ MOST = 4096  # pixels a side; drawing takes some 75 bytes for each pixel, so 1.3
 CELL = 28  # default pixels per patch: a single patch stays readable, and 24 x 24 of them fill 672 pixels
 
 
-def check_picture(picture: Any) -> None:
-    """ValueError for anything but a PIL image."""
-    if not isinstance(picture, Image.Image):
-        raise UserError(f"expected a PIL picture, got {type(picture).__name__}; convert it with PIL.Image.fromarray")
-
-
 def array(values: Any) -> np.ndarray:
     """One value per patch (N,) of a list, array or tensor (N,) or (1, N)."""
     found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
@@ -49,27 +43,25 @@ def on_grid(values: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
     return values.reshape(grid)
 
 
-def canvas(grid: tuple[int, ...], size: tuple[int, int], side: int | None) -> tuple[int, int]:
-    """Height and width of the drawing in pixels."""
+def canvas(picture: Any, grid: tuple[int, ...], side: int | None) -> tuple[np.ndarray, int]:
+    """The image's pixels (H, W, 3) float32 at the size of the drawing, and how many of them a patch has a side."""
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"expected a PIL picture, got {type(picture).__name__}; convert it with PIL.Image.fromarray")
     longer = max(grid)
     if side is None:
-        side = max(min(max(size), MOST), CELL * longer)
+        side = max(min(max(picture.size), MOST), CELL * longer)
     if side < 4 * longer:
         raise UserError(f"side={side} leaves less than 4 pixels for a patch; pass at least {4 * longer}")
     if side > max(MOST, CELL * longer):
         raise UserError(f"side={side} is more than {MOST} pixels, and drawing takes 75 bytes for each; pass fewer")
-    return max(1, round(side * grid[0] / longer)), max(1, round(side * grid[1] / longer))
+    height, width = (max(1, round(side * patches / longer)) for patches in grid)
+    pixels = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    return pixels, min(height // grid[0], width // grid[1])
 
 
-def stretched(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float32 pixels of the image at another size."""
-    return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-
-
-def per_pixel(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Values (rows, columns, ...) of patches as (H, W, ...) of pixels."""
-    rows = np.arange(height) * values.shape[0] // height
-    columns = np.arange(width) * values.shape[1] // width
+def per_pixel(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Values (rows, columns, ...) of patches as (H, W, ...), of as many ``pixels`` (H, W, 3)."""
+    rows, columns = (np.arange(n) * patches // n for n, patches in zip(pixels.shape, values.shape[:2]))
     return values[np.ix_(rows, columns)]
 
 

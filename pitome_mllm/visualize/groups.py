@@ -5,26 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm
 from PIL import Image, ImageDraw
 
 from ..methods import UserError
-from .canvas import (
-    DROPPED,
-    array,
-    canvas,
-    check_picture,
-    diamonds,
-    dots,
-    font_of,
-    hairline,
-    hatch,
-    on_grid,
-    per_pixel,
-    stretched,
-    to_picture,
-)
+from .canvas import DROPPED, array, canvas, diamonds, dots, font_of, hairline, hatch, on_grid, per_pixel, to_picture
 from .heat import colours, with_bar
 
 STYLES = ("outline", "mean", "size")
@@ -39,7 +24,6 @@ PALETTE = np.array(
 def draw_groups(
     picture: Image.Image,
     groups: Any,
-    sizes: Any = None,
     *,
     protected: Any = None,
     grid: tuple[int, int] | None = None,
@@ -60,8 +44,6 @@ def draw_groups(
         What the tower saw (see `seen_by`); it is stretched to the grid's proportions.
     groups : array_like of shape (N,) or (1, N)
         Integers in reading order: the token of each patch, -1 = dropped.
-    sizes : array_like of shape (K,), optional
-        Patches per token, as `Stats.sizes` (size 1 = stayed alone); counted from `groups` when left out.
     protected : array_like of shape (N,), bool, optional
         Patches that the method keeps out of merging, as `protected_patches` finds them.
     grid : tuple of int, optional
@@ -75,17 +57,15 @@ def draw_groups(
     Raises
     ------
     ValueError
-        No groups (a method without them), a wrong number of labels or sizes, an unknown style, a side too small to show
-        the patches.
+        No groups (a method without them), a wrong number of labels, an unknown style, a side too small to show the
+        patches.
     """
     if style not in STYLES:
         raise UserError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
-    check_picture(picture)
     labels = _labels(groups, grid)
-    sizes = _sizes(labels, sizes)
-    height, width = canvas(labels.shape, picture.size, side)
-    pixels, label_map = stretched(picture, height, width), per_pixel(labels, height, width)
-    cell = min(height // labels.shape[0], width // labels.shape[1])
+    sizes = np.append(np.bincount(labels[labels != DROPPED]), 0)  # (K + 1,) patches; the last serves label -1
+    pixels, cell = canvas(picture, labels.shape, side)
+    label_map = per_pixel(labels, pixels)
     draw = {"outline": _outline, "mean": _mean, "size": _size}[style]
     drawn = draw(pixels, labels, label_map, sizes, cell)
     drawing = to_picture(hatch(drawn, label_map == DROPPED, cell))
@@ -104,18 +84,6 @@ def _labels(groups: Any, grid: tuple[int, int] | None) -> np.ndarray:
     if labels.dtype.kind not in "iu" or labels.min() < DROPPED:
         raise UserError("groups must be integers from 0, with -1 for dropped patches")
     return on_grid(labels, grid)
-
-
-def _sizes(labels: np.ndarray, sizes: Any) -> np.ndarray:
-    """(K + 1,) patches per token; the last entry serves label -1."""
-    count = int(labels.max()) + 1
-    if sizes is None:
-        sizes = np.bincount(labels[labels != DROPPED], minlength=count)
-    else:
-        sizes = np.asarray(sizes.detach().float().cpu() if isinstance(sizes, torch.Tensor) else sizes).reshape(-1)
-        if len(sizes) != count:
-            raise UserError(f"got {len(sizes)} sizes for {count} tokens; pass one for each token of `groups`")
-    return np.append(sizes, 0)
 
 
 def _framed(label_map: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -143,7 +111,7 @@ def _mean(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: 
 
 def _size(pixels: np.ndarray, labels: np.ndarray, label_map: np.ndarray, sizes: np.ndarray, cell: int) -> np.ndarray:
     """Every token of several patches in the colour of its size, on a logarithmic scale."""
-    tones = colours(LogNorm(1, _most(sizes))(np.maximum(sizes, 1)))
+    tones = colours(_scale(sizes)(np.maximum(sizes, 1)))
     drawn = np.where(_framed(label_map, sizes)[..., None], tones[label_map], pixels)
     return np.where(hairline(label_map, max(1, cell // 14))[..., None], 0.2 * drawn, drawn)
 
@@ -158,13 +126,13 @@ def _mark(drawing: Image.Image, alone: np.ndarray, protected: Any, cell: int) ->
 def _with_sizes(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> Image.Image:
     """The drawing with the sizes of its tokens as numbers, above what their colours mean."""
     _numbers(drawing, labels, sizes, cell)
-    ticks = [2**n for n in range(int(np.log2(_most(sizes))) + 1)]
-    return with_bar(drawing, "patches per token", LogNorm(1, _most(sizes)), ticks)
+    ticks = [2**n for n in range(int(sizes.max(initial=2)).bit_length())]
+    return with_bar(drawing, "patches per token", _scale(sizes), ticks)
 
 
-def _most(sizes: np.ndarray) -> float:
-    """The most patches of a token, where the scale of colours ends."""
-    return max(2.0, float(sizes[:-1].max(initial=1)))
+def _scale(sizes: np.ndarray) -> LogNorm:
+    """The scale of colours, from one patch to the most of a token."""
+    return LogNorm(1, sizes.max(initial=2))
 
 
 def _numbers(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: int) -> None:
@@ -174,12 +142,10 @@ def _numbers(drawing: Image.Image, labels: np.ndarray, sizes: np.ndarray, cell: 
     brush, font = ImageDraw.Draw(drawing), font_of(round(0.5 * cell))
     for label in np.flatnonzero(sizes[:-1] > 1):
         places = np.argwhere(labels == label)
-        if not len(places):
-            continue
         row, column = places[np.abs(places - places.mean(0)).sum(1).argmin()]
         middle = (column + 0.5) * drawing.width / labels.shape[1], (row + 0.5) * drawing.height / labels.shape[0]
         style: dict[str, Any] = {"fill": "white", "stroke_width": max(1, cell // 16), "stroke_fill": "black"}
-        brush.text(middle, f"{sizes[label]:.0f}", font=font, anchor="mm", **style)
+        brush.text(middle, str(sizes[label]), font=font, anchor="mm", **style)
 
 
 def _means(pixels: np.ndarray, label_map: np.ndarray) -> np.ndarray:

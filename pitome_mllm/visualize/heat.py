@@ -13,20 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..methods import UserError
-from .canvas import (
-    DPI,
-    array,
-    below,
-    canvas,
-    check_picture,
-    dots,
-    hatch,
-    on_grid,
-    painted,
-    per_pixel,
-    stretched,
-    to_picture,
-)
+from .canvas import DPI, array, below, canvas, dots, hatch, on_grid, painted, per_pixel, to_picture
 
 VIRIDIS = "viridis"  # grows evenly in lightness and reads the same for every common kind of colour blindness
 PICTURE = 0.25  # share of the image's own lightness that shows through
@@ -65,18 +52,15 @@ def draw_energies(
     ValueError
         No energies (a method without them), a wrong number of them, a side too small to show the patches.
     """
-    check_picture(picture)
     if energies is None:
         raise UserError("this method has no energies, so there is nothing to draw; choose one such as pitome")
     values = on_grid(array(energies).astype(np.float64), grid)
-    height, width = canvas(values.shape, picture.size, side)
-    cell = min(height // values.shape[0], width // values.shape[1])
+    pixels, cell = canvas(picture, values.shape, side)
     low, high = limits([values]) if span is None else span
     scale = Normalize(low, high if high > low else low + 1)
-    pixels = stretched(picture, height, width)
     light = pixels.mean(-1, keepdims=True) - 128
-    drawn = per_pixel(colours(scale(np.nan_to_num(values, nan=low))), height, width) + PICTURE * light
-    drawing = to_picture(hatch(drawn, per_pixel(~np.isfinite(values), height, width), cell))
+    drawn = per_pixel(colours(scale(np.nan_to_num(values, nan=low))), pixels) + PICTURE * light
+    drawing = to_picture(hatch(drawn, per_pixel(~np.isfinite(values), pixels), cell))
     if protected is not None:
         dots(drawing, on_grid(array(protected).astype(bool), values.shape), max(1, cell // 14))
     return with_bar(drawing, "energy", scale)

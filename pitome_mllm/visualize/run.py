@@ -98,17 +98,16 @@ def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Te
     energy.
     """
     wanted = stats.merges if step is None else stats.merges[step : step + 1]
-    parts = [part for merge in wanted for part in merge.steps]
-    if all(part.candidates is None for part in parts):
+    if all(merge.candidates is None for merge in wanted):
         return torch.zeros(stats.plan.geometry.patches, dtype=torch.bool)
     group = patch_groups(stats, image, step or 0)
     found = torch.ones_like(group, dtype=torch.bool)
-    for part in parts:
-        if part.candidates is not None:
-            order = part.energy[image].cpu().argsort(descending=True, stable=True)
-            outside = torch.zeros(len(order) + 1, dtype=torch.bool).index_fill(0, order[part.candidates :], True)
+    for merge in wanted:
+        if merge.candidates is not None:
+            order = merge.energy[image].cpu().argsort(descending=True, stable=True)
+            outside = torch.zeros(len(order) + 1, dtype=torch.bool).index_fill(0, order[merge.candidates :], True)
             found &= outside[group]  # the last entry serves label -1
-        group = _onward(stats, image, group, part)
+        group = _onward(stats, image, group, merge)
     return found
 
 
@@ -129,7 +128,10 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
         or as `draw_groups`.
     """
     check_drawable(stats.plan)
-    _check(pictures, stats)
+    if len(pictures) != stats.images:
+        raise UserError(
+            f"got {len(pictures)} pictures for a run of {stats.images}; pass one for each picture or tile of the run"
+        )
     return [
         draw_groups(
             picture,
@@ -181,10 +183,3 @@ def draw_step_energies(
         draw_energies(picture, energies[s], protected=protected_patches(stats, image, s), **options) for s in steps
     ]
     return drawings, [f"{names[s]}: {counts[s]} to {counts[s + 1]} tokens" for s in steps]
-
-
-def _check(pictures: Sequence[Image.Image], stats: Any) -> None:
-    if len(pictures) != stats.images:
-        raise UserError(
-            f"got {len(pictures)} pictures for a run of {stats.images}; pass one for each picture or tile of the run"
-        )

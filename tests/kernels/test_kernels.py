@@ -172,10 +172,11 @@ def test_the_order_of_the_published_code(device, switch, name):
 
 
 def test_merges_in_a_row_compose(device, switch):
-    reducer = get_method("pitome", margin=0.6, alpha=0.0, steps=2)
-    metric = exact(2, 41, 16, 9, seed=2)
-    merge = reducer.match(metric.to(device), 18, protected=1)
-    assert all(isinstance(step, FusedMerge) for step in merge.steps)
+    reducer, metric = get_method("pitome", margin=0.6, alpha=0.0), exact(2, 41, 16, 9, seed=2).to(device)
+    first = reducer.match(metric, 9, protected=1)
+    later = reducer.match(first.reduce(metric)[0], 9, protected=1)
+    assert isinstance(first, FusedMerge) and isinstance(later, FusedMerge)
+    merge = first.then(later)
     y = torch.arange(41.0, device=device)[None, :, None].expand(2, -1, 1)
     means, sizes = merge.reduce(y)
     inside = torch.nn.functional.one_hot(merge.group).float().mT
