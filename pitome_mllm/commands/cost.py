@@ -126,8 +126,7 @@ def section(shape: Any, asked: argparse.Namespace) -> Section:
         notes.append(
             f"The paper's table says {paper.plain:g} and {paper.merged:g} GFLOPs, with a multiply-add as one. With "
             f"{paper.removed} patches less after every block it is {plain.flops / 2e9:.1f} and "
-            f"{ours['gflops'] / 2:.2f} here, which saves {ours['saved']:.1%}; no one ratio gives the figures of all its "
-            "models."
+            f"{ours['gflops'] / 2:.2f} here, which saves {ours['saved']:.1%}; no one ratio gives what it says of all."
         )
     return Section(shape.title, rows, notes)
 
