@@ -28,20 +28,24 @@ def text(rows: list[Found]) -> str:
     for model, title in MODELS.items():
         if own := [row for row in rows if row["model"] == model]:
             plain = own[0]
-            kinds = f", own kind {_percent(plain, 'category')} (plain)" if plain.get("category") else ""
+            kinds = f", own kind {_percent(plain, 'category')}" if plain.get("category") else ""
             parts.append(
                 f"**{title}**: {plain['tokens']} patches, {plain['gflops']} GFLOPs{kinds}.\n\n{_table(own[1:])}"
             )
     first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    about = f"""Cosine: between merged and plain embeddings of a picture, with its 95 % bootstrap interval.
+    about = f"""Cosine: between merged and plain embeddings of a picture, with its 95 % bootstrap interval in brackets.
 Nearest: per cent of pictures whose nearest other picture is the plain model's. Kind: per cent of stamps whose nearest
 other stamp is of their own kind. GFLOPs are counted, a multiply-add as two. {first["pictures"]} pictures,
 {first["device"]}, torch {first["torch"]}, transformers {first["transformers"]}, commit {commits}, {first["date"]}."""
-    return "\n\n".join([*parts, about])
+    return "\n\n".join([*parts, about, "![Loss over GFLOPs, by method](encoders.png)"])
 
 
 def _percent(row: Found, name: str) -> str:
-    return f"{100 * float(row[name]):.0f}" if row.get(name) else "-"
+    """With its interval."""
+    value, low, high = (
+        f"{100 * float(row[n]):.0f}" if row.get(n) else "-" for n in (name, f"{name}_low", f"{name}_high")
+    )
+    return f"{value} ({low} to {high})" if row.get(name) else "-"
 
 
 def _table(rows: list[Found]) -> str:
@@ -61,8 +65,8 @@ def _near(row: Found, left: Iterable[int]) -> int:
 
 def _cell(row: Found) -> str:
     span = f"({float(row['cosine_low']):.3f} to {float(row['cosine_high']):.3f})"
-    figures = [_percent(row, name) for name in ("neighbour", "category")]
-    return ", ".join([f"{float(row['cosine']):.4f} {span}", *figures, row["gflops"]])
+    nearest = f"{100 * float(row['neighbour']):.0f}"
+    return ", ".join([f"{float(row['cosine']):.4f} {span}", nearest, _percent(row, "category"), row["gflops"]])
 
 
 def plot(rows: list[Found], path: Path) -> None:
