@@ -8,7 +8,7 @@ from typing import Any
 
 from .families.geometry import Geometry
 from .methods import Reducer, UserError
-from .schedule import EVERY, Schedule, gentle, projector_counts, target_count
+from .schedule import EVERY, Schedule, fewest, gentle, projector_counts, target_count
 from .settings import HOW, Settings, resolve_settings
 
 GRIDS = 64  # sizes of pictures whose plans are remembered
@@ -209,7 +209,7 @@ def _token_counts(
     if settings.where == "projector":
         return patches, [patches] * blocks, projector_counts(patches, keep, of_round)
     tower = (
-        min(round(math.sqrt(patches * keep)), max(keep, patches // 3))
+        max(min(round(math.sqrt(patches * keep)), max(keep, patches // 3)), fewest(patches, blocks, limit))
         if settings.tower_keep is None
         else target_count(settings.tower_keep, patches, "tower_keep")
     )

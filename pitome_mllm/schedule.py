@@ -148,10 +148,10 @@ def _by_ratio(tokens: int, blocks: int, ratio: float, max_removable: MaxRemovabl
 
 def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: MaxRemovable) -> list[int]:
     """Follow the shape as closely as the limit per block allows, and land exactly on ``keep``."""
-    fewest = _fewest(tokens, blocks, max_removable)
-    if keep < fewest:
+    least = fewest(tokens, blocks, max_removable)
+    if keep < least:
         raise UserError(
-            f"cannot reach {keep} of {tokens} tokens in {blocks} blocks: {fewest} to {tokens} are possible; "
+            f"cannot reach {keep} of {tokens} tokens in {blocks} blocks: {least} to {tokens} are possible; "
             "keep more, or merge in more places"
         )
     ceilings = [keep]  # per block, from the last one: the most tokens from which the rest of the way is possible
@@ -169,9 +169,9 @@ def _towards(tokens: int, blocks: int, keep: int, shape: str, max_removable: Max
 def _at_points(tokens: int, blocks: int, keep: int, shape: str, max_removable: MaxRemovable, merges: int) -> list[int]:
     """Counts where only ``merges`` of the blocks remove tokens, or as many more as keep each at 40 %."""
     limit = gentle(max_removable)
-    merges = next((m for m in range(merges, blocks) if _fewest(tokens, m, limit) <= keep), blocks)
+    merges = next((m for m in range(merges, blocks) if fewest(tokens, m, limit) <= keep), blocks)
     if merges == blocks:
-        reached = _fewest(tokens, blocks, limit) <= keep
+        reached = fewest(tokens, blocks, limit) <= keep
         return _towards(tokens, blocks, keep, shape, limit if reached else max_removable)
     points = _merge_points(merges, blocks, shape)
     after = dict(zip(points, _towards(tokens, merges, keep, "equal", limit)))
@@ -192,7 +192,7 @@ def _merge_points(merges: int, blocks: int, shape: str = "equal") -> list[int]:
     return [first + round(point * (last - first) / max(merges - 1, 1)) for point in range(merges)]
 
 
-def _fewest(tokens: int, merges: int, max_removable: MaxRemovable) -> int:
+def fewest(tokens: int, merges: int, max_removable: MaxRemovable) -> int:
     """The smallest count that so many merges can leave."""
     for _ in range(merges):
         tokens -= max_removable(tokens)

@@ -211,7 +211,7 @@ def test_groups_draws_energies_steps_and_a_chart(run, tmp_path):
 
 def test_groups_stacks_the_steps_of_several_methods(run, tmp_path):
     heights = []
-    for methods in (["tome"], ["tome", "random"]):
+    for methods in (["tome"], ["tome", "mctf"]):
         run("groups", "--steps", "--side", 96, "--style", "size", "--out", tmp_path / "g.png", "--method", *methods)
         with Image.open(tmp_path / "g.png") as drawn:
             heights.append(drawn.height)
@@ -221,7 +221,7 @@ def test_groups_stacks_the_steps_of_several_methods(run, tmp_path):
 def test_methods_lists_every_method(run):
     code, out, _ = run("methods")
     assert code == 0 and all(name in out for name in METHODS) and f"{DEFAULT_METHOD} (default)" in out
-    assert METHODS["tome"].reference in out
+    assert METHODS["tome"].reference.split()[-1] in out  # in the column's next line, where it is narrow
 
 
 def test_version_and_help(run):

@@ -135,7 +135,7 @@ def test_nothing_of_an_earlier_call_changes(one, pair):
             assert torch.equal(merge.group, group)
             assert torch.equal(merge.reduce(torch.ones(1, group.shape[1], 2))[0], reduced)
         with pytest.raises(RuntimeError, match="order='source'"):
-            next(m for m in stats.merges if m._source).in_source_order()
+            next(m for m in stats.merges if m.source).in_source_order()
 
 
 @pytest.mark.parametrize(

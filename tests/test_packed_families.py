@@ -8,16 +8,16 @@ from checks import logits, new_ids
 from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, VIDEO, pictures
 from models import picture
 
-from pitome_mllm import attach, get_method
-from pitome_mllm.schedule import projector_counts
+from pitome_mllm import METHODS, attach, get_method
+from pitome_mllm.schedule import gentle, projector_counts
 
 
 def merged(x, keep, method):
-    """Features (N, C) merged to ``keep`` in rounds."""
-    reducer, x, sizes = get_method(method), x[None], None
-    for count in projector_counts(x.shape[1], keep, reducer.max_removable):
+    """Features (N, C) merged to ``keep`` in rounds as by default: of at most 40 %, every token counting once."""
+    reducer, x, sizes = get_method(method, **METHODS[method].library), x[None], torch.ones(1, len(x), 1)
+    for count in projector_counts(x.shape[1], keep, gentle(reducer.max_removable)):
         merge = reducer.match(x, x.shape[1] - count, size=sizes, depth=1.0)
-        x, sizes = merge.reduce(x, sizes)
+        x, sizes = merge.reduce_evenly(x, sizes)
     return x[0]
 
 

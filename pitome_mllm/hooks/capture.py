@@ -218,7 +218,7 @@ def _is_recipe(value: Any) -> bool:
     return callable(value) and not isinstance(value, _ATOMS)
 
 
-def _gone() -> Tensor:
+def _gone(merge: Merge) -> Tensor:
     raise RuntimeError(
         "the order in which the reference code leaves tokens is not kept by a graph; use graph=False, or attach with "
         "order='source'"
