@@ -1,1 +1,1 @@
-"""Scenes, questions, the embedded model's training recipe and its benchmark."""
+"""What measures: the embedded benchmark and its model's training, accuracy, speed, encoders alone, lmms-eval."""

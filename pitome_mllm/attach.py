@@ -69,6 +69,7 @@ class Attachment(Attached):
 
     @property
     def stats(self) -> Stats | None:
+        """What the last run of the calling task or thread did; None before one, or if the plain model ran."""
         return self.state.stats
 
     def update(self, method: str | Reducer | None = UNCHANGED, **settings: Any) -> None:

@@ -1,6 +1,6 @@
 """How many tokens every block leaves. `Schedule.counts` is the one source of truth.
 
-The tower, the placeholders, the accounting and servers all ask it, so that they cannot disagree.
+The tower, the placeholders, the costs and servers all ask it, so that they cannot disagree.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         found += rows
         write_csv(args.out, found, provenance("tiny", "validation"))
         taken = next(row for row in rows if row.taken)
-        print(f"round {number}: {taken.alternative}, {100 * taken.value:.1f} per cent right ({taken.each})", flush=True)
+        print(f"round {number}: {taken.alternative}, {100 * taken.value:.1f} % right ({taken.each})", flush=True)
         if taken is rows[0]:
             break
         current = json.loads(taken.settings)

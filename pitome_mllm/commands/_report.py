@@ -62,7 +62,7 @@ def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: in
 def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model).
 
-    The FLOPs of an LLM that `accounting` does not know stay None, as those of images cut into tiles.
+    The FLOPs of an LLM that `costs.flops` does not know stay None, as those of images cut into tiles.
     """
     from ..costs.flops import estimate, flops_known, kv_bytes_per_token
 

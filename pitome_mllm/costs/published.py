@@ -1,4 +1,4 @@
-"""Models by their published sizes, for `accounting`: no weights, no network."""
+"""Models by their published sizes, for `flops` and `memory`: no weights, no network."""
 
 from __future__ import annotations
 

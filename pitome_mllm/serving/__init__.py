@@ -1,1 +1,1 @@
-"""What a server of merged models needs, whichever it is: uploads with limits, and a gate for requests."""
+"""What serves strangers: prompts and uploads with limits, for chat and server, and the OpenAI-compatible server."""
