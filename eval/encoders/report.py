@@ -37,7 +37,8 @@ def text(rows: list[Found]) -> str:
 Nearest: per cent of pictures whose nearest other picture is the plain model's. Kind: per cent of stamps whose nearest
 other stamp is of their own kind. GFLOPs are counted, a multiply-add as two. {first["pictures"]} pictures,
 {first["device"]}, torch {first["torch"]}, transformers {first["transformers"]}, commit {commits}, {first["date"]}."""
-    return "\n\n".join([*parts, about, "![Loss over GFLOPs, by method](encoders.png)"])
+    shown = ["![Loss over GFLOPs, by method](encoders.png)"] if len(_left(_first(rows))) > 1 else []
+    return "\n\n".join([*parts, about, *shown])
 
 
 def _percent(row: Found, name: str) -> str:
@@ -50,13 +51,23 @@ def _percent(row: Found, name: str) -> str:
 
 def _table(rows: list[Found]) -> str:
     """Settings down, and what is left across."""
-    left = sorted({int(row["tokens"]) for row in rows if row["points"] == "every"}, reverse=True)
+    left = _left(rows)
     heads = [f"{tokens} left: cosine, nearest, kind, GFLOPs" for tokens in left]
     lines = [["method", "how", "merges", *heads]]
     for key in dict.fromkeys((row["method"], row["how"], row["points"]) for row in rows):
         own = {_near(row, left): row for row in rows if (row["method"], row["how"], row["points"]) == key}
         lines.append([*key, *(_cell(own[tokens]) if tokens in own else "-" for tokens in left)])
     return markdown(lines, 3)
+
+
+def _first(rows: list[Found]) -> list[Found]:
+    """Those of CLIP."""
+    return [row for row in rows if row["model"] == next(iter(MODELS))]
+
+
+def _left(rows: list[Found]) -> list[int]:
+    """What merging in every block was measured to leave."""
+    return sorted({int(row["tokens"]) for row in rows if row["points"] == "every"}, reverse=True)
 
 
 def _near(row: Found, left: Iterable[int]) -> int:
@@ -70,11 +81,13 @@ def _cell(row: Found) -> str:
 
 
 def plot(rows: list[Found], path: Path) -> None:
-    """What is lost over GFLOPs, by method, for CLIP."""
-    rows = [row for row in rows if row["model"] == next(iter(MODELS))]
+    """What is lost over GFLOPs, by method, for CLIP; nothing where there is one point of each line."""
+    rows = _first(rows)
+    if len(_left(rows)) < 2:
+        return
     methods, lines = list(dict.fromkeys(row["method"] for row in rows)), {}
     titles = ["as published, every block", "library, every block", "library, 4 merges"]
-    figure, axes = panels(titles, "1 - cosine to the plain embedding", xlabel="GFLOPs", yscale="log")
+    figure, axes = panels(titles, "1 - cosine to the plain embedding", xlabel="GFLOPs", xlim=(10, 36), yscale="log")
     for axis, key in zip(axes, PLOTTED, strict=True):
         for number, method in enumerate(methods):
             own = [row for row in rows if (row["method"], row["how"], row["points"]) == (method, *key)]
