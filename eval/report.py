@@ -11,6 +11,7 @@ from . import front
 from .accuracy import curves, search, spectra, tables
 from .accuracy.figures import gate_table
 from .documents import NotMeasured, marks, put_in, read
+from .encoders import report as encoders
 from .provenance import RESULTS
 from .speed import report as speed
 from .speed.sheet import CPU_RESULTS, GPU_RESULTS
@@ -26,6 +27,7 @@ def texts() -> dict[str, dict[str, str]]:
         "README.md": {"number": front.number(gpu), "results": front.table(rows_of(curves.summary), gpu, cpu)},
         "docs/accuracy.md": {"accuracy": if_measured(accuracy_of_all), "spectra": if_measured(spectra_of_all)},
         "docs/search.md": {"accuracy": if_measured(lambda: tables.ablation(search.results()))},
+        "docs/encoders.md": {"real": if_measured(lambda: encoders.text(encoders.results()))},
         "docs/speed.md": {name: if_measured(made) for name, made in speed.TEXTS.items()},
         "docs/training.md": {"finetune": if_measured(finetuned)},
     }
@@ -64,6 +66,8 @@ def plots(docs: Path) -> None:
     """Draw accuracy and spectra."""
     if found := rows_of(curves.summary):
         tables.plot(found, docs / "accuracy.png")
+    if found := rows_of(encoders.results):
+        encoders.plot(found, docs / "encoders.png")
     if spectra.OUT.exists():
         spectra.plot(*spectra.stored(), docs / "spectra.png")
 

@@ -33,9 +33,13 @@ LAYERS = (
     "pitome_mllm_eval.accuracy",
     "pitome_mllm_eval.training",
     "pitome_mllm_eval.speed",
+    "pitome_mllm_eval.encoders.report",
+    "pitome_mllm_eval.encoders.weights",
+    "pitome_mllm_eval.encoders.real",
     "pitome_mllm_eval.front",
     "pitome_mllm_eval.report",
     "pitome_mllm_eval.lmms",
+    "pitome_mllm_eval.encoders",
     "pitome_mllm_eval.bench",
     "pitome_mllm_demo",
 )

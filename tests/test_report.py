@@ -70,4 +70,8 @@ def test_the_first_screen_says_what_was_measured_and_where_nothing_is_gained():
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path):
     report.plots(tmp_path)
-    assert {"accuracy.png"} <= {path.name for path in tmp_path.iterdir()} <= {"accuracy.png", "spectra.png"}
+    assert (
+        {"accuracy.png"}
+        <= {path.name for path in tmp_path.iterdir()}
+        <= {"accuracy.png", "encoders.png", "spectra.png"}
+    )

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pitome_mllm.loading import TINY, read_config
+from pitome_mllm.loading import TINY
 
 from ..accuracy.runs import code
 from . import tables
@@ -53,7 +53,7 @@ def model_identity(model: str) -> dict[str, str]:
     folder = TINY if model == "tiny" else Path(model).expanduser()
     if folder.is_dir():
         return {"files": fingerprint(folder.iterdir())}
-    return {"hub": model, "commit": str(getattr(read_config(model), "_commit_hash", None))}
+    return {"hub": model, "commit": str(getattr(tables.own_config(model), "_commit_hash", None))}
 
 
 def _task(name: str, data: Path | None) -> dict[str, Any]:

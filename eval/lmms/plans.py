@@ -103,7 +103,8 @@ def plan(table: Table, limit: int | None, tflops: float = SUSTAINED) -> list[Est
     found = []
     for run in table.runs:
         flops = _flops(run)
-        found.append(Estimated(run, documents, flops / 1e9, documents * (BESIDE + flops / (tflops * 1e12)) / 3600))
+        seconds = flops / (tflops * 1e12) + (0 if table.of_encoders else BESIDE)
+        found.append(Estimated(run, documents, flops / 1e9, documents * seconds / 3600))
     return found
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +30,13 @@ from .manifest import NAME
 from .model import PitomeLlava, place
 from .plans import check_limit, control
 from .results import EvaluationError, Results, draws, group_a, newest
+from .rows import Options, Row, beside
 from .scene_tasks import GROUP, TASKS
 from .tables import PLAIN, RELATIVE, Run, Table, published
 from .tables import TASKS as KNOWN
 
 PICTURE = ("scene", "image_id", "imageId", "image_source")  # fields of documents that say which image they are about
 ROTATED = 1_000_000  # MMBench: index of a question with rotated choices, less that of the question or a multiple
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a table is run."""
-
-    limit: int | None = None  # questions per task; None = all
-    batch_size: int = 8
-    data: Path | None = None  # folder with a parquet file for each task instead of the data sets on the hub
-    out: Path = Path("runs/reproduce")
-    load: dict[str, Any] | None = None  # keywords of `pitome_mllm.load`
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure beside the published one, each with its visual tokens; what is None is not known."""
-
-    run: Run
-    task: str
-    questions: int
-    tokens: int
-    ours: float | None
-    low: float | None
-    high: float | None
-    published: float | None = None
-    published_tokens: int | None = None
-    source: str = ""
-
-    @property
-    def difference(self) -> tuple[float, float | None, float | None] | None:
-        """Ours less the published figure, with its interval."""
-        if self.published is None or self.ours is None:
-            return None
-        bounds = (None if bound is None else bound - self.published for bound in (self.low, self.high))
-        return self.ours - self.published, *bounds
 
 
 def reproduce(name: str, table: Table, options: Options, say: Callable[[str], None]) -> dict[Run, Results]:
@@ -219,19 +184,13 @@ def compare(name: str, table: Table, found: dict[Run, Results], with_group_a: bo
         for task_name in table.tasks:
             task = KNOWN[task_name]
             figure = results.figure(task.task, task.metric, task.scale)
-            yield _beside(known, run, task_name, figure.questions, figure.value, figure.low, figure.high)
+            yield beside(known, run, task_name, figure.questions, figure.value, figure.low, figure.high)
             if coarse:
                 figure = group_a(plain, coarse, results, task.task, task.metric)
                 about = (figure.questions, run.tokens, figure.value, figure.low, figure.high)
                 yield Row(run, f"{task_name}, group A", *about)
         if plain and (share := _share(table, results, plain)):
-            yield _beside(known, run, RELATIVE, 0, *share)
-
-
-def _beside(known: dict[tuple[Run, str], dict[str, str]], run: Run, task: str, questions: int, *ours: Any) -> Row:
-    theirs = known.get((run, task))
-    told = (float(theirs["value"]), int(theirs["tokens"] or 0) or None, theirs["source"]) if theirs else ()
-    return Row(run, task, questions, run.tokens, *ours, *told)
+            yield beside(known, run, RELATIVE, 0, *share)
 
 
 def _share(table: Table, results: Results, plain: Results) -> tuple[float, float | None, float | None] | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from pitome_mllm import METHODS
 from pitome_mllm.costs.published import get_shape
+from pitome_mllm.families.encoders import ENCODER_OF_CONFIG
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import read_config
 from pitome_mllm.plan import make_plan
@@ -30,12 +34,19 @@ VICUNA = (
 )
 LLAVA_7B, LLAVA_13B = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"
 LLAVA_NEXT = "llava-hf/llava-v1.6-vicuna-7b-hf"
+CLIP_L, CLIP_B, DEIT = (
+    "openai/clip-vit-large-patch14-336",
+    "openai/clip-vit-base-patch16",
+    "facebook/deit-small-patch16-224",
+)
+BLIP = "Salesforce/blip-itm-base-flickr"
 SHAPE_OF = {LLAVA_7B: "llava-1.5-7b", LLAVA_13B: "llava-1.5-13b", LLAVA_NEXT: "llava-next-7b"}
+SHAPE_OF |= {CLIP_L: "clip-l-336", CLIP_B: "clip-b-16", DEIT: "deit-s", BLIP: "blip-b-384"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lmms-eval, the figure of it that is published, and its size."""
+    """A task of lmms-eval, or of encoders alone; the figure of it that is published, and its size."""
 
     task: str  # lmms-eval's name,
     metric: str  # the key in its results,
@@ -66,6 +77,12 @@ TASKS = {
     "mmbench": Task("mmbench_en_dev_static", "gpt_eval_score", "dev", 4_329, f"{_HUB}/MMBench", scale=1, counted=False),
     "pitome_scenes": Task("pitome_scenes", "exact_match", "test", 3_360),
 }
+ENCODER_TASKS = {  # of encoders alone: pictures of the split
+    "flickr30k": Task("flickr30k", "Rsum", "test", 1_000, "nlphuji/flickr30k"),
+    "coco": Task("coco", "Rsum", "test", 5_000, "nlphuji/mscoco_2014_5k_test_image_text_retrieval"),
+    "imagenet": Task("imagenet", "top-1", "validation", 50_000, "ILSVRC/imagenet-1k"),
+}
+TASKS |= ENCODER_TASKS
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,17 @@ class Table:
     runs: tuple[Run, ...]
     system_prompt: str = ""
 
+    @property
+    def of_encoders(self) -> bool:
+        """Whether it is of encoders alone, without lmms-eval."""
+        return {*self.tasks} <= {*ENCODER_TASKS}
+
+
+def _alone(model: str, *ratios: float) -> tuple[Run, ...]:
+    """The plain encoder, and methods as published in every block."""
+    methods = ("pitome", "tome", "tofu", "dct", "diffrate")
+    return Run(model), *(Run(model, method, ratio=ratio, published=True) for ratio in ratios for method in methods)
+
 
 def _every(model: str, *keeps: int | float) -> tuple[Run, ...]:
     """The plain model and every method, as published, at every number or share of tokens."""
@@ -159,6 +187,18 @@ TABLES = {
         _TASKS,
         _every(LLAVA_7B, 0.333, 0.222, 0.111, 0.2, 0.1, 0.05),
         VICUNA,
+    ),
+    "pitome-retrieval": Table(
+        "retrieval by embeddings, off the shelf, recall both ways. The paper's BLIP sorts the best pairs again with "
+        "its matching head, which ours does not, and its CLIP was trained again with merging",
+        ("flickr30k", "coco"),
+        (*_alone(BLIP, 0.95, 0.925), *_alone(CLIP_L, 0.95, 0.925), *_alone(CLIP_B, 0.95, 0.925)),
+    ),
+    "pitome-imagenet": Table(
+        "ImageNet-1k top-1, off the shelf: classifiers, and CLIP by the names of the classes. The paper's DeiT-S is "
+        "merged to 2.9 * 10^9 multiply-adds, which it has here at ratio 0.92",
+        ("imagenet",),
+        (*_alone(DEIT, 0.92), *_alone(CLIP_B, 0.95, 0.9), *_alone(CLIP_L, 0.95, 0.9)),
     ),
     "embedded": Table(
         "the embedded model and benchmark, beside what `pitome_mllm_eval.accuracy.curves` measured of all questions",
@@ -203,4 +243,13 @@ def images_of(model: str) -> int:
 @cache
 def config_of(model: str) -> Any:
     """The configuration of a model of the tables, or of one that is here; nothing is fetched."""
-    return get_shape(SHAPE_OF[model]).config() if model in SHAPE_OF else read_config(model)
+    return get_shape(SHAPE_OF[model]).config() if model in SHAPE_OF else own_config(model)
+
+
+def own_config(model: str) -> Any:
+    """The configuration in a model's folder or on the hub, of an encoder alone too."""
+    with suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(model)
+        if config.model_type in ENCODER_OF_CONFIG:
+            return config
+    return read_config(model)

@@ -1,4 +1,4 @@
-"""``pitome-mllm reproduce``: a published table, run through lmms-eval, with ours beside the published figures."""
+"""``pitome-mllm reproduce``: a published table, run here, with ours beside the published figures."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ._companion import companion
 from ._options import keep, positive
 from ._report import print_table
 
-NAMES = ("pitome-paper", "pruning-literature", "llava-next", "shares", "embedded")
+NAMES = (
+    "pitome-paper",
+    "pruning-literature",
+    "llava-next",
+    "shares",
+    "pitome-retrieval",
+    "pitome-imagenet",
+    "embedded",
+)
 
 
 def register(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "reproduce",
-        help="run a published table through lmms-eval",
-        description="Run a published table through lmms-eval and print ours beside the published figures.",
+        help="run a published table",
+        description="Run a published table, those of multimodal models through lmms-eval, and print ours beside it.",
     )
     parser.add_argument("--table", required=True, choices=NAMES)
     parser.add_argument("--plan", action="store_true", help="print what would run, and what it takes; run nothing")
@@ -48,22 +57,25 @@ def run(options: argparse.Namespace) -> None:
     """Plan or run the table; exit code 1 where it could not be run to its end."""
     tables, plans = companion("eval", "lmms.tables"), companion("eval", "lmms.plans")
     table = plans.narrowed(tables.TABLES[options.table], options.model, options.method, options.keep, options.task)
+    if table.of_encoders and options.group_a:
+        raise UserError("--group-a is about questions; leave it out with tables of encoders alone")
     table = plans.with_controls(table) if options.group_a else table
     if options.plan:
         _show_plan(options, table, tables.TASKS, plans)
         return
-    reproduce = companion("eval", "lmms.reproduce")
-    asked = reproduce.Options(
+    asked = companion("eval", "lmms.rows").Options(
         limit=options.limit,
         batch_size=options.batch_size,
         data=options.data,
         out=options.out,
         load={"bits": options.bits, "dtype": options.dtype, "device": options.device},
     )
+    failed = companion("eval", "lmms.results").EvaluationError
+    reproduce = companion("eval", f"{'encoders' if table.of_encoders else 'lmms'}.reproduce")
     try:
         found = reproduce.reproduce(options.table, table, asked, lambda text: sys.stderr.write(f"{text}\n"))
         rows = list(reproduce.compare(options.table, table, found, options.group_a))
-    except (reproduce.EvaluationError, OSError) as error:
+    except (failed, OSError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"pitome-mllm: {' '.join(str(error).split())}\n")
@@ -90,11 +102,12 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
     lines = ([form.format(value) for form, value in zip(forms, row.values())] for row in runs)
     tasks = {name: known[name] for name in table.tasks}
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
+    text = f" and {1000 * plans.BESIDE:.0f} ms beside them, prompts of {plans.TEXT_TOKENS} text tokens and answers of "
+    text = ", of pictures only" if table.of_encoders else f"{text}{plans.NEW_TOKENS}"
     notes = [
         f"questions per task: {', '.join(sizes)}",
         f"downloads: {'; '.join(fetched) or 'none'}",
-        f"{hours:.1f} GPU hours in all, by FLOPs at {plans.SUSTAINED:g} TFLOP/s and {1000 * plans.BESIDE:.0f} ms "
-        f"beside them, prompts of {plans.TEXT_TOKENS} text tokens and answers of {plans.NEW_TOKENS}; GPUs differ",
+        f"{hours:.1f} GPU hours in all, by FLOPs at {plans.SUSTAINED:g} TFLOP/s{text}; GPUs differ",
     ]
     heads = ("run", "tokens", "questions", "GFLOPs per question", "GPU hours")
     print_table(heads, lines, f"{options.table}: {table.about}", notes)

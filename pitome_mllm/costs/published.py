@@ -32,6 +32,25 @@ _VICUNA_13B = dict(
 
 
 @dataclass(frozen=True)
+class PaperCost:
+    """What the PiToMe paper's table of ImageNet says that a model costs, plain and merged, in 10^9 multiply-adds.
+
+    No one ratio gives these figures. ``removed`` patches from every block, as in ToMe's paper, do within 2 %.
+    """
+
+    plain: float
+    merged: float
+    removed: int
+
+    def counts(self, patches: int, blocks: int) -> list[int]:
+        """Patches left after each block, of which none removes over half."""
+        left = [patches]
+        for _ in range(blocks):
+            left.append(max(left[-1] - self.removed, (left[-1] + 1) // 2))
+        return left[1:]
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model's sizes.
 
@@ -43,6 +62,8 @@ class Shape:
         Times that the tower runs for one image.
     paper_ratio : float or None
         The share kept per block in the PiToMe paper's table of this model, where it names one.
+    paper_cost : PaperCost or None
+        What that paper says that the model costs, where it says it.
     about : str
         What its figures take for granted.
     """
@@ -52,6 +73,7 @@ class Shape:
     text: Mapping[str, Any] | None = None
     images: int = 1
     paper_ratio: float | None = None
+    paper_cost: PaperCost | None = None
     about: str = ""
 
     def config(self) -> Any:
@@ -77,9 +99,14 @@ SHAPES = {
     "llava-next-7b": Shape("LLaVA-NeXT-7B (Vicuna)", _CLIP_L_336, _VICUNA_7B, images=5, about=_TILES),
     "clip-l-336": Shape("CLIP ViT-L/14 at 336 pixels", _CLIP_L_336, about=_ALONE),
     "clip-b-16": Shape("CLIP ViT-B/16", _tower(768, 12, 12, 224, 16), about=_ALONE),
-    "deit-s": Shape("DeiT-S/16", _tower(384, 12, 6, 224, 16), about=_ALONE),
-    "vit-mae-l": Shape("ViT-MAE-L/16", _tower(1024, 24, 16, 224, 16), about=_ALONE),
-    "vit-mae-h": Shape("ViT-MAE-H/14", _tower(1280, 32, 16, 224, 14), about=_ALONE),
+    "blip-b-384": Shape("BLIP ViT-B/16 at 384 pixels", _tower(768, 12, 12, 384, 16), about=_ALONE),
+    "deit-s": Shape("DeiT-S/16", _tower(384, 12, 6, 224, 16), paper_cost=PaperCost(4.6, 2.9, 12), about=_ALONE),
+    "vit-mae-l": Shape(
+        "ViT-MAE-L/16", _tower(1024, 24, 16, 224, 16), paper_cost=PaperCost(61.6, 31.0, 8), about=_ALONE
+    ),
+    "vit-mae-h": Shape(
+        "ViT-MAE-H/14", _tower(1280, 32, 16, 224, 14), paper_cost=PaperCost(167.4, 92.8, 7), about=_ALONE
+    ),
 }
 
 

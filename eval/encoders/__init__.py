@@ -1,0 +1,1 @@
+"""Encoders alone: published tables of retrieval and classification, and real weights on real photographs."""

@@ -1,0 +1,133 @@
+"""`pitome-mllm reproduce` of retrieval and of ImageNet: end to end on made pictures, and figures by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from checks import command_line
+from models import picture
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    DeiTImageProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from pitome_mllm_eval.encoders.pictures import data_of
+from pitome_mllm_eval.encoders.reproduce import recalls
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "photo", "of", "red", "blue", "old", "new", "house", "tree", "."]
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+VISION = dict(SIZES, image_size=48, patch_size=8)
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A CLIP, a classifier, and data of both kinds."""
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    text = dict(SIZES, vocab_size=len(WORDS), max_position_embeddings=16, bos_token_id=1, eos_token_id=2)
+    images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=48)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)).save_pretrained(folder / "clip")
+    CLIPProcessor(images, tokenizer()).save_pretrained(folder / "clip")
+    ViTForImageClassification(ViTConfig(**VISION, num_labels=3)).save_pretrained(folder / "vit")
+    DeiTImageProcessor(size={"height": 48, "width": 48}, do_center_crop=False).save_pretrained(folder / "vit")
+    pairs, classes = folder / "data" / "flickr30k", folder / "data" / "imagenet"
+    pairs.mkdir(parents=True)
+    rows = [{"file_name": f"{n}.png", "captions": [f"a {a} house", f"a photo of {b} tree"]}
+            for n, (a, b) in enumerate([("red", "old"), ("blue", "new"), ("old", "blue"), ("new", "red")])]  # fmt: skip
+    (pairs / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for n in range(6):
+        (classes / f"class_{n // 2}").mkdir(parents=True, exist_ok=True)
+        picture(n).save(classes / f"class_{n // 2}" / f"{n}.png")
+        picture(n).save(pairs / f"{n}.png")
+    return folder
+
+
+def run(capsys, here, out, table, model, *more):
+    asked = ["--table", table, "--model", here / model, "--data", here / "data", "--out", out, "--batch-size", 3]
+    return command_line(capsys, "reproduce", *asked, "--method", "pitome", "--json", *more)
+
+
+@pytest.mark.parametrize(
+    "table, model, task, questions, names",
+    [
+        ("pitome-retrieval", "clip", "flickr30k", 4, ["text R@1", "text R@5", "text R@10", "image R@1"]),
+        ("pitome-imagenet", "clip", "imagenet", 6, ["top-1"]),
+        ("pitome-imagenet", "vit", "imagenet", 6, ["top-1"]),
+    ],
+)
+def test_a_table_of_encoders_runs_offline_and_goes_on_where_it_was(
+    capsys, here, tmp_path, table, model, task, questions, names
+):
+    code, out, err = run(capsys, here, tmp_path, table, model, "--task", task)
+    rows = json.loads(out)
+    assert code == 0 and "GFLOPs and" in err and "is there already" not in err
+    assert [row["task"] for row in rows][: len(names)] == [f"{task} {name}" for name in names]
+    assert {row["questions"] for row in rows} == {questions}
+    assert {row["method"] for row in rows} == {"none", "pitome"}
+    assert all(row["low"] <= row["ours"] <= row["high"] for row in rows)
+    for_all = {row["task"]: row["ours"] for row in rows if row["method"] == "none"}
+    if table == "pitome-retrieval":
+        assert for_all.pop("flickr30k Rsum") == pytest.approx(sum(for_all.values()))
+    again = run(capsys, here, tmp_path, table, model, "--task", task)
+    assert json.loads(again[1]) == rows and again[2].count("is there already") == len({row["run"] for row in rows})
+
+
+def test_recall_counts_own_captions_among_the_nearest():
+    images = torch.eye(12)
+    texts = torch.cat([images, images.roll(1, 0)])  # of each picture one caption that fits, one that fits another
+    hits, trials = recalls(images, texts, torch.arange(12).repeat(2))
+    assert np.allclose(
+        100 * hits.sum(0) / trials.sum(0), [hits[:, 0].mean() * 100, 100, 100, 50, *hits.sum(0)[4:] / 0.24]
+    )
+    assert (hits[:, 3] == 1).all() and (trials[:, 3] == 2).all() and (trials[:, 0] == 1).all()
+
+
+def test_a_limit_takes_every_class_in_turn(here):
+    assert data_of("imagenet", here / "data", 4).labels == [0, 1, 2, 0]
+    assert data_of("imagenet", here / "data", None).classes == ["class 0", "class 1", "class 2"]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--table", "pitome-retrieval", "--data", "nowhere"], "metadata.jsonl"),
+        (["--table", "pitome-imagenet", "--data", "nowhere"], "put a folder for each class there"),
+        (["--table", "pitome-imagenet", "--group-a"], "--group-a is about questions"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, more, message):
+    code, out, err = command_line(capsys, "reproduce", *more, "--out", tmp_path)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_pictures_come_from_the_hub_too(monkeypatch, here):
+    class Rows(list):
+        column_names = ("image", "caption", "split")
+
+        def select(self, numbers):
+            return Rows(self[n] for n in numbers)
+
+        def __getitem__(self, key):
+            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+    held = Rows({"image": picture(n), "caption": [f"{n}"], "split": "test" if n else "train"} for n in range(3))
+    hub = type("datasets", (), {"load_dataset": staticmethod(lambda name, split: held)})
+    monkeypatch.setitem(__import__("sys").modules, "datasets", hub)
+    found = data_of("flickr30k", None, None)
+    assert found.captions == [["1"], ["2"]] and [len(batch) for batch in found.batches(2)] == [2]
