@@ -63,12 +63,17 @@ def table(accuracy: Sequence[Row], gpu: Sequence[Row], cpu: Sequence[Row]) -> st
 
 
 def best(right: Mapping[tuple[str, int], Row]) -> str:
-    """Which method leads at each number of tokens, as a sentence behind others; right : rows by method and tokens."""
-    said = []
+    """Which method leads at which numbers of tokens, as a sentence behind others; right : rows by method and tokens."""
+    leads: dict[str, list[str]] = {}
+    behind = [0.0]
     for keep in sorted({keep for _, keep in right} - {0, PATCHES}, reverse=True):
-        value, method = max((float(row["value"]), method) for (method, tokens), row in right.items() if tokens == keep)
-        said.append(f"{keep}: {method} {100 * value:.1f}")
-    return f" The best of all methods, under the same defaults: {', '.join(said)}." if said else ""
+        values = {method: 100 * float(row["value"]) for (method, tokens), row in right.items() if tokens == keep}
+        first = max(values, key=lambda method: values[method])
+        leads.setdefault(first, []).append(str(keep))
+        behind.append(values[first] - values.get(DEFAULT_METHOD, values[first]))
+    said = "; ".join(f"`{method}` at {', '.join(keeps)}" for method, keeps in leads.items())
+    lead = f" ({DEFAULT_METHOD} is at most {max(behind):.1f} points behind)" if max(behind) > 0 else ""
+    return f" The best method, all under the same defaults: {said}{lead}." if said else ""
 
 
 def measured_on(accuracy: Sequence[Row], gpu: Sequence[Row]) -> str:

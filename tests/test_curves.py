@@ -219,8 +219,8 @@ def test_tables_say_what_was_measured_and_who_leads():
     assert f"| 80.0 ({low:+.1f} to {high:+.1f}) | 66.7 |" in line and "| no |" in line
     assert tables.table(rows, published=False).count(tables.NOT_MEASURED) == 2  # group A without downsample
     said = tables.leaders(rows)
-    assert "As published: keep 72 tome 80.0 (pitome 75.0)." in said
-    assert "Under the library's defaults: keep 72 pitome 90.0 (tome 85.0)." in said
+    assert "| as published | tome 80.0 |\n| ... pitome | 75.0 |" in said
+    assert "| under the library's defaults | pitome 90.0 |\n| ... pitome | 90.0 |" in said
     assert "the 189 questions" in " ".join(tables.about(rows).split())
 
 

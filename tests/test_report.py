@@ -57,12 +57,14 @@ def test_the_first_screen_says_what_was_measured_and_where_nothing_is_gained():
         {"method": name, "published": published, "keep": keep, "value": value, "questions": "3360"}
         for name, published, keep, value in (
             ("plain", "False", "576", "0.97"), ("pitome", "True", "144", "0.7"), ("pitome", "False", "144", "0.964"),
-            ("downsample", "False", "144", "0.6"),
+            ("downsample", "False", "144", "0.6"), ("tome", "False", "144", "0.967"), ("tome", "False", "72", "0.95"),
+            ("pitome", "False", "72", "0.96"),
         )
     ]  # fmt: skip
     assert "on one chip" in front.number(gpu) and "**90 ms in place of 300** (batch 16, 144 of 576" in front.number(gpu)
     text = front.table(right, gpu, [])
     assert "| 576, plain | 97.0 | 97.0 | 40 | 300 |" in text and "| 144 | 96.4 | 60.0 | not measured | 90 |" in text
+    assert "`tome` at 144; `pitome` at 72 (pitome is at most 0.3 points behind)." in text
     assert "one chip" in text and "at batch 1, 64 tokens (0.97)" in text
 
 

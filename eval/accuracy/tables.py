@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,23 +112,22 @@ wrong."""
 
 
 def leaders(found: list[Row]) -> str:
-    """Who has the most right answers at each keep of both tables, and how PiToMe compares."""
+    """A Markdown table: at each keep the method with the most right answers, and the default one, in both tables."""
     results = Results.of(found)
-    return " ".join(
-        f"{TABLES[published].capitalize()}: {'; '.join(_leads(results, published))}." for published in TABLES
-    )
-
-
-def _leads(results: Results, published: bool) -> Iterator[str]:
-    ours = "pitome" if published else DEFAULT_METHOD
-    for keep in results.keeps:
-        cells = {
-            line[0]: points(row)[0] for (line, k), row in results.cells.items() if (line[1], k) == (published, keep)
-        }
-        first, *others = sorted(cells, key=lambda name: -cells[name])
-        beside = next(iter(others), None) if first == ours else ours
-        said = f" ({beside} {cells[beside]:.1f})" if beside in cells else ""
-        yield f"keep {keep} {first} {cells[first]:.1f}{said}"
+    lines = [["most right answers, %", *(f"keep {keep}" for keep in results.keeps)]]
+    for published, name in TABLES.items():
+        best, ours = [], []
+        for keep in results.keeps:
+            cells = {
+                key[0][0]: points(row)[0]
+                for key, row in results.cells.items()
+                if (key[0][1], key[1]) == (published, keep)
+            }
+            first = max(cells, key=lambda method: cells[method], default=None)
+            best.append(f"{first} {cells[first]:.1f}" if first else NOT_MEASURED)
+            ours.append(f"{cells[DEFAULT_METHOD]:.1f}" if DEFAULT_METHOD in cells else NOT_MEASURED)
+        lines += [[name, *best], [f"... {DEFAULT_METHOD}", *ours]]
+    return documents.markdown(lines)
 
 
 def ablation(rows: list[Row]) -> str:

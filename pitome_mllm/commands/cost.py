@@ -60,11 +60,20 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--text-tokens", type=int, default=40, metavar="N", help="of the prompt (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=1, metavar="N", help="of the answer (%(default)s)")
-    parser.add_argument("--memory", type=float, default=40.0, metavar="GB", help="for the largest batch (%(default)s)")
+    parser.add_argument(
+        "--memory", type=gigabytes, default=40.0, metavar="GB", help="for the largest batch (%(default)s)"
+    )
     parser.add_argument("--bits", type=int, metavar="4|8", help="of the weights, for the largest batch")
     parser.add_argument("--markdown", action="store_true", help="print the page docs/cost.md instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
+
+
+def gigabytes(text: str) -> float:
+    """More than nothing."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; give the GB that there are, such as 24")
+    return float(text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -119,7 +128,10 @@ def section(shape: Any, asked: argparse.Namespace) -> Section:
         notes.append(f"Weights: {', '.join(sizes)}.")
     if (ratio := shape.paper_ratio) is not None:
         saved = row("", {"method": asked.method, "published": True, "ratio": ratio})["saved"]
-        notes.append(f"The paper's results for this model are at ratio {ratio:g}, which saves {saved:.1%}.")
+        notes.append(
+            f"At the paper's ratio for it, {ratio:g}, the method as published saves {saved:.1%}. "
+            "How many visual tokens its results have, the paper does not say."
+        )
     if (paper := shape.paper_cost) is not None:
         left = paper.counts(geometry(config).patches, geometry(config).blocks)
         ours = row("", {"method": asked.method, "published": True, "counts": left})

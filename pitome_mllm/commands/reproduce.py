@@ -41,7 +41,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--group-a",
         action="store_true",
-        help="also the accuracy on what plain downsampling to as many tokens gets wrong",
+        help="also the accuracy on the questions that plain gets right and downsample at as many tokens wrong",
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="local data instead of the hub's data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="%(default)s")
