@@ -19,6 +19,7 @@ from models import build
 from pitome_mllm import METHODS, attach, cli
 from pitome_mllm.costs import latency
 from pitome_mllm.families.features import tower_features
+from pitome_mllm.hooks.caches import cache_of, name_for
 from pitome_mllm.hooks.call import Call
 from pitome_mllm_eval import documents, provenance
 from pitome_mllm_eval.speed import gpu, measure, models, phases, report, sheet
@@ -110,7 +111,7 @@ def test_decoding_runs_the_operations_of_a_plain_model(field):
     inputs = models.prompt(field[0].model, 1)
     for each in field[:3]:
         made = each.model(**inputs, use_cache=True)
-        step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": made.past_key_values}
+        step = {"input_ids": inputs["input_ids"][:, -1:], name_for(each.model): cache_of(made)}
         with each.handle.choosing(each.handle.plan, SHORT) if each.handle else torch.no_grad():
             with Operations() as operations:
                 each.model(**step, use_cache=True)

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from pitome_mllm import attach
 from pitome_mllm.hooks import graphs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 QUARTER = PATCHES // 4
 SHAPES = (
     "CLIPModel",
