@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         return np.array([float(record.right) for record in score(model, processor, args.split, args.limit)])
 
     model, processor = load("tiny")
-    plan = attach(model, args.method, keep=args.keep).plan
+    plan = attach(model, args.method, published=True, keep=args.keep).plan
     before, start = right(), time.process_time()
     tune(model, args.steps, args.rank, args.rate, args.seed)
     seconds = round(time.process_time() - start, 1)
