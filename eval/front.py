@@ -78,11 +78,17 @@ def best(right: Mapping[tuple[str, int], Row]) -> str:
 
 def measured_on(accuracy: Sequence[Row], gpu: Sequence[Row]) -> str:
     """Of what model, on what, the figures are."""
-    asked = f"{accuracy[0]['questions']} held-out questions to the embedded model" if accuracy else "the embedded model"
-    device = f"one {gpu[0]['device']}, {gpu[0]['dtype']}" if gpu else "a GPU"
+    asked, device, by = "the embedded model", "a GPU", "`make bench-gpu`"
+    if accuracy:
+        row = accuracy[0]
+        asked = f"{row['questions']} held-out questions to the embedded model"
+        asked += f" (`python -m pitome_mllm_eval.accuracy.curves`, {row['device']}, commit {row['commit']})"
+    if gpu:
+        device, by = f"one {gpu[0]['device']}, {gpu[0]['dtype']}", f"{by}, commit {gpu[0]['commit']}"
     return (
         f"*Right answers*: {asked}, about drawn scenes; `{CONTROL}` is the control, a smaller picture with as many "
-        f"tokens, which costs less still. *First token*: a LLaVA-1.5-7B with random weights, {device}, `graph=True`."
+        f"tokens, which costs less still. *First token*: a LLaVA-1.5-7B with random weights, {device}, `graph=True` "
+        f"({by})."
     )
 
 

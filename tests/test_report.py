@@ -45,7 +45,7 @@ def test_what_was_not_measured_is_said(monkeypatch, tmp_path):
 
 
 def test_the_first_screen_says_what_was_measured_and_where_nothing_is_gained():
-    about = {"device": "chip", "dtype": "bfloat16", "shape": "llava", "mode": "graph"}
+    about = {"device": "chip", "dtype": "bfloat16", "shape": "llava", "mode": "graph", "commit": "abc"}
     times = [
         ("plain", "1", 40, 1.0),
         ("default", "1", 39, 0.975),
@@ -53,8 +53,9 @@ def test_the_first_screen_says_what_was_measured_and_where_nothing_is_gained():
         ("pitome, 144", "16", 90, 0.3),
     ]
     gpu = [about | dict(phase="first token", what=w, batch=b, ms=str(ms), share=str(s)) for w, b, ms, s in times]
+    machine = {"device": "processor", "commit": "def"}
     right = [
-        {"method": name, "published": published, "keep": keep, "value": value, "questions": "3360"}
+        {"method": name, "published": published, "keep": keep, "value": value, "questions": "3360"} | machine
         for name, published, keep, value in (
             ("plain", "False", "576", "0.97"), ("pitome", "True", "144", "0.7"), ("pitome", "False", "144", "0.964"),
             ("downsample", "False", "144", "0.6"), ("tome", "False", "144", "0.967"), ("tome", "False", "72", "0.95"),
@@ -65,6 +66,7 @@ def test_the_first_screen_says_what_was_measured_and_where_nothing_is_gained():
     text = front.table(right, gpu, [])
     assert "| 576, plain | 97.0 | 97.0 | 40 | 300 |" in text and "| 144 | 96.4 | 60.0 | not measured | 90 |" in text
     assert "`tome` at 144; `pitome` at 72 (pitome is at most 0.3 points behind)." in text
+    assert "accuracy.curves`, processor, commit def)" in text and "(`make bench-gpu`, commit abc)" in text
     assert "one chip" in text and "at batch 1, 64 tokens (0.97)" in text
 
 
