@@ -145,8 +145,8 @@ class Attachment(Attached):
         if plan is None:
             return f"{type(self.model).__name__}: the plain model"
         lines = [f"{type(self.model).__name__}: {_describe(plan)}"]
-        left = [plan.input_patches, *dict.fromkeys((*plan.counts, *plan.projector_counts, *plan.packed))]
-        lines.append(f"patch tokens, merge by merge: {', '.join(map(str, dict.fromkeys(left)))}")
+        left = dict.fromkeys((plan.input_patches, *plan.counts, *plan.projector_counts, *plan.packed))
+        lines.append(f"patch tokens, merge by merge: {', '.join(map(str, left))}")
         try:
             plain, merged, alone = estimate(self.model), estimate(self.model, plan), self.family.encoder
             share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / max(plain.kv_bytes, 1)
