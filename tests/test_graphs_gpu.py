@@ -10,6 +10,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import peft
 import pytest
 import torch
 from models import build
@@ -151,7 +152,6 @@ def test_weights_in_place_keep_their_graph(pixels):
 
 
 def test_adapters(pixels):
-    peft = pytest.importorskip("peft")
     model = bf16(layers=3)
     lora = peft.LoraConfig(r=2, target_modules=r".*vision_tower.*\.fc1", init_lora_weights=False)
     wrapped = peft.get_peft_model(model, lora).eval()
