@@ -53,6 +53,7 @@ class Family:
     tokens : visual tokens of a picture, or of a tile.
     sized : inputs that say how many tokens a picture has where pictures differ in that.
     pixels : what the processor calls pictures.
+    answers : the token type of what is generated.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Family:
     tokens: int = PATCHES
     sized: tuple[str, ...] = ()
     pixels: str = "pixel_values"
+    answers: int = 0
 
     @property
     def constant(self) -> bool:
@@ -80,6 +82,14 @@ class Family:
             return [self.tokens] * (int((ids == IMAGE).sum()) // self.tokens)
         features = plain.model.get_image_features(**{k: inputs[k] for k in self.sized}, return_dict=True).pooler_output
         return [len(f) for f in features]
+
+    def kept(self, full: list[int], keep: int) -> list[int] | None:
+        """How many of them are left of every picture; None where that depends on what the pictures show."""
+        return [keep] * len(full) if self.constant else None
+
+    def breaks(self, inputs: Any) -> int:
+        """Tokens of the text between those of a picture, which go with them."""
+        return 0
 
     def build(self, seed: int = 1, **changes: Any) -> Any:
         """A model with fixed random weights; equal arguments give identical twins."""
@@ -281,6 +291,7 @@ FAMILIES = (
             hidden_size=WIDTH,
         ),
         paligemma_processor,
+        answers=1,
     ),
     Family(
         "LLaVA-NeXT (1.6)",

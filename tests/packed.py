@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProce
 from transformers.models.pixtral import image_processing_pil_pixtral as pixtral
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-TILE = 32  # pixels, 8 x 8 patches: the side of a tile, and of a picture where all have one size
+TILE = 32  # pixels on the side of a tile, or of pictures that all have one size: 8 x 8 patches
 TOKENS = (TILE // PATCH // 2) ** 2  # where squares of 2 x 2 patches are one token
 WIDTH = 64
 MARKS = (
@@ -52,7 +53,6 @@ class Packed(Family):
     """
 
     wheres: tuple[str, ...] = ("packed",)
-    tokens: int = 0
     placeholder: int = IMAGE
     mark: str = "<image>"
 
@@ -60,6 +60,21 @@ class Packed(Family):
         model = super().build(seed, **changes)
         model.lm_head.weight.data[len(VOCABULARY) :] = 0  # a model that says <image> breaks its own prompt
         return model
+
+    @property
+    def constant(self) -> bool:
+        return False
+
+    def full(self, plain: Any, inputs: Any) -> list[int]:
+        taken = signature(plain.model.get_image_features).parameters
+        given = {name: value for name, value in inputs.items() if name in taken}
+        return [len(f) for f in plain.model.get_image_features(**given, return_dict=True).pooler_output]
+
+    def kept(self, full: list[int], keep: int) -> list[int]:
+        return [max(1, round(n / 4)) for n in full]
+
+    def breaks(self, inputs: Any) -> int:
+        return int((inputs["input_ids"] == ID["<break>"]).sum())
 
     def process(self, rows: Any, side: str = "left") -> Any:
         return super().process([(text.replace("<image>", self.mark), pictures) for text, pictures in rows], side)
