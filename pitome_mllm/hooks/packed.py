@@ -88,6 +88,19 @@ def _untouched(x: Tensor) -> Packed:
     return Packed(places, places, torch.ones_like(places, dtype=torch.float32), places)
 
 
+def lengths_before(handle: Attached, kwargs: Mapping[str, Any]) -> list[int]:
+    """Visual tokens of every image of a call in the plain model, found without running the tower."""
+    shape, vision = handle.geometry, handle.model.config.vision_config
+    grids, sizes = (kwargs.get(name) for name in SIZES)
+    if grids is not None:
+        return [math.prod(grid) // shape.shuffle_factor**2 for grid in grids.tolist()]
+    if sizes is not None:
+        side = vision.patch_size * shape.shuffle_factor
+        return [height // side * (width // side) for height, width in torch.as_tensor(sizes).tolist()]
+    images = int((kwargs["input_ids"] == handle.model.config.image_token_id).sum())
+    return [shape.available] * (images // shape.available)
+
+
 def row_ends(handle: Attached, pictures: Sequence[Tensor]) -> list[Tensor | None]:
     """(L,) True at the tokens of each picture that only end its rows; None where the family has none."""
     if not handle.family.newline:
