@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..families.anyres import Packed
@@ -91,14 +92,14 @@ def _untouched(x: Tensor) -> Packed:
 def lengths_before(handle: Attached, kwargs: Mapping[str, Any]) -> list[int]:
     """Visual tokens of every image of a call in the plain model, found without running the tower."""
     shape, vision = handle.geometry, handle.model.config.vision_config
-    grids, sizes = (kwargs.get(name) for name in SIZES)
-    if grids is not None:
-        return [math.prod(grid) // shape.shuffle_factor**2 for grid in grids.tolist()]
+    sizes, image = kwargs.get("image_sizes"), kwargs["input_ids"] == handle.model.config.image_token_id
     if sizes is not None:
         side = vision.patch_size * shape.shuffle_factor
         return [height // side * (width // side) for height, width in torch.as_tensor(sizes).tolist()]
-    images = int((kwargs["input_ids"] == handle.model.config.image_token_id).sum())
-    return [shape.available] * (images // shape.available)
+    if not handle.family.side:
+        return [shape.available] * (int(image.sum()) // shape.available)
+    ends = F.pad(image.long(), (1, 1)).diff().flatten().nonzero()[:, 0]  # where a run of placeholders begins, and ends
+    return ends.view(-1, 2).diff().flatten().tolist()
 
 
 def row_ends(handle: Attached, pictures: Sequence[Tensor]) -> list[Tensor | None]:
