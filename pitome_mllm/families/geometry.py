@@ -11,7 +11,17 @@ from typing import Any
 from torch import nn
 
 from ..methods import UserError
-from . import ANYWHERE, FAMILIES, FAMILY_OF_CONFIG, IN_TOWER, LLAVA_PACKAGE, TOWER_OF_CONFIG, TOWERS, FamilySpec
+from . import (
+    ANYWHERE,
+    FAMILIES,
+    FAMILY_OF_CONFIG,
+    IN_TOWER,
+    LLAVA_PACKAGE,
+    TOWER_OF_CONFIG,
+    TOWERS,
+    WITH_TOWER,
+    FamilySpec,
+)
 from .encoders import ENCODER_OF_CONFIG, ENCODERS, LAYER_OF_CONFIG, REFUSED
 
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
@@ -249,7 +259,8 @@ def family_of(config: Any) -> FamilySpec:
     """
     if config.model_type not in FAMILY_OF_CONFIG:
         raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
-    return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
+    kinds = config.model_type, getattr(config.vision_config, "model_type", None)
+    return WITH_TOWER.get(kinds) or FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
