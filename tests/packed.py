@@ -193,7 +193,7 @@ def pixtral_tower() -> Any:
 
 GENERATION = "ForConditionalGeneration"
 QWEN35 = dict(rope=dict(partial_rotary_factor=0.5), head_dim=32, layer_types=["linear_attention", "full_attention"])
-QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2)
+QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=4, linear_num_key_heads=2, linear_num_value_heads=32)
 FRAMED = "<start><image><end>"
 ROWS = (
     Packed(
