@@ -116,11 +116,11 @@ ANYWHERE = (*IN_TOWER, "packed")
 POOLED = "every frame's whole grid of patches is pooled behind the projector"
 
 
-def _packed(config: str, tower: str = "model.vision_tower", **settings: Any) -> FamilySpec:
+def _packed(config: str, **settings: Any) -> FamilySpec:
     """A family that puts the visual tokens of every picture among the text itself, as many as the picture has."""
     reason = "what is between the tower and the LLM needs every patch"
-    settings = {"tiles": "features", "places": ("packed",), "unsupported_reason": reason, **settings}
-    return FamilySpec(config, tower=tower, projector=tower, **settings)
+    always = {"tiles": "features", "places": ("packed",), "projector": "model"}
+    return FamilySpec(config, **{**always, "unsupported_reason": reason, **settings})
 
 
 def _shuffled(config: str) -> FamilySpec:
@@ -128,6 +128,7 @@ def _shuffled(config: str) -> FamilySpec:
     return _packed(
         config,
         tower="model.vision_model",
+        projector="model.connector",
         language="model.text_model",
         select="full",
         last=True,
@@ -138,9 +139,9 @@ def _shuffled(config: str) -> FamilySpec:
     )
 
 
-def _qwen(config: str, **settings: Any) -> FamilySpec:
+def _qwen(config: str) -> FamilySpec:
     """A family whose pictures keep their size, and whose tower ends in a merger of 2 x 2 patches."""
-    return _packed(config, "model.visual", joins="vision_config.spatial_merge_size", side=1024, **settings)
+    return _packed(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=1024)
 
 
 _VIT = TowerSpec("layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",))
@@ -200,10 +201,9 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "InternVLForConditionalGeneration": _packed("internvl", joins="downsample_ratio"),
     "Gemma3ForConditionalGeneration": _packed("gemma3", count="mm_tokens_per_image"),
     "Gemma4ForConditionalGeneration": _packed("gemma4", joins="vision_config.pooling_kernel_size", side=768),
-    "Mistral3ForConditionalGeneration": _packed("mistral3", joins="spatial_merge_size"),
+    "Mistral3ForConditionalGeneration": _packed("mistral3", joins="spatial_merge_size", side=1024),
     "AyaVisionForConditionalGeneration": _packed("aya_vision", joins="downsample_factor"),
     "Ovis2ForConditionalGeneration": _packed("ovis2", joins="vision_config.hidden_stride"),
 }
-WITH_TOWER = {("llava", "pixtral"): _packed("llava")}  # key: types of the model and of a tower that changes its row
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package
