@@ -5,6 +5,7 @@ The table of docs/families.md is generated from these rows. Weights are random b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ class Family:
         model = self.cls(settings)
         scale_weights(model, seed)
         for module in model.modules():
-            if type(module).__name__ == "GemmaRMSNorm":  # it adds one to its weight
+            if re.fullmatch(r"Gemma\d?RMSNorm", type(module).__name__):  # it adds one to its weight
                 module.weight.data -= 1
         model.generation_config.pad_token_id = PAD
         return model.double().eval()

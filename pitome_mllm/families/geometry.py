@@ -15,6 +15,7 @@ from .encoders import ENCODER_OF_CONFIG, ENCODERS, LAYER_OF_CONFIG, REFUSED
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
 PLAIN_BACKENDS = ("sdpa", "eager")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers of an LLM whose masks can be told anything
 LLAVA_MPT = "LlavaMptForCausalLM"  # its own forward() fails on any image
 
 
@@ -39,7 +40,7 @@ class Geometry:
     llm_unsupported_reason : str
         Why the LLM takes no calibration, and what to change; empty if it takes one.
     llm_rotary : bool
-        The LLM has one rotary embedding, of which distances can be told.
+        The LLM has a rotary embedding, or one for each kind of its layers, of which distances can be told.
     layers : tuple of int
         The hidden states that the projector reads, side by side: the number of blocks before each; empty if it reads
         the tower's normed output.
@@ -119,7 +120,7 @@ def geometry(model_or_config: Any) -> Geometry:
         visible_class_tokens=tower["class_tokens"] if full else 0,
         merging_blocks=max(layers, default=vision.num_hidden_layers),
         llm_unsupported_reason=llm_unsupported_reason(config.text_config),
-        llm_rotary="rope_type" in (getattr(config.text_config, "rope_parameters", None) or {}),
+        llm_rotary=_is_rotary(config.text_config),
         layers=layers,
         shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
     )
@@ -220,13 +221,23 @@ def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
 
 def llm_unsupported_reason(text: Any) -> str:
     """Why an LLM takes no attention mask of our own, and what to change; empty if it takes one."""
-    backend, kinds = text._attn_implementation, getattr(text, "layer_types", None)
+    backend = text._attn_implementation
     if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
         return f"the LLM's attention is {backend!r}; load with attn_implementation='sdpa' or 'eager'"
-    if kinds is None:
-        kinds = ["full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"]
-    partial = sorted({*kinds} - {"full_attention"})
-    return f"the LLM has {' and '.join(partial)}; use a checkpoint with full attention" if partial else ""
+    other = sorted({*layer_kinds(text)} - {FULL, SLIDING})
+    return f"the LLM has {' and '.join(other)}; use a checkpoint with full or sliding attention" if other else ""
+
+
+def layer_kinds(text: Any) -> list[str]:
+    """The kind of attention of every layer of an LLM; one for all where its configuration lists none."""
+    kinds = getattr(text, "layer_types", None)
+    return list(kinds or [FULL if getattr(text, "sliding_window", None) is None else SLIDING])
+
+
+def _is_rotary(text: Any) -> bool:
+    """Whether an LLM has a rotary embedding, or one for each kind of its layers."""
+    rope = getattr(text, "rope_parameters", None) or {"": None}
+    return "rope_type" in rope or all(isinstance(one, dict) and "rope_type" in one for one in rope.values())
 
 
 def feature_layers(config: Any) -> tuple[int, ...]:
