@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from by_hand import Reference, Tokens
-from checks import assert_row, logits, new_ids
+from checks import assert_row, logits
 from families import QUESTIONS, TWO_PICTURES, Family, llava, pictures
-from models import CACHE, since_518
+from models import CACHE
 
 from pitome_mllm import attach
 
@@ -37,7 +37,7 @@ LLMS = {
     "Gemma2Config": {"layer_types": HALF, "head_dim": 32, "attention": "eager"},
     "Gemma3TextConfig": {"layer_types": HALF, "head_dim": 32, "rope_parameters": THETAS},
 }
-# In double precision transformers' own eager masks leave NaN where a row is padded, so Gemma 2 is always told something.
+# In double precision eager masks of transformers leave NaN where a row is padded, so Gemma 2 is always told something.
 CASES = [
     (kind, told) for kind in LLMS for told in ("distance", "size", "none") if (kind, told) != ("Gemma2Config", "none")
 ]

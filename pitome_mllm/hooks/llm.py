@@ -26,7 +26,7 @@ from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
 from ..stats import Stats
-from . import caches
+from . import axes, caches
 from .call import CALL, Call
 from .layout import Layout
 from .positions import at_placeholders, shift_to_median
@@ -53,7 +53,7 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if layout.position is not None and (
         kwargs.get("position_ids") is None or (call is not None and call.calibration != "none")
     ):
-        kwargs["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
+        kwargs["position_ids"] = axes.as_ids(_positions(layout, tokens, past) + handle.family.first_position)
     if layout.calibration != "none":
         check(language.config, layout.calibration)
         sample = None
@@ -73,9 +73,23 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
         call.told = call.layout.repeated(rows)
         if call.calibration != "none":
             image = call.image.repeat_interleave(rows // len(call.image), 0)
-            shift, sizes = shift_to_median(image, stats.median), at_placeholders(image, [*stats.sizes])
-            call.told = call.told.told(image, shift, sizes, call.calibration)
+            shift = _shift(call, image, stats)
+            call.told = call.told.told(image, shift, at_placeholders(image, [*stats.sizes]), call.calibration)
     return call.told
+
+
+def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
+    """(B, S) or (B, S, A) what positions at the placeholders ``image`` (B, S) grow by."""
+    if call.places is None:
+        return shift_to_median(image, stats.median)
+    places = on(stats.device, call.places).split([len(group) for group in stats.groups])
+    if call.places.dim() == 1:
+        told = [at[median] for at, median in zip(places, stats.median)]
+    else:
+        told = axes.medians(places, stats.groups, stats.lengths)
+    position = on(stats.device, call.told.position[:, -image.shape[1] :])
+    there = on(stats.device, image if position.dim() == 2 else image[..., None])
+    return (at_placeholders(image, told) - position).masked_fill(~there, 0)
 
 
 def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
@@ -120,10 +134,10 @@ def tell_left_out(handle: Attached, settings: Settings, plan: Plan) -> None:
 
 
 def distances(language: nn.Module, ids: Tensor, reach: int, kind: str) -> Tensor:
-    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies.
+    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies for a
+    ``kind`` of layers; where it has several axes (A, L), what each adds to D.
 
-    Kept until those change; where they do so with the length of a prompt, position ``ids`` (B, T) say which it is.
-    They may be others for each ``kind`` of layers.
+    Kept until those change; where they do so with the length of a prompt, position ``ids`` say which it is.
     """
     handle, rotary, name = language._pitome, language.rotary_emb, f"{kind}_inv_freq"
     which = (kind,) if hasattr(rotary, name) else ()
@@ -131,10 +145,13 @@ def distances(language: nn.Module, ids: Tensor, reach: int, kind: str) -> Tensor
     if scaled:
         rotary(ids, ids, *which)
     frequencies, kept = getattr(rotary, name if which else "inv_freq"), handle.distances.get(kind)
-    if scaled or kept is None or kept[0] is not frequencies or len(kept[1]) <= reach:
+    if scaled or kept is None or kept[0] is not frequencies or kept[1].shape[-1] <= reach:
         distance = torch.arange(TABLE * (reach // TABLE + 1), device=frequencies.device)
-        near = (distance[:, None] * frequencies.float()).cos().mean(-1)
-        handle.distances[kind] = kept = frequencies, (NEAR - near).log()
+        if ids.dim() == 2:
+            table = (NEAR - (distance[:, None] * frequencies.float()).cos().mean(-1)).log()
+        else:
+            table = axes.nearness(rotary, distance)
+        handle.distances[kind] = kept = frequencies, table
     return kept[1]
 
 
@@ -145,7 +162,8 @@ def _calibrated(
     past, mask, family = caches.cache_in(kwargs), kwargs.get("attention_mask"), language._pitome.family
     dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
     layout, ids, kinds = layout.on(tokens.device), kwargs["position_ids"], layer_kinds(language.config)
-    asking, length, queries = ids - family.first_position, caches.length_of(past), tokens.shape[1]
+    asking = axes.from_ids(ids, layout.position) - family.first_position
+    length, queries = caches.length_of(past), tokens.shape[1]
 
     def calibrated(kind: str) -> Tensor:
         one = mask.get(kind) if isinstance(mask, dict) else mask
@@ -157,7 +175,7 @@ def _calibrated(
         elif one.dtype != torch.bool:
             one = one > torch.finfo(one.dtype).min / 2
         position, size = (x[:, first:] for x in layout.of_places(first + one.shape[-1]))
-        if window is not None:
+        if window is not None and position.dim() == 2:  # of several axes none is what a window counts
             own = slice(length - first, length - first + queries) if family.prefix else None
             one = in_window(one, asking, position, window, own)
         table = None
@@ -182,18 +200,30 @@ def calibrated_mask(
     mask : Tensor
         (B or 1, 1, T, N) bool, True where a query sees a key.
     asking : Tensor
-        (B or 1, T) position ids of the queries.
+        (B or 1, T) position ids of the queries, or (B or 1, T, A) where they have several axes.
     position, size : Tensor
-        (B, N) of the keys; the size of text is 0.
+        (B, N) or (B, N, A), and (B, N) of the keys; the size of text is 0.
     table : Tensor or None
-        (L,) what a distance adds.
+        (L,) what a distance adds; or (A, L), see `distances`.
     """
     bias = size.clamp(min=1).log()[:, None]
     if table is not None:
         told = (mask[:, 0] & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is as without one
-        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
-        bias = table[distance].mul_(told).add_(bias)
+        bias = _of_distances(asking, position, table).mul_(told).add_(bias)
     return torch.where(mask, bias[:, None].to(dtype), torch.finfo(dtype).min)
+
+
+def _of_distances(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
+    """(B, T, N) what a table of distances adds to the logits of queries and keys; see `calibrated_mask`."""
+
+    def looked_up(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
+        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
+        return table[distance]
+
+    if table.dim() == 1:
+        return looked_up(asking, position, table)
+    near = sum(looked_up(asking[..., a], position[..., a], one) for a, one in enumerate(table))
+    return (NEAR - near).log_()
 
 
 def in_window(mask: Tensor, asking: Tensor, position: Tensor, window: int, own: slice | None) -> Tensor:
