@@ -161,8 +161,9 @@ def _calibrated(
     """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
     past, mask, family = caches.cache_in(kwargs), kwargs.get("attention_mask"), language._pitome.family
     dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
-    layout, ids, kinds = layout.on(tokens.device), kwargs["position_ids"], layer_kinds(language.config)
-    asking = axes.from_ids(ids, layout.position) - family.first_position
+    layout, kinds = layout.on(tokens.device), layer_kinds(language.config)
+    positions = axes.from_ids(kwargs["position_ids"], layout.position)
+    asking, ids = positions - family.first_position, axes.as_ids(positions)
     length, queries = caches.length_of(past), tokens.shape[1]
 
     def calibrated(kind: str) -> Tensor:
