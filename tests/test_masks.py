@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from by_hand import Reference, Tokens, frequencies, told
 from checks import assert_row, logits
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, Family, llava, pictures
 from models import CACHE, text_config
+from packed import ROWS
 
 from pitome_mllm import attach
 from pitome_mllm.families.geometry import layer_kinds
@@ -43,7 +45,7 @@ LLMS = {
 CASES = [
     (kind, told) for kind in LLMS for told in ("distance", "size", "none") if (kind, told) != ("Gemma2Config", "none")
 ]
-ROWS = [(QUESTIONS[0], pictures(0)), (TWO_PICTURES, pictures(1, 2))]
+ASKED = [(QUESTIONS[0], pictures(0)), (TWO_PICTURES, pictures(1, 2))]
 
 
 def reference(model, plain, inputs, handle):
@@ -58,7 +60,7 @@ def reference(model, plain, inputs, handle):
 @pytest.mark.parametrize("kind,calibration", CASES)
 def test_a_window_counts_positions_in_prefill_steps_and_turns(kind, calibration, window):
     row = family(kind, window, **LLMS[kind])
-    model, plain, inputs = row.build(), row.build(), row.process(ROWS)
+    model, plain, inputs = row.build(), row.build(), row.process(ASKED)
     with attach(model, "pitome", published=True, keep=KEPT, calibration=calibration) as handle:
         seen = logits(model, inputs)
         expected = reference(model, plain, inputs, handle)
@@ -94,68 +96,82 @@ def paligemma(kind: str, **options) -> Family:
     return replace(row, config=config)
 
 
+def gemma(title: str, window: int) -> Family:
+    """Gemma 3 or 4, of which the tokens of a picture see each other both ways."""
+    row = next(row for row in ROWS if row.title == title)
+
+    def config():
+        made = row.config()
+        made.text_config.sliding_window = window
+        return made
+
+    return replace(row, config=config)
+
+
 BLOCKS = {
     "PaliGemma": paligemma("GemmaConfig"),
     "PaliGemma 2": paligemma("Gemma2Config", layer_types=HALF, sliding_window=NARROW),
     "PaliGemma 2, wide": paligemma("Gemma2Config", layer_types=HALF, sliding_window=WIDE),
+    "Gemma 3, a window of less than a picture": gemma("Gemma 3", 10),
+    "Gemma 3": gemma("Gemma 3", 24),
+    "Gemma 4": gemma("Gemma 4", 24),
 }
 
 
-def blocks_of(title, types):
-    """The block of each token of a row, by what its processor says of it; -1 = none."""
+def blocks_of(title, kind, types):
+    """The block of each token of a row in layers of a kind, by what its processor says of the token; -1 = none."""
     if title.startswith("PaliGemma"):
-        return [0 if kind == 0 else -1 for kind in types]
-    begins = [kind == 1 and before != 1 for kind, before in zip(types, [0, *types])]
-    return [sum(begins[: i + 1]) if kind == 1 else -1 for i, kind in enumerate(types)]
+        return [0 if one == 0 else -1 for one in types]
+    begins = [one == 1 and before != 1 for one, before in zip(types, [0, *types])]
+    sees = title != "Gemma 4" or kind == HALF[0]  # of Gemma 4's layers those with a window
+    return [sum(begins[: i + 1]) if sees and one == 1 else -1 for i, one in enumerate(types)]
 
 
-def masks_of_layers(handle):
-    """What the first layer of each kind is called with: of each call its mask."""
-    kinds, seen = layer_kinds(handle.language.config), {}
+def calls_of(handle):
+    """What is noted from now on: the position ids of every call of the LLM, and the masks of its layers by kind."""
+    kinds, positions, masks = layer_kinds(handle.language.config), [], {}
+    handle.language.register_forward_pre_hook(
+        lambda module, args, given: positions.append(given["position_ids"].expand(2, -1)), with_kwargs=True
+    )
     for kind in {*kinds}:
-        calls = seen[kind] = []
-        layer = handle.language.layers[kinds.index(kind)]
-        layer.register_forward_pre_hook(
-            lambda module, args, given, calls=calls: calls.append(given["attention_mask"]), with_kwargs=True
+        seen = masks[kind] = []
+        handle.language.layers[kinds.index(kind)].register_forward_pre_hook(
+            lambda module, args, given, seen=seen: seen.append(given["attention_mask"]), with_kwargs=True
         )
-    return seen
+    return positions, masks
 
 
 @pytest.mark.parametrize("calibration", ["distance", "size", "none"])
 @pytest.mark.parametrize("title", BLOCKS)
 def test_the_masks_of_layers(title, calibration):
     """Of a padded batch with several pictures, and of the steps after it, against loops over positions and types."""
-    family, positions = BLOCKS[title], []
-    model, inputs = family.build(), family.process(ROWS)
+    family = BLOCKS[title]
+    model, inputs = family.build(), family.process(ASKED)
     with attach(model, "pitome", keep=0.25, calibration=calibration) as handle:
-        calls = masks_of_layers(handle)
-        handle.language.register_forward_pre_hook(
-            lambda module, args, given: positions.append(given["position_ids"].expand(2, -1)), with_kwargs=True
-        )
+        positions, masks = calls_of(handle)
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        layout, sizes, first = handle.stats.layout, [*handle.stats.sizes], 0
+        layout, sizes = (
+            handle.stats.layout,
+            [torch.cat([*part]) for part in (handle.stats.sizes[:1], handle.stats.sizes[1:])],
+        )
     assert [x.shape[1] for x in positions[1:]] == [1, 1, 1]
-    for row in range(2):
-        real = layout[row] >= 0
-        pad, columns = int((~real).sum()), layout[row][real]
-        image = inputs["input_ids"][row][columns] == model.config.image_token_id
-        pictures = 1 + row
+    for row, kind in itertools.product(range(2), masks):
+        columns = layout[row][layout[row] >= 0]
         size = torch.zeros(len(columns) + 3)
-        size[:-3][image] = torch.cat(sizes[first : first + pictures]).float()
-        first += pictures
-        types = inputs["token_type_ids"][row][columns].tolist()
-        places = torch.cat([x[row] for x in positions])[pad:].tolist()
-        places = list(range(len(places))) if calibration == "none" else places
-        blocks = blocks_of(title, types) + [-1] * 3
-        for kind, made in calls.items():
-            window = handle.language.config.sliding_window if kind == HALF[0] else None
-            theta = frequencies(handle.language, kind)
-            expected = told(places, size.tolist(), theta, calibration, window, blocks, title.startswith("PaliGemma"))
-            end = len(columns)
-            for mask, x in zip(made, positions):
-                queries = min(x.shape[1], end)
-                assert_mask(mask, row, expected[end - queries : end, :end])
-                end += 1
+        size[:-3][inputs["input_ids"][row][columns] == model.config.image_token_id] = sizes[row]
+        types = inputs[next(name for name in inputs if name.endswith("token_type_ids"))][row][columns].tolist()
+        places = torch.cat([x[row] for x in positions])[-len(size) :].tolist()
+        expected = told(
+            list(range(len(size))) if calibration == "none" else places,
+            size.tolist(),
+            frequencies(handle.language, kind),
+            calibration,
+            handle.language.config.sliding_window if kind == HALF[0] else None,
+            blocks_of(title, kind, types) + [-1] * 3,
+            across=title.startswith("PaliGemma"),
+        )
+        for end, mask in enumerate(masks[kind], len(columns)):
+            assert_mask(mask, row, expected[0 if end == len(columns) else end - 1 : end, :end])
 
 
 def assert_mask(mask, row, expected):
