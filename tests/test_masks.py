@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from by_hand import Reference, Tokens, frequencies, told
-from checks import assert_row, logits
+from checks import assert_row, logits, new_ids
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, Family, llava, pictures
-from models import CACHE, text_config
+from models import CACHE, since_518, text_config
 from packed import ROWS
 
 from pitome_mllm import attach
@@ -44,6 +44,12 @@ LLMS = {
 # In double precision eager masks of transformers leave NaN where a row is padded, so Gemma 2 is always told something.
 CASES = [
     (kind, told) for kind in LLMS for told in ("distance", "size", "none") if (kind, told) != ("Gemma2Config", "none")
+]
+CACHES = [
+    {"cache_implementation": "static"},
+    {"prefill_chunk_size": 20},
+    {"num_beams": 3},
+    {"prompt_lookup_num_tokens": 2},
 ]
 ASKED = [(QUESTIONS[0], pictures(0)), (TWO_PICTURES, pictures(1, 2))]
 
@@ -78,6 +84,18 @@ def test_a_window_counts_positions_in_prefill_steps_and_turns(kind, calibration,
         for row in range(2):
             text = ids[row, inputs["input_ids"].shape[1] :]
             assert again[row, ids.shape[1] :].tolist() == expected.greedy(row, 4, text)
+
+
+@since_518
+@pytest.mark.parametrize("options", CACHES, ids=str)
+@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig"])
+def test_caches_of_layers_with_a_window_do_not_change_the_answer(kind, options):
+    """They forget what is out of the window, each in its own way."""
+    row = family(kind, NARROW, **LLMS[kind])
+    model, inputs = row.build(), row.process(ASKED[:1] if "prompt_lookup_num_tokens" in options else ASKED)
+    beams = {"num_beams": options.get("num_beams", 1)}
+    with attach(model, "pitome", published=True, keep=KEPT, calibration="distance"):
+        assert new_ids(model, inputs, **options) == new_ids(model, inputs, use_cache=False, **beams)
 
 
 # ---- blocks of tokens that see each other ----------------------------------------------------------------------------
