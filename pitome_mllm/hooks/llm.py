@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.geometry import SLIDING, layer_kinds, llm_unsupported_reason
+from ..families.geometry import RECURRENT, SLIDING, layer_kinds, llm_unsupported_reason
 from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
@@ -185,9 +185,11 @@ def _calibrated(
             table = on(tokens.device, distances(language, ids, reach, kind))
         return calibrated_mask(one, asking, position, size, table, dtype)
 
-    made = {kind: calibrated(kind) for kind in {*kinds}}
+    made: dict[str, Any] = {kind: calibrated(kind) for kind in {*kinds} - {RECURRENT}}
     if isinstance(mask, dict):
         return {**mask, **made}
+    if RECURRENT in kinds:
+        made[RECURRENT] = None if mask is None or queries == 1 else mask[:, -queries:].contiguous()
     return made if len(made) > 1 else made[kinds[0]]
 
 
