@@ -80,6 +80,8 @@ class FamilySpec:
         The core gives one tensor for all tiles of a row; each tile is merged by itself.
     newline : str
         The core's parameter that ends the rows of a picture among its visual tokens.
+    known : bool
+        It is a row, and not read out of a model that has none.
     """
 
     config: str
@@ -108,6 +110,7 @@ class FamilySpec:
     side: int = 0
     by_row: bool = False
     newline: str = ""
+    known: bool = True
 
     @property
     def merges_in_tower(self) -> bool:
@@ -119,7 +122,7 @@ ANYWHERE = (*IN_TOWER, "packed")
 POOLED = "every frame's whole grid of patches is pooled behind the projector"
 
 
-def _packed(config: str, **settings: Any) -> FamilySpec:
+def packed(config: str, **settings: Any) -> FamilySpec:
     """A family that puts the visual tokens of every picture among the text itself, as many as the picture has."""
     reason = "what is between the tower and the LLM needs every patch"
     always = {"tiles": "features", "places": ("packed",), "projector": "model"}
@@ -128,7 +131,7 @@ def _packed(config: str, **settings: Any) -> FamilySpec:
 
 def _shuffled(config: str) -> FamilySpec:
     """A family whose projector joins squares of patches into one token (pixel shuffle), tile by tile."""
-    return _packed(
+    return packed(
         config,
         tower="model.vision_model",
         projector="model.connector",
@@ -144,7 +147,7 @@ def _shuffled(config: str) -> FamilySpec:
 
 def _qwen(config: str) -> FamilySpec:
     """A family whose pictures keep their size, and whose tower ends in a merger of 2 x 2 patches."""
-    return _packed(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=1024)
+    return packed(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=1024)
 
 
 _VIT = TowerSpec("layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",))
@@ -181,7 +184,7 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
         plain=("get_video_features",),
         videos=POOLED,
     ),
-    "LlavaOnevisionForConditionalGeneration": _packed(
+    "LlavaOnevisionForConditionalGeneration": packed(
         "llava_onevision",
         unsupported_reason="large pictures are scaled down on the whole grid",
         videos=POOLED,
@@ -203,12 +206,12 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl"),
     "Qwen3_5ForConditionalGeneration": _qwen("qwen3_5"),
     "Glm4vForConditionalGeneration": _qwen("glm4v"),
-    "InternVLForConditionalGeneration": _packed("internvl", joins="downsample_ratio"),
-    "Gemma3ForConditionalGeneration": _packed("gemma3", count="mm_tokens_per_image"),
-    "Gemma4ForConditionalGeneration": _packed("gemma4", joins="vision_config.pooling_kernel_size", side=768),
-    "Mistral3ForConditionalGeneration": _packed("mistral3", joins="spatial_merge_size", side=1024),
-    "AyaVisionForConditionalGeneration": _packed("aya_vision", joins="downsample_factor"),
-    "Ovis2ForConditionalGeneration": _packed("ovis2", joins="vision_config.hidden_stride"),
+    "InternVLForConditionalGeneration": packed("internvl", joins="downsample_ratio"),
+    "Gemma3ForConditionalGeneration": packed("gemma3", count="mm_tokens_per_image"),
+    "Gemma4ForConditionalGeneration": packed("gemma4", joins="vision_config.pooling_kernel_size", side=768),
+    "Mistral3ForConditionalGeneration": packed("mistral3", joins="spatial_merge_size", side=1024),
+    "AyaVisionForConditionalGeneration": packed("aya_vision", joins="downsample_factor"),
+    "Ovis2ForConditionalGeneration": packed("ovis2", joins="vision_config.hidden_stride"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package

@@ -21,8 +21,8 @@ from ..plan import Plan
 from ..stats import Stats
 from .merging import merge_rounds
 from .state import Attached
+from .validate import SIZES
 
-SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes")  # arguments that end in rows and columns, or in pixels
 DEEP = "deepstack_features"  # of an output: for some blocks of the LLM, what they add to the tokens of every picture
 
 
