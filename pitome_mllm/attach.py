@@ -163,8 +163,9 @@ class Attachment(Attached):
         try:
             plain, merged, alone = estimate(self.model), estimate(self.model, plan), self.family.encoder
             share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / max(plain.kv_bytes, 1)
+            picture = "one image" if plain.tower_flops else f"the LLM, for one image of {plan.available} tokens"
             lines.append(
-                f"one image{' and 40 text tokens' * (not alone)}, calculated: {merged.flops / 1e9:.4g} of "
+                f"{picture}{' and 40 text tokens' * (not alone)}, calculated: {merged.flops / 1e9:.4g} of "
                 f"{plain.flops / 1e9:.4g} GFLOPs ({share:.0%} saved){f', KV cache {kv:.0%} saved' * (not alone)}"
             )
         except UserError as error:

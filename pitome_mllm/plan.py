@@ -99,7 +99,7 @@ class Plan:
         if tokens not in known:
             if len(known) > GRIDS:
                 known.clear()
-            keep = picture_count(self.asked.keep or 1.0, tokens)
+            keep = picture_count(self.asked.keep, tokens)
             known[tokens] = tuple(projector_counts(tokens, keep, self.max_removable))
         return known[tokens]
 

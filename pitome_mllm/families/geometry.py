@@ -232,7 +232,7 @@ def family_of(config: Any) -> FamilySpec:
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family
     reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
-    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason)
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:

@@ -8,23 +8,26 @@ from typing import Any
 
 from torch import nn
 
-from . import TOWER_OF_CONFIG, TOWERS, FamilySpec, packed
+from . import TOWER_OF_CONFIG, TOWERS, FamilySpec, behind
 
-USUAL = 1024  # pixels on a side of a picture, where neither a row nor a configuration says more
+USUAL = 32  # visual tokens on a side of a picture, where neither a row nor a configuration says more
 
 
 def usual_picture(config: Any, family: FamilySpec) -> dict[str, Any]:
     """Of a picture of the usual size: its patches, how many of them on a side are one token; and the tower's blocks."""
     vision = config.vision_config
-    side = family.side or getattr(vision, "image_size", None) or USUAL
-    sides, patches = _pair(side), _pair(getattr(vision, "patch_size", None) or side // 32)
+    sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    grid = None
+    if all(sizes) and not family.side:
+        grid = [side // patch for side, patch in zip(*map(_pair, sizes))]
     joins = attrgetter(family.joins)(config) if family.joins else 1
-    if family.count:
-        joins = math.isqrt(sides[0] // patches[0] * (sides[1] // patches[1]) // attrgetter(family.count)(config))
+    if grid and family.count:
+        joins = max(1, math.isqrt(math.prod(grid) // attrgetter(family.count)(config)))
     factor = round(joins if joins >= 1 else 1 / joins)
+    rows, columns = (side // factor for side in grid) if grid else [family.side or USUAL] * 2
     layer = TOWERS.get(TOWER_OF_CONFIG.get(vision.model_type, ""))
     return {
-        "grid": tuple(round(pixels / (patch * factor)) * factor for pixels, patch in zip(sides, patches)),
+        "grid": (rows * factor, columns * factor),
         "shuffle_factor": factor,
         "class_tokens": layer.class_tokens if layer else 0,
         "blocks": getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0),
@@ -33,13 +36,14 @@ def usual_picture(config: Any, family: FamilySpec) -> dict[str, Any]:
 
 def read_out_of(model: nn.Module) -> FamilySpec | None:
     """The family of a model that has no row, if it has the parts of those that merge behind the projector."""
-    core, config = getattr(model, "base_model", model), getattr(model, "config", None)
+    core: Any = getattr(model, "base_model", model)
+    config: Any = getattr(model, "config", None)
     parts = ("vision_config", "text_config", "image_token_id")
     if core is model or not hasattr(core, "get_image_features") or any(not hasattr(config, part) for part in parts):
         return None
     paths = {part: path for path, part in model.named_modules()}
     at, language = paths[core], paths.get(core.get_decoder(), "")
-    return packed(config.model_type, core=at, tower=at, projector=at, language=language, known=False)
+    return behind(config.model_type, core=at, tower=at, projector=at, language=language, known=False)
 
 
 def _pair(size: Any) -> tuple[int, int]:
