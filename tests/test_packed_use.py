@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import assert_same_modules, logits, new_ids
 from families import NO_PICTURE, QUESTIONS, TWO_PICTURES, pictures
-from models import since_518
+from models import picture, since_518
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,10 +29,14 @@ WAYS = {
     "lookup": {"prompt_lookup_num_tokens": 2},
     "chunks": {"prefill_chunk_size": 16},
 }
-REFUSED = {  # by transformers itself, or where a picture's tokens see each other both ways
-    **dict.fromkeys([("Qwen3.5", "lookup"), ("Qwen3.5", "draft")], (ValueError, "not supported with stateful models")),
-    **dict.fromkeys([("Gemma 3", "chunks"), ("Gemma 4", "chunks")], (UserError, "prefill_chunk_size=16 does not go")),
-    ("Ovis2", "chunks"): (TypeError, "not subscriptable"),
+STATEFUL = ("lookup", "draft"), ValueError, "not supported with stateful models"
+BOTH_WAYS = ("chunks",), UserError, "prefill_chunk_size=16 does not go"
+REFUSED = {  # key: class of the model; by transformers itself, or where a picture's tokens see each other both ways
+    "Qwen3_5ForConditionalGeneration": STATEFUL,
+    "Qwen3_5MoeForConditionalGeneration": STATEFUL,
+    "Gemma3ForConditionalGeneration": BOTH_WAYS,
+    "Gemma4ForConditionalGeneration": BOTH_WAYS,
+    "Ovis2ForConditionalGeneration": (("chunks",), TypeError, "not subscriptable"),
 }
 
 
@@ -58,10 +62,9 @@ def merging():
 @FAMILIES
 def test_ways_to_generate_change_no_answer(family, merging):
     model, _, one, batch = merging(family)
-    answer = new_ids(model, one)
+    answer, (refused, error, said) = new_ids(model, one), REFUSED.get(family.model, ((), None, None))
     for name, options in (WAYS | {"draft": {"assistant_model": family.build(seed=2)}}).items():
-        if (family.title, name) in REFUSED:
-            error, said = REFUSED[family.title, name]
+        if name in refused:
             with pytest.raises(error, match=said):
                 new_ids(model, one, **options)
         else:
@@ -158,3 +161,20 @@ def test_the_llm_saves_what_is_estimated(family):
         head = 2 * text.hidden_size * text.vocab_size
         for flops, tokens in ((plain, length), (merged, shorter)):
             assert flops == estimate(model, images=0, text_tokens=tokens).prefill_flops - head
+
+
+@pytest.mark.parametrize("family", [family for family in PACKED if family.clip], ids=lambda family: family.title)
+def test_frames_of_a_video_merge_each_for_itself(family):
+    """Before a picture, where the family takes both in a prompt; and generate() says what forward() says."""
+    model, frames = family.build(), [picture(0), picture(1)]
+    inputs = family.film(frames, *(pictures(1) if family.mixes else ()))
+    plain, answer = logits(model, inputs), new_ids(model, inputs, 2)
+    with attach(model, "pitome", keep=1.0) as handle:
+        assert torch.equal(logits(model, inputs), plain) and new_ids(model, inputs, 2) == answer
+        handle.update(keep=0.25)
+        seen = logits(model, inputs)
+        assert len(handle.stats.lengths) == len(frames) + family.mixes
+        assert list(handle.stats.lengths) == family.kept([len(group) for group in handle.stats.groups], 0)
+        gone = sum(map(len, handle.stats.groups)) - sum(handle.stats.lengths)
+        assert seen.shape[1] == plain.shape[1] - gone and gone > 0.7 * (inputs["mm_token_type_ids"] > 0).sum()
+        assert [row[0] for row in new_ids(model, inputs, 2)] == seen[:, -1].argmax(-1).tolist()
