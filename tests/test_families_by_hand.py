@@ -166,11 +166,8 @@ def medians_by_hand(places, ids, placeholder, groups):
 GRIDS = [family for family in PACKED if family.mark != "<image>"]  # of pictures with grids of their own: M-RoPE
 
 
-@pytest.mark.parametrize(
-    "family,calibration",
-    [(family, kind) for family in GRIDS for kind in ("size", "none") if kind == "none" or family.title != "Qwen3.5"],
-    ids=lambda value: getattr(value, "title", value),
-)
+@pytest.mark.parametrize("family", GRIDS, ids=lambda family: family.title)
+@pytest.mark.parametrize("calibration", ["size", "none"])
 def test_positions_of_three_axes(family, calibration):
     """Time, row and column: those of the median of a group, or numbered anew; and what is written counts on."""
     model, inputs = family.build(), family.process([(TWO_PICTURES, pictures(1, 2))])
@@ -186,26 +183,3 @@ def test_positions_of_three_axes(family, calibration):
     assert list(map(tuple, seen[0]["position_ids"][-3:, 0].T.tolist())) == expected
     for step, call in enumerate(seen[1:]):
         assert call["position_ids"][-3:].flatten().tolist() == 3 * [after + step]
-
-
-@torch.no_grad()
-def test_deepstack_merges_as_the_tokens_do():
-    """What early blocks of Qwen3-VL's LLM add to its visual tokens: the means of the same groups, at their places."""
-    family = next(family for family in PACKED if family.title == "Qwen3-VL")
-    model, plain = family.build(), family.build()
-    inputs = family.process([(TWO_PICTURES, pictures(1, 2)), (QUESTIONS[0], pictures(0))])
-    full, merged = calls_of(plain.model.language_model), calls_of(model.model.language_model)
-    plain(**inputs)
-    handle = attach(model, "tome", keep=0.6)  # one round, so that a group is one mean
-    model(**inputs)
-    assert len(full[0]["deepstack_visual_embeds"]) == len(merged[0]["deepstack_visual_embeds"]) == 2
-    for before, after in zip(full[0]["deepstack_visual_embeds"], merged[0]["deepstack_visual_embeds"], strict=True):
-        expected, start = [], 0
-        for groups in handle.stats.groups:
-            for token in range(int(groups.max()) + 1):
-                expected.append(before[start : start + len(groups)][groups == token].mean(0))
-            start += len(groups)
-        torch.testing.assert_close(after, torch.stack(expected), **CLOSE)
-    layout = handle.stats.layout
-    there = (inputs["input_ids"].gather(1, layout.clamp(min=0)) == family.placeholder) & (layout >= 0)
-    assert torch.equal(merged[0]["visual_pos_masks"], there)
