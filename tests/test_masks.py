@@ -200,7 +200,7 @@ def of_one_row(name, values):
 @torch.no_grad()
 @pytest.mark.parametrize("title", BLOCKS)
 def test_gaps_between_positions_are_no_borders_of_samples(title):
-    """Where a model gets no mask and has no cache it reads borders out of position ids; those that restart are borders."""
+    """Models without a mask and a cache read borders out of position ids; those that restart are borders."""
     family = BLOCKS[title]
     model, samples = family.build(), [dict(family.process([asked])) for asked in ASKED]
     bare = [{name: x for name, x in sample.items() if name not in ("attention_mask", "labels")} for sample in samples]
