@@ -323,7 +323,7 @@ ROWS = (
         clip=MARKED,
     ),
     Packed(
-        "GLM-4V",
+        "GLM-4.1V",
         f"Glm4v{GENERATION}",
         grids("Glm4v", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}),
         of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
@@ -342,6 +342,7 @@ ROWS = (
         f"InternVL{GENERATION}",
         whole("InternVLConfig", lambda: tower("InternVLVisionConfig"), lambda: text("Qwen2Config")),
         internvl_processor,
+        unit="tile",
     ),
     Packed(
         "Gemma 3",
@@ -418,6 +419,7 @@ ROWS = (
             alignment_intermediate_size=2 * WIDTH,
         ),
         aya_processor,
+        unit="tile",
         placeholder=ID["<patch>"],
     ),
     Packed(
@@ -435,6 +437,7 @@ ROWS = (
             hidden_size=WIDTH,
         ),
         ovis_processor,
+        unit="tile",
         placeholder=ID["<IMG_ATOM>"],
     ),
 )
