@@ -56,7 +56,7 @@ def rows(tmp_path, **changes):
 
 def test_the_report_says_what_the_csv_holds(tmp_path):
     text = report.finetuned(rows(tmp_path))
-    assert "50.0 (40.0 to 60.0) per cent right before, 75.0 (70.0 to 80.0) after 9 steps" in text
+    assert "accuracy (%) 50.0 (40.0 to 60.0) before, 75.0 (70.0 to 80.0) after 9 steps" in text
     assert "+25.0 (+20.0 to +30.0) points" in text
 
 

@@ -25,7 +25,7 @@ TOME_BEHIND, TOME_KEEPS = 1.5, (288, 144, 72)
 
 @dataclass(frozen=True)
 class Figures:
-    """The share of right answers, its difference to the plain model, and the share in group A, with 95 % intervals.
+    """Accuracy, its difference to the plain model, and accuracy in group A, with 95 % intervals.
 
     Group A (VTC-Bench, arXiv 2510.07143) are the questions that the plain model answers right, and `downsample` with as
     many tokens wrong.
@@ -65,7 +65,7 @@ def figures(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[Figures]:
 
 @dataclass(frozen=True)
 class Gate:
-    """One requirement in per cent or points: what was measured with its 95 % interval, and its bound."""
+    """One requirement in % or points: what was measured with its 95 % interval, and its bound."""
 
     name: str
     value: float

@@ -20,7 +20,7 @@ from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import UserError, unknown
 
-from .models import configuration, find_shape, merging, prompt, random_model, slice_like, twin
+from .models import configuration, find_shape, merging, prompt, random_model, slice_like, share_weights
 from .sheet import Row, Sheet, timing
 
 PLAIN, ORACLE, OVER_SLICING = "plain", "oracle", "over slicing"
@@ -116,12 +116,12 @@ def check_family(config: Any) -> None:
 
 def contenders(model: Any, methods: list[str], amounts: list[dict[str, Any]]) -> Iterator[Contender]:
     """The plain model, and every method at every amount of `attach`; an oracle goes the way of the first method."""
-    yield Contender(PLAIN, twin(model))
+    yield Contender(PLAIN, share_weights(model))
     for asked in amounts:
         amount = ", ".join(f"{'' if name == 'keep' else name + ' '}{value:g}" for name, value in asked.items())
         made: list[Contender] = []
         for name in methods:
-            own = twin(model)
+            own = share_weights(model)
             if name == ORACLE:
                 if not made[0].handle.plan.merging:
                     raise UserError(

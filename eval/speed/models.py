@@ -92,7 +92,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def twin(model: Any) -> Any:
+def share_weights(model: Any) -> Any:
     """A model with modules of its own that shares every weight."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

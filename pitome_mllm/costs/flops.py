@@ -197,9 +197,9 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one image, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.match_inputs:  # the class token's row of the attention matrix
-        entering = [plan.input_patches, *plan.counts]
+        input_tokens = [plan.input_patches, *plan.counts]
         blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.projector_counts else [])}
-        tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
+        tokens = sum(input_tokens[block] + plan.geometry.class_tokens for block in blocks)
         flops += 2 * tokens * vision.hidden_size
     return flops
 

@@ -40,7 +40,7 @@ class PrefillWork(Work):
         """The first of the hooks: all of them run around the graph."""
         return next(iter(self.module._forward_hooks.values()), None)
 
-    def obstacle(self) -> str | None:
+    def eager_reason(self) -> str | None:
         if self.kwargs.get("output_hidden_states") or self.module.config.output_hidden_states:
             return "hidden states were asked for"
         if not self.is_empty:
@@ -50,10 +50,10 @@ class PrefillWork(Work):
             return "transformers before 5.24 makes an attention mask within a graph that it makes nowhere else"
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return "what its attention mask becomes depends on padding"
-        return super().obstacle()
+        return super().eager_reason()
 
-    def obstacle_inside(self) -> str | None:
-        return foreign_module(self.module) or super().obstacle_inside()
+    def eager_reason_inside(self) -> str | None:
+        return foreign_module(self.module) or super().eager_reason_inside()
 
     def again(self, *tensors: Tensor) -> tuple[Any, str, list[dict]]:
         args, kwargs = self.placed(tensors)

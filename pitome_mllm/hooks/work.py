@@ -53,7 +53,7 @@ class Work:
         """The last of the module's forward hooks that is to be part of the graph; what comes after runs around it."""
         raise NotImplementedError
 
-    def obstacle(self) -> str | None:
+    def eager_reason(self) -> str | None:
         """Why such a call cannot be captured."""
         module, asked = self.module, self.kwargs.get
         if hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None:
@@ -68,7 +68,7 @@ class Work:
             return "inputs and weights lie on several devices"
         return None
 
-    def obstacle_inside(self) -> str | None:
+    def eager_reason_inside(self) -> str | None:
         """Why its modules cannot be captured, as they are."""
         return unsupported_modules(self.module, last=self.last)
 
@@ -113,10 +113,10 @@ class TowerWork(Work):
         ours = (hook for hook in self.module._forward_hooks.values() if isinstance(hook, Hook))
         return next((hook for hook in ours if inspect.unwrap(hook.func) is finish_run), None)
 
-    def obstacle(self) -> str | None:
-        return "energies=True keeps what it makes" if self.plan.energies else super().obstacle()
+    def eager_reason(self) -> str | None:
+        return "energies=True keeps what it makes" if self.plan.energies else super().eager_reason()
 
-    def obstacle_inside(self) -> str | None:
+    def eager_reason_inside(self) -> str | None:
         others = self.watched if self.plan.metric == "projected" else ()
         return unsupported_modules(self.module, *others, last=self.last)
 
