@@ -131,12 +131,7 @@ def _row(setting: Setting, where: str, found: Answers) -> Row:
 
 
 def usable(args: argparse.Namespace, about: dict[str, str]) -> list[dict[str, str]]:
-    """The rows of ``--out`` that today's code made, or that are not asked for.
-
-    Raises
-    ------
-    ValueError : there are some of another model, other questions or other libraries.
-    """
+    """The rows of ``--out`` that today's code made, or that are not asked for; ValueError if some are of others."""
     if not args.out.exists():
         return []
     found, count = results(args.out), len(questions(args.split)[: args.questions])

@@ -65,12 +65,9 @@ def answers(asked: Asked, settings: Settings | None) -> Answers:
 def measure(
     asked: Asked, wanted: Sequence[Settings | None], jobs: int = 1, seconds: float | None = None
 ) -> Iterator[tuple[int, Answers]]:
-    """The place in ``wanted`` and the answers of every run, as they come.
+    """The place in ``wanted`` and the answers of every run, as they come, by so many processes of one thread each.
 
-    Parameters
-    ----------
-    jobs : processes that answer, one thread each; 1 = this one.
-    seconds : after which those that run are given up and no others begun.
+    After so many seconds what runs is given up, and nothing else begun.
     """
     until = None if seconds is None else time.monotonic() + seconds
     calls = [(asked, number, settings) for number, settings in enumerate(wanted)]

@@ -6,6 +6,7 @@ forward, so whatever is attached to the model takes part. An answer is the likel
 
 import argparse
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,16 +29,13 @@ class Record:
     """One answered question."""
 
     scene: int
-    tier: str
-    category: str
-    answer: str
+    question: Question
     predicted: str
-    blind: str
 
     @property
     def right(self) -> bool:
         """Whether the model's answer is the true one."""
-        return self.predicted == self.answer
+        return self.predicted == self.question.answer
 
 
 @dataclass(frozen=True)
@@ -117,17 +115,17 @@ def predicted(model, processor, split: str = "test", limit: int | None = None) -
 
 
 def score(model, processor, split: str = "test", limit: int | None = None) -> Iterator[Record]:
-    """The answers to the first ``limit`` questions of a split, beside the true ones and those without looking."""
-    for number, q, answer in predicted(model, processor, split, limit):
-        yield Record(number, q.tier, q.category, q.answer, answer, blind_answer(q))
+    """The answers to the first ``limit`` questions of a split."""
+    return itertools.starmap(Record, predicted(model, processor, split, limit))
 
 
 def table(records: list[Record]) -> list[dict]:
     """Accuracy, interval and blind baseline: overall, per category and per tier."""
     bootstrap = Bootstrap(np.array([r.scene for r in records]))
-    right, blind = np.array([(r.right, r.blind == r.answer) for r in records], float).T
+    asked = [r.question for r in records]
+    right, blind = np.array([(r.right, blind_answer(r.question) == r.question.answer) for r in records], float).T
     rows = []
-    for name, mask in groups(records).items():
+    for name, mask in groups(asked).items():
         rate, low, high = bootstrap(right, mask)
         about = {"group": name, "questions": int(mask.sum()), "accuracy": rate, "low": low, "high": high}
         rows.append(about | {"blind": blind[mask].mean()})

@@ -49,15 +49,7 @@ def recorded(split: str) -> list[str]:
 
 
 def scene(number: int, split: str = "test") -> tuple[Image.Image, list[Question]]:
-    """Picture `number` of a split and its questions.
-
-    Raises
-    ------
-    ValueError
-        No such scene or split.
-    RuntimeError
-        This machine draws another picture than the recorded one.
-    """
+    """Picture `number` of a split and its questions; RuntimeError if this machine draws another picture."""
     made, asked = scene_questions(number, split)
     if digest(made, asked) != recorded(split)[number]:
         raise RuntimeError(

@@ -26,8 +26,8 @@ from ..lmms.rows import Options, Row, beside
 from ..lmms.tables import PLAIN, TASKS, Run, Table, own_config, published
 from .pictures import CLASSES, Data, data_of
 
-RECCLASSESS = (1, 5, 10)
-FIGURES = tuple(f"{to} R@{k}" for to in ("text", "image") for k in RECCLASSESS)
+RECALL_AT = (1, 5, 10)
+FIGURES = tuple(f"{to} R@{k}" for to in ("text", "image") for k in RECALL_AT)
 PROMPT = "a photo of a {}."
 Said = Callable[[str], None]
 
@@ -102,7 +102,7 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[np.ndarray, n
     texts_found = _best(images, texts, owner) == torch.arange(len(images))[:, None]
     images_found = _best(texts, images, torch.arange(len(images))) == owner[:, None]
     by_text = _within(images_found)
-    by_image = torch.zeros(len(images), len(RECCLASSESS)).index_add(0, owner, by_text)
+    by_image = torch.zeros(len(images), len(RECALL_AT)).index_add(0, owner, by_text)
     asked = torch.bincount(owner, minlength=len(images))[:, None].expand_as(by_image)
     hits = torch.cat([_within(texts_found), by_image], 1)
     return hits.numpy(), torch.cat([torch.ones_like(by_image), asked], 1).numpy()
@@ -110,12 +110,12 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[np.ndarray, n
 
 def _best(asked: Tensor, among: Tensor, owner: Tensor) -> Tensor:
     """To whom the nearest of ``among`` belong (len(asked), 10)."""
-    most = min(max(RECCLASSESS), len(among))
+    most = min(max(RECALL_AT), len(among))
     return owner[torch.cat([(part @ among.T).topk(most).indices for part in asked.split(512)])]
 
 
 def _within(hits: Tensor) -> Tensor:
-    return torch.stack([hits[:, :k].any(1) for k in RECCLASSESS], 1).float()
+    return torch.stack([hits[:, :k].any(1) for k in RECALL_AT], 1).float()
 
 
 def classified(encoder: Encoder, data: Data, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,13 +139,7 @@ def _evaluate(encoder: Encoder, name: str, data: Data, batch: int) -> tuple[np.n
 
 
 def reproduce(name: str, table: Table, options: Options, say: Said) -> dict[Run, dict[str, Any]]:
-    """Hits and trials of every run and task, from where they are already, or found now.
-
-    Raises
-    ------
-    ValueError
-        A folder or a model that is not there; settings that `attach` refuses.
-    """
+    """Hits and trials of every run and task, from where they are already, or found now."""
     data = {task: data_of(task, options.data, options.limit) for task in table.tasks}
     load = options.load or {}
     if load.get("bits"):

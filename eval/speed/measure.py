@@ -20,7 +20,7 @@ from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import UserError, unknown
 
-from .models import configuration, find_shape, merging, prompt, random_model, slice_like, share_weights
+from .models import configuration, find_shape, merging, prompt, random_model, share_weights, slice_like
 from .sheet import Row, Sheet, timing
 
 PLAIN, ORACLE, OVER_SLICING = "plain", "oracle", "over slicing"

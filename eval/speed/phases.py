@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pitome_mllm import METHODS, Attachment, attach
 from pitome_mllm.hooks.capture import Capture, new_pool
 
-from .models import configuration, find_shape, prompt, random_model, slice_like, share_weights
+from .models import configuration, find_shape, prompt, random_model, share_weights, slice_like
 from .sheet import Row, Sheet
 
 BATCHES, LLM_BATCHES = (1, 4, 16), (1, 16)
