@@ -193,7 +193,7 @@ def test_nothing_keeps_a_model_that_nobody_has(one):
 
 
 def test_contexts_keep_nothing_of_attachments_that_ended(shallow, one):
-    """Of a thread or task that lives on: neither attachments, nor stats, nor a variable for each (see `hooks.state`)."""
+    """Those of threads and tasks that live on: neither stats, nor a variable for each (see `hooks.state`)."""
 
     def attachments(times):
         """Attach, choose, run and remove; what is left of that, and the variables of the context."""

@@ -292,7 +292,10 @@ def test_the_embedded_model_answers_as_recorded(tiny):
     records = list(score(*tiny, recorded["split"], recorded["questions"]))
     accuracy = sum(r.right for r in records) / len(records)
     assert abs(accuracy - recorded["accuracy"]) <= 0.02
-    assert accuracy >= 0.75 and accuracy > sum(blind_answer(r.question) == r.question.answer for r in records) / len(records) + 0.3
+    assert (
+        accuracy >= 0.75
+        and accuracy > sum(blind_answer(r.question) == r.question.answer for r in records) / len(records) + 0.3
+    )
 
 
 def test_the_shipped_model_is_what_is_trained(tiny):

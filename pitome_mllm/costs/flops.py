@@ -6,7 +6,6 @@ Attention counts every query with every key, causal or not, as that tool does. T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -72,12 +71,6 @@ def estimate(
     model_or_config: Any,
     method: str | Reducer | Plan | None = None,
     *,
-    keep: int | float | None = None,
-    ratio: float | None = None,
-    counts: Sequence[int] | None = None,
-    schedule: str | None = None,
-    where: str | None = None,
-    tower_keep: int | float | None = None,
     batch: int = 1,
     images: int = 1,
     text_tokens: int = 40,
@@ -96,7 +89,7 @@ def estimate(
     model_or_config : object
         A model that `attach` takes, or a configuration of one; nothing runs and no weights are needed. Of an encoder
         alone only the vision tower counts.
-    method, keep, ratio, counts, schedule, where, tower_keep, **settings
+    method, **settings
         As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
         Rows.
@@ -119,8 +112,7 @@ def estimate(
     at_least(batch=(batch, 1))
     if logits not in LOGITS:
         raise UserError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
-    settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
-    vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
+    vision, text, plan = resolve(model_or_config, method, **settings)
     prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
     tower = batch * images * _tower(vision, plan)
     merging = batch * images * _merging(vision, text, plan)

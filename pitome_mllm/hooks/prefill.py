@@ -20,15 +20,12 @@ from .work import Work
 class PrefillWork(Work):
     """A call of the LLM with a prompt's embeddings and an empty dynamic KV cache."""
 
-    name = "the LLM's prefill"
+    name, apart = "the LLM's prefill", NAMES
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.past = cache_in(kwargs)
         self.is_empty = _is_new(self.past)  # asked before the call fills it
-
-    def is_apart(self, name: str) -> bool:
-        return name in NAMES
 
     @property
     def settings(self) -> tuple:

@@ -23,6 +23,8 @@ class Work:
     ----------
     name : str
         What the module is called in the log.
+    apart : sequence of str
+        Keywords that bring nothing that a graph depends on.
     watched : sequence of nn.Module
         Modules beside it whose state counts.
     given : list
@@ -32,16 +34,13 @@ class Work:
     """
 
     name = ""
+    apart: Sequence[str] = ()
     watched: Sequence[nn.Module] = ()
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         self.module, self.plan, self.plain, self.args, self.kwargs = module, plan, plain, args, kwargs
-        self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if not self.is_apart(name))]
+        self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name not in self.apart)]
         self.inputs = [value for _, value in self.given if isinstance(value, Tensor)]
-
-    def is_apart(self, name: str) -> bool:
-        """Whether a keyword brings nothing that a graph depends on."""
-        raise NotImplementedError
 
     @property
     def settings(self) -> tuple:
@@ -77,7 +76,7 @@ class Work:
         given = iter(tensors)
         args = [next(given) if isinstance(value, Tensor) else value for value in self.args]
         return args, {
-            name: next(given) if isinstance(value, Tensor) and not self.is_apart(name) else value
+            name: next(given) if isinstance(value, Tensor) and name not in self.apart else value
             for name, value in self.kwargs.items()
         }
 
@@ -93,14 +92,11 @@ class Work:
 class TowerWork(Work):
     """A call of a vision tower, merging before the projector included."""
 
-    name = "the vision tower"
+    name, apart = "the vision tower", (RUN,)
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.watched = (module._pitome.projector,)
-
-    def is_apart(self, name: str) -> bool:
-        return name == RUN
 
     @property
     def settings(self) -> tuple:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -89,32 +88,13 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return "\n".join(lines)
 
 
-def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = (672, 672)) -> Image.Image:
-    """A chart of the tokens after every step: a group of bars per step, a colour per name.
-
-    Parameters
-    ----------
-    counts : mapping
-        By name (of a method), the tokens before the first step and after each of them.
-    size : tuple of int, default (672, 672)
-        Width and height in pixels.
-
-    Raises
-    ------
-    ValueError
-        Nothing to show, or more names than there are colours.
-    """
-    if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
-        raise UserError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
+def draw_counts(counts: Sequence[int], size: tuple[int, int] = (672, 672)) -> Image.Image:
+    """A chart, of a width and height in pixels, of the tokens before the first step and after each of them."""
     figure = Figure((size[0] / DPI, size[1] / DPI), dpi=DPI, layout="constrained")
     axis = figure.subplots()
-    width, many = 0.8 / len(counts), len(counts) * max(map(len, counts.values())) > 16
-    for number, (name, values) in enumerate(counts.items()):
-        places = np.arange(len(values)) + (number - (len(counts) - 1) / 2) * width
-        bars = axis.bar(places, values, width, label=name, color=PALETTE[number] / 255)
-        axis.bar_label(bars, rotation=90 if many else 0, fontsize="small", padding=2)
+    bars = axis.bar(range(len(counts)), counts, color=PALETTE[0] / 255)
+    axis.bar_label(bars, rotation=90 if len(counts) > 16 else 0, fontsize="small", padding=2)
     axis.set(xlabel="tokens after so many steps")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(y=0.1)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False)
     return painted(figure)
