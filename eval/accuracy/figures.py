@@ -16,6 +16,8 @@ from ..documents import markdown
 from .runs import PLAIN
 
 BLIND = "blind"
+COLUMNS = ("value", "low", "high", "change", "change_low", "change_high", "group_a", "group_a_low", "group_a_high")
+COLUMNS += ("group_a_questions",)
 Key = tuple[str, bool, int]  # method, whether as published, keep
 Asked = Sequence[tuple[int, Question]]  # scene and question
 # At most so many points the default may lose at a keep, and ToMe under the same defaults be behind it.
@@ -23,44 +25,26 @@ DEFAULT_LOSES = {144: 1.0, 72: 2.8, 36: 5.7, 16: 11.0}
 TOME_BEHIND, TOME_KEEPS = 1.5, (288, 144, 72)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Accuracy, its difference to the plain model, and accuracy in group A, with 95 % intervals.
-
-    Group A (VTC-Bench, arXiv 2510.07143) are the questions that the plain model answers right, and `downsample` with as
-    many tokens wrong.
-    """
-
-    value: float
-    low: float
-    high: float
-    change: float
-    change_low: float
-    change_high: float
-    group_a: float | str = ""
-    group_a_low: float | str = ""
-    group_a_high: float | str = ""
-    group_a_questions: int | str = ""
-
-
 def bootstrap_of(asked: Asked) -> Bootstrap:
     """The bootstrap over the pictures of these questions."""
     return Bootstrap(np.array([scene for scene, _ in asked]))
 
 
-def figures(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[Figures]:
-    """Those of every run, from what (n,) it answered right; group A of methods where `downsample` was measured."""
+def figures(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[dict[str, float | str]]:
+    """Accuracy, its difference to the plain model, and that in group A, of every run, from what (n,) it answered right.
+
+    Group A (VTC-Bench, arXiv 2510.07143) are the questions that the plain model answers right, and `downsample` with as
+    many tokens wrong. All with 95 % intervals.
+    """
     bootstrap, everything = bootstrap_of(asked), np.ones(len(asked), bool)
     plain = next(found for (method, *_), found in right.items() if method == PLAIN)
     for (method, published, keep), found in right.items():
         made = [*bootstrap(found, everything), *bootstrap(found - plain.astype(float), everything)]
-        rounded = Figures(*(round(figure, 6) for figure in made))
         small = right.get(("downsample", published, keep))
         hard = None if small is None or method in (PLAIN, BLIND) else plain & ~small
         if hard is not None and hard.any():
             made += [*bootstrap(found, hard), int(hard.sum())]
-            rounded = Figures(*(round(figure, 6) for figure in made))
-        yield rounded
+        yield dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, (round(figure, 6) for figure in made)))
 
 
 @dataclass(frozen=True)

@@ -170,15 +170,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=1680, help="only the first so many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (%(default)s)")
-    parser.add_argument("--start", type=json.loads, default={}, help="settings in place of defaults, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        check_out(args.out, RESULTS, (args.questions, args.start) == (1680, {}))
+        check_out(args.out, RESULTS, args.questions == 1680)
     except UserError as error:
         parser.error(str(error))
-    current, found = dict(args.start), list[Row]()
+    current, found = dict[str, Any](), list[Row]()
     for number in range(1, ROUNDS + 1):
         rows = one_round(number, current, args)
         found += rows

@@ -7,7 +7,6 @@ onnx, scikit-image and scikit-learn; Debian's tuxpaint-stamps-default brings mos
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,15 +26,16 @@ from pitome_mllm.methods import UserError
 from pitome_mllm.schedule import Schedule
 
 from ..benchmark.bootstrap import Bootstrap
-from ..documents import append
+from ..documents import append, read
 from ..provenance import about_machine, check_commit, commit
-from .report import OUT
+from .report import COMMAND, OUT
 from .weights import MODELS, load
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian puts them
 PHOTOGRAPHIC = ("animals", "food", "hobbies", "household", "plants", "sports", "vehicles")
 PHOTOS = ("astronaut", "camera", "cat", "coffee", "coins", "moon", "retina", "rocket")
 SIDE, BATCH = 224, 16
+KEY = ("model", "method", "how", "points", "amount")  # of a row
 RATIOS, POINTS = (0.9, 0.85, 0.95), (3, 4, 6)
 FEW = ("pitome", "pitome-bsm", "tome", "random")
 OTHERS = ("tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
@@ -158,7 +158,8 @@ def measure(name: str, model: nn.Module, shown: list[Picture], out: Path, about:
     shape = geometry(model)
     embeddings(model, pixels[:2])  # the first call is slow
     plain, taken = embeddings(model, pixels)
-    there, row = _measured(out), partial(_row, name, plain=plain, kinds=kinds)
+    there = {tuple(row[n] for n in KEY) for row in read(out, COMMAND)} if out.exists() else set()
+    row = partial(_row, name, plain=plain, kinds=kinds)
     first = Setting("none", "", "", {})
     asked = [one for one in settings(name, shape.patches, shape.blocks) if _key(name, one) not in there]
     if _key(name, first) not in there:
@@ -181,24 +182,15 @@ def _key(name: str, one: Setting) -> tuple[str, ...]:
 def _row(
     name: str, one: Setting, merged: Tensor, taken: float, tokens: int, flops: int, plain: Tensor, kinds: np.ndarray
 ) -> dict[str, Any]:
-    known = dict(zip(("model", "method", "how", "points", "amount"), _key(name, one), strict=True))
+    known = dict(zip(KEY, _key(name, one), strict=True))
     cost = {"tokens": tokens, "gflops": f"{flops / 1e9:.2f}", "cpu_ms": f"{taken:.0f}"}
     return known | cost | {key: f"{value:.4f}" for key, value in figures(merged, plain, kinds).items()}
-
-
-def _measured(out: Path) -> set[tuple[str, ...]]:
-    """What a file has rows of."""
-    if not out.exists():
-        return set()
-    with out.open(newline="") as file:
-        return {tuple(row[n] for n in ("model", "method", "how", "points", "amount")) for row in csv.DictReader(file)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="with both wheels")
-    parser.add_argument("--stamps", type=Path, default=STAMPS, metavar="FOLDER", help="%(default)s")
     parser.add_argument("--every", type=int, default=4, metavar="N", help="of the stamps, every so many (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the processor (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="gets what it lacks (%(default)s)")
@@ -207,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--every and --threads take 1 or more")
     check_commit(options.out, commit())
     torch.set_num_threads(options.threads)
-    shown = pictures(options.stamps, options.every)
+    shown = pictures(STAMPS, options.every)
     about = {"pictures": len(shown), **about_machine()}
     for name in MODELS:
         measure(name, load(name, options.wheels), shown, options.out, about)

@@ -133,13 +133,7 @@ def estimate(
 
 
 def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
-    """The configurations of vision tower and LLM (None: a tower alone), and what the settings of `attach` mean there.
-
-    Raises
-    ------
-    ValueError
-        An unsupported model; settings that `attach` refuses.
-    """
+    """The configurations of vision tower and LLM (None: a tower alone), and the plan of the settings of `attach`."""
     config = getattr(model_or_config, "config", model_or_config)
     shape, vision = geometry(config), getattr(config, "vision_config", config)
     if shape.family.encoder:  # whatever the method's own place

@@ -17,28 +17,15 @@ from .tower import finish_run
 
 
 class Work:
-    """One call of a module, for which a graph may stand in.
+    """One call of a module, for which a graph may stand in."""
 
-    Attributes
-    ----------
-    name : str
-        What the module is called in the log.
-    apart : sequence of str
-        Keywords that bring nothing that a graph depends on.
-    watched : sequence of nn.Module
-        Modules beside it whose state counts.
-    given : list
-        Names and values of what a graph depends on, tensors among them.
-    inputs : list of Tensor
-        The tensors of those.
-    """
-
-    name = ""
-    apart: Sequence[str] = ()
-    watched: Sequence[nn.Module] = ()
+    name = ""  # of the module, in the log
+    apart: Sequence[str] = ()  # keywords that bring nothing that a graph depends on
+    watched: Sequence[nn.Module] = ()  # modules beside it whose state counts
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         self.module, self.plan, self.plain, self.args, self.kwargs = module, plan, plain, args, kwargs
+        # Names and values of what a graph depends on, and the tensors of those.
         self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name not in self.apart)]
         self.inputs = [value for _, value in self.given if isinstance(value, Tensor)]
 
