@@ -118,7 +118,7 @@ def test_the_time_limit_ends_a_run_and_what_is_done_is_kept(measured, monkeypatc
 
 
 def test_in_several_processes_as_in_one():
-    asked = runs.Asked("tiny", "test", 32)
+    asked = runs.QuestionSet("tiny", "test", 32)
     wanted = [None, {"method": "tome", "keep": 36}, {"method": "random", "keep": 36}]
     alone = dict(runs.measure(asked, wanted))
     together = dict(runs.measure(asked, wanted, jobs=2))

@@ -32,7 +32,7 @@ from ..documents import append, read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .figures import BLIND, figures
-from .runs import PLAIN, Answers, Asked, code, load, measure, provenance
+from .runs import PLAIN, Answers, QuestionSet, code, load, measure, provenance
 
 KEEPS = (288, 192, 144, 128, 72, 64, 36, 16)
 SUMMARY = "accuracy.csv"  # of the two files the one that is installed
@@ -99,9 +99,9 @@ def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[S
 
 def measured(args: argparse.Namespace, wanted: dict[Setting, str], seconds: float | None) -> Iterator[dict]:
     """The rows of everything that is ``wanted``, by where it merges, as they come."""
-    longest, asked = sorted(wanted, key=lambda setting: -setting.keep), Asked(args.model, args.split, args.questions)
+    longest = sorted(wanted, key=lambda setting: -setting.keep)
     given = [None if setting == ALL else asdict(setting) for setting in longest]
-    for number, found in measure(asked, given, args.jobs, seconds):
+    for number, found in measure(QuestionSet(args.model, args.split, args.questions), given, args.jobs, seconds):
         yield _row(longest[number], wanted[longest[number]], found)
 
 

@@ -19,18 +19,18 @@ BLIND = "blind"
 COLUMNS = ("value", "low", "high", "change", "change_low", "change_high", "group_a", "group_a_low", "group_a_high")
 COLUMNS += ("group_a_questions",)
 Key = tuple[str, bool, int]  # method, whether as published, keep
-Asked = Sequence[tuple[int, Question]]  # scene and question
+Questions = Sequence[tuple[int, Question]]  # scene and question
 # At most so many points the default may lose at a keep, and ToMe under the same defaults be behind it.
 DEFAULT_LOSES = {144: 1.0, 72: 2.8, 36: 5.7, 16: 11.0}
 TOME_BEHIND, TOME_KEEPS = 1.5, (288, 144, 72)
 
 
-def bootstrap_of(asked: Asked) -> Bootstrap:
+def bootstrap_of(asked: Questions) -> Bootstrap:
     """The bootstrap over the pictures of these questions."""
     return Bootstrap(np.array([scene for scene, _ in asked]))
 
 
-def figures(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[dict[str, float | str]]:
+def figures(right: Mapping[Key, np.ndarray], asked: Questions) -> Iterator[dict[str, float | str]]:
     """Accuracy, its difference to the plain model, and that in group A, of every run, from what (n,) it answered right.
 
     Group A (VTC-Bench, arXiv 2510.07143) are the questions that the plain model answers right, and `downsample` with as
@@ -64,7 +64,7 @@ class Gate:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def gates(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[Gate]:
+def gates(right: Mapping[Key, np.ndarray], asked: Questions) -> Iterator[Gate]:
     """What embedded model, benchmark, default and ToMe must show, as far as it was measured."""
     bootstrap, masks = bootstrap_of(asked), groups([question for _, question in asked])
     plain, blind = (next(f for (m, *_), f in right.items() if m == name).astype(float) for name in (PLAIN, BLIND))
@@ -97,7 +97,7 @@ def _of_defaults(right: Mapping[Key, np.ndarray], plain: np.ndarray, gate: Calla
             yield gate(name, ours.astype(float) - tome, TOME_BEHIND, at_least=False)
 
 
-def gate_table(right: Mapping[Key, np.ndarray], asked: Asked) -> str:
+def gate_table(right: Mapping[Key, np.ndarray], asked: Questions) -> str:
     """A Markdown table of the gates."""
     lines = [["gate", "measured", "95 % interval", "bound", ""]]
     for gate in gates(right, asked):

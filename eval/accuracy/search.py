@@ -30,7 +30,7 @@ from ..documents import read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .figures import bootstrap_of
-from .runs import Asked, load, measure, provenance
+from .runs import QuestionSet, load, measure, provenance
 from .tables import teraflops
 
 KEEPS = (144, 72, 36, 16)
@@ -136,7 +136,7 @@ def one_round(number: int, current: dict[str, Any], args: argparse.Namespace) ->
     wanted, asked = alternatives(current), questions("validation")[: args.questions]
     runs = [{**settings, "keep": keep} for settings in wanted.values() for keep in KEEPS]
     right = np.zeros((len(runs), len(asked)))
-    for place, found in measure(Asked("tiny", "validation", args.questions), runs, args.jobs):
+    for place, found in measure(QuestionSet("tiny", "validation", args.questions), runs, args.jobs):
         right[place] = found.right
     right = right.reshape(len(wanted), len(KEEPS), -1)
     bootstrap, everything, level = bootstrap_of(asked), np.ones(len(asked), bool), 1 - 0.05 / max(1, len(wanted) - 1)

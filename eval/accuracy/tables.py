@@ -39,8 +39,8 @@ class Results:
     def of(cls, found: list[Row]) -> Results:
         """Those in the rows of its summary."""
         plain, blind = (next(row for row in found if row["method"] == name) for name in (PLAIN, BLIND))
-        methods = [row for row in found if row["method"] not in (PLAIN, BLIND)]
-        return cls(plain, blind, {(line_of(row), int(row["keep"])): row for row in methods})
+        lines = {((row["method"], row["published"] == "True", row["where"]), int(row["keep"])): row for row in found}
+        return cls(plain, blind, {key: row for key, row in lines.items() if row["method"] not in (PLAIN, BLIND)})
 
     @property
     def keeps(self) -> list[int]:
@@ -50,11 +50,6 @@ class Results:
     def lines(self, published: bool) -> list[Line]:
         """Those of one table."""
         return list(dict.fromkeys(line for line, _ in self.cells if line[1] == published))
-
-
-def line_of(row: Row) -> Line:
-    """The line of tables that a row of a CSV belongs to."""
-    return row["method"], row["published"] == "True", row["where"]
 
 
 def table(found: list[Row], published: bool) -> str:

@@ -35,6 +35,7 @@ STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian puts them
 PHOTOGRAPHIC = ("animals", "food", "hobbies", "household", "plants", "sports", "vehicles")
 PHOTOS = ("astronaut", "camera", "cat", "coffee", "coins", "moon", "retina", "rocket")
 SIDE, BATCH = 224, 16
+Shown = tuple[Image.Image, str]  # a square picture, and its kind; empty where nobody says it
 KEY = ("model", "method", "how", "points", "amount")  # of a row
 RATIOS, POINTS = (0.9, 0.85, 0.95), (3, 4, 6)
 FEW = ("pitome", "pitome-bsm", "tome", "random")
@@ -43,14 +44,6 @@ SAME = ("diffrate", "dct", "pitome-llava", "random")  # whatever the library's c
 HOW = {"as published": {"published": True}, "library": {}}
 # What the library does otherwise than papers, one by one.
 APART = {"keys, weighted": ("keys", True), "keys, plain mean": ("keys", False), "hidden, weighted": ("hidden", True)}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A square picture, and its kind; empty where nobody says it."""
-
-    image: Image.Image
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,16 +56,16 @@ class Setting:
     asked: dict[str, Any]
 
 
-def pictures(stamps: Path, every: int) -> list[Picture]:
+def pictures(stamps: Path, every: int) -> list[Shown]:
     """Photographs that packages bring, and every so many of the photographic stamps, on white."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
     arrays = [getattr(skimage.data, name)() for name in PHOTOS] + load_sample_images().images
-    found = [Picture(ImageOps.fit(Image.fromarray(array).convert("RGB"), (SIDE, SIDE))) for array in arrays]
+    found = [(ImageOps.fit(Image.fromarray(array).convert("RGB"), (SIDE, SIDE)), "") for array in arrays]
     files = (file for folder in PHOTOGRAPHIC for file in sorted((stamps / folder).rglob("*.png")))
     names = [file for file in files if "mirror" not in file.name and "cartoon" not in file.parts]
-    return found + [Picture(_on_white(file), "/".join(_kind(file, stamps))) for file in names[::every]]
+    return found + [(_on_white(file), "/".join(_kind(file, stamps))) for file in names[::every]]
 
 
 def _kind(file: Path, stamps: Path) -> tuple[str, ...]:
@@ -150,11 +143,11 @@ def figures(merged: Tensor, plain: Tensor, kinds: np.ndarray) -> dict[str, float
     return told
 
 
-def measure(name: str, model: nn.Module, shown: list[Picture], out: Path, about: dict[str, Any]) -> None:
+def measure(name: str, model: nn.Module, shown: list[Shown], out: Path, about: dict[str, Any]) -> None:
     """Measure every setting of a model that ``out`` does not hold; each row is written at once."""
     mean, deviation = (torch.tensor(values)[:, None, None] for values in MODELS[name].pixels)
-    pixels = torch.stack([torch.from_numpy(np.array(p.image)).permute(2, 0, 1) / 255 for p in shown])
-    pixels, kinds = (pixels - mean) / deviation, np.array([p.kind for p in shown])
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image, _ in shown])
+    pixels, kinds = (pixels - mean) / deviation, np.array([kind for _, kind in shown])
     shape = geometry(model)
     embeddings(model, pixels[:2])  # the first call is slow
     plain, taken = embeddings(model, pixels)
