@@ -12,7 +12,7 @@ import torch
 import pitome_mllm
 from pitome_mllm.loading import TINY
 from pitome_mllm_eval.benchmark.scenes import GRID, PATCH
-from pitome_mllm_eval.benchmark.score import answers, score
+from pitome_mllm_eval.benchmark.score import predict, prompts, score
 from pitome_mllm_eval.benchmark.sets import blind_answer, scene, scene_questions
 from pitome_mllm_eval.training import export_tiny, tiny_batch, tiny_forward, train_tiny
 from pitome_mllm_eval.training.tiny_batch import (
@@ -66,6 +66,12 @@ def command():
         patch.setattr(train_tiny, "PHASES", PHASES)
         options = "--threads 1 --every 1 --validation 16".split()
         yield lambda out, *more: train_tiny.main(["--out", str(out), *options, *more])
+
+
+def answers(model, processor, picture, texts):
+    """First word of the answer to each question on one picture."""
+    asked = prompts(processor, model.config.image_token_id, model.config.image_seq_length, picture, texts)
+    return processor.tokenizer.convert_ids_to_tokens(predict(model, [asked]))
 
 
 def outcome(out: Path) -> tuple[dict, list[dict]]:

@@ -85,12 +85,6 @@ def predict(model, asked: Sequence[Prompts]) -> list[int]:
     return [token for one, row in zip(asked, found, strict=True) for token in row[: len(one.rest)]]
 
 
-def answers(model, processor, picture, texts: list[str]) -> list[str]:
-    """First word of the answer to each question on one picture."""
-    asked = prompts(processor, model.config.image_token_id, model.config.image_seq_length, picture, texts)
-    return processor.tokenizer.convert_ids_to_tokens(predict(model, [asked]))
-
-
 @functools.lru_cache(maxsize=SCENES)
 def _of_scene(processor, image_token: int, length: int, number: int, split: str) -> tuple[Prompts, list[Question]]:
     """A picture of the benchmark, drawn and checked once for all runs of a process."""
