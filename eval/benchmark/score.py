@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pitome_mllm.commands._report import print_table
 from pitome_mllm.hooks import caches
 from pitome_mllm.serving.prompts import message, write
 
@@ -128,9 +129,7 @@ def table(records: list[Record]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Ask the plain model, and print a table."""
-    from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     import pitome_mllm
 
@@ -141,11 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     asked = score(*pitome_mllm.load(args.model, dtype="float32"), args.split, args.limit)
     rows = table(list(track(asked, "questions", total=args.limit or SCENES * PER_SCENE)))
-    view = Table("", "questions", "accuracy", "95 % interval", "blind", title=f"{args.model}, {args.split}, plain")
-    for row in rows:
-        figures = [f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['blind']:.3f}"]
-        view.add_row(row["group"], str(row["questions"]), *figures)
-    Console().print(view)
+    form = "{group}|{questions}|{accuracy:.3f}|{low:.3f} to {high:.3f}|{blind:.3f}"
+    lines = (form.format(**row).split("|") for row in rows)
+    print_table("|questions|accuracy|95 % interval|blind".split("|"), lines, f"{args.model}, {args.split}, plain")
 
 
 if __name__ == "__main__":
