@@ -18,9 +18,9 @@ from PIL import Image
 
 from pitome_mllm import METHODS, __version__, attach, cli
 from pitome_mllm.commands import _options
+from pitome_mllm.commands.groups import drawing
 from pitome_mllm.costs.flops import MLP_MATRICES
 from pitome_mllm.settings import DEFAULT_METHOD
-from pitome_mllm.visualize import draw_run, tiles_seen_by
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("ask", "demo", "serve", "groups", "spectrum", "cost", "bench", "reproduce", "methods")
@@ -187,7 +187,7 @@ def test_the_drawing_numbers_the_groups_of_patches_only(monkeypatch):
     inputs = process(images=textured(0), text=QUESTION, return_tensors="pt")
     with attach(model, "pitome", keep=144) as handle:
         model.generate(**inputs, max_new_tokens=1)
-        draw_run(tiles_seen_by(process, textured(0)), handle.stats)
+        drawing(process, textured(0), handle.stats)
         sizes = handle.stats.sizes[0, 1:]
     groups = drawn["groups"]
     assert groups.shape == (576,) and torch.equal(groups.unique(), torch.arange(143))

@@ -24,7 +24,7 @@ TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache a
 
 
 @dataclass(frozen=True)
-class Answer(AnswerCost):
+class Run(AnswerCost):
     """One answer, "plain" or "merged", with its cost when the last of `TIMED_TOKENS` new tokens is out.
 
     The cache then holds the prompt and every new token but that last one, which no later token looks at.
@@ -34,7 +34,7 @@ class Answer(AnswerCost):
     answer: str = ""
 
 
-ROWS = {  # field of Answer: its name in the table
+ROWS = {  # field of Run: its name in the table
     "visual_tokens": "visual tokens",
     "prompt_tokens": "LLM prompt length",
     "tower_ms": "vision tower, ms",
@@ -46,7 +46,7 @@ ROWS = {  # field of Answer: its name in the table
 TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
-def add_times(runs: list[Answer], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Answer]:
+def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
     """The runs with their times, medians of ``repeats`` in turns."""
     from ..costs.latency import in_turns, measure
 
@@ -59,7 +59,7 @@ def add_times(runs: list[Answer], model: Any, inputs: Any, handle: Any, repeats:
     return [replace(run, **{f: median(getattr(t, f) for t in seen[run.mode]) for f in TIMES}) for run in runs]
 
 
-def add_costs(run: Answer, model: Any, settings: dict[str, Any]) -> Answer:
+def add_costs(run: Run, model: Any, settings: dict[str, Any]) -> Run:
     """The run with its key-value cache and FLOPs, calculated from the settings of `attach` (empty: the plain model).
 
     The FLOPs of an LLM that `costs.flops` does not know stay None, as those of images cut into tiles.
@@ -124,7 +124,7 @@ def print_table(
         console.print(note, style="dim", markup=False)
 
 
-def print_comparison(about: dict[str, Any], runs: list[Answer], repeats: int, decides: str) -> None:
+def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int, decides: str) -> None:
     """Plain and merged side by side, with merged as a share of plain, and what ``decides`` about it."""
     plain, merged = runs
     rows = [("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")]
@@ -149,7 +149,7 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def print_json(about: dict[str, Any], runs: list[Answer]) -> None:
+def print_json(about: dict[str, Any], runs: list[Run]) -> None:
     """One JSON object: what was asked, the answer, and one entry for each run."""
     entries = {run.mode: {k: v for k, v in asdict(run).items() if k != "mode" and v is not None} for run in runs}
     sys.stdout.write(json.dumps({**about, "answer": runs[-1].answer, "runs": entries}, ensure_ascii=False) + "\n")

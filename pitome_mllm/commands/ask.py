@@ -12,7 +12,7 @@ from ._inputs import Subject, encode, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, positive
 from ._report import (
     TIMED_TOKENS,
-    Answer,
+    Run,
     add_costs,
     add_times,
     describe_device,
@@ -76,7 +76,7 @@ def _ask_for_a_question(options: argparse.Namespace, subject: Subject) -> str:
     return f"a picture needs a question; {what_it_answers(TokenizersBackend)}"
 
 
-def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Answer:
+def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
     """Answer with (mode "merged") or without (mode "plain") merging."""
     plan, full = handle.plan, int((inputs["input_ids"] == model.config.image_token_id).sum())
     known = mode == "plain" or not plan.geometry.family.tiles  # with tiles it depends on the image
@@ -86,7 +86,7 @@ def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, h
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
     visual = visual if known else sum(handle.stats.lengths)
-    return Answer(visual, inputs["input_ids"].shape[1] - full + visual, mode=mode, answer=answer)
+    return Run(visual, inputs["input_ids"].shape[1] - full + visual, mode=mode, answer=answer)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:
@@ -103,7 +103,7 @@ def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: b
     return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _conclude(options: argparse.Namespace, model: Any, subject: Subject, handle: Any, runs: list[Answer]) -> None:
+def _conclude(options: argparse.Namespace, model: Any, subject: Subject, handle: Any, runs: list[Run]) -> None:
     """What was asked for besides the answer: the true answer, the table, the JSON object."""
     about = {
         "model": options.model,

@@ -47,7 +47,7 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write one image: what the tower saw, then one panel for each method, or one for each of its merges."""
-    from ..visualize import below, captioned, draw_run, like, side_by_side, tiles_seen_by
+    from ..visualize import below, captioned, like, side_by_side, tiles_seen_by
 
     for method in options.method or ():
         check_method(method)
@@ -61,8 +61,7 @@ def run(options: argparse.Namespace) -> None:
         if options.energy or options.steps:
             rows = step_rows(tiles, runs, titles, options)
         else:
-            drawn = [draw_run(tiles, stats, style=options.style, side=options.side) for stats in runs]
-            panels = [side_by_side(each, columns=isqrt(len(each) - 1) + 1) if tiles[1:] else each[0] for each in drawn]
+            panels = [drawing(processor, subject.picture, stats, options.style, options.side) for stats in runs]
             rows = [([like(tiles[0], panels[0]), *panels], ["picture", *titles])]
         sheets = [side_by_side(panels, heads, columns=_columns(len(panels))) for panels, heads in rows]
     caption = CAPTIONS["energy" if options.energy else options.style]
@@ -108,6 +107,14 @@ def step_rows(
             number = f", tile {image + 1} of {len(tiles)}" if len(tiles) > 1 else ""
             rows.append(([like(tile, panels[0]), *panels], [title + number, *heads]))
     return rows
+
+
+def drawing(processor: Any, picture: Image.Image, stats: Any, style: str = "outline", side: int | None = None) -> Any:
+    """The groups of the last run's only image, drawn on what the tower saw of it: one view, or its tiles."""
+    from ..visualize import draw_run, side_by_side, tiles_seen_by
+
+    drawings = draw_run(tiles_seen_by(processor, picture), stats, style=style, side=side)
+    return drawings[0] if len(drawings) == 1 else side_by_side(drawings, columns=isqrt(len(drawings) - 1) + 1)
 
 
 def check_picture_file(path: str) -> None:
