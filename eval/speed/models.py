@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pitome_mllm import Attachment, attach
-from pitome_mllm.costs.published import SHAPES, Shape, get_shape
+from pitome_mllm.costs.published import Shape
 from pitome_mllm.families import FAMILY_OF_CONFIG
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks.run import Run
@@ -52,12 +52,6 @@ def slice_like(model: Any, handle: Attachment) -> None:
         model, Slice(), counts=handle.plan.counts, place=handle.plan.place, metric="hidden",
         proportional_attention=False, graph=False,
     )  # fmt: skip
-
-
-def find_shape(name: str) -> Shape:
-    """The shape of this name, or the only one whose name begins so."""
-    begun = [known for known in SHAPES if known.startswith(name)]
-    return get_shape(begun[0] if len(begun) == 1 else name)
 
 
 def configuration(shape: Shape, layers: int | None = None) -> Any:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pitome_mllm import METHODS, Attachment, attach
+from pitome_mllm.costs.published import get_shape
 from pitome_mllm.hooks.capture import Capture, new_pool
 
-from .models import configuration, find_shape, prompt, random_model, share_weights, slice_like
+from .models import configuration, prompt, random_model, share_weights, slice_like
 from .sheet import Row, Sheet
 
 BATCHES, LLM_BATCHES = (1, 4, 16), (1, 16)
@@ -39,7 +40,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, layers: int | None) -> None:
         self.device, self.repeats = torch.device(options.device), options.repeats
         self.gpu = self.device.type == "cuda"
-        config = configuration(find_shape("llava-1.5-7b"), layers)
+        config = configuration(get_shape("llava-1.5-7b"), layers)
         if options.shape == "tiny":
             shrink(config)
         torch.manual_seed(0)
