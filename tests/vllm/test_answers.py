@@ -36,7 +36,7 @@ CASES = {
     "keys, class token": ("clip-full", {"keep": 145, "method": "tome", "metric": "keys", "place": "end"}, 65, {}),
     "SigLIP": ("siglip-full", {"keep": 144, "where": "tower"}, 100, {}),
     "before the projector": ("clip-default", {"keep": 0.25, "method": "divprune"}, 0.125, {}),
-    "LLaVA-NeXT": ("next", {"keep": 36}, 20, {"max_num_batched_tokens": 160}),
+    "LLaVA-NeXT": ("next", {"keep": 36}, 20, {"max_num_batched_tokens": 160, "block_size": 32}),
 }
 
 

@@ -15,6 +15,7 @@ from . import versions
 versions.check()
 
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models import clip, siglip
 from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph
 from vllm.model_executor.models.llava import (
@@ -29,6 +30,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.model_executor.models.utils import WeightsMapper, scatter_output_slices
+from vllm.model_executor.models.vision import is_vit_use_data_parallel
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...hooks.tiles import merged_parts
@@ -55,8 +57,8 @@ class _Merged:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         plan = plan_of(vllm_config.model_config.hf_config)
+        tower.check_ranks(plan, 1 if is_vit_use_data_parallel() else get_tensor_model_parallel_world_size())
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        tower.check_ranks(plan, self.vision_tower)
         self.plan = plan
         # The scheduler charges an image its tokens after merging, so that too many of them may come at once.
         self.at_once = max(1, vllm_config.scheduler_config.max_num_encoder_input_tokens // plan.available)
