@@ -85,7 +85,8 @@ class PitomeLlavaForConditionalGeneration(_Merged, EncoderGraphs, LlavaForCondit
         """The visual tokens (keep, C) of every image."""
         pixels, made = inputs["pixel_values"], {}
         for keep, items in batches(keeps, self.at_once):
-            made |= zip(items, self.encode_alike(pixels[items], plan_of(self.config, keep)))
+            alike = torch.stack([pixels[item] for item in items])
+            made |= zip(items, self.encode_alike(alike, plan_of(self.config, keep)))
         return [made[item] for item in range(len(keeps))]
 
     def encode_alike(self, pixels: Tensor, plan: Plan) -> Tensor:
