@@ -62,9 +62,13 @@ def test_a_request_may_keep_less():
     assert spec.plan_of(served, 144) is spec.plan_of(served, 0.25) is spec.plan_of(served)
     ratio = configured(ratio=0.9)
     assert spec.plan_of(ratio, spec.plan_of(ratio).keep) is spec.plan_of(ratio)
-    for wrong in (145, 577, 0, 1.5, True, "a", [64]):
-        with pytest.raises(ValueError, match="keep="):
-            spec.plan_of(served, wrong)
+    tiles = configured(NEXT, keep=0.5)
+    assert spec.plan_of(tiles, 1).rounds(300)[-1] == 1 and spec.plan_of(tiles, 1.0).rounds(300) == ()
+    assert spec.plan_of(tiles, 1000).rounds(1200)[-1] == 1000 and spec.plan_of(tiles, 0.25).rounds(1200)[-1] == 300
+    for made in (served, tiles):
+        for wrong in (0, 1.5, True, "a", [64]):
+            with pytest.raises(ValueError, match="keep="):
+                spec.plan_of(made, wrong)
     assert spec.requested({}) is None and spec.requested({vllm.KEY: {"keep": 9}}) == 9
     for wrong in (9, {"method": "tome"}, {"keep": 9, "method": "tome"}, {}):
         with pytest.raises(ValueError, match="nothing else"):
@@ -108,6 +112,8 @@ def test_the_identity_of_what_merges_is_all_of_it():
     )]  # fmt: skip
     found = [spec.fingerprint(plan) for plan in plans]
     assert len({*found}) == 5 and found[1] == found[2]
+    whole = configured(NEXT, keep=1.0)
+    assert len({spec.fingerprint(spec.plan_of(whole, keep)) for keep in (1.0, 700, 800)}) == 3  # of larger pictures
 
 
 def test_ranks_that_hold_heads_apart_do_not_merge_by_keys():

@@ -89,6 +89,13 @@ def test_a_request_for_more_or_for_nonsense_is_refused(engine, keep):
     assert len(outputs(llm, [request(models.QUESTION, picture)], 1)[0].prompt_token_ids) == 152
 
 
+@pytest.mark.parametrize("keep", [37, 0.9, 1.0])
+def test_a_request_for_more_of_a_picture_in_tiles_is_refused(engine, keep):
+    name, settings, _, options = CASES["LLaVA-NeXT"]
+    with pytest.raises(ValueError, match=f"keep={keep} comes to .* at most 36 are served"):
+        outputs(engine(name, settings, **options), [request(models.QUESTION, *pictures("next", 1), keep=keep)])
+
+
 @pytest.mark.parametrize("name", ["clip-default", "next"])
 def test_a_burst_of_pictures_is_encoded_in_chunks(engine, name):
     """The scheduler counts tokens after merging; the tower gets as many pictures as it would have had without."""

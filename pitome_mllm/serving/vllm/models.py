@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import WeightsMapper, scatter_output_slice
 from vllm.model_executor.models.vision import is_vit_use_data_parallel
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ...hooks.tiles import merged_parts
+from ...hooks.packed import merge_pictures
 from ...plan import Plan
 from . import processing, tower
 from .graphs import EncoderGraphs
@@ -98,14 +98,14 @@ class PitomeLlavaForConditionalGeneration(_Merged, EncoderGraphs, LlavaForCondit
     processing.MergedLlavaNextProcessor, info=processing.MergedLlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class PitomeLlavaNextForConditionalGeneration(_Merged, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT, merging an image's packed tokens behind the projector, overview and tiles apart."""
+    """LLaVA-NeXT, merging an image's packed tokens behind the projector."""
 
     hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | SAVED_BY_5
 
     def encode(self, inputs: Any, keeps: Sequence[int]) -> list[Tensor]:
         """The visual tokens (K, C) of every image."""
-        sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"]]
-        places, made = [places_of(self.config, size) for size in sizes], []
+        sizes, made = inputs["image_sizes"], []
+        places = [places_of(self.config, (int(height), int(width))) for height, width in sizes]
         for images in groups([place.tiles for place in places], self.at_once):
             tiles = [inputs["pixel_values"][i][: places[i].tiles] for i in images]  # what follows only fills a batch
             parts = torch.cat(tiles).split(self.at_once)
@@ -113,9 +113,11 @@ class PitomeLlavaNextForConditionalGeneration(_Merged, LlavaNextForConditionalGe
                 [self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, part)) for part in parts]
             )
             for i, features in zip(images, encoded.split([len(one) for one in tiles])):
-                size, plan = inputs["image_sizes"][i], plan_of(self.config, keeps[i])
-                full = self._merge_image_patch_embeddings(size, features, strategy="spatial_unpad")
-                made.append(merged_parts(plan, full, places[i])[0] if plan.packed else full)
+                packed = self._merge_image_patch_embeddings(sizes[i], features, strategy="spatial_unpad")
+                if keeps[i] < len(packed):
+                    left = (~places[i].newline).nonzero()[:, 0].to(packed.device)
+                    (packed,), _ = merge_pictures(plan_of(self.config, keeps[i]), [packed[left]], [None])
+                made.append(packed)
         return made
 
 
