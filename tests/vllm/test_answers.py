@@ -181,3 +181,10 @@ def test_graphs_give_what_is_encoded_without(engine, monkeypatch):
     for a, b in zip(graphed, plain):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert manager.graph_hits == 6 and manager.graph_misses == 3
+
+
+def test_pictures_that_are_encoded_already_keep_all(engine):
+    llm = engine("clip-default", {"keep": 144}, enable_mm_embeds=True)
+    embeddings = torch.randn(1, 10, 64, generator=torch.Generator().manual_seed(0))
+    (found,) = outputs(llm, [{"prompt": models.QUESTION, "multi_modal_data": {"image": embeddings}}])
+    assert len(found.prompt_token_ids) == 10 + 8 and len(found.outputs[0].token_ids) == 12
