@@ -139,6 +139,13 @@ def test_pictures_of_another_keep_have_another_identity(engine):
     assert "mine" in found[4] and found[4] != "mine"
 
 
+def test_a_picture_that_vllm_knows_may_be_named_only(engine):
+    llm, asked = engine("clip-default", {"keep": 144}), request(models.QUESTION, models.picture(4))
+    first = answers(llm, [{**asked, "multi_modal_uuids": {"image": ["known"]}}])
+    named = {**asked, "multi_modal_data": {"image": [None]}, "multi_modal_uuids": {"image": ["known"]}}
+    assert answers(llm, [named]) == first == answers(llm, [asked])
+
+
 def test_two_ranks_decide_alike(checkpoint, engine):
     asked = prompts("clip-default", 64)
     llm = engine("clip-default", {"keep": 144}, tensor_parallel_size=2, distributed_executor_backend="mp")

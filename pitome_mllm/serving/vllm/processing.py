@@ -132,7 +132,8 @@ class _Processor:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         made, images = super().apply(inputs, timing_ctx), inputs.mm_data_items.get("image")
         if self.counting and isinstance(images, ImageProcessorItems):
-            for before, after in self.counts(inputs.hf_processor_mm_kwargs, images):
+            sent = ImageProcessorItems([image for image in images.get_all() if image is not None])  # not only named
+            for before, after in self.counts(inputs.hf_processor_mm_kwargs, sent):
                 BEFORE.inc(before)
                 AFTER.inc(after)
         return made
