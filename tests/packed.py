@@ -14,14 +14,18 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import transformers
 from families import Family, Nested, pictures_only, without
 from models import IMAGE, PATCH, VOCABULARY, text_config, tokenizer
+from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4 import image_processing_pil_gemma4 as gemma4
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 from transformers.models.pixtral import image_processing_pil_pixtral as pixtral
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -49,15 +53,18 @@ NAMED = {  # what processors ask a tokenizer for
 class Packed(Family):
     """A row of families that merge behind the projector.
 
-    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text.
+    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text; ``clip``
+    what stands before, for each frame of, and behind a video.
     """
 
     wheres: tuple[str, ...] = ("packed",)
     placeholder: int = IMAGE
     mark: str = "<image>"
+    clip: tuple[str, str, str] | None = None
 
     def build(self, seed: int = 1, **changes: Any) -> Any:
         model = super().build(seed, **changes)
+        model.set_experts_implementation("eager")  # the others take no double precision
         model.lm_head.weight.data[len(VOCABULARY) :] = 0  # a model that says <image> breaks its own prompt
         return model
 
@@ -78,6 +85,36 @@ class Packed(Family):
 
     def process(self, rows: Any, side: str = "left") -> Any:
         return super().process([(text.replace("<image>", self.mark), pictures) for text, pictures in rows], side)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a prompt may have a video and pictures: not where both have the same placeholders."""
+        return self.clip is not None and self.clip != MARKED
+
+    def film(self, frames: list[Image.Image], *after: Image.Image) -> dict[str, Any]:
+        """A prompt with a video and the pictures ``after`` it, as processors make them that need torchvision."""
+        before, frame, behind = self.clip
+        pictures = "".join(f" and {self.mark}" for _ in after)
+        text = f"USER: {before}{len(frames) * frame}{behind}{pictures} what is this? ASSISTANT:"
+        made = dict(super().process([(text, [*frames, *after])]))
+        grids, types = made.pop("image_grid_thw", None), made["mm_token_type_ids"]
+        names = {"pixel_values": "pixel_values_videos"}
+        if grids is None:
+            cut, names["image_position_ids"] = len(frames), "video_position_ids"
+            made["num_frames_per_video"] = torch.tensor([len(frames)])
+        else:
+            cut = int(grids[: len(frames)].prod(1).sum())
+            made["video_grid_thw"] = grids[:1] * torch.tensor([len(frames), 1, 1])
+        for image, video in names.items():
+            both = made.pop(image)
+            made |= {video: both[:cut]} | ({image: both[cut:]} if after else {})
+        if grids is not None and after:
+            made["image_grid_thw"] = grids[len(frames) :]
+        tokens = cut // 4 if grids is not None else int((types != 0).sum()) * cut // (cut + len(after))
+        film = (types != 0) & ((types != 0).cumsum(1) <= tokens)
+        if self.mixes:
+            made["input_ids"] = made["input_ids"].masked_fill(film, ID["<video>"])
+        return {**made, "mm_token_type_ids": types.masked_fill(film, 2)}
 
     def raw(self, side: str = "left") -> Any:
         """The tokenizer, with the names of its marks."""
@@ -115,7 +152,9 @@ def whole(kind: str, vision: Callable[[], Any], llm: Callable[[], Any], **option
     return make
 
 
-def grids(kind: str, sections: list[int], llm: dict[str, Any] | None = None, **vision: Any) -> Callable[[], Any]:
+def grids(
+    kind: str, sections: list[int], llm: dict[str, Any] | None = None, parts: str = "", **vision: Any
+) -> Callable[[], Any]:
     """A model with M-RoPE of these ``sections`` whose tower takes grids of any size and joins 2 x 2 patches."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **(llm or {}).pop("rope", {})}
     marks = {"video_token_id": ID["<video>"]}
@@ -123,8 +162,8 @@ def grids(kind: str, sections: list[int], llm: dict[str, Any] | None = None, **v
     marks |= {f"image_{end}_token_id": ID[f"<{end}>"] for end in ("start", "end")}
     return whole(
         f"{kind}Config",
-        lambda: tower(f"{kind}VisionConfig", out_hidden_size=WIDTH, spatial_merge_size=2, **vision),
-        lambda: text(f"{kind}TextConfig", rope_parameters=dict(rope), **(llm or {})),
+        lambda: tower(f"{parts or kind}VisionConfig", out_hidden_size=WIDTH, spatial_merge_size=2, **vision),
+        lambda: text(f"{parts or kind}TextConfig", rope_parameters=dict(rope), **(llm or {})),
         **marks,
     )
 
@@ -164,7 +203,7 @@ def gemma3_processor(raw: Any) -> Any:
 
 
 def gemma4_processor(raw: Any) -> Any:
-    images = gemma4.Gemma4ImageProcessorPil(patch_size=PATCH, pooling_kernel_size=2, max_soft_tokens=70)
+    images = gemma4.Gemma4ImageProcessorPil(patch_size=2 * PATCH, pooling_kernel_size=2, max_soft_tokens=70)
     return Nested(without(beside("Gemma4Processor", gemma4))(None, images, raw, None))
 
 
@@ -193,8 +232,11 @@ def pixtral_tower() -> Any:
 
 GENERATION = "ForConditionalGeneration"
 QWEN35 = dict(rope=dict(partial_rotary_factor=0.5), head_dim=32, layer_types=["linear_attention", "full_attention"])
-QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2)
+QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=4, linear_num_key_heads=2, linear_num_value_heads=32)
 FRAMED = "<start><image><end>"
+JOINED, ONE_BY_ONE = ("<start>", "<image>", "<end>"), ("", FRAMED, "")  # the frames of a video
+MARKED = ("<|begin_of_video|>", FRAMED, "<|end_of_video|>")
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH)
 ROWS = (
     Packed(
         "Qwen2-VL",
@@ -202,6 +244,7 @@ ROWS = (
         grids("Qwen2VL", [4, 6, 6], embed_dim=WIDTH),
         of_grids("Qwen2VLProcessor"),
         mark=FRAMED,
+        clip=JOINED,
     ),
     Packed(
         "Qwen2.5-VL",
@@ -209,6 +252,7 @@ ROWS = (
         grids("Qwen2_5_VL", [4, 6, 6], window_size=16, fullatt_block_indexes=[1]),
         of_grids("Qwen2_5_VLProcessor"),
         mark=FRAMED,
+        clip=JOINED,
     ),
     Packed(
         "Qwen3-VL",
@@ -216,6 +260,7 @@ ROWS = (
         grids("Qwen3VL", [6, 5, 5], {"head_dim": 32}, deepstack_visual_indexes=[0, 1], num_position_embeddings=64),
         of_grids("Qwen3VLProcessor"),
         mark=FRAMED,
+        clip=ONE_BY_ONE,
     ),
     Packed(
         "Qwen3.5",
@@ -223,12 +268,73 @@ ROWS = (
         grids("Qwen3_5", [3, 3, 2], QWEN35, num_position_embeddings=64),
         of_grids("Qwen3VLProcessor"),
         mark=FRAMED,
+        clip=ONE_BY_ONE,
+    ),
+    Packed(
+        "Qwen3-VL, mixture of experts",
+        f"Qwen3VLMoe{GENERATION}",
+        grids(
+            "Qwen3VLMoe",
+            [6, 5, 5],
+            {"head_dim": 32, **EXPERTS},
+            deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=64,
+        ),
+        of_grids("Qwen3VLProcessor"),
+        mark=FRAMED,
+        clip=ONE_BY_ONE,
+    ),
+    Packed(
+        "Qwen3.5, mixture of experts",
+        f"Qwen3_5Moe{GENERATION}",
+        grids(
+            "Qwen3_5Moe",
+            [3, 3, 2],
+            {**QWEN35, **EXPERTS, "shared_expert_intermediate_size": WIDTH},
+            num_position_embeddings=64,
+        ),
+        of_grids("Qwen3VLProcessor"),
+        mark=FRAMED,
+        clip=ONE_BY_ONE,
+    ),
+    Packed(
+        "GLM-4.6V",
+        f"Glm46V{GENERATION}",
+        grids("Glm46V", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}, "Glm4v"),
+        of_grids("Glm46VProcessor", Glm46VImageProcessorPil),
+        mark=FRAMED,
+        clip=MARKED,
+    ),
+    Packed(
+        "GLM-4.5V",
+        f"Glm4vMoe{GENERATION}",
+        grids(
+            "Glm4vMoe",
+            [2, 3, 3],
+            {
+                "rope": {"partial_rotary_factor": 0.5},
+                "num_experts_per_tok": 2,
+                "n_routed_experts": 4,
+                "moe_intermediate_size": WIDTH,
+            },
+        ),
+        of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
+        mark=FRAMED,
+        clip=MARKED,
     ),
     Packed(
         "GLM-4V",
         f"Glm4v{GENERATION}",
         grids("Glm4v", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}),
         of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
+        mark=FRAMED,
+        clip=MARKED,
+    ),
+    Packed(
+        "PaddleOCR-VL",
+        f"PaddleOCRVL{GENERATION}",
+        grids("PaddleOCRVL", [4, 6, 6], {"head_dim": 32}, "PaddleOCR"),
+        of_grids("PaddleOCRVLProcessor", PaddleOCRVLImageProcessorPil),
         mark=FRAMED,
     ),
     Packed(
@@ -263,7 +369,9 @@ ROWS = (
         f"Gemma4{GENERATION}",
         whole(
             "Gemma4Config",
-            lambda: tower("Gemma4VisionConfig", head_dim=32, num_key_value_heads=2, pooling_kernel_size=2),
+            lambda: tower(
+                "Gemma4VisionConfig", patch_size=2 * PATCH, head_dim=32, num_key_value_heads=2, pooling_kernel_size=2
+            ),
             lambda: text(
                 "Gemma4TextConfig",
                 head_dim=32,
@@ -271,7 +379,7 @@ ROWS = (
                 layer_types=["sliding_attention", "full_attention"],
                 use_bidirectional_attention="vision",
                 vocab_size_per_layer_input=len(WORDS),
-                hidden_size_per_layer_input=8,
+                hidden_size_per_layer_input=WIDTH,
             ),
             audio_config=None,
             boi_token_id=ID["<start>"],
@@ -279,6 +387,7 @@ ROWS = (
             video_token_id=ID["<video>"],
         ),
         gemma4_processor,
+        clip=("", "<image>", ""),
     ),
     Packed(
         "Mistral Small (Mistral 3)",
@@ -306,6 +415,7 @@ ROWS = (
             lambda: tower("SiglipVisionConfig", vision_use_head=False),
             lambda: text("Cohere2Config"),
             image_token_id=ID["<patch>"],
+            alignment_intermediate_size=2 * WIDTH,
         ),
         aya_processor,
         placeholder=ID["<patch>"],
@@ -316,7 +426,7 @@ ROWS = (
         whole(
             "Ovis2Config",
             lambda: tower(
-                "Ovis2VisionConfig", hidden_stride=2, vocab_size=40, qkv_bias=True, num_visual_indicator_tokens=5
+                "Ovis2VisionConfig", hidden_stride=2, vocab_size=32 + 5, qkv_bias=True, num_visual_indicator_tokens=5
             ),
             lambda: text("Qwen2Config"),
             image_token_id=ID["<IMG_ATOM>"],

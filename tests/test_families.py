@@ -90,7 +90,7 @@ def test_a_quarter_is_exact_and_rows_stand_alone(family, where, made):
             assert new_ids(model, inputs) == [answers[row]]
             before += len(kept)
         assert before == len(lengths) and len(groups) == 0
-        assert family.constant == (set(lengths) == {handle.plan.keep})
+        assert not family.sized or set(lengths) != {handle.plan.keep}
     assert torch.equal(logits(model, batch), logits(plain, batch))
 
 
@@ -168,7 +168,9 @@ def folder(tmp_path_factory):
 )
 def test_quantised(family, bits, made, folder):
     """In and behind the tower: counts are exact, nothing is lost at keep = all, and generate() is that of forward()."""
-    options = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "device_map": {"": "cpu"}}
+    whole = ["lm_head", "shared_expert_gate"]  # of the latter, one number wide, 4 bits on a processor take none
+    options = {"quantization_config": BitsAndBytesConfig(**BITS[bits], llm_int8_skip_modules=whole)}
+    options["device_map"] = {"": "cpu"}
     model = family.cls.from_pretrained(folder(family), dtype=torch.float32, **options).eval()
     batch, _ = made(family)
     plain = logits(model, batch)
@@ -191,7 +193,7 @@ def test_docs_have_these_rows(name):
 
 
 def test_every_row_of_the_package_is_tested():
-    assert set(SPECS) <= {family.model for family in FAMILIES}
+    assert set(SPECS) <= {family.model for family in (*FAMILIES, *PACKED)}
     for family in FAMILIES:
         if family.model in SPECS:
             assert family.wheres == SPECS[family.model].places
@@ -226,7 +228,7 @@ def test_a_subclass_of_a_family_is_of_it():
         assert handle.family is SPECS["LlavaForConditionalGeneration"]
 
 
-@pytest.mark.parametrize("kind", ["DeepseekVLModel", "AyaVisionForConditionalGeneration"])
+@pytest.mark.parametrize("kind", ["DeepseekVLModel", "FuyuForCausalLM"])
 def test_a_model_without_a_row_is_refused_with_how_to_add_one(kind):
     part = BY_TITLE["DeepSeek-VL"].build().model
     model = type(kind, (torch.nn.Module,), {})() if kind != type(part).__name__ else part
