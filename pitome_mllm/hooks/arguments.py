@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..families.features import pixels_in
 from ..methods import UserError
 from ..stats import Stats
-from . import caches, tiles
+from . import caches, encoding
 from .call import Encoded
 from .layout import Layout
 from .state import Attached
@@ -87,7 +88,7 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not after it (forward).
     """
     length, cached = caches.content_of(kwargs)
-    if cached is not None or pixels_in(kwargs) is not None:
+    if cached is not None or brings_pictures(handle, kwargs):
         check_call(handle, kwargs)
     images = _images(handle, kwargs)
     if not images.kept and cached is None:
@@ -95,7 +96,7 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
         return None
     plan = handle.plan
     calibration = ("none" if plan is None else plan.calibration) if cached is None else cached.calibration
-    image, mask = placeholders(handle.model, kwargs), kwargs.get("attention_mask")
+    image, mask = placeholders(handle, kwargs), kwargs.get("attention_mask")
     check_mask(mask, image.shape[1])
     if mask is None:  # forward() takes every token for one, generate() infers which are padding
         real = _inferred_mask(handle.model, kwargs, image) if whole else torch.ones_like(image)
@@ -103,7 +104,8 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
         real = mask != 0
     image, real = on_host(image, real)
     mask = None if mask is None else real
-    seen = caches.seen(length, cached, image, mask, calibration != "none")
+    positioned = calibration != "none" or hasattr(handle.core, "get_rope_index")
+    seen = caches.seen(length, cached, image, mask, positioned)
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
     fresh = image[:, seen.width if with_past else 0 :]
     real = real[:, real.shape[1] - fresh.shape[1] :]
@@ -115,24 +117,25 @@ def _images(handle: Attached, kwargs: dict[str, Any]) -> Images:
     pixels, given = pixels_in(kwargs), (kwargs.get("mm_encoder_outputs") or {}).get("image")
     _tell_videos(handle, kwargs)
     if pixels is not None:
-        check_images(handle, pixels, kwargs.get("image_sizes"))
-        if handle.family.tiles == "anyres":
-            return Images(*tiles.lengths(handle, kwargs))
-        count = _number(pixels)
-        return Images([handle.geometry.available] * count, [_kept(handle)] * count)
+        check_images(handle, pixels, kwargs)
+    if handle.family.tiles and brings_pictures(handle, kwargs):
+        return Images(*encoding.lengths(handle, kwargs))
+    if pixels is not None:
+        return Images([handle.geometry.available] * len(pixels), [_kept(handle)] * len(pixels))
     return Images([], []) if given is None else _features(handle, given)
 
 
 def _features(handle: Attached, given: Any) -> Images:
     """Images that come as features."""
-    kept, available = [len(features) for features in given.pooler_output], handle.geometry.available
+    kept, plan = [len(features) for features in given.pooler_output], handle.plan
     lent = _lent(sum(kept))
-    full = [available] * len(kept)
-    if handle.family.tiles and _kept(handle) == available:
+    full = [handle.geometry.available] * len(kept)
+    if handle.family.tiles and (plan is None or plan.is_plain):
         full = kept
     elif handle.family.tiles:  # how many they were is not known without the images
         packed = () if lent is None else lent.packed
         full = [len(image.group) for image in packed] if packed else [-1] * len(kept)
+        kept = [len(image.token) for image in packed] if packed else kept
     return Images(full, kept, lent=lent)
 
 
@@ -149,14 +152,6 @@ def _lent(tokens: int) -> Stats | None:
     return None
 
 
-def _number(pixels: Tensor) -> int:
-    """Images in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding.
-
-    Where all are, the model encodes the first.
-    """
-    return len(pixels) if pixels.dim() == 4 else max(1, int((pixels.flatten(2) != 0).any(-1).sum()))
-
-
 def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
     """Warn, once, that videos pass through as in the plain model."""
     if handle.family.videos and kwargs.get("pixel_values_videos") is not None and not handle.told_of_videos:
@@ -164,9 +159,18 @@ def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
         logger.warning("videos are not merged in %s: %s", type(handle.model).__name__, handle.family.videos)
 
 
-def placeholders(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
-    """(B, T) bool, True at image placeholders of the ids, or of the embeddings where there are no ids."""
-    token = model.config.image_token_id
+def brings_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call brings images, or videos that merge."""
+    return pixels_in(kwargs) is not None or any(kwargs.get(encoding.PIXELS[kind]) is not None for kind in handle.kinds)
+
+
+def placeholders(handle: Attached, kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool, True at placeholders of the ids, or of the embeddings where there are no ids."""
+    tokens = [getattr(handle.model.config, f"{kind}_token_id") for kind in handle.kinds]
+    return reduce(torch.logical_or, (_placeholders(handle.model, kwargs, token) for token in tokens))
+
+
+def _placeholders(model: nn.Module, kwargs: Mapping[str, Any], token: int) -> Tensor:
     if kwargs.get("input_ids") is not None:
         return kwargs["input_ids"] == token
     embeds = kwargs.get("inputs_embeds")

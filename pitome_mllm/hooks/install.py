@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from ..families import TOWERS, TowerSpec
 from ..methods import UserError
 from ..plan import Plan
-from . import encoders, graphs, llava_package, llm, prefill, prompt, tiles, tower
+from . import encoders, encoding, graphs, llava_package, llm, prefill, prompt, tiles, tower
 from .classes import Hook, author_of_forward, plain_class
 from .generate import generate as generate_short
 from .lock import drawing
@@ -63,8 +64,6 @@ def _put_on(handle: Attached) -> None:
             module.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
             module.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True)
         handle.language.register_forward_pre_hook(Hook(llm.before_language), with_kwargs=True)
-    if handle.family.tiles == "connector":
-        handle.projector.register_forward_hook(Hook(tiles.after_projector))
     for module in _attached_modules(handle):
         module._pitome = handle
     for owner, name, make in _methods(handle):
@@ -103,9 +102,7 @@ def _attached_modules(handle: Attached) -> list[nn.Module]:
         return [handle.model, handle.tower]
     if handle.family.encoder:
         return list(dict.fromkeys((handle.model, handle.tower, *encoders.parts(handle))))
-    modules = [handle.model, handle.core, handle.tower, handle.language]
-    modules += [handle.projector] if handle.family.tiles == "connector" else []
-    return list(dict.fromkeys(modules))
+    return list(dict.fromkeys((handle.model, handle.core, handle.tower, handle.language)))
 
 
 def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
@@ -119,12 +116,15 @@ def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
         return methods
     methods = [
         (handle.model, "generate", make_generate),
-        (handle.core, "get_image_features", tiles.make_get_image_features),
+        *(
+            (handle.core, f"get_{kind}_features", partial(encoding.make_get_features, kind=kind))
+            for kind in handle.kinds
+        ),
     ]
     if handle.family.tiles == "anyres":
         methods.append((handle.core, "pack_image_features", tiles.make_pack_image_features))
     for name in handle.family.plain:
-        methods.append((handle.core, name, functools.partial(tiles.make_plain, name=name)))
+        methods.append((handle.core, name, partial(encoding.make_plain, name=name)))
     return methods
 
 

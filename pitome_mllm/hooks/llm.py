@@ -6,6 +6,9 @@ an image adds to its logit for a key, with s patches behind it (1 for text) and 
     log(s)               "size": a token that stands for ten patches then draws as much attention as the ten did
     log(s * (2 - D(d)))  "distance": D is the part of RoPE that only knows the distance, the mean of cos(d * theta)
 
+A sliding window then counts positions, as in the plain model: who asks sees back as far as there, over fewer tokens.
+(Keys that as many places behind them have pushed out of the KV cache are gone all the same.) With "none" it counts
+places.
 What it takes stays on the KV cache, for decoding and later turns.
 """
 
@@ -16,15 +19,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families.geometry import llm_unsupported_reason
+from ..families.geometry import RECURRENT, SLIDING, layer_kinds, llm_unsupported_reason
 from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
 from ..stats import Stats
-from . import caches
+from . import axes, caches
 from .call import CALL, Call
 from .layout import Layout
 from .positions import at_placeholders, shift_to_median
@@ -51,7 +53,7 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if layout.position is not None and (
         kwargs.get("position_ids") is None or (call is not None and call.calibration != "none")
     ):
-        kwargs["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
+        kwargs["position_ids"] = axes.as_ids(_positions(layout, tokens, past) + handle.family.first_position)
     if layout.calibration != "none":
         check(language.config, layout.calibration)
         sample = None
@@ -71,9 +73,23 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
         call.told = call.layout.repeated(rows)
         if call.calibration != "none":
             image = call.image.repeat_interleave(rows // len(call.image), 0)
-            shift, sizes = shift_to_median(image, stats.median), at_placeholders(image, [*stats.sizes])
-            call.told = call.told.told(image, shift, sizes, call.calibration)
+            shift = _shift(call, image, stats)
+            call.told = call.told.told(image, shift, at_placeholders(image, [*stats.sizes]), call.calibration)
     return call.told
+
+
+def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
+    """(B, S) or (B, S, A) what positions at the placeholders ``image`` (B, S) grow by."""
+    if call.places is None:
+        return shift_to_median(image, stats.median)
+    places = on(stats.device, call.places).split([len(group) for group in stats.groups])
+    if call.places.dim() == 1:
+        told = [at[median] for at, median in zip(places, stats.median)]
+    else:
+        told = axes.medians(places, stats.groups, stats.lengths)
+    position = on(stats.device, call.told.position[:, -image.shape[1] :])
+    there = on(stats.device, image if position.dim() == 2 else image[..., None])
+    return (at_placeholders(image, told) - position).masked_fill(~there, 0)
 
 
 def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
@@ -117,43 +133,69 @@ def tell_left_out(handle: Attached, settings: Settings, plan: Plan) -> None:
         logger.warning("calibration='none', which costs accuracy: %s", reason)
 
 
-def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
-    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies.
+def distances(language: nn.Module, ids: Tensor, reach: int, kind: str) -> Tensor:
+    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies for a
+    ``kind`` of layers; where it has several axes (A, L), what each adds to D.
 
-    Kept until those change; where they do so with the length of a prompt, position ``ids`` (B, T) say which it is.
+    Kept until those change; where they do so with the length of a prompt, position ``ids`` say which it is.
     """
-    handle, rotary = language._pitome, language.rotary_emb
-    scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
+    handle, rotary, name = language._pitome, language.rotary_emb, f"{kind}_inv_freq"
+    which = (kind,) if hasattr(rotary, name) else ()
+    scaled = any(way in str(getattr(rotary, "rope_type", "")) for way in ("dynamic", "longrope"))
     if scaled:
-        rotary(ids, ids)
-    kept = handle.distances
-    if scaled or kept is None or kept[0] is not rotary.inv_freq or len(kept[1]) <= reach:
-        distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
-        near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-        handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
+        rotary(ids, ids, *which)
+    frequencies, kept = getattr(rotary, name if which else "inv_freq"), handle.distances.get(kind)
+    if scaled or kept is None or kept[0] is not frequencies or kept[1].shape[-1] <= reach:
+        distance = torch.arange(TABLE * (reach // TABLE + 1), device=frequencies.device)
+        if ids.dim() == 2:
+            table = (NEAR - (distance[:, None] * frequencies.float()).cos().mean(-1)).log()
+        else:
+            table = axes.nearness(rotary, distance)
+        handle.distances[kind] = kept = frequencies, table
     return kept[1]
 
 
 def _calibrated(
     language: nn.Module, layout: Layout, tokens: Tensor, kwargs: dict[str, Any], sample: Tensor | None
 ) -> Tensor | dict[str, Tensor]:
-    """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
-    past, mask = caches.cache_in(kwargs), kwargs.get("attention_mask")
-    dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
-    layout, ids = layout.on(tokens.device), kwargs["position_ids"]
-    asking = ids - language._pitome.family.first_position
+    """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer.
 
-    def calibrated(one: Tensor | None) -> Tensor:
+    ``sample`` (B, T) is the same number for tokens that see each other; None = all do.
+    """
+    past, mask, family = caches.cache_in(kwargs), kwargs.get("attention_mask"), language._pitome.family
+    dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
+    layout, kinds = layout.on(tokens.device), layer_kinds(language.config)
+    positions = axes.from_ids(kwargs["position_ids"], layout.position)
+    asking, ids = positions - family.first_position, axes.as_ids(positions)
+    length, queries = caches.length_of(past), tokens.shape[1]
+
+    def calibrated(kind: str) -> Tensor:
+        one = mask.get(kind) if isinstance(mask, dict) else mask
+        window = language.config.sliding_window if kind == SLIDING else None
+        keys, first = (queries, 0) if past is None else past.get_mask_sizes(queries, kinds.index(kind))
         if one is None or one.dim() == 2:
-            one = _seen(tokens, past, one, sample)
-        position, size = layout.of_places(one.shape[-1])
+            places = torch.arange(max(first + keys, length + queries), device=tokens.device)
+            one = seen(places[length : length + queries], places[first : first + keys], one, window)
+        elif one.dtype != torch.bool:
+            one = one > torch.finfo(one.dtype).min / 2
+        if sample is not None:
+            one = one & (sample[:, None, :, None] == sample[:, None, None, :])
+        position, size = (x[:, first:] for x in layout.of_places(first + one.shape[-1]))
+        if window is not None and position.dim() == 2:  # of several axes none is what a window counts
+            own = slice(length - first, length - first + queries) if family.prefix else None
+            one = in_window(one, asking, position, window, own)
         table = None
         if layout.calibration == "distance":
-            reach = layout.reach + max(one.shape[-1] - layout.places, 0)
-            table = on(tokens.device, distances(language, ids, reach))
+            reach = layout.reach + max(first + one.shape[-1] - layout.places, 0)
+            table = on(tokens.device, distances(language, ids, reach, kind))
         return calibrated_mask(one, asking, position, size, table, dtype)
 
-    return {kind: calibrated(one) for kind, one in mask.items()} if isinstance(mask, dict) else calibrated(mask)
+    made: dict[str, Any] = {kind: calibrated(kind) for kind in {*kinds} - {RECURRENT}}
+    if isinstance(mask, dict):
+        return {**mask, **made}
+    if RECURRENT in kinds:
+        made[RECURRENT] = None if mask is None or queries == 1 else mask[:, -queries:].contiguous()
+    return made if len(made) > 1 else made[kinds[0]]
 
 
 def calibrated_mask(
@@ -164,45 +206,57 @@ def calibrated_mask(
     Parameters
     ----------
     mask : Tensor
-        (B, 1, T, N), True or 0 where a query sees a key.
+        (B or 1, 1, T, N) bool, True where a query sees a key.
     asking : Tensor
-        (B or 1, T) position ids of the queries.
+        (B or 1, T) position ids of the queries, or (B or 1, T, A) where they have several axes.
     position, size : Tensor
-        (B, N) of the keys; the size of text is 0.
+        (B, N) or (B, N, A), and (B, N) of the keys; the size of text is 0.
     table : Tensor or None
-        (L,) what a distance adds.
+        (L,) what a distance adds; or (A, L), see `distances`.
     """
-    lowest = torch.finfo(dtype).min
     bias = size.clamp(min=1).log()[:, None]
     if table is not None:
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
-        told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
+        told = (mask[:, 0] & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is as without one
+        bias = _of_distances(asking, position, table).mul_(told).add_(bias)
+    return torch.where(mask, bias[:, None].to(dtype), torch.finfo(dtype).min)
+
+
+def _of_distances(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
+    """(B, T, N) what a table of distances adds to the logits of queries and keys; see `calibrated_mask`."""
+
+    def looked_up(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
         distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
-        bias = table[distance].mul_(told).add_(bias)
-    bias = bias[:, None].to(dtype)
-    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
+        return table[distance]
+
+    if table.dim() == 1:
+        return looked_up(asking, position, table)
+    near = sum(looked_up(asking[..., a], position[..., a], one) for a, one in enumerate(table))
+    return (NEAR - near).log_()
 
 
-def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None) -> Tensor:
-    """(B, 1, T, N) bool, True where ``tokens`` (B, T) see a key; one in the padding sees itself.
+def in_window(mask: Tensor, asking: Tensor, position: Tensor, window: int, own: slice | None) -> Tensor:
+    """``mask`` (B or 1, 1, T, N) without the keys that are a ``window`` of positions or more behind a query.
+
+    ``own`` : which keys are the queries' own, if those that see each other do so across any window; else None.
+    """
+    near = (asking[:, :, None] - position[:, None] < window)[:, None]
+    if own is not None:
+        near[..., own] |= mask[..., own] & mask[..., own].mT
+    return mask & near
+
+
+def seen(asking: Tensor, keys: Tensor, real: Tensor | None, window: int | None) -> Tensor:
+    """(B or 1, 1, T, N) bool, True where those at places ``asking`` (T,) see those at ``keys`` (N,).
 
     Parameters
     ----------
-    past : object
-        The KV cache in front of them or None; a static one has room for more keys than there are.
     real : Tensor or None
-        (B, N or more), 0 at padding; None = there is none.
-    sample : Tensor, optional
-        (B, T), the same number for tokens that see each other; None = all do.
+        (B, places), 0 at padding, which sees itself; None = there is none.
+    window : int or None
+        How many places a query sees, its own included; None = all.
     """
-    queries = tokens.shape[1]
-    keys = caches.length_of(past) + queries
-    columns = torch.arange(keys, device=tokens.device)
-    asking = columns[keys - queries :, None]
-    seen = (columns <= asking).expand(len(tokens), -1, -1)
+    asking = asking[:, None]
+    mask = (keys <= asking)[None]
     if real is not None:
-        seen = (seen & (real[:, None, :keys] != 0)) | (columns == asking)
-    if sample is not None:
-        seen = seen & (sample[:, None, :] == sample[:, keys - queries :, None])
-    room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)
-    return (seen if room == keys else F.pad(seen, (0, room - keys)))[:, None]
+        mask = (mask & (real[:, None, keys.clamp(max=real.shape[1] - 1)] != 0)) | (keys == asking)
+    return (mask if window is None else mask & (keys > asking - window))[:, None]
