@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="with both wheels")
+    parser.add_argument("--stamps", type=Path, default=STAMPS, metavar="FOLDER", help="%(default)s")
     parser.add_argument("--every", type=int, default=4, metavar="N", help="of the stamps, every so many (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the processor (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="gets what it lacks (%(default)s)")
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--every and --threads take 1 or more")
     check_commit(options.out, commit())
     torch.set_num_threads(options.threads)
-    shown = pictures(STAMPS, options.every)
+    shown = pictures(options.stamps, options.every)
     about = {"pictures": len(shown), **about_machine()}
     for name in MODELS:
         measure(name, load(name, options.wheels), shown, options.out, about)
