@@ -15,6 +15,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..families.geometry import llm_unsupported_reason
@@ -73,10 +74,13 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
 
 def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
     """(B, S) or (B, S, A) what positions at the placeholders ``image`` (B, S) grow by."""
-    if call.places is None:
+    if not call.places:
         return shift_to_median(image, stats.median)
-    places = on(stats.device, call.places).split([len(group) for group in stats.groups])
-    if call.places.dim() == 1:
+    lengths = [len(group) for group in stats.groups]
+    times = sum(lengths) // sum(map(len, call.places))  # models that repeat pictures for beams do so row by row
+    flat = torch.cat([row for row in call.places for _ in range(times)])
+    places = on(stats.device, flat).split(lengths)
+    if flat.dim() == 1:
         told = [at[median] for at, median in zip(places, stats.median)]
     else:
         told = axes.medians(places, stats.groups, stats.lengths)

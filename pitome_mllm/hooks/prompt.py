@@ -40,7 +40,7 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
             if prompt.seen is not None:
                 counted, follows = alike(counted, prompt.seen.follows)
                 counted = counted + follows
-            call.places = counted[:, :-1][prompt.fresh]
+            call.places = [row[at] for row, at in zip(counted[:, :-1], prompt.fresh)]
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
     call.encoded = prompt.images.encoded
