@@ -115,6 +115,9 @@ def _sizes(given: Mapping[str, Any], count: int) -> list[Sequence[int]]:
     """Rows and columns of as many pictures by what a call says, with their frames before them where it does."""
     sizes = next((given[name] for name in (*SIZES, *FRAMES) if given.get(name) is not None), ())
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    places = given.get("video_position_ids")  # with an axis of frames in older releases of transformers
+    if not sizes and isinstance(places, Tensor) and places.dim() == 4:
+        sizes = [places.shape[1]] * count
     sizes = [(size, 1, 1) if isinstance(size, int) else size for size in sizes]
     return sizes if len(sizes) == count else [(1, 1)] * count
 
