@@ -164,7 +164,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "family,bits",
-    [(family, bits) for family in CLASSES for bits in BITS if bits == "4 bit" or family is FAMILIES[0]],
+    [(family, bits) for family in CLASSES for bits in BITS if bits in family.bits or family.bits == "yes"],
     ids=lambda value: getattr(value, "title", value),
 )
 def test_quantised(family, bits, made, folder):
