@@ -13,6 +13,7 @@ from pitome_mllm import METHODS, attach, get_method
 from pitome_mllm.hooks.tiles import at_most
 from pitome_mllm.schedule import gentle, projector_counts
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM's processor
 TILED = ("LLaVA-OneVision", "SmolVLM", "LLaVA-NeXT (1.6)")
 
 
@@ -150,3 +151,18 @@ def test_videos_stay_as_they_are(title, where, caplog):
         shorter = sum(family.full(plain, made)) - sum(handle.stats.lengths)
         assert shorter > 0 and seen.shape[1] == both["input_ids"].shape[1] - shorter
         assert new_ids(model, both, 1)[0][0] == int(seen[0, -1].argmax())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", PACKED, ids=lambda family: family.title)
+def test_every_picture_merges_by_itself_behind_the_projector(family):
+    """Each of its own share, in the container that the model makes."""
+    model, plain = family.build(), family.build()
+    inputs = family.process([(TWO_PICTURES, pictures(1, 2)), (QUESTIONS[0], pictures(0))])
+    given = {name: value for name, value in inputs.items() if name in family.seen(plain)}
+    full = plain.model.get_image_features(**given, return_dict=True).pooler_output
+    with attach(model, "tome", keep=0.25):
+        seen = model.model.get_image_features(**given, return_dict=True).pooler_output
+    assert type(seen) is type(full) and len(seen) == len(full)
+    for x, y in zip(full, seen, strict=True):
+        torch.testing.assert_close(y, merged(x, round(len(x) / 4), "tome"), atol=1e-5, rtol=1e-5)
