@@ -10,9 +10,11 @@ from models import picture
 from packed import PACKED
 
 from pitome_mllm import METHODS, attach, get_method
+from pitome_mllm.hooks.tiles import at_most
 from pitome_mllm.schedule import gentle, projector_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM's processor
+TILED = ("LLaVA-OneVision", "SmolVLM", "LLaVA-NeXT (1.6)")
 
 
 def merged(x, keep, method):
@@ -106,6 +108,15 @@ def test_the_packed_place_is_for_tiles_and_for_features():
     ]:
         with pytest.raises(ValueError, match=words):
             attach(model, keep=36, where="packed", **settings)
+
+
+@pytest.mark.parametrize("family", [*PACKED, *(BY_TITLE[title] for title in TILED)], ids=lambda family: family.title)
+def test_lengths_are_known_before_the_tower_runs(family):
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0)), (TWO_PICTURES, pictures(1, 2))])
+    with attach(model, keep=0.25, where="packed") as handle:
+        expected = at_most(handle, inputs)
+        logits(model, inputs)
+        assert tuple(expected) == handle.stats.lengths
 
 
 FRAMES = 2

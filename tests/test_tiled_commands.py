@@ -40,7 +40,7 @@ def test_ask_counts_what_the_picture_has(run, family):
     plain, merged = (json.loads(out)["runs"][mode] for mode in ("plain", "merged"))
     made = family.process([(f"USER: <image> {question} ASSISTANT:", [Image.open("wide.png")])])
     assert plain["visual_tokens"] == int((made["input_ids"] == IMAGE).sum())
-    assert 9 < merged["visual_tokens"] < plain["visual_tokens"] / 2
+    assert 9 <= merged["visual_tokens"] < plain["visual_tokens"] / 2
     assert plain["prompt_tokens"] - plain["visual_tokens"] == merged["prompt_tokens"] - merged["visual_tokens"]
     assert merged["kv_cache_mb"] < plain["kv_cache_mb"] and "gflops" not in {**plain, **merged}
 
