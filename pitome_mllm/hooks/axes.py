@@ -42,14 +42,19 @@ def from_ids(ids: Tensor, like: Tensor) -> Tensor:
 def positions_of(core: nn.Module, prompt: Prompt) -> Tensor | None:
     """(B, T + 1, A) positions of a whole prompt's columns and of the one after it; None where there is one axis only.
 
-    They are the caller's position ids (A, B, T), or what the model itself counts.
+    They are the caller's position ids (A, B, T), or (B, T) for all axes, or what the model itself counts. After a KV
+    cache they start at 0.
     """
     kwargs, fresh = prompt.kwargs, prompt.fresh
-    given = kwargs.get("position_ids")
+    given, pictures = kwargs.get("position_ids"), any(kwargs.get(name) is not None for name in GRIDS)
+    if isinstance(given, Tensor) and given.dim() == 2 and pictures and counts_axes(core):
+        given = given.expand(3, len(fresh), -1)
     if isinstance(given, Tensor) and given.dim() == 3:
         check_axes(given, prompt.real)
         ids = given[-3:, :, -fresh.shape[1] :].to(fresh.device)
-    elif not counts_axes(core) or kwargs.get("input_ids") is None or all(kwargs.get(name) is None for name in GRIDS):
+        if prompt.seen is not None:
+            ids = ids - ids.masked_fill(~prompt.real, ids.max()).amin((0, 2))[:, None]
+    elif not counts_axes(core) or kwargs.get("input_ids") is None or not pictures:
         return None
     else:
         check_countable(kwargs, prompt.is_short)
