@@ -58,14 +58,14 @@ def positions_of(core: nn.Module, prompt: Prompt) -> Tensor | None:
         return None
     else:
         check_countable(kwargs, prompt.is_short)
-        ids = _counted(core, kwargs, fresh, prompt.real)
+        ids = counted(core, kwargs, fresh, prompt.real)
     real = prompt.real[..., None].expand(*prompt.real.shape, 3)
     positions = ids.permute(1, 2, 0)
     after = positions.where(real, -1).amax((1, 2), keepdim=True) + 1
     return torch.cat([positions, after.expand(-1, -1, 3)], 1)
 
 
-def _counted(core: nn.Module, kwargs: dict[str, Any], fresh: Tensor, real: Tensor) -> Tensor:
+def counted(core: nn.Module, kwargs: dict[str, Any], fresh: Tensor, real: Tensor) -> Tensor:
     """(A, B, T) the model's own count of the columns that are new."""
     width, names = fresh.shape[1], inspect.signature(type(core).get_rope_index).parameters
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
