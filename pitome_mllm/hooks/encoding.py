@@ -21,7 +21,6 @@ from .call import CALL, Encoded, named
 from .state import Attached
 from .validate import check_selection
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # what models call what they encode
 SIZE = "image_sizes"  # which older releases of transformers take for Pixtral without naming it
 
 
@@ -33,9 +32,9 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
     if plan is None or plan.is_plain:
         return [-1], [-1], None
     made, stats = {}, {}
-    for kind in handle.kinds:
-        if kwargs.get(PIXELS[kind]) is not None:
-            made[kind] = kwargs[PIXELS[kind]], _encode(handle, kind, kwargs)
+    for kind, name in handle.kinds.items():
+        if kwargs.get(name) is not None:
+            made[kind] = kwargs[name], _encode(handle, kind, kwargs)
             stats[kind] = handle.state.stats
     if len(stats) > 1:
         handle.note(stats=_in_order(handle, kwargs, stats))
@@ -88,7 +87,7 @@ def make_get_features(core: nn.Module, kind: str) -> Callable[..., Any]:
             return own(self, **given)
         as_dict = given.pop("return_dict", True)
         encoded = handle.encoded
-        output = None if encoded is None else encoded.take(kind, given.get(PIXELS[kind]), plan)
+        output = None if encoded is None else encoded.take(kind, given.get(handle.kinds[kind]), plan)
         if encoded is not None and not encoded.made:
             handle.forget_encoded()
         if output is None and plan is not None and plan.where == "packed":
