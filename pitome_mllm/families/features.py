@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -76,11 +77,30 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return cast(Tensor, read(tower(given, output_hidden_states=True), shape))
 
 
+@torch.no_grad()
+def picture_features(core: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What a multimodal model makes of the pictures among its ``inputs``, as it puts them among the text."""
+    names = inspect.signature(type(core).get_image_features).parameters
+    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    return cast(Any, core).get_image_features(**given, return_dict=True)
+
+
+def picture_inputs(processor: Any, pictures: Any) -> Any:
+    """Model inputs of one image or a list of them; with the prompt that is nothing else, if it is a whole processor."""
+    images = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    mark = getattr(processor, "boi_token", getattr(processor, "image_token", None))
+    if mark is None:
+        return getattr(processor, "image_processor", processor)(images=images, return_tensors="pt")
+    return processor(images=[images], text=[mark * len(images)], return_tensors="pt")
+
+
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
-    """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one."""
-    image_processor = getattr(processor, "image_processor", processor)
-    values = pixels_of(image_processor(images=pictures, return_tensors="pt"))
-    return values.reshape(-1, *values.shape[-3:])  # of tiles (images, tiles, 3, H, W)
+    """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one.
+
+    As they are, (N, C) or (I, N, C), where the tower takes patches.
+    """
+    values = pixels_of(picture_inputs(processor, pictures))
+    return values if values.dim() < 4 else values.reshape(-1, *values.shape[-3:])  # of tiles (images, tiles, 3, H, W)
 
 
 def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -18,7 +18,7 @@ from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 from ..attach import Attachment
 from ..errors import UserError
 from ..plan import Plan
-from .prompts import encode
+from .prompts import encode, mark_of_pictures
 from .requests import ChatRequest, Refused, Text
 
 NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
@@ -106,10 +106,9 @@ class Engine:
             parts = []
             for part in message.content:
                 is_text = isinstance(part, Text)
-                if is_text and self.processor.image_token in part.text:
+                if is_text and (mark := mark_of_pictures(self.processor, part.text)):
                     raise Refused(
-                        f"a text holds {self.processor.image_token!r}, which stands for a picture; leave it out",
-                        f"messages.{number}",
+                        f"a text holds {mark!r}, which stands for a picture; leave it out", f"messages.{number}"
                     )
                 parts.append({"type": "text", "text": part.text} if is_text else {"type": "image"})
             yield {"role": "system" if message.role == "developer" else message.role, "content": parts}

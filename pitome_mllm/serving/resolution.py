@@ -1,0 +1,86 @@
+"""How many visual tokens a processor makes of a picture: its own options, and a smaller picture, the rival of merging."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from math import ceil, floor, log, sqrt
+from typing import Any
+
+from PIL import Image
+
+from ..errors import UserError
+from ..methods import unknown
+
+CONTROL = "max_pixels"  # what comparisons call the plain model on smaller pictures
+
+
+def options_of(processor: Any) -> list[str]:
+    """What a processor can be told of its pictures, the entries of its ``size`` too."""
+    images = processor.image_processor
+    return [*type(images).valid_kwargs.__annotations__, *_size(images)]
+
+
+def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
+    """A processor that treats pictures as ``options`` say, such as ``max_pixels`` or ``longest_edge``; it stays as it is.
+
+    Raises
+    ------
+    ValueError
+        It knows no such option.
+    """
+    if not options:
+        return processor
+    images, known = processor.image_processor, options_of(processor)
+    for name in options.keys() - set(known):
+        raise UserError(unknown(f"option of {type(images).__name__}", name, known))
+    size = {**_size(images), **{name: options[name] for name in options.keys() & _size(images).keys()}}
+    others = {name: value for name, value in options.items() if name not in size}
+    changed = copy.copy(processor)
+    changed.image_processor = type(images).from_dict({**images.to_dict(), "size": size}, **others)
+    return changed
+
+
+def _size(images: Any) -> dict[str, int]:
+    """The size that an image processor scales pictures to."""
+    size = getattr(images, "size", None)
+    return {name: value for name, value in dict(size).items() if value is not None} if size else {}
+
+
+def cell(processor: Any) -> int:
+    """Pixels on a side that become one visual token where pictures keep their size; 0 = they are all scaled to one."""
+    images = processor.image_processor
+    joined = getattr(images, "merge_size", None) or getattr(processor, "spatial_merge_size", None)
+    patch = getattr(processor, "patch_size", None) or getattr(images, "patch_size", None)
+    return patch * joined if joined and isinstance(patch, int) else 0
+
+
+def without_floor(processor: Any) -> Any:
+    """A processor that enlarges no picture of one cell or more."""
+    floored = "shortest_edge" in _size(processor.image_processor)
+    return with_options(processor, {"shortest_edge": cell(processor) ** 2} if floored else {})
+
+
+def smaller(processor: Any, picture: Image.Image, tokens: int) -> Image.Image:
+    """A picture scaled to whole cells, so that `without_floor` makes some ``tokens`` visual tokens of it.
+
+    Of the numbers of rows and columns around the picture's proportions, those that change these and ``tokens`` least.
+
+    Raises
+    ------
+    ValueError
+        The processor scales all pictures to one size.
+    """
+    side = cell(processor)
+    if not side:
+        raise UserError(f"{type(processor).__name__} scales all pictures to one size, so smaller ones have as many tokens")
+    rows, columns = _grid(tokens, picture.height / picture.width)
+    return picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+
+
+def _grid(tokens: int, slope: float) -> tuple[int, int]:
+    """Rows and columns of about so many ``tokens``, of about the proportion ``slope`` = rows / columns."""
+    rows, columns = sqrt(tokens * slope), sqrt(tokens / slope)
+    near = [(a, b) for a in {floor(rows), ceil(rows)} for b in {floor(columns), ceil(columns)}]
+    possible = sorted((max(1, a), max(1, b)) for a, b in near)
+    return min(possible, key=lambda grid: abs(log(grid[0] / grid[1] / slope)) + abs(log(grid[0] * grid[1] / tokens)))
