@@ -6,6 +6,7 @@ Read from transformers 5.6 .. 5.23. A new tower or family is one row here; `geom
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing after the projector needs a whole grid
 
@@ -46,7 +47,7 @@ class FamilySpec:
         The part that encodes images.
     tiles : str
         How images of several tiles are packed: "" = they have one; "anyres" = by the core's ``pack_image_features``;
-        "connector" = tile by tile, by a projector that joins neighbouring patches.
+        "features" = as the core's ``get_image_features`` has it, which gives the visual tokens of every picture.
     places : tuple of str
         Where tokens can merge; the first one unless a method says something else.
     unsupported_reason : str
@@ -67,6 +68,16 @@ class FamilySpec:
         A part whose cross-attention reads the tower's output.
     rotary : bool
         The blocks of the tower turn queries and keys by the place of every patch.
+    joins : str
+        Path in the configuration of how many patches on a side become one visual token; a fraction is its inverse.
+    count : str
+        In place of it, path in the configuration of the visual tokens of one picture.
+    side : int
+        Pixels on a side of the picture that counts are given for, where pictures keep their size; 0 = the tower's.
+    by_row : bool
+        The core gives one tensor for all tiles of a row; each tile is merged by itself.
+    newline : str
+        The core's parameter that ends the rows of a picture among its visual tokens.
     """
 
     config: str
@@ -89,6 +100,11 @@ class FamilySpec:
     means: bool = False
     reader: str = ""
     rotary: bool = False
+    joins: str = ""
+    count: str = ""
+    side: int = 0
+    by_row: bool = False
+    newline: str = ""
 
     @property
     def merges_in_tower(self) -> bool:
@@ -100,9 +116,15 @@ ANYWHERE = (*IN_TOWER, "packed")
 POOLED = "every frame's whole grid of patches is pooled behind the projector"
 
 
+def _packed(config: str, **settings: Any) -> FamilySpec:
+    """A family that puts the visual tokens of every picture among the text itself, as many as the picture has."""
+    reason = "what is between the tower and the LLM needs every patch"
+    return FamilySpec(config, **{"tiles": "features", "places": ("packed",), "unsupported_reason": reason, **settings})
+
+
 def _shuffled(config: str) -> FamilySpec:
-    """A family whose projector joins squares of patches into one token (pixel shuffle)."""
-    return FamilySpec(
+    """A family whose projector joins squares of patches into one token (pixel shuffle), tile by tile."""
+    return _packed(
         config,
         tower="model.vision_model",
         projector="model.connector",
@@ -110,9 +132,16 @@ def _shuffled(config: str) -> FamilySpec:
         select="full",
         last=True,
         linear=1,
-        tiles="connector",
-        places=("packed",),
         unsupported_reason="the projector joins neighbouring patches of the whole grid",
+        joins="scale_factor",
+        by_row=True,
+    )
+
+
+def _qwen(config: str) -> FamilySpec:
+    """A family whose pictures keep their size, and whose tower ends in a merger of 2 x 2 patches."""
+    return _packed(
+        config, tower="model.visual", projector="model.visual", joins="vision_config.spatial_merge_size", side=1024
     )
 
 
@@ -137,16 +166,22 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "LlavaForConditionalGeneration": FamilySpec("llava"),
     "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
     "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
-    "LlavaNextForConditionalGeneration": FamilySpec("llava_next", tiles="anyres", places=ANYWHERE),
-    "LlavaNextVideoForConditionalGeneration": FamilySpec(
-        "llava_next_video", tiles="anyres", places=ANYWHERE, plain=("get_video_features",), videos=POOLED
+    "LlavaNextForConditionalGeneration": FamilySpec(
+        "llava_next", tiles="anyres", places=ANYWHERE, newline="image_newline"
     ),
-    "LlavaOnevisionForConditionalGeneration": FamilySpec(
-        "llava_onevision",
+    "LlavaNextVideoForConditionalGeneration": FamilySpec(
+        "llava_next_video",
         tiles="anyres",
-        places=("packed",),
+        places=ANYWHERE,
+        newline="image_newline",
+        plain=("get_video_features",),
+        videos=POOLED,
+    ),
+    "LlavaOnevisionForConditionalGeneration": _packed(
+        "llava_onevision",
         unsupported_reason="large pictures are scaled down on the whole grid",
         videos=POOLED,
+        newline="image_newline",
     ),
     "VideoLlavaForConditionalGeneration": FamilySpec(
         "video_llava",
@@ -159,6 +194,9 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     ),
     "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
     "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),
+    "Qwen2_5_VLForConditionalGeneration": _qwen("qwen2_5_vl"),
+    "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl"),
+    "InternVLForConditionalGeneration": _packed("internvl", joins="downsample_ratio"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package

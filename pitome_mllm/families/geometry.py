@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +103,8 @@ def geometry(model_or_config: Any) -> Geometry:
     if encoder:
         return _of_encoder(getattr(config, "vision_config", config), encoder)
     family, vision = family_of(config), config.vision_config
+    if family.tiles == "features":
+        return _of_features(config, family)
     tower = _tower(vision, family)
     full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not tower["class_tokens"]:
@@ -119,10 +123,47 @@ def geometry(model_or_config: Any) -> Geometry:
         visible_class_tokens=tower["class_tokens"] if full else 0,
         merging_blocks=max(layers, default=vision.num_hidden_layers),
         llm_unsupported_reason=llm_unsupported_reason(config.text_config),
-        llm_rotary="rope_type" in (getattr(config.text_config, "rope_parameters", None) or {}),
+        llm_rotary=_is_rotary(config.text_config),
         layers=layers,
-        shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
     )
+
+
+def _of_features(config: Any, family: FamilySpec) -> Geometry:
+    """The geometry of a model that puts pictures among the text itself, for a picture of the usual size."""
+    vision = config.vision_config
+    side, patch = (_sides(getattr(vision, name, 0)) for name in ("image_size", "patch_size"))
+    side = (family.side, family.side) if family.side else side
+    if family.count:
+        joins = math.isqrt(side[0] // patch[0] * side[1] // patch[1] // _at(config, family.count))
+    else:
+        joins = _at(config, family.joins) if family.joins else 1
+    factor = round(joins if joins >= 1 else 1 / joins)
+    rows, columns = (round(pixels / (size * factor)) * factor for pixels, size in zip(side, patch))
+    blocks = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    return Geometry(
+        grid=(rows, columns),
+        class_tokens=0,
+        visible_class_tokens=0,
+        merging_blocks=blocks,
+        blocks=blocks,
+        family=family,
+        llm_unsupported_reason=llm_unsupported_reason(config.text_config),
+        llm_rotary=_is_rotary(config.text_config),
+        shuffle_factor=factor,
+    )
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _at(config: Any, path: str) -> Any:
+    """What a configuration has at a dotted path."""
+    return operator.attrgetter(path)(config)
+
+
+def _is_rotary(text: Any) -> bool:
+    return "rope_type" in (getattr(text, "rope_parameters", None) or {})
 
 
 def _of_encoder(vision: Any, family: FamilySpec) -> Geometry:

@@ -88,7 +88,7 @@ def check_images(handle: Attached, pixels: Tensor, sizes: Any) -> None:
     ``sizes`` : the image_sizes that came with them, or None.
     """
     tiles, shape = handle.family.tiles, tuple(pixels.shape)
-    dims = {"": (4,), "anyres": (4, 5), "connector": (5,)}[tiles]
+    dims = (5,) if handle.family.by_row else {"": (4,), "anyres": (4, 5), "features": range(2, 6)}[tiles]
     if pixels.dim() not in dims:
         expected = "(pictures, tiles, 3, H, W)" if tiles else "(pictures, 3, H, W)"
         raise UserError(f"got pictures of shape {shape}, {type(handle.model).__name__} takes {expected}; {ADVICE}")
@@ -99,7 +99,7 @@ def check_images(handle: Attached, pixels: Tensor, sizes: Any) -> None:
     if tiles == "anyres" and pixels.dim() == 5 and len(sizes) != len(pixels):
         raise UserError(f"got {len(pixels)} pictures and {len(sizes)} image_sizes; {ADVICE}")
     side = handle.model.config.vision_config.image_size
-    if tiles != "connector" and shape[-2:] != (side, side):
+    if tiles != "features" and shape[-2:] != (side, side):
         raise UserError(
             f"got pictures of {shape[-2]} x {shape[-1]} pixels, this vision tower takes {side} x {side}; {ADVICE}"
         )
@@ -109,7 +109,7 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     """ValueError unless ``count`` placeholders are those of images with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
-    one = "tile" if handle.family.tiles == "connector" else "picture"
+    one = "tile" if handle.family.by_row else "picture"
     pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
     if not count:
         raise UserError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
