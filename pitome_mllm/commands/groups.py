@@ -80,7 +80,7 @@ def _merged(options: argparse.Namespace, model: Any, processor: Any, subject: An
     from ..visualize import check_drawable
 
     with attach(model, method, energies=True, **merging(options)) as handle:
-        check_drawable(handle.plan)
+        check_drawable(handle.plan, steps=options.energy or options.steps)
         inputs = encode(model, processor, subject, subject.question or ANY_QUESTION, 1)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
         return handle.stats

@@ -1,4 +1,4 @@
-"""How many visual tokens a processor makes of a picture: its own options, and a smaller picture, the rival of merging."""
+"""How many visual tokens a processor makes of a picture: its options, and smaller pictures, the rival of merging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError
-from ..methods import unknown
 
 CONTROL = "max_pixels"  # what comparisons call the plain model on smaller pictures
 
@@ -22,7 +21,7 @@ def options_of(processor: Any) -> list[str]:
 
 
 def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
-    """A processor that treats pictures as ``options`` say, such as ``max_pixels`` or ``longest_edge``; it stays as it is.
+    """A processor that treats pictures as ``options`` say, such as ``max_pixels`` or ``longest_edge``.
 
     Raises
     ------
@@ -33,7 +32,7 @@ def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
         return processor
     images, known = processor.image_processor, options_of(processor)
     for name in options.keys() - set(known):
-        raise UserError(unknown(f"option of {type(images).__name__}", name, known))
+        raise UserError(f"unknown option {name!r} of {type(images).__name__}; choose from {', '.join(known)}")
     size = {**_size(images), **{name: options[name] for name in options.keys() & _size(images).keys()}}
     others = {name: value for name, value in options.items() if name not in size}
     changed = copy.copy(processor)
@@ -73,7 +72,9 @@ def smaller(processor: Any, picture: Image.Image, tokens: int) -> Image.Image:
     """
     side = cell(processor)
     if not side:
-        raise UserError(f"{type(processor).__name__} scales all pictures to one size, so smaller ones have as many tokens")
+        raise UserError(
+            f"{type(processor).__name__} scales all pictures to one size, so a smaller one has as many tokens"
+        )
     rows, columns = _grid(tokens, picture.height / picture.width)
     return picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
