@@ -33,13 +33,13 @@ def merge_output(handle: Attached, plan: Plan, output: Any, given: Mapping[str, 
     layers = [layer.split(lengths) if isinstance(layer, Tensor) else layer for layer in deep]
     wide = [torch.cat(parts, -1) if layers else parts[0] for parts in zip(made, *layers)]
     tile = plan.available if handle.family.by_row else 0
-    pictures = [part for x in wide for part in (x.split(tile) if tile else (x,))]
+    pictures = torch.cat(wide).split(tile) if tile else wide
     merged, packed = merge_pictures(plan, pictures, row_ends(handle, pictures), width)
     stats = Stats(plan, len(packed), (), None, pictures[0].device, packed, grids=grids_of(pictures, given))
     handle.note(stats=stats)
     if tile:
-        per_row = iter(merged)
-        merged = [torch.cat([next(per_row) for _ in range(n // tile)]) for n in lengths]
+        left = iter(map(len, merged))
+        merged = torch.cat(merged).split([sum(next(left) for _ in range(n // tile)) for n in lengths])
     features, *layers = zip(*(x.split(width, -1) for x in merged))
     output.pooler_output = torch.stack(features) if isinstance(made, Tensor) else type(made)(features)
     if layers:
