@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import flops_known
 from pitome_mllm.costs.latency import timed
+from pitome_mllm.hooks.tiles import at_most as of_tiles
 
 COUNTS = ("images", "text", "visual", "new")
 
 
-def visual_tokens(
-    handle: Any, placeholders: Sequence[int], images: Sequence[int], lengths: Callable[[], Sequence[int]]
-) -> list[int]:
-    """Visual tokens of each row of a batch that reach the LLM, of the placeholders and images that the row has.
+def visual_tokens(handle: Any, image: Tensor) -> list[int]:
+    """Visual tokens of each row that reached the LLM in the last call; ``image`` (B, S) are the rows' placeholders."""
+    layout = handle.stats.layout if handle and image.any() else None
+    if layout is None:
+        return image.sum(1).tolist()
+    column = layout[:: len(layout) // len(image)].to(image.device)  # beams have each row several times
+    inside = (column >= 0) & (column < image.shape[1])
+    return (image.gather(1, column.clamp(0, image.shape[1] - 1)) & inside).sum(1).tolist()
 
-    ``lengths`` gives those of every image; asked for only where they depend on the image, which is cut into tiles.
+
+def at_most(handle: Any, inputs: Any, placeholders: Sequence[int], images: Sequence[int]) -> list[int]:
+    """Visual tokens that each row can have in the LLM, as far as is known before the tower runs.
+
+    ``placeholders`` and ``images`` of every row.
     """
-    if not handle or handle.plan.keep == handle.plan.available:
+    plan = handle and handle.plan
+    if not plan or plan.is_plain:
         return list(placeholders)
-    if handle.family.tiles != "anyres":
-        return [count // handle.plan.available * handle.plan.keep for count in placeholders]
-    left = iter(lengths() if sum(images) else ())
-    return [sum(next(left) for _ in range(count)) for count in images]
+    if handle.family.tiles == "anyres":
+        left = iter(of_tiles(handle, inputs) if any(images) else ())
+        return [sum(next(left) for _ in range(count)) for count in images]
+    share, parts = plan.asked.keep, [count // plan.available for count in placeholders]
+    if handle.family.side and isinstance(share, float):
+        return [min(full, round(share * full) + count) for full, count in zip(placeholders, images, strict=True)]
+    return [count * plan.keep for count in (images if handle.family.side else parts)]
 
 
 class Meter:
