@@ -10,9 +10,11 @@ from typing import Any
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.memory import weight_bytes
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
+from pitome_mllm.serving.resolution import CONTROL
 
-from .tables import PLAIN, SHAPE_OF, TASKS, Run, Table, config_of, images_of, tokens_of_one
+from .tables import PLAIN, SHAPE_OF, TASKS, Run, Table, config_of, images_of, plan_of, tokens_of_one
 
 # For estimates: tokens of a question with its instruction, and of an answer.
 TEXT_TOKENS, NEW_TOKENS = 60, 4
@@ -42,8 +44,16 @@ def narrowed(
         runs = [run for run in runs if run.method == PLAIN or run.keep in keeps]
     if all(run.method == PLAIN for run in runs) and methods != [PLAIN]:
         raise UserError("no run of the table has one of these methods and one of these numbers of tokens; see --plan")
+    if geometry(config_of(runs[0].model)).family.side:
+        runs = [run for old in runs for run in _with_smaller(old)]
     runs = [control(run, run.method) if run.method in GRIDS else run for run in runs]  # not every share
     return replace(table, tasks=tuple(tasks or table.tasks), runs=tuple(dict.fromkeys(runs)))
+
+
+def _with_smaller(run: Run) -> list[Run]:
+    """A run of a model whose pictures keep their size, before it `CONTROL` for as many tokens, and no other control."""
+    smaller = [Run(run.model, CONTROL, run.keep)] if run.keep is not None else []
+    return smaller + [run] * (run.method not in GRIDS)
 
 
 def _check(what: str, asked: list[Any] | None, known: Collection[Any]) -> None:
@@ -72,10 +82,12 @@ def with_controls(table: Table) -> Table:
 def control(run: Run, method: str = "downsample") -> Run:
     """A method that divides the grid, at as many tokens of an image or tile as a run keeps, or the nearest it can.
 
-    As published or under the library's defaults, as the run itself.
+    As published or under the library's defaults, as the run itself. `CONTROL` where pictures keep their size.
     """
-    if run.method == PLAIN:
+    if run.method in (PLAIN, CONTROL):
         return run
+    if geometry(config_of(run.model)).family.side:
+        return Run(run.model, CONTROL, run.keep)
     tokens = tokens_of_one(replace(run, method="uniform") if run.method in GRIDS else run)
     for keep in sorted(range(1, 2 * tokens), key=lambda n: abs(n - tokens)):
         found = Run(run.model, method, keep, published=run.published)
@@ -111,7 +123,7 @@ def plan(table: Table, limit: int | None, tflops: float = SUSTAINED) -> list[Est
 @cache
 def _flops(run: Run) -> int:
     about = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, "images": images_of(run.model)}
-    return estimate(config_of(run.model), **run.attached, **about).flops
+    return estimate(config_of(run.model), plan_of(run), **about).flops
 
 
 def downloads(table: Table, local: bool) -> list[str]:

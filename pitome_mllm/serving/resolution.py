@@ -75,13 +75,15 @@ def smaller(processor: Any, picture: Image.Image, tokens: int) -> Image.Image:
         raise UserError(
             f"{type(processor).__name__} scales all pictures to one size, so a smaller one has as many tokens"
         )
-    rows, columns = _grid(tokens, picture.height / picture.width)
+    rows, columns = near_grid(tokens, picture.height / picture.width)
     return picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
 
-def _grid(tokens: int, slope: float) -> tuple[int, int]:
+def near_grid(tokens: int, slope: float) -> tuple[int, int]:
     """Rows and columns of about so many ``tokens``, of about the proportion ``slope`` = rows / columns."""
     rows, columns = sqrt(tokens * slope), sqrt(tokens / slope)
     near = [(a, b) for a in {floor(rows), ceil(rows)} for b in {floor(columns), ceil(columns)}]
     possible = sorted((max(1, a), max(1, b)) for a, b in near)
-    return min(possible, key=lambda grid: abs(log(grid[0] / grid[1] / slope)) + abs(log(grid[0] * grid[1] / tokens)))
+    return min(
+        possible, key=lambda grid: abs(log(grid[0] / grid[1] / slope)) + 2 * abs(log(grid[0] * grid[1] / tokens))
+    )
