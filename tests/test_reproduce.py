@@ -15,6 +15,7 @@ from checks import command_line
 from pitome_mllm import estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.costs.published import get_shape
+from pitome_mllm.loading import TINY
 from pitome_mllm_eval.lmms import identity, report
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.lmms.plans import BESIDE, SUSTAINED, control, narrowed, plan, with_controls
@@ -126,8 +127,9 @@ def test_without_lmms_eval_it_says_what_to_install(capsys, tmp_path):
 
 
 def test_a_table_is_narrowed_to_what_is_asked_for():
-    table = narrowed(TABLES["embedded"], "folder", ["tome"], [72], None)
-    assert [str(one) for one in table.runs] == ["folder none", "folder tome keep=72", "folder tome, published keep=72"]
+    table = narrowed(TABLES["embedded"], str(TINY), ["tome"], [72], None)
+    assert [str(one) for one in table.runs] == ["tiny none", "tiny tome keep=72", "tiny tome, published keep=72"]
+    assert {one.model for one in table.runs} == {str(TINY)}
     assert [str(one) for one in narrowed(TABLES["embedded"], None, ["none"], None, None).runs] == ["tiny none"]
 
 
