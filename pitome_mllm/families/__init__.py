@@ -119,7 +119,8 @@ POOLED = "every frame's whole grid of patches is pooled behind the projector"
 def _packed(config: str, **settings: Any) -> FamilySpec:
     """A family that puts the visual tokens of every picture among the text itself, as many as the picture has."""
     reason = "what is between the tower and the LLM needs every patch"
-    return FamilySpec(config, **{"tiles": "features", "places": ("packed",), "unsupported_reason": reason, **settings})
+    always = {"tiles": "features", "places": ("packed",), "projector": "model"}
+    return FamilySpec(config, **{**always, "unsupported_reason": reason, **settings})
 
 
 def _shuffled(config: str) -> FamilySpec:
@@ -140,9 +141,7 @@ def _shuffled(config: str) -> FamilySpec:
 
 def _qwen(config: str) -> FamilySpec:
     """A family whose pictures keep their size, and whose tower ends in a merger of 2 x 2 patches."""
-    return _packed(
-        config, tower="model.visual", projector="model.visual", joins="vision_config.spatial_merge_size", side=1024
-    )
+    return _packed(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=1024)
 
 
 _VIT = TowerSpec("layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",))

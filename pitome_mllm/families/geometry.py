@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from .encoders import ENCODER_OF_CONFIG, ENCODERS, LAYER_OF_CONFIG, REFUSED
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
 PLAIN_BACKENDS = ("sdpa", "eager")
+USUAL = 1024  # pixels on a side of a picture, where neither a row nor a configuration says more
 LLAVA_MPT = "LlavaMptForCausalLM"  # its own forward() fails on any image
 
 
@@ -131,18 +132,18 @@ def geometry(model_or_config: Any) -> Geometry:
 def _of_features(config: Any, family: FamilySpec) -> Geometry:
     """The geometry of a model that puts pictures among the text itself, for a picture of the usual size."""
     vision = config.vision_config
-    side, patch = (_sides(getattr(vision, name, 0)) for name in ("image_size", "patch_size"))
-    side = (family.side, family.side) if family.side else side
+    side = family.side or getattr(vision, "image_size", None) or USUAL
+    sides, patches = _pair(side), _pair(getattr(vision, "patch_size", None) or side // 32)
+    joins = _at(config, family.joins) if family.joins else 1
     if family.count:
-        joins = math.isqrt(side[0] // patch[0] * side[1] // patch[1] // _at(config, family.count))
-    else:
-        joins = _at(config, family.joins) if family.joins else 1
+        joins = math.isqrt(sides[0] // patches[0] * (sides[1] // patches[1]) // _at(config, family.count))
     factor = round(joins if joins >= 1 else 1 / joins)
-    rows, columns = (round(pixels / (size * factor)) * factor for pixels, size in zip(side, patch))
+    rows, columns = (round(pixels / (patch * factor)) * factor for pixels, patch in zip(sides, patches))
     blocks = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    layer = TOWERS.get(TOWER_OF_CONFIG.get(vision.model_type, ""))
     return Geometry(
         grid=(rows, columns),
-        class_tokens=0,
+        class_tokens=layer.class_tokens if layer else 0,
         visible_class_tokens=0,
         merging_blocks=blocks,
         blocks=blocks,
@@ -153,7 +154,7 @@ def _of_features(config: Any, family: FamilySpec) -> Geometry:
     )
 
 
-def _sides(size: Any) -> tuple[int, int]:
+def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
@@ -240,7 +241,7 @@ def _tower(vision: Any, family: FamilySpec) -> dict[str, Any]:
 
 
 def family_of(config: Any) -> FamilySpec:
-    """The row of a configuration's family.
+    """The row of a configuration's family; with a vision tower of a kind that has none, tokens merge behind it.
 
     Raises
     ------
@@ -249,7 +250,11 @@ def family_of(config: Any) -> FamilySpec:
     """
     if config.model_type not in FAMILY_OF_CONFIG:
         raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
-    return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
+    family, kind = FAMILIES[FAMILY_OF_CONFIG[config.model_type]], config.vision_config.model_type
+    if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
+        return family
+    reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
