@@ -6,7 +6,7 @@ from pathlib import Path
 
 from encoders import BY_MODEL
 from families import FAMILIES, Family
-from models import tokenizer
+from packed import PACKED
 
 from pitome_mllm import families
 
@@ -27,7 +27,7 @@ HEAD = (
 
 def row(family: Family) -> tuple[str, ...]:
     """What the tests show: all of them run all rows."""
-    made = family.processor(tokenizer())
+    made = family.processor(family.raw())
     processor = type(getattr(made, "processor", made)).__name__
     tower = "yes" if "tower" in family.wheres else "no"
     places = ", ".join(family.wheres)
@@ -49,7 +49,7 @@ def table(*lines: tuple[str, ...]) -> str:
 
 
 def of_families() -> str:
-    return table(HEAD, *map(row, FAMILIES), *map(original, families.LLAVA_PACKAGE))
+    return table(HEAD, *map(row, (*FAMILIES, *PACKED)), *map(original, families.LLAVA_PACKAGE))
 
 
 def of_encoders() -> str:

@@ -164,7 +164,7 @@ def gemma3_processor(raw: Any) -> Any:
 
 
 def gemma4_processor(raw: Any) -> Any:
-    images = gemma4.Gemma4ImageProcessorPil(patch_size=PATCH, pooling_kernel_size=2, max_soft_tokens=70)
+    images = gemma4.Gemma4ImageProcessorPil(patch_size=2 * PATCH, pooling_kernel_size=2, max_soft_tokens=70)
     return Nested(without(beside("Gemma4Processor", gemma4))(None, images, raw, None))
 
 
@@ -193,7 +193,7 @@ def pixtral_tower() -> Any:
 
 GENERATION = "ForConditionalGeneration"
 QWEN35 = dict(rope=dict(partial_rotary_factor=0.5), head_dim=32, layer_types=["linear_attention", "full_attention"])
-QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2)
+QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=4, linear_num_key_heads=2, linear_num_value_heads=32)
 FRAMED = "<start><image><end>"
 ROWS = (
     Packed(
@@ -263,7 +263,9 @@ ROWS = (
         f"Gemma4{GENERATION}",
         whole(
             "Gemma4Config",
-            lambda: tower("Gemma4VisionConfig", head_dim=32, num_key_value_heads=2, pooling_kernel_size=2),
+            lambda: tower(
+                "Gemma4VisionConfig", patch_size=2 * PATCH, head_dim=32, num_key_value_heads=2, pooling_kernel_size=2
+            ),
             lambda: text(
                 "Gemma4TextConfig",
                 head_dim=32,
@@ -271,7 +273,7 @@ ROWS = (
                 layer_types=["sliding_attention", "full_attention"],
                 use_bidirectional_attention="vision",
                 vocab_size_per_layer_input=len(WORDS),
-                hidden_size_per_layer_input=8,
+                hidden_size_per_layer_input=WIDTH,
             ),
             audio_config=None,
             boi_token_id=ID["<start>"],
@@ -306,6 +308,7 @@ ROWS = (
             lambda: tower("SiglipVisionConfig", vision_use_head=False),
             lambda: text("Cohere2Config"),
             image_token_id=ID["<patch>"],
+            alignment_intermediate_size=2 * WIDTH,
         ),
         aya_processor,
         placeholder=ID["<patch>"],
@@ -316,7 +319,7 @@ ROWS = (
         whole(
             "Ovis2Config",
             lambda: tower(
-                "Ovis2VisionConfig", hidden_stride=2, vocab_size=40, qkv_bias=True, num_visual_indicator_tokens=5
+                "Ovis2VisionConfig", hidden_stride=2, vocab_size=32 + 5, qkv_bias=True, num_visual_indicator_tokens=5
             ),
             lambda: text("Qwen2Config"),
             image_token_id=ID["<IMG_ATOM>"],

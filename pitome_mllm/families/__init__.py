@@ -193,9 +193,17 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     ),
     "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
     "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),
+    "Qwen2VLForConditionalGeneration": _qwen("qwen2_vl"),
     "Qwen2_5_VLForConditionalGeneration": _qwen("qwen2_5_vl"),
     "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl"),
+    "Qwen3_5ForConditionalGeneration": _qwen("qwen3_5"),
+    "Glm4vForConditionalGeneration": _qwen("glm4v"),
     "InternVLForConditionalGeneration": _packed("internvl", joins="downsample_ratio"),
+    "Gemma3ForConditionalGeneration": _packed("gemma3", count="mm_tokens_per_image"),
+    "Gemma4ForConditionalGeneration": _packed("gemma4", joins="vision_config.pooling_kernel_size", side=768),
+    "Mistral3ForConditionalGeneration": _packed("mistral3", joins="spatial_merge_size", side=1024),
+    "AyaVisionForConditionalGeneration": _packed("aya_vision", joins="downsample_factor"),
+    "Ovis2ForConditionalGeneration": _packed("ovis2", joins="vision_config.hidden_stride"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package
