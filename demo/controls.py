@@ -11,6 +11,7 @@ from pitome_mllm.families.geometry import Geometry
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 from pitome_mllm.schedule import EVERY
+from pitome_mllm.serving.resolution import amount
 from pitome_mllm.settings import DEFAULT_METHOD
 
 AMOUNTS = {"tokens": "tokens left", "ratio": "ratio per block"}
@@ -86,26 +87,14 @@ def label(plan: Plan | None, geometry: Geometry, pictures: int = 1) -> str:
     """One line that says what a turn was asked with; None = the plain model."""
     many = f"{pictures} pictures {'of' if geometry.family.tiles else '×'} " if pictures > 1 else ""
     if plan is None:
-        tokens = "tokens" if geometry.family.side else f"{geometry.available} {_tokens_of(geometry)}"
-        return f"plain · {many}all {tokens}"
-    return f"{plan.method}{', published' if plan.published else ''} · {many}{_left(plan)} · {PLACES[plan.where]}"
+        tokens = f"{geometry.available} tokens{' per tile' if geometry.family.tiles else ''}"
+        return f"plain · {many}all {'tokens' if geometry.family.side else tokens}"
+    left = amount(plan).replace(" visual", "")
+    return f"{plan.method}{', published' if plan.published else ''} · {many}{left} · {PLACES[plan.where]}"
 
 
 def describe(plan: Plan) -> str:
     """What is left of a picture's tokens, or a tile's, and where they merge, in words."""
     scaled = plan.input_patches != plan.geometry.patches
     where = f"from a picture scaled to {plan.input_patches} patches" if scaled else PLACES[plan.where]
-    return f"{_left(plan, 'visual ')}, {where}"
-
-
-def _left(plan: Plan, kind: str = "") -> str:
-    """How many tokens of a picture, or of a tile, are left; a share where that depends on the picture."""
-    keep = plan.asked.keep
-    if plan.geometry.family.side:
-        return f"{keep:.0%} of a picture's {kind}tokens" if isinstance(keep, float) else f"{keep} {kind}tokens"
-    share = f"{plan.keep / plan.available:.0%}"
-    return f"{plan.keep} of {plan.available} {kind}{_tokens_of(plan.geometry)} ({share})"
-
-
-def _tokens_of(geometry: Geometry) -> str:
-    return "tokens per tile" if geometry.family.tiles else "tokens"
+    return f"{amount(plan)}, {where}"

@@ -53,7 +53,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a LLaVA model in evaluation mode, and its processor.
+    """Load a multimodal model in evaluation mode, and its processor.
 
     Parameters
     ----------
@@ -257,6 +257,9 @@ def _processor(source: str, config: Any) -> Any:
     """The processor; older checkpoints leave out what it needs to know of the tower."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(source)
+    except ImportError as error:
+        needed = _first_line(error).split(". ")[0]
+        raise UserError(f"cannot load the processor of {source!r}: {needed}; install torchvision") from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the processor of {source!r} ({_first_line(error)}); "

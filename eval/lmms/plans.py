@@ -10,9 +10,8 @@ from typing import Any
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.memory import weight_bytes
-from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
-from pitome_mllm.serving.resolution import CONTROL
+from pitome_mllm.serving.resolution import CONTROL, scales
 
 from .tables import PLAIN, SHAPE_OF, TASKS, Run, Table, config_of, images_of, plan_of, tokens_of_one
 
@@ -44,7 +43,7 @@ def narrowed(
         runs = [run for run in runs if run.method == PLAIN or run.keep in keeps]
     if all(run.method == PLAIN for run in runs) and methods != [PLAIN]:
         raise UserError("no run of the table has one of these methods and one of these numbers of tokens; see --plan")
-    if geometry(config_of(runs[0].model)).family.side:
+    if scales(config_of(runs[0].model)):
         runs = [run for old in runs for run in _with_smaller(old)]
     runs = [control(run, run.method) if run.method in GRIDS else run for run in runs]  # not every share
     return replace(table, tasks=tuple(tasks or table.tasks), runs=tuple(dict.fromkeys(runs)))
@@ -86,7 +85,7 @@ def control(run: Run, method: str = "downsample") -> Run:
     """
     if run.method in (PLAIN, CONTROL):
         return run
-    if geometry(config_of(run.model)).family.side:
+    if scales(config_of(run.model)):
         return Run(run.model, CONTROL, run.keep)
     tokens = tokens_of_one(replace(run, method="uniform") if run.method in GRIDS else run)
     for keep in sorted(range(1, 2 * tokens), key=lambda n: abs(n - tokens)):

@@ -254,7 +254,8 @@ def family_of(config: Any) -> FamilySpec:
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family
     reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
-    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason)
+    side = getattr(config.vision_config, "image_size", None) or USUAL
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, side=side)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:

@@ -82,6 +82,8 @@ class Engine:
         except UserError as error:
             raise Refused(str(error), "messages", "context_length_exceeded") from error
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        if request.keep is not None:
+            self._check_keep(request, plan, visual // max(len(pictures), 1))
         usual = min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
         return Job(request, processor.tokenizer, inputs, visual, request.new_tokens or usual)
 
@@ -92,13 +94,17 @@ class Engine:
             return served
         try:
             with self.handle.using(keep=request.keep):
-                asked = self.handle.plan
+                return self.handle.plan
         except UserError as error:
             raise Refused(f"keep: {error}", "keep") from error
-        if asked.keep > served.keep:
-            counts = f"{asked.keep} visual tokens; at most {served.keep}"
+
+    def _check_keep(self, request: ChatRequest, plan: Plan, tokens: int) -> None:
+        """Refuse more visual tokens than are served, of a picture of so many ``tokens`` where pictures differ."""
+        sized = plan.geometry.family.side
+        asked, most = (one.kept(tokens) if sized else one.keep for one in (plan, self.handle.plan))
+        if asked > most:
+            counts = f"{asked} visual tokens; at most {most}"
             raise Refused(f"keep={request.keep} comes to {counts} are served", "keep")
-        return asked
 
     def _turns(self, request: ChatRequest) -> Any:
         """The messages as `prompts` takes them."""

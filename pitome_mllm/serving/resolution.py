@@ -14,6 +14,14 @@ from ..errors import UserError
 CONTROL = "max_pixels"  # what comparisons call the plain model on smaller pictures
 
 
+def amount(plan: Any) -> str:
+    """How many visual tokens are left, in words: of a picture, or of a tile; a share where pictures differ."""
+    tile, keep = " per tile" if plan.geometry.family.tiles else "", plan.asked.keep
+    if plan.geometry.family.side:
+        return f"{keep:.0%} of a picture's visual tokens" if isinstance(keep, float) else f"{keep} visual tokens"
+    return f"{plan.keep} of {plan.available} visual tokens{tile} ({plan.keep / plan.available:.0%})"
+
+
 def options_of(processor: Any) -> list[str]:
     """What a processor can be told of its pictures, the entries of its ``size`` too."""
     images = processor.image_processor
@@ -52,6 +60,12 @@ def cell(processor: Any) -> int:
     joined = getattr(images, "merge_size", None) or getattr(processor, "spatial_merge_size", None)
     patch = getattr(processor, "patch_size", None) or getattr(images, "patch_size", None)
     return patch * joined if joined and isinstance(patch, int) else 0
+
+
+def scales(config: Any) -> bool:
+    """Whether processors of such models have a `cell`."""
+    vision = getattr(config, "vision_config", None)
+    return getattr(vision, "model_type", "") == "pixtral" or getattr(vision, "spatial_merge_size", 0) > 0
 
 
 def without_floor(processor: Any) -> Any:
