@@ -44,6 +44,11 @@ NAMED = {  # what processors ask a tokenizer for
     **dict.fromkeys(("eoi_token", "end_image_token", "vision_end_token"), "<end>"),
 }
 
+TEMPLATE = (
+    "{% for turn in messages %}{{ 'USER: ' if turn.role == 'user' else ' ' }}{% for part in turn.content %}"
+    "{{ 'MARK ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} ASSISTANT:"
+)
+
 
 @dataclass(frozen=True)
 class Packed(Family):
@@ -85,6 +90,13 @@ class Packed(Family):
         for name, token in NAMED.items():
             setattr(made, name, token)
             setattr(made, f"{name}_id", ID[token])
+        return made
+
+    def chat(self) -> Any:
+        """The processor of a chat, whose template frames pictures as the model was trained on them."""
+        made = self.processor(self.raw())
+        made = getattr(made, "processor", made)
+        made.chat_template = TEMPLATE.replace("MARK", self.mark)
         return made
 
 
