@@ -117,8 +117,9 @@ def answer(
     def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
 
-    read, plain = (
-        int((given["input_ids"] == engine.model.config.image_token_id).sum()) for given in (inputs, full or inputs)
+    marked, whole = (
+        (given["input_ids"] == engine.model.config.image_token_id, given["attention_mask"].bool())
+        for given in (inputs, full or inputs)
     )
 
     def work(say: Callable[[str], None]) -> Outcome:
@@ -132,10 +133,10 @@ def answer(
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )
             stats = engine.handle.stats
-        visual, text = read if stats is None else sum(stats.lengths), inputs["input_ids"].shape[1] - read
+        visual, read = (int(part.sum()) if stats is None else stats.left(part)[0] for part in marked)
         return Outcome(
-            _figures(engine, clock.cost(), controls, len(pictures), visual, visual + text),
-            _figures(engine, AnswerCost(), None, len(pictures), plain, plain + text),
+            _figures(engine, clock.cost(), controls, len(pictures), visual, read),
+            _figures(engine, AnswerCost(), None, len(pictures), *(int(part.sum()) for part in whole)),
             () if stats is None else tuple(looks(engine.processor, pictures, stats, title)),
         )
 

@@ -82,7 +82,9 @@ def test_figures_are_what_the_language_model_read(chat_of, paths, title, control
     turn = ask(chat, QUESTION, paths, controls, compare="plain")
     plain, merged = turn.replies["plain"].figures, turn.replies["merged"].figures
     assert [plain.prompt_tokens, merged.prompt_tokens] == read
-    assert plain.prompt_tokens - plain.visual_tokens == merged.prompt_tokens - merged.visual_tokens
+    text = plain.prompt_tokens - plain.visual_tokens
+    breaks = 12 if title == "Pixtral" else 0  # of rows, which go with them
+    assert text - breaks == merged.prompt_tokens - merged.visual_tokens
     assert 0 < merged.visual_tokens < plain.visual_tokens
     assert merged.kv_cache_mb / plain.kv_cache_mb == pytest.approx(read[1] / read[0])
 
@@ -128,7 +130,7 @@ def test_merging_behind_the_projector_needs_a_question(chat_of, paths):
         (NATIVE, [(6, 6), (5, 12), (11, 5)], [(36, 9), (60, 15), (55, 14)]),
         ("Pixtral", [(6, 6), (3, 6), (6, 3)], [(36, 9), (18, 4), (18, 4)]),
         ("InternVL", [(4, 4)] * 12, [(16, 4)] * 12),
-        ("SmolVLM", [(6, 6)] * 13, [(36, 9)] * 13),
+        ("SmolVLM", [(6, 6)] * 11, [(36, 9)] * 11),
     ],
 )
 def test_groups_behind_the_projector_stand_on_the_grid_that_the_model_has(chat_of, paths, title, grids, counts):
@@ -153,7 +155,7 @@ def test_a_smaller_picture_of_as_many_tokens_answers_beside(chat_of, paths):
     assert (
         merged.figures.visual_tokens == 9 + 15 + 14 and merged.plain.visual_tokens == rival.plain.visual_tokens == 151
     )
-    assert rival.figures.visual_tokens == 9 + 14 + 14, "the nearest of these proportions"
+    assert rival.figures.visual_tokens == 9 + 14 + 15, "the nearest of these proportions"
     assert rival.figures.prompt_tokens < rival.plain.prompt_tokens
     assert merged.label == "tome · 3 pictures of 25% of a picture's tokens · after the projector"
     with pytest.raises(ValueError, match="101 per cent are not possible; give a whole number from 1 to 100"):

@@ -44,7 +44,7 @@ def test_ask_counts_what_the_picture_has(run, family):
     plain, merged = (json.loads(out)["runs"][mode] for mode in ("plain", "merged"))
     made = family.process([(f"USER: <image> {question} ASSISTANT:", [Image.open("wide.png")])])
     assert plain["visual_tokens"] == int((made["input_ids"] == IMAGE).sum())
-    assert 9 < merged["visual_tokens"] < plain["visual_tokens"] / 2
+    assert 9 <= merged["visual_tokens"] < plain["visual_tokens"] / 2
     assert plain["prompt_tokens"] - plain["visual_tokens"] == merged["prompt_tokens"] - merged["visual_tokens"]
     assert merged["kv_cache_mb"] < plain["kv_cache_mb"] and "gflops" not in {**plain, **merged}
 
@@ -75,7 +75,7 @@ def test_what_forms_no_grid_is_not_drawn(run, tmp_path):
         ("Mistral Small (Mistral 3)", [(3, 6)], "4 of 18"),
         ("InternVL", [(4, 4)] * 4, "16 of 64"),
         ("Gemma 3", [(4, 4)], "4 of 16"),
-        ("SmolVLM", [(6, 6)] * 5, "45 of 180"),
+        ("SmolVLM", [(6, 6)] * 3, "27 of 108"),
     ],
 )
 def test_groups_behind_the_projector_are_drawn_on_the_grid_of_visual_tokens(run, monkeypatch, title, grids, said):

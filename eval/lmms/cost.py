@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import flops_known
@@ -17,16 +17,6 @@ from pitome_mllm.costs.latency import timed
 from pitome_mllm.hooks.tiles import at_most as of_tiles
 
 COUNTS = ("images", "text", "visual", "new")
-
-
-def visual_tokens(handle: Any, image: Tensor) -> list[int]:
-    """Visual tokens of each row that reached the LLM in the last call; ``image`` (B, S) are the rows' placeholders."""
-    layout = handle.stats.layout if handle and image.any() else None
-    if layout is None:
-        return image.sum(1).tolist()
-    column = layout[:: len(layout) // len(image)].to(image.device)  # beams have each row several times
-    inside = (column >= 0) & (column < image.shape[1])
-    return (image.gather(1, column.clamp(0, image.shape[1] - 1)) & inside).sum(1).tolist()
 
 
 def at_most(handle: Any, inputs: Any, placeholders: Sequence[int], images: Sequence[int]) -> list[int]:

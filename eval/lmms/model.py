@@ -23,7 +23,7 @@ from pitome_mllm.serving.resolution import CONTROL
 
 from ..provenance import processor_name
 from . import requests as ask
-from .cost import Meter, at_most, visual_tokens
+from .cost import Meter, at_most
 from .manifest import NAME
 from .pictures import Pictures
 from .tables import PLAIN
@@ -267,8 +267,11 @@ class PitomeLlava(lmms):
 
     def _count(self, lap: Any, asked: Sequence[ask.Asked], inputs: Any, new: Sequence[int]) -> list[Any]:
         """The `COUNTS` of each row with ``new`` tokens of an answer; the meter gets all but those that only pad."""
-        image, texts = self._placed(inputs)
-        rows = list(zip([len(one.images) for one in asked], texts, visual_tokens(self.handle, image), new, strict=True))
+        image, _ = self._placed(inputs)
+        columns, stats = inputs["attention_mask"].bool(), self.handle and image.any() and self.handle.stats
+        visual, read = (stats.left(marked) if stats else marked.sum(1).tolist() for marked in (image, columns))
+        counts = zip([len(one.images) for one in asked], read, visual, new, strict=True)
+        rows = [(images, every - seen, seen, more) for images, every, seen, more in counts]
         if real := [row for one, row in zip(asked, rows, strict=True) if not one.padding]:
             self.meter.add(lap, real)
         return rows

@@ -100,8 +100,9 @@ def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, h
         sys.stdout.write(f"{mode}, {visual if known else 'some'} of {full} visual tokens: ")
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
-    visual = visual if known else sum(handle.stats.lengths)
-    return Run(visual, inputs["input_ids"].shape[1] - full + visual, mode=mode, answer=answer)
+    image, columns = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
+    counts = (handle.stats.left(marked)[0] if mode == "merged" else int(marked.sum()) for marked in (image, columns))
+    return Run(*counts, mode=mode, answer=answer)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:

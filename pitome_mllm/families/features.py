@@ -87,10 +87,10 @@ def picture_features(core: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 def picture_inputs(processor: Any, pictures: Any) -> Any:
     """Model inputs of one image or a list of them; with the prompt that is nothing else, if it is a whole processor."""
-    images = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
     mark = getattr(processor, "image_token", None)
     if mark is None:
-        return getattr(processor, "image_processor", processor)(images=images, return_tensors="pt")
+        return getattr(processor, "image_processor", processor)(images=pictures, return_tensors="pt")
+    images = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
     return processor(images=[images], text=[mark * len(images)], return_tensors="pt")
 
 

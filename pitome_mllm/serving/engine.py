@@ -35,7 +35,8 @@ class Job(StoppingCriteria):
     new_tokens: int  # at most
     given_up: Event = field(default_factory=Event)
     stopped: bool = False  # by one of the request's stop strings, or by the model
-    merged: int = 0  # visual tokens that the LLM got
+    merged: int = 0  # visual tokens that the LLM got,
+    read: int = 0  # and tokens of the prompt
     written: int = 0
 
     @property
@@ -59,8 +60,8 @@ class Job(StoppingCriteria):
     @property
     def usage(self) -> dict[str, Any]:
         """OpenAI's figures, of the prompt as the LLM reads it, and visual tokens before and after merging."""
-        prompt = self.prompt - self.visual + self.merged
-        counts = {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
+        counts = {"prompt_tokens": self.read, "completion_tokens": self.written}
+        counts["total_tokens"] = self.read + self.written
         return {**counts, "visual_tokens": {"before": self.visual, "after": self.merged}}
 
 
@@ -145,7 +146,10 @@ class Engine:
             ends = model.generation_config.eos_token_id
             job.stopped |= int(ids[0, -1]) in (ends if isinstance(ends, list) else [ends])
             job.written = ids.shape[1] - job.prompt
-            job.merged = sum(self.handle.stats.lengths) if job.visual else 0
+            job.merged, job.read = 0, job.prompt
+            if job.visual:
+                marked = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
+                job.merged, job.read = (self.handle.stats.left(columns)[0] for columns in marked)
         finally:
             streamer.end()
 
