@@ -243,8 +243,9 @@ def _token_counts(
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:
     """Patch tokens to keep, from ``keep`` tokens that reach the LLM."""
     visible = geometry.visible_class_tokens
+    asked = 1.0 if settings.keep is None else settings.keep
     count = picture_count if settings.where == "packed" else target_count
-    keep = count(settings.keep, geometry.available) - visible
+    keep = count(asked, geometry.available) - visible
     allowed = reducer.allowed(geometry.patches)
     if keep not in allowed:
         close = sorted(allowed, key=lambda count: abs(count - keep))[:3]

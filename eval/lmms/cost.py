@@ -14,26 +14,27 @@ from torch import nn
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import flops_known
 from pitome_mllm.costs.latency import timed
-from pitome_mllm.hooks.tiles import at_most as of_tiles
+from pitome_mllm.hooks.tiles import at_most as of_parts
 
 COUNTS = ("images", "text", "visual", "new")
 
 
-def at_most(handle: Any, inputs: Any, placeholders: Sequence[int], images: Sequence[int]) -> list[int]:
-    """Visual tokens that each row can have in the LLM, as far as is known before the tower runs.
-
-    ``placeholders`` and ``images`` of every row.
-    """
+def at_most(handle: Any, inputs: Any, placeholders: Sequence[int]) -> list[int]:
+    """Visual tokens that each row, of so many ``placeholders``, can have in the LLM, as known before the tower runs."""
     plan = handle and handle.plan
-    if not plan or plan.is_plain:
+    if not plan or plan.is_plain or not any(placeholders):
         return list(placeholders)
-    if handle.family.tiles == "anyres":
-        left = iter(of_tiles(handle, inputs) if any(images) else ())
-        return [sum(next(left) for _ in range(count)) for count in images]
-    share, parts = plan.asked.keep, [count // plan.available for count in placeholders]
-    if handle.family.side and isinstance(share, float):
-        return [min(full, round(share * full) + count) for full, count in zip(placeholders, images, strict=True)]
-    return [count * plan.keep for count in (images if handle.family.side else parts)]
+    if not handle.family.tiles:
+        return [count // plan.available * plan.keep for count in placeholders]
+    with handle.using(None):
+        full = of_parts(handle, inputs)
+    parts, found = iter(zip(full, of_parts(handle, inputs), strict=True)), []
+    for count in placeholders:
+        found.append(0)
+        while count > 0:
+            whole, left = next(parts)
+            count, found[-1] = count - whole, found[-1] + left
+    return found
 
 
 class Meter:

@@ -245,7 +245,7 @@ class PitomeLlava(lmms):
     def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
         """New tokens that the LLM can hold, at least 1; where the tower merges tiles, as far as is known by now."""
         image, texts = self._placed(inputs)
-        visual = at_most(self.handle, inputs, image.sum(1).tolist(), [len(one.images) for one in asked])
+        visual = at_most(self.handle, inputs, image.sum(1).tolist())
         longest = max(text + count for text, count in zip(texts, visual, strict=True))
         most = self.model.config.get_text_config().max_position_embeddings
         if longest >= most:

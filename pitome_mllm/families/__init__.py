@@ -40,7 +40,7 @@ class FamilySpec:
     last : bool
         The projector reads the tower's normed output, not the hidden states of a feature layer.
     linear : int
-        Linear layers of the projector.
+        Linear layers of the projector; 0 where FLOPs of it and of the tower are not counted.
     first_position : int
         Position id of the first token in the LLM.
     core : str
@@ -73,11 +73,14 @@ class FamilySpec:
     count : str
         In place of it, path in the configuration of the visual tokens of one picture.
     side : int
-        Pixels on a side of the picture that counts are given for, where pictures keep their size; 0 = the tower's.
+        Visual tokens on a side of the picture that counts are given for, where pictures keep their size; 0 = as many as
+        one of the tower's ``image_size`` has.
     by_row : bool
         The core gives one tensor for all tiles of a row; each tile is merged by itself.
     newline : str
         The core's parameter that ends the rows of a picture among its visual tokens.
+    known : bool
+        It is a row, and not read out of a model that has none.
     """
 
     config: str
@@ -105,6 +108,7 @@ class FamilySpec:
     side: int = 0
     by_row: bool = False
     newline: str = ""
+    known: bool = True
 
     @property
     def merges_in_tower(self) -> bool:
@@ -116,16 +120,16 @@ ANYWHERE = (*IN_TOWER, "packed")
 POOLED = "every frame's whole grid of patches is pooled behind the projector"
 
 
-def _packed(config: str, **settings: Any) -> FamilySpec:
+def behind(config: str, **settings: Any) -> FamilySpec:
     """A family that puts the visual tokens of every picture among the text itself, as many as the picture has."""
     reason = "what is between the tower and the LLM needs every patch"
-    always = {"tiles": "features", "places": ("packed",), "projector": "model"}
+    always = {"tiles": "features", "places": ("packed",), "projector": "model", "linear": 0}
     return FamilySpec(config, **{**always, "unsupported_reason": reason, **settings})
 
 
 def _shuffled(config: str) -> FamilySpec:
     """A family whose projector joins squares of patches into one token (pixel shuffle), tile by tile."""
-    return _packed(
+    return behind(
         config,
         tower="model.vision_model",
         projector="model.connector",
@@ -141,7 +145,7 @@ def _shuffled(config: str) -> FamilySpec:
 
 def _qwen(config: str) -> FamilySpec:
     """A family whose pictures keep their size, and whose tower ends in a merger of 2 x 2 patches."""
-    return _packed(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=1024)
+    return behind(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=32)
 
 
 _VIT = TowerSpec("layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",))
@@ -176,9 +180,10 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
         plain=("get_video_features",),
         videos=POOLED,
     ),
-    "LlavaOnevisionForConditionalGeneration": _packed(
+    "LlavaOnevisionForConditionalGeneration": behind(
         "llava_onevision",
         unsupported_reason="large pictures are scaled down on the whole grid",
+        linear=2,
         videos=POOLED,
         newline="image_newline",
     ),
@@ -198,12 +203,12 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl"),
     "Qwen3_5ForConditionalGeneration": _qwen("qwen3_5"),
     "Glm4vForConditionalGeneration": _qwen("glm4v"),
-    "InternVLForConditionalGeneration": _packed("internvl", joins="downsample_ratio"),
-    "Gemma3ForConditionalGeneration": _packed("gemma3", count="mm_tokens_per_image"),
-    "Gemma4ForConditionalGeneration": _packed("gemma4", joins="vision_config.pooling_kernel_size", side=768),
-    "Mistral3ForConditionalGeneration": _packed("mistral3", joins="spatial_merge_size", side=1024),
-    "AyaVisionForConditionalGeneration": _packed("aya_vision", joins="downsample_factor"),
-    "Ovis2ForConditionalGeneration": _packed("ovis2", joins="vision_config.hidden_stride"),
+    "InternVLForConditionalGeneration": behind("internvl", joins="downsample_ratio"),
+    "Gemma3ForConditionalGeneration": behind("gemma3", count="mm_tokens_per_image"),
+    "Gemma4ForConditionalGeneration": behind("gemma4", joins="vision_config.pooling_kernel_size", side=16),
+    "Mistral3ForConditionalGeneration": behind("mistral3", joins="spatial_merge_size", side=32),
+    "AyaVisionForConditionalGeneration": behind("aya_vision", joins="downsample_factor"),
+    "Ovis2ForConditionalGeneration": behind("ovis2", joins="vision_config.hidden_stride"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +11,11 @@ from torch import nn
 from ..methods import UserError
 from . import ANYWHERE, FAMILIES, FAMILY_OF_CONFIG, IN_TOWER, LLAVA_PACKAGE, TOWER_OF_CONFIG, TOWERS, FamilySpec
 from .encoders import ENCODER_OF_CONFIG, ENCODERS, LAYER_OF_CONFIG, REFUSED
+from .packed import read_out_of, usual_picture
 
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
 PLAIN_BACKENDS = ("sdpa", "eager")
-USUAL = 1024  # pixels on a side of a picture, where neither a row nor a configuration says more
 LLAVA_MPT = "LlavaMptForCausalLM"  # its own forward() fails on any image
 
 
@@ -98,7 +96,10 @@ def geometry(model_or_config: Any) -> Geometry:
             raise UserError(f"unsupported model {names[0]}: {REFUSED[name]}")
         encoder = next((ENCODERS[name] for name in names if name in ENCODERS), None)
         if not encoder and not {*names} & {*FAMILIES}:
-            raise UserError(_unsupported("model", names[0], (*FAMILIES, *ENCODERS)))
+            family = read_out_of(model_or_config)
+            if family is None:
+                raise UserError(_unsupported("model", names[0], (*FAMILIES, *ENCODERS)))
+            return _of_features(model_or_config.config, family)
         config = model_or_config.config
     encoder = encoder or ENCODER_OF_CONFIG.get(config.model_type)
     if encoder:
@@ -131,36 +132,15 @@ def geometry(model_or_config: Any) -> Geometry:
 
 def _of_features(config: Any, family: FamilySpec) -> Geometry:
     """The geometry of a model that puts pictures among the text itself, for a picture of the usual size."""
-    vision = config.vision_config
-    side = family.side or getattr(vision, "image_size", None) or USUAL
-    sides, patches = _pair(side), _pair(getattr(vision, "patch_size", None) or side // 32)
-    joins = _at(config, family.joins) if family.joins else 1
-    if family.count:
-        joins = math.isqrt(sides[0] // patches[0] * (sides[1] // patches[1]) // _at(config, family.count))
-    factor = round(joins if joins >= 1 else 1 / joins)
-    rows, columns = (round(pixels / (patch * factor)) * factor for pixels, patch in zip(sides, patches))
-    blocks = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
-    layer = TOWERS.get(TOWER_OF_CONFIG.get(vision.model_type, ""))
+    usual = usual_picture(config, family)
     return Geometry(
-        grid=(rows, columns),
-        class_tokens=layer.class_tokens if layer else 0,
+        **usual,
         visible_class_tokens=0,
-        merging_blocks=blocks,
-        blocks=blocks,
+        merging_blocks=usual["blocks"],
         family=family,
         llm_unsupported_reason=llm_unsupported_reason(config.text_config),
         llm_rotary=_is_rotary(config.text_config),
-        shuffle_factor=factor,
     )
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _at(config: Any, path: str) -> Any:
-    """What a configuration has at a dotted path."""
-    return operator.attrgetter(path)(config)
 
 
 def _is_rotary(text: Any) -> bool:
@@ -254,8 +234,8 @@ def family_of(config: Any) -> FamilySpec:
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family
     reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
-    side = getattr(config.vision_config, "image_size", None) or USUAL
-    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, side=side)
+    side = usual_picture(config, family)["grid"][0]  # as for all we know its pictures keep their size
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0, side=side)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:

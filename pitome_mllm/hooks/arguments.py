@@ -116,7 +116,7 @@ def _images(handle: Attached, kwargs: dict[str, Any]) -> Images:
     pixels, given = pixels_in(kwargs), (kwargs.get("mm_encoder_outputs") or {}).get("image")
     _tell_videos(handle, kwargs)
     if pixels is not None:
-        check_images(handle, pixels, kwargs.get("image_sizes"))
+        check_images(handle, pixels, kwargs)
         if handle.family.tiles:
             return Images(*tiles.lengths(handle, kwargs))
         count = len(pixels)

@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..families.anyres import Packed
@@ -21,8 +22,8 @@ from ..plan import Plan
 from ..stats import Stats
 from .merging import merge_rounds
 from .state import Attached
+from .validate import SIZES
 
-SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes")  # arguments that end in rows and columns, or in pixels
 DEEP = "deepstack_features"  # of an output: for some blocks of the LLM, what they add to the tokens of every picture
 
 
@@ -86,6 +87,19 @@ def _packed(end: Tensor | None, group: Tensor, median: Tensor, size: Tensor) -> 
 def _untouched(x: Tensor) -> Packed:
     places = torch.arange(len(x), device=x.device)
     return Packed(places, places, torch.ones_like(places, dtype=torch.float32), places)
+
+
+def lengths_before(handle: Attached, kwargs: Mapping[str, Any]) -> list[int]:
+    """Visual tokens of every image of a call in the plain model, found without running the tower."""
+    shape, vision = handle.geometry, handle.model.config.vision_config
+    sizes, image = kwargs.get("image_sizes"), kwargs["input_ids"] == handle.model.config.image_token_id
+    if sizes is not None:
+        side = vision.patch_size * shape.shuffle_factor
+        return [height // side * (width // side) for height, width in torch.as_tensor(sizes).tolist()]
+    if not handle.family.side:
+        return [shape.available] * (int(image.sum()) // shape.available)
+    ends = F.pad(image.long(), (1, 1)).diff().flatten().nonzero()[:, 0]  # where a run of placeholders begins, and ends
+    return ends.view(-1, 2).diff().flatten().tolist()
 
 
 def row_ends(handle: Attached, pictures: Sequence[Tensor]) -> list[Tensor | None]:

@@ -41,13 +41,16 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
 
 def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
     """Visual tokens that each image of a call can have, found without running the tower, which alone knows how many
-    of them hold nothing but padding.
+    of them hold nothing but padding. Where they merge behind the projector, it is as many as they will have.
     """
-    places, plan = _places_of(handle, kwargs), handle.plan
+    plan, newline = handle.plan, handle.family.newline
+    places = _places_of(handle, kwargs) if newline else []
+    full = [len(place) for place in places] if newline else packed.lengths_before(handle, kwargs)
     if plan is None or plan.is_plain:
-        return [len(place) for place in places]
+        return full
     if plan.where == "packed":
-        return [(plan.rounds(len(place)) or (len(place),))[-1] for place in places]
+        left = [n - int(place.newline.sum()) for n, place in zip(full, places)] if newline else full
+        return [plan.rounds(n)[-1] if plan.rounds(n) else whole for n, whole in zip(left, full)]
     return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
 
 
