@@ -140,7 +140,10 @@ def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int, decid
         f"FLOPs: calculated, from the picture to new token {TIMED_TOKENS}. KV cache: calculated, for the prompt and "
         f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}."
     )
-    unknown = "FLOPs are unknown where pictures are cut into tiles, and for LLMs of which costs/flops.py has no row."
+    unknown = (
+        "FLOPs are unknown where pictures are cut into tiles or keep their size, and for LLMs of which costs/flops.py "
+        "has no row."
+    )
     notes = [how, unknown if plain.gflops is None else decides]
     if len(others) > 1:
         notes.append(
