@@ -99,7 +99,7 @@ class Plan:
         if tokens not in known:
             if len(known) > GRIDS:
                 known.clear()
-            keep = picture_count(self.asked.keep or 1.0, tokens)
+            keep = picture_count(self.asked.keep, tokens)
             known[tokens] = tuple(projector_counts(tokens, keep, self.max_removable))
         return known[tokens]
 
@@ -243,9 +243,8 @@ def _token_counts(
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:
     """Patch tokens to keep, from ``keep`` tokens that reach the LLM."""
     visible = geometry.visible_class_tokens
-    asked = 1.0 if settings.keep is None else settings.keep
     count = picture_count if settings.where == "packed" else target_count
-    keep = count(asked, geometry.available) - visible
+    keep = count(settings.keep, geometry.available) - visible
     allowed = reducer.allowed(geometry.patches)
     if keep not in allowed:
         close = sorted(allowed, key=lambda count: abs(count - keep))[:3]

@@ -34,7 +34,7 @@ QUESTIONS = (
 TWO_PICTURES = "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"
 NO_PICTURE = "USER: how many are there ASSISTANT:"
 VIDEO = 3  # the id of video placeholders, which no text holds
-ADD_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm")  # norms that add one to their weight
+ADD_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm")  # norms that add one to their weight
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
 SIZES = ((48, 48), (150, 60), (40, 90), (100, 100))  # width and height of the pictures
 

@@ -43,6 +43,8 @@ class FamilySpec:
         Linear layers of the projector; 0 where FLOPs of it and of the tower are not counted.
     first_position : int
         Position id of the first token in the LLM.
+    prefix : bool
+        The tokens of a prompt see each other, whatever window the LLM has.
     core : str
         The part that encodes images.
     tiles : str
@@ -91,6 +93,7 @@ class FamilySpec:
     last: bool = False
     linear: int = 2
     first_position: int = 0
+    prefix: bool = False
     core: str = "model"
     tiles: str = ""
     places: tuple[str, ...] = IN_TOWER
@@ -168,7 +171,9 @@ TOWER_OF_CONFIG = {"clip_vision_model": "CLIPEncoderLayer", "siglip_vision_model
 FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "LlavaForConditionalGeneration": FamilySpec("llava"),
     "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
-    "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
+    "PaliGemmaForConditionalGeneration": FamilySpec(
+        "paligemma", select="full", last=True, linear=1, first_position=1, prefix=True
+    ),
     "LlavaNextForConditionalGeneration": FamilySpec(
         "llava_next", tiles="anyres", places=ANYWHERE, newline="image_newline"
     ),

@@ -6,6 +6,9 @@ an image adds to its logit for a key, with s patches behind it (1 for text) and 
     log(s)               "size": a token that stands for ten patches then draws as much attention as the ten did
     log(s * (2 - D(d)))  "distance": D is the part of RoPE that only knows the distance, the mean of cos(d * theta)
 
+A sliding window then counts positions, as in the plain model: who asks sees back as far as there, over fewer tokens.
+(Keys that as many places behind them have pushed out of the KV cache are gone all the same.) With "none" it counts
+places.
 What it takes stays on the KV cache, for decoding and later turns.
 """
 
@@ -16,10 +19,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families.geometry import llm_unsupported_reason
+from ..families.geometry import SLIDING, layer_kinds, llm_unsupported_reason
 from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
@@ -131,24 +133,25 @@ def tell_left_out(handle: Attached, settings: Settings, plan: Plan) -> None:
         logger.warning("calibration='none', which costs accuracy: %s", reason)
 
 
-def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
-    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies; where
-    it has several axes (A, L), what each adds to D.
+def distances(language: nn.Module, ids: Tensor, reach: int, kind: str) -> Tensor:
+    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies for a
+    ``kind`` of layers; where it has several axes (A, L), what each adds to D.
 
     Kept until those change; where they do so with the length of a prompt, position ``ids`` say which it is.
     """
-    handle, rotary = language._pitome, language.rotary_emb
-    scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
+    handle, rotary, name = language._pitome, language.rotary_emb, f"{kind}_inv_freq"
+    which = (kind,) if hasattr(rotary, name) else ()
+    scaled = any(way in str(getattr(rotary, "rope_type", "")) for way in ("dynamic", "longrope"))
     if scaled:
-        rotary(ids, ids)
-    kept = handle.distances
-    if scaled or kept is None or kept[0] is not rotary.inv_freq or kept[1].shape[-1] <= reach:
-        distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
+        rotary(ids, ids, *which)
+    frequencies, kept = getattr(rotary, name if which else "inv_freq"), handle.distances.get(kind)
+    if scaled or kept is None or kept[0] is not frequencies or kept[1].shape[-1] <= reach:
+        distance = torch.arange(TABLE * (reach // TABLE + 1), device=frequencies.device)
         if ids.dim() == 2:
-            near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-            handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
+            table = (NEAR - (distance[:, None] * frequencies.float()).cos().mean(-1)).log()
         else:
-            handle.distances = kept = rotary.inv_freq, axes.nearness(rotary, distance)
+            table = axes.nearness(rotary, distance)
+        handle.distances[kind] = kept = frequencies, table
     return kept[1]
 
 
@@ -156,22 +159,36 @@ def _calibrated(
     language: nn.Module, layout: Layout, tokens: Tensor, kwargs: dict[str, Any], sample: Tensor | None
 ) -> Tensor | dict[str, Tensor]:
     """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
-    past, mask = caches.cache_in(kwargs), kwargs.get("attention_mask")
+    past, mask, family = caches.cache_in(kwargs), kwargs.get("attention_mask"), language._pitome.family
     dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
-    layout, ids = layout.on(tokens.device), kwargs["position_ids"]
-    asking = axes.from_ids(ids, layout.position) - language._pitome.family.first_position
+    layout, kinds = layout.on(tokens.device), layer_kinds(language.config)
+    positions = axes.from_ids(kwargs["position_ids"], layout.position)
+    asking, ids = positions - family.first_position, axes.as_ids(positions)
+    length, queries = caches.length_of(past), tokens.shape[1]
 
-    def calibrated(one: Tensor | None) -> Tensor:
+    def calibrated(kind: str) -> Tensor:
+        one = mask.get(kind) if isinstance(mask, dict) else mask
+        window = language.config.sliding_window if kind == SLIDING else None
+        keys, first = (queries, 0) if past is None else past.get_mask_sizes(queries, kinds.index(kind))
         if one is None or one.dim() == 2:
-            one = _seen(tokens, past, one, sample)
-        position, size = layout.of_places(one.shape[-1])
+            places = torch.arange(max(first + keys, length + queries), device=tokens.device)
+            one = seen(places[length : length + queries], places[first : first + keys], one, sample, window)
+        elif one.dtype != torch.bool:
+            one = one > torch.finfo(one.dtype).min / 2
+        position, size = (x[:, first:] for x in layout.of_places(first + one.shape[-1]))
+        if window is not None and position.dim() == 2:  # of several axes none is what a window counts
+            own = slice(length - first, length - first + queries) if family.prefix else None
+            one = in_window(one, asking, position, window, own)
         table = None
         if layout.calibration == "distance":
-            reach = layout.reach + max(one.shape[-1] - layout.places, 0)
-            table = on(tokens.device, distances(language, ids, reach))
+            reach = layout.reach + max(first + one.shape[-1] - layout.places, 0)
+            table = on(tokens.device, distances(language, ids, reach, kind))
         return calibrated_mask(one, asking, position, size, table, dtype)
 
-    return {kind: calibrated(one) for kind, one in mask.items()} if isinstance(mask, dict) else calibrated(mask)
+    made = {kind: calibrated(kind) for kind in {*kinds}}
+    if isinstance(mask, dict):
+        return {**mask, **made}
+    return made if len(made) > 1 else made[kinds[0]]
 
 
 def calibrated_mask(
@@ -182,7 +199,7 @@ def calibrated_mask(
     Parameters
     ----------
     mask : Tensor
-        (B, 1, T, N), True or 0 where a query sees a key.
+        (B or 1, 1, T, N) bool, True where a query sees a key.
     asking : Tensor
         (B or 1, T) position ids of the queries, or (B or 1, T, A) where they have several axes.
     position, size : Tensor
@@ -190,14 +207,11 @@ def calibrated_mask(
     table : Tensor or None
         (L,) what a distance adds; or (A, L), see `distances`.
     """
-    lowest = torch.finfo(dtype).min
     bias = size.clamp(min=1).log()[:, None]
     if table is not None:
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
-        told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
+        told = (mask[:, 0] & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is as without one
         bias = _of_distances(asking, position, table).mul_(told).add_(bias)
-    bias = bias[:, None].to(dtype)
-    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
+    return torch.where(mask, bias[:, None].to(dtype), torch.finfo(dtype).min)
 
 
 def _of_distances(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
@@ -213,26 +227,33 @@ def _of_distances(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
     return (NEAR - near).log_()
 
 
-def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None) -> Tensor:
-    """(B, 1, T, N) bool, True where ``tokens`` (B, T) see a key; one in the padding sees itself.
+def in_window(mask: Tensor, asking: Tensor, position: Tensor, window: int, own: slice | None) -> Tensor:
+    """``mask`` (B or 1, 1, T, N) without the keys that are a ``window`` of positions or more behind a query.
+
+    ``own`` : which keys are the queries' own, if those that see each other do so across any window; else None.
+    """
+    near = (asking[:, :, None] - position[:, None] < window)[:, None]
+    if own is not None:
+        near[..., own] |= mask[..., own] & mask[..., own].mT
+    return mask & near
+
+
+def seen(asking: Tensor, keys: Tensor, real: Tensor | None, sample: Tensor | None, window: int | None) -> Tensor:
+    """(B or 1, 1, T, N) bool, True where those at places ``asking`` (T,) see those at ``keys`` (N,).
 
     Parameters
     ----------
-    past : object
-        The KV cache in front of them or None; a static one has room for more keys than there are.
     real : Tensor or None
-        (B, N or more), 0 at padding; None = there is none.
+        (B, places), 0 at padding, which sees itself; None = there is none.
     sample : Tensor, optional
         (B, T), the same number for tokens that see each other; None = all do.
+    window : int or None
+        How many places a query sees, its own included; None = all.
     """
-    queries = tokens.shape[1]
-    keys = caches.length_of(past) + queries
-    columns = torch.arange(keys, device=tokens.device)
-    asking = columns[keys - queries :, None]
-    seen = (columns <= asking).expand(len(tokens), -1, -1)
+    asking = asking[:, None]
+    mask = (keys <= asking)[None]
     if real is not None:
-        seen = (seen & (real[:, None, :keys] != 0)) | (columns == asking)
+        mask = (mask & (real[:, None, keys.clamp(max=real.shape[1] - 1)] != 0)) | (keys == asking)
     if sample is not None:
-        seen = seen & (sample[:, None, :] == sample[:, keys - queries :, None])
-    room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)
-    return (seen if room == keys else F.pad(seen, (0, room - keys)))[:, None]
+        mask = mask & (sample[:, None, :] == sample[:, :, None])
+    return (mask if window is None else mask & (keys > asking - window))[:, None]

@@ -13,7 +13,7 @@ from ..families.features import pixels_in
 from . import axes, caches, columns
 from .arguments import Prompt, pad_id, placeholders, read_prompt
 from .call import CALL, Call, named
-from .layout import Layout, shorten, take_all, unchanged
+from .layout import Layout, alike, shorten, take_all, unchanged
 from .positions import caller_positions, missing_before
 from .samples import and_next, packed, restarting
 from .state import Attached
@@ -35,8 +35,11 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
         new, sample, ids = _layout(prompt, tell, restart) if counted is None else _on_axes(prompt, counted)
         call = _shortened(handle, prompt, new, sample, ids)
         call.calibration = prompt.calibration if tell else "none"
-        if prompt.is_long and handle.plan.where == "packed":
+        if call.calibration != "none" and prompt.is_long and handle.plan.where == "packed":
             counted = caller_positions(prompt.real) if counted is None else counted
+            if prompt.seen is not None:
+                counted, follows = alike(counted, prompt.seen.follows)
+                counted = counted + follows
             call.places = counted[:, :-1][prompt.fresh]
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
