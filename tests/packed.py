@@ -20,8 +20,10 @@ from models import IMAGE, PATCH, VOCABULARY, text_config, tokenizer
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4 import image_processing_pil_gemma4 as gemma4
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 from transformers.models.pixtral import image_processing_pil_pixtral as pixtral
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -63,6 +65,7 @@ class Packed(Family):
 
     def build(self, seed: int = 1, **changes: Any) -> Any:
         model = super().build(seed, **changes)
+        model.set_experts_implementation("eager")  # the others take no double precision
         model.lm_head.weight.data[len(VOCABULARY) :] = 0  # a model that says <image> breaks its own prompt
         return model
 
@@ -127,7 +130,9 @@ def whole(kind: str, vision: Callable[[], Any], llm: Callable[[], Any], **option
     return make
 
 
-def grids(kind: str, sections: list[int], llm: dict[str, Any] | None = None, **vision: Any) -> Callable[[], Any]:
+def grids(
+    kind: str, sections: list[int], llm: dict[str, Any] | None = None, parts: str = "", **vision: Any
+) -> Callable[[], Any]:
     """A model with M-RoPE of these ``sections`` whose tower takes grids of any size and joins 2 x 2 patches."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **(llm or {}).pop("rope", {})}
     marks = {"video_token_id": ID["<video>"]}
@@ -135,8 +140,8 @@ def grids(kind: str, sections: list[int], llm: dict[str, Any] | None = None, **v
     marks |= {f"image_{end}_token_id": ID[f"<{end}>"] for end in ("start", "end")}
     return whole(
         f"{kind}Config",
-        lambda: tower(f"{kind}VisionConfig", out_hidden_size=WIDTH, spatial_merge_size=2, **vision),
-        lambda: text(f"{kind}TextConfig", rope_parameters=dict(rope), **(llm or {})),
+        lambda: tower(f"{parts or kind}VisionConfig", out_hidden_size=WIDTH, spatial_merge_size=2, **vision),
+        lambda: text(f"{parts or kind}TextConfig", rope_parameters=dict(rope), **(llm or {})),
         **marks,
     )
 
@@ -207,6 +212,7 @@ GENERATION = "ForConditionalGeneration"
 QWEN35 = dict(rope=dict(partial_rotary_factor=0.5), head_dim=32, layer_types=["linear_attention", "full_attention"])
 QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=4, linear_num_key_heads=2, linear_num_value_heads=32)
 FRAMED = "<start><image><end>"
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH)
 ROWS = (
     Packed(
         "Qwen2-VL",
@@ -237,10 +243,65 @@ ROWS = (
         mark=FRAMED,
     ),
     Packed(
+        "Qwen3-VL, mixture of experts",
+        f"Qwen3VLMoe{GENERATION}",
+        grids(
+            "Qwen3VLMoe",
+            [6, 5, 5],
+            {"head_dim": 32, **EXPERTS},
+            deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=64,
+        ),
+        of_grids("Qwen3VLProcessor"),
+        mark=FRAMED,
+    ),
+    Packed(
+        "Qwen3.5, mixture of experts",
+        f"Qwen3_5Moe{GENERATION}",
+        grids(
+            "Qwen3_5Moe",
+            [3, 3, 2],
+            {**QWEN35, **EXPERTS, "shared_expert_intermediate_size": WIDTH},
+            num_position_embeddings=64,
+        ),
+        of_grids("Qwen3VLProcessor"),
+        mark=FRAMED,
+    ),
+    Packed(
+        "GLM-4.6V",
+        f"Glm46V{GENERATION}",
+        grids("Glm46V", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}, "Glm4v"),
+        of_grids("Glm46VProcessor", Glm46VImageProcessorPil),
+        mark=FRAMED,
+    ),
+    Packed(
+        "GLM-4.5V",
+        f"Glm4vMoe{GENERATION}",
+        grids(
+            "Glm4vMoe",
+            [2, 3, 3],
+            {
+                "rope": {"partial_rotary_factor": 0.5},
+                "num_experts_per_tok": 2,
+                "n_routed_experts": 4,
+                "moe_intermediate_size": WIDTH,
+            },
+        ),
+        of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
+        mark=FRAMED,
+    ),
+    Packed(
         "GLM-4V",
         f"Glm4v{GENERATION}",
         grids("Glm4v", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}),
         of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
+        mark=FRAMED,
+    ),
+    Packed(
+        "PaddleOCR-VL",
+        f"PaddleOCRVL{GENERATION}",
+        grids("PaddleOCRVL", [4, 6, 6], {"head_dim": 32}, "PaddleOCR"),
+        of_grids("PaddleOCRVLProcessor", PaddleOCRVLImageProcessorPil),
         mark=FRAMED,
     ),
     Packed(

@@ -173,7 +173,7 @@ def test_a_token_with_the_log_of_its_size_draws_what_its_copies_drew():
 
 def test_the_mask_is_causal_and_hides_padding():
     places = torch.arange(4)
-    seen = llm.seen(places, places, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None, None)[:, 0]
+    seen = llm.seen(places, places, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None)[:, 0]
     assert seen[1].tolist() == torch.ones(4, 4).tril().bool().tolist()
     assert seen[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
 

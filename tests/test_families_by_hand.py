@@ -166,11 +166,8 @@ def medians_by_hand(places, ids, placeholder, groups):
 GRIDS = [family for family in PACKED if family.mark != "<image>"]  # of pictures with grids of their own: M-RoPE
 
 
-@pytest.mark.parametrize(
-    "family,calibration",
-    [(family, kind) for family in GRIDS for kind in ("size", "none") if kind == "none" or family.title != "Qwen3.5"],
-    ids=lambda value: getattr(value, "title", value),
-)
+@pytest.mark.parametrize("family", GRIDS, ids=lambda family: family.title)
+@pytest.mark.parametrize("calibration", ["size", "none"])
 def test_positions_of_three_axes(family, calibration):
     """Time, row and column: those of the median of a group, or numbered anew; and what is written counts on."""
     model, inputs = family.build(), family.process([(TWO_PICTURES, pictures(1, 2))])

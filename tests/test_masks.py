@@ -17,6 +17,7 @@ from packed import ROWS
 from pitome_mllm import attach
 from pitome_mllm.families.geometry import layer_kinds
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
 KEPT = 36  # of 144
 NARROW, WIDE = 30, 100  # fewer places than a picture has left; more, and fewer positions than it had
 HALF = ["sliding_attention", "full_attention"]
@@ -149,7 +150,7 @@ def calls_of(handle):
     """What is noted from now on: the position ids of every call of the LLM, and the masks of its layers by kind."""
     kinds, positions, masks = layer_kinds(handle.language.config), [], {}
     handle.language.register_forward_pre_hook(
-        lambda module, args, given: positions.append(given["position_ids"].expand(2, -1)), with_kwargs=True
+        lambda module, args, given: positions.append(given["position_ids"]), with_kwargs=True
     )
     for kind in {*kinds}:
         seen = masks[kind] = []
@@ -178,7 +179,7 @@ def test_the_masks_of_layers(title, calibration):
         size = torch.zeros(len(columns) + 3)
         size[:-3][inputs["input_ids"][row][columns] == model.config.image_token_id] = sizes[row]
         types = inputs[next(name for name in inputs if name.endswith("token_type_ids"))][row][columns].tolist()
-        places = torch.cat([x[row] for x in positions])[-len(size) :].tolist()
+        places = torch.cat([x.expand(2, -1)[row] for x in positions])[-len(size) :].tolist()
         expected = told(
             list(range(len(size))) if calibration == "none" else places,
             size.tolist(),
@@ -190,6 +191,38 @@ def test_the_masks_of_layers(title, calibration):
         )
         for end, mask in enumerate(masks[kind], len(columns)):
             assert_mask(mask, row, expected[0 if end == len(columns) else end - 1 : end, :end])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("title", BLOCKS)
+def test_gaps_between_positions_are_no_borders_of_samples(title):
+    """Without an attention mask and a cache a model makes its masks by position ids; those that restart part samples."""
+    family = BLOCKS[title]
+    model, samples = family.build(), [dict(family.process([asked])) for asked in ASKED]
+    bare = [{name: x for name, x in sample.items() if name != "attention_mask"} for sample in samples]
+    packed = {
+        name: torch.cat([sample[name] for sample in bare], int("token" in name or "ids" in name)) for name in bare[0]
+    }
+    packed["position_ids"] = torch.cat([torch.arange(sample["input_ids"].shape[1]) for sample in bare])[None]
+    with attach(model, "pitome", keep=0.25, calibration="distance"):
+        expected = [logits(model, sample)[0] for sample in samples]
+        for sample, one in zip(bare, expected):
+            torch.testing.assert_close(logits(model, sample, use_cache=False)[0], one, atol=2e-5, rtol=1e-5)
+        seen = logits(model, packed, use_cache=False)[0]
+    torch.testing.assert_close(seen, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_recurrent_layers_are_told_of_padding_only():
+    """Qwen3.5's have no mask of queries and keys; the others of its layers are told what there is to tell."""
+    family = next(row for row in ROWS if row.title == "Qwen3.5")
+    model, inputs = family.build(), family.process(ASKED)
+    with attach(model, keep=0.25) as handle:
+        assert handle.plan.calibration == "distance"
+        _, masks = calls_of(handle)
+        logits(model, inputs)
+        layout = handle.stats.layout
+    assert torch.equal(masks["linear_attention"][0] != 0, layout >= 0)
+    assert masks["full_attention"][0].shape == (2, 1, *2 * layout.shape[1:])
 
 
 def assert_mask(mask, row, expected):

@@ -16,7 +16,8 @@ from .packed import read_out_of, usual_picture
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
 PLAIN_BACKENDS = ("sdpa", "eager")
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers of an LLM whose masks can be told anything
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers of an LLM that can be told anything
+RECURRENT = "linear_attention"  # and one whose layers only ask for the padding
 LLAVA_MPT = "LlavaMptForCausalLM"  # its own forward() fails on any image
 
 
@@ -247,7 +248,7 @@ def llm_unsupported_reason(text: Any) -> str:
     backend = text._attn_implementation
     if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
         return f"the LLM's attention is {backend!r}; load with attn_implementation='sdpa' or 'eager'"
-    other = sorted({*layer_kinds(text)} - {FULL, SLIDING})
+    other = sorted({*layer_kinds(text)} - {FULL, SLIDING, RECURRENT})
     return f"the LLM has {' and '.join(other)}; use a checkpoint with full or sliding attention" if other else ""
 
 

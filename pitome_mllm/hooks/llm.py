@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.geometry import SLIDING, layer_kinds, llm_unsupported_reason
+from ..families.geometry import RECURRENT, SLIDING, layer_kinds, llm_unsupported_reason
 from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
@@ -158,7 +158,10 @@ def distances(language: nn.Module, ids: Tensor, reach: int, kind: str) -> Tensor
 def _calibrated(
     language: nn.Module, layout: Layout, tokens: Tensor, kwargs: dict[str, Any], sample: Tensor | None
 ) -> Tensor | dict[str, Tensor]:
-    """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
+    """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer.
+
+    ``sample`` (B, T) is the same number for tokens that see each other; None = all do.
+    """
     past, mask, family = caches.cache_in(kwargs), kwargs.get("attention_mask"), language._pitome.family
     dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
     layout, kinds = layout.on(tokens.device), layer_kinds(language.config)
@@ -172,9 +175,11 @@ def _calibrated(
         keys, first = (queries, 0) if past is None else past.get_mask_sizes(queries, kinds.index(kind))
         if one is None or one.dim() == 2:
             places = torch.arange(max(first + keys, length + queries), device=tokens.device)
-            one = seen(places[length : length + queries], places[first : first + keys], one, sample, window)
+            one = seen(places[length : length + queries], places[first : first + keys], one, window)
         elif one.dtype != torch.bool:
             one = one > torch.finfo(one.dtype).min / 2
+        if sample is not None:
+            one = one & (sample[:, None, :, None] == sample[:, None, None, :])
         position, size = (x[:, first:] for x in layout.of_places(first + one.shape[-1]))
         if window is not None and position.dim() == 2:  # of several axes none is what a window counts
             own = slice(length - first, length - first + queries) if family.prefix else None
@@ -185,9 +190,11 @@ def _calibrated(
             table = on(tokens.device, distances(language, ids, reach, kind))
         return calibrated_mask(one, asking, position, size, table, dtype)
 
-    made = {kind: calibrated(kind) for kind in {*kinds}}
+    made: dict[str, Any] = {kind: calibrated(kind) for kind in {*kinds} - {RECURRENT}}
     if isinstance(mask, dict):
         return {**mask, **made}
+    if RECURRENT in kinds:
+        made[RECURRENT] = None if mask is None or queries == 1 else mask[:, -queries:].contiguous()
     return made if len(made) > 1 else made[kinds[0]]
 
 
@@ -238,15 +245,13 @@ def in_window(mask: Tensor, asking: Tensor, position: Tensor, window: int, own: 
     return mask & near
 
 
-def seen(asking: Tensor, keys: Tensor, real: Tensor | None, sample: Tensor | None, window: int | None) -> Tensor:
+def seen(asking: Tensor, keys: Tensor, real: Tensor | None, window: int | None) -> Tensor:
     """(B or 1, 1, T, N) bool, True where those at places ``asking`` (T,) see those at ``keys`` (N,).
 
     Parameters
     ----------
     real : Tensor or None
         (B, places), 0 at padding, which sees itself; None = there is none.
-    sample : Tensor, optional
-        (B, T), the same number for tokens that see each other; None = all do.
     window : int or None
         How many places a query sees, its own included; None = all.
     """
@@ -254,6 +259,4 @@ def seen(asking: Tensor, keys: Tensor, real: Tensor | None, sample: Tensor | Non
     mask = (keys <= asking)[None]
     if real is not None:
         mask = (mask & (real[:, None, keys.clamp(max=real.shape[1] - 1)] != 0)) | (keys == asking)
-    if sample is not None:
-        mask = mask & (sample[:, None, :] == sample[:, :, None])
     return (mask if window is None else mask & (keys > asking - window))[:, None]

@@ -148,7 +148,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         if _is_part(handle.model, generating, kwargs):
             part = generating if pixels_in(kwargs) is None else generating.again()
             part.owner = module
-            return (), {**kwargs, CALL: part}
+            return (), _handed_down(part, kwargs)
     handle.forget_encoded()
     call = rewrite(handle, kwargs, whole=False)
     if call is None:
@@ -160,7 +160,17 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         asked = kwargs if module is handle.model else {**kwargs, "logits_to_keep": 0}  # the core makes no logits
         call.answer, needed = columns.columns_of(call.fresh, asked, at_caller)
         needed |= columns.labels_left(kwargs, call.kwargs)
-    return (), {**call.kwargs, **needed, CALL: call}
+    return (), _handed_down(call, {**call.kwargs, **needed})
+
+
+def _handed_down(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call for the model. Gaps in its positions, which a model takes for borders of packed samples
+    when it makes masks, only the LLM gets, from the call.
+    """
+    ids = kwargs.get("position_ids")
+    if call.calibration != "none" and ids is not None and ids.dim() == 2:
+        kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
+    return {**kwargs, CALL: call}
 
 
 def _is_part(model: nn.Module, generating: Call, kwargs: dict[str, Any]) -> bool:
