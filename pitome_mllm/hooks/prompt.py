@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families.features import pixels_in
 from . import axes, caches, columns
-from .arguments import Prompt, pad_id, placeholders, read_prompt
+from .arguments import Prompt, brings_pictures, pad_id, placeholders, read_prompt
 from .call import CALL, Call, named
 from .layout import Layout, alike, shorten, take_all, unchanged
 from .positions import caller_positions, missing_before
@@ -51,7 +50,7 @@ def _tells(handle: Attached, prompt: Prompt) -> bool:
     """Whether the LLM is told where visual tokens were, and how many patches each stands for."""
     kwargs, images, count = prompt.kwargs, prompt.images, prompt.placeholders
     tell = count > 0 and prompt.merges and prompt.calibrated
-    if prompt.merges and pixels_in(kwargs) is not None:
+    if prompt.merges and brings_pictures(handle, kwargs):
         if count or prompt.seen is None:  # assistants get the images of a prompt that is in the cache already
             check_count(handle, count, images.full, images.kept)
     elif count:
@@ -77,7 +76,7 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
         check_whole(restart, real)
         restart = None  # they leave gaps behind images, and begin no sample
         given = prompt.kwargs.get("position_ids")
-        if tell and (pixels_in(prompt.kwargs) is not None or given is None):
+        if tell and (prompt.images.lent is None or given is None):
             positions = positions + missing_before(F.pad(fresh, (0, 1)), prompt.images.full, prompt.images.kept)
         elif given is not None:  # features alone: of their places only the caller knows
             given = given[:, -fresh.shape[1] :].expand(len(fresh), -1).to(fresh.device)
@@ -143,10 +142,10 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         kwargs = named(type(module).forward, args, kwargs)
     generating = handle.generating
     if generating is not None:
-        if pixels_in(kwargs) is None and kwargs.get("mm_encoder_outputs") is None:
+        if not brings_pictures(handle, kwargs) and kwargs.get("mm_encoder_outputs") is None:
             return None
-        if _is_part(handle.model, generating, kwargs):
-            part = generating if pixels_in(kwargs) is None else generating.again()
+        if _is_part(handle, generating, kwargs):
+            part = generating.again() if brings_pictures(handle, kwargs) else generating
             part.owner = module
             return (), _handed_down(part, kwargs)
     handle.forget_encoded()
@@ -173,9 +172,9 @@ def _handed_down(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, CALL: call}
 
 
-def _is_part(model: nn.Module, generating: Call, kwargs: dict[str, Any]) -> bool:
+def _is_part(handle: Attached, generating: Call, kwargs: dict[str, Any]) -> bool:
     """Whether the placeholders of a call are those that the prompt of a running generate() has at these places."""
-    (image,), length = on_host(placeholders(model, kwargs)), caches.length_of(caches.cache_in(kwargs))
+    (image,), length = on_host(placeholders(handle, kwargs)), caches.length_of(caches.cache_in(kwargs))
     return generating.layout is None or torch.equal(image, generating.part(*image.shape, length))
 
 

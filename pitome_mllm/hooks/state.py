@@ -75,6 +75,13 @@ class Attached:
         self._plan = plan
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What of pictures the core encodes and merging knows: "image", and "video" where frames merge too."""
+        family, core = self.family, type(self.core)
+        videos = family.tiles == "features" and not family.videos and hasattr(core, "get_video_features")
+        return ("image", "video") if videos and hasattr(self.model.config, "video_token_id") else ("image",)
+
+    @property
     def state(self) -> State:
         """The state of the calling task or thread."""
         states = _states.get()
