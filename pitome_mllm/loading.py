@@ -227,7 +227,7 @@ def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
 def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
     """The model with all its weights."""
     name = FAMILY_OF_CONFIG.get(config.model_type)
-    family = getattr(transformers, name) if name else AUTO[type(config)]
+    family: Any = getattr(transformers, name) if name else AUTO[type(config)]
     # Weights of another shape are ignored at first so that the report names them; then they are refused here.
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **options}
     try:

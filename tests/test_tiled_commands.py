@@ -79,6 +79,7 @@ def test_what_forms_no_grid_is_not_drawn(run, tmp_path):
         ("Mistral Small (Mistral 3)", [(3, 6)], "4 of 18"),
         ("InternVL", [(4, 4)] * 4, "16 of 64"),
         ("Gemma 3", [(4, 4)], "4 of 16"),
+        *[("Gemma 4", [(5, 13)], "16 of 65")][: "Gemma 4" in BEHIND],  # which not every release has
         ("SmolVLM", [(6, 6)] * 3, "27 of 108"),
     ],
 )

@@ -80,7 +80,8 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 @torch.no_grad()
 def picture_features(core: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """What a multimodal model makes of the pictures among its ``inputs``, as it puts them among the text."""
-    names = inspect.signature(type(core).get_image_features).parameters
+    kind = cast(Any, type(core))
+    names = inspect.signature(kind.get_image_features).parameters
     given = {name: inputs[name] for name in names if inputs.get(name) is not None}
     return cast(Any, core).get_image_features(**given, return_dict=True)
 

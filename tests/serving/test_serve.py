@@ -311,7 +311,9 @@ def test_there_is_nothing_else(server):
 
 
 def test_it_says_what_it_serves(server):
-    assert re.search(rf"tiny: tome, {KEEP} of 576 visual tokens \(1%\), at http://127.0.0.1:\d+/v1", server.log.read_text())
+    assert re.search(
+        rf"tiny: tome, {KEEP} of 576 visual tokens \(1%\), at http://127.0.0.1:\d+/v1", server.log.read_text()
+    )
 
 
 @pytest.mark.parametrize("title, before, after", [("Qwen2.5-VL", 60, 15), ("Pixtral", 18, 4), ("InternVL", 64, 16)])
