@@ -72,7 +72,7 @@ class Look:
         if len(patches) == 1 and self.protected[patches[0]]:
             text += ", protected from merging"
         if not self.energy_steps:
-            return f"{text}. {self.title.split(' ')[0]} has no energies."
+            return f"{text}. This run has no energies."
         step = self.energy_steps[0]
         values = self.energies[step]
         mean, low, high = values[patches].mean(), np.nanmin(values), np.nanmax(values)

@@ -25,7 +25,8 @@ def amount(plan: Any) -> str:
 def options_of(processor: Any) -> list[str]:
     """What a processor can be told of its pictures, the entries of its ``size`` too."""
     images = processor.image_processor
-    return [*type(images).valid_kwargs.__annotations__, *_size(images)]
+    kinds = getattr(type(images), "valid_kwargs", None)
+    return [*getattr(kinds, "__annotations__", {}), *_size(images)]
 
 
 def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
