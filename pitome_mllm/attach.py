@@ -62,18 +62,7 @@ class Attachment(Attached):
         self._updating = threading.Lock()
         install.install(self)
         if not self.family.known:
-            self._try(settings)
-
-    def _try(self, settings: Settings) -> None:
-        """Plan by what a small picture shows; on an error nothing stays on the model."""
-        try:
-            shape = self.geometry
-            shares = {share: make_plan(settings.changed(keep=share), shape) for share in (1.0, 0.5)}
-            self.geometry = trial.geometry_by_trial(self, shares)
-            self._plan = make_plan(settings, self.geometry)
-        except BaseException:
-            install.uninstall(self)
-            raise
+            self._plan = trial.planned(self, settings)
 
     @classmethod
     def of(cls, model: nn.Module) -> Attachment | None:

@@ -54,6 +54,7 @@ class Family:
     sized : inputs that say how many tokens a picture has where pictures differ in that.
     pixels : what the processor calls pictures.
     answers : the token type of what is generated.
+    unit : what ``keep`` counts the tokens of.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Family:
     sized: tuple[str, ...] = ()
     pixels: str = "pixel_values"
     answers: int = 0
+    unit: str = "picture"
 
     @property
     def constant(self) -> bool:
@@ -299,6 +301,7 @@ FAMILIES = (
         config("LlavaNextConfig", clip, llm("LlamaConfig"), vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS),
         next_processor,
         ("tower", "projector", "both", "packed"),
+        unit="tile; packed: picture",
         sized=("pixel_values", "image_sizes"),
     ),
     Family(
@@ -314,6 +317,7 @@ FAMILIES = (
         ),
         next_video_processor,
         ("tower", "projector", "both", "packed"),
+        unit="tile; packed: picture",
         sized=("pixel_values", "image_sizes"),
     ),
     Family(
@@ -346,6 +350,7 @@ FAMILIES = (
         ),
         idefics3_processor,
         ("packed",),
+        unit="tile",
         tokens=PATCHES // 4,
     ),
     Family(
@@ -354,6 +359,7 @@ FAMILIES = (
         config("SmolVLMConfig", lambda: vision("SmolVLMVisionConfig"), llm("LlamaConfig"), scale_factor=2),
         smolvlm_processor,
         ("packed",),
+        unit="tile",
         tokens=PATCHES // 4,
     ),
     Family(

@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import transformers
 from families import Family, Nested, pictures_only, without
 from models import IMAGE, PATCH, VOCABULARY, text_config, tokenizer
+from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4 import image_processing_pil_gemma4 as gemma4
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -56,12 +58,14 @@ TEMPLATE = (
 class Packed(Family):
     """A row of families that merge behind the projector.
 
-    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text.
+    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text; ``clip``
+    what stands before, for each frame of, and behind a video.
     """
 
     wheres: tuple[str, ...] = ("packed",)
     placeholder: int = IMAGE
     mark: str = "<image>"
+    clip: tuple[str, str, str] | None = None
 
     def build(self, seed: int = 1, **changes: Any) -> Any:
         model = super().build(seed, **changes)
@@ -86,6 +90,36 @@ class Packed(Family):
 
     def process(self, rows: Any, side: str = "left") -> Any:
         return super().process([(text.replace("<image>", self.mark), pictures) for text, pictures in rows], side)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a prompt may have a video and pictures: not where both have the same placeholders."""
+        return self.clip is not None and self.clip != MARKED
+
+    def film(self, frames: list[Image.Image], *after: Image.Image) -> dict[str, Any]:
+        """A prompt with a video and the pictures ``after`` it, as processors make them that need torchvision."""
+        before, frame, behind = self.clip
+        pictures = "".join(f" and {self.mark}" for _ in after)
+        text = f"USER: {before}{len(frames) * frame}{behind}{pictures} what is this? ASSISTANT:"
+        made = dict(super().process([(text, [*frames, *after])]))
+        grids, types = made.pop("image_grid_thw", None), made["mm_token_type_ids"]
+        names = {"pixel_values": "pixel_values_videos"}
+        if grids is None:
+            cut, names["image_position_ids"] = len(frames), "video_position_ids"
+            made["num_frames_per_video"] = torch.tensor([len(frames)])
+        else:
+            cut = int(grids[: len(frames)].prod(1).sum())
+            made["video_grid_thw"] = grids[:1] * torch.tensor([len(frames), 1, 1])
+        for image, video in names.items():
+            both = made.pop(image)
+            made |= {video: both[:cut]} | ({image: both[cut:]} if after else {})
+        if grids is not None and after:
+            made["image_grid_thw"] = grids[len(frames) :]
+        tokens = cut // 4 if grids is not None else int((types != 0).sum()) * cut // (cut + len(after))
+        film = (types != 0) & ((types != 0).cumsum(1) <= tokens)
+        if self.mixes:
+            made["input_ids"] = made["input_ids"].masked_fill(film, ID["<video>"])
+        return {**made, "mm_token_type_ids": types.masked_fill(film, 2)}
 
     def raw(self, side: str = "left") -> Any:
         """The tokenizer, with the names of its marks."""
@@ -212,6 +246,8 @@ GENERATION = "ForConditionalGeneration"
 QWEN35 = dict(rope=dict(partial_rotary_factor=0.5), head_dim=32, layer_types=["linear_attention", "full_attention"])
 QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=4, linear_num_key_heads=2, linear_num_value_heads=32)
 FRAMED = "<start><image><end>"
+JOINED, ONE_BY_ONE = ("<start>", "<image>", "<end>"), ("", FRAMED, "")  # the frames of a video
+MARKED = ("<|begin_of_video|>", FRAMED, "<|end_of_video|>")
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH)
 ROWS = (
     Packed(
@@ -220,6 +256,7 @@ ROWS = (
         grids("Qwen2VL", [4, 6, 6], embed_dim=WIDTH),
         of_grids("Qwen2VLProcessor"),
         mark=FRAMED,
+        clip=JOINED,
     ),
     Packed(
         "Qwen2.5-VL",
@@ -227,6 +264,7 @@ ROWS = (
         grids("Qwen2_5_VL", [4, 6, 6], window_size=16, fullatt_block_indexes=[1]),
         of_grids("Qwen2_5_VLProcessor"),
         mark=FRAMED,
+        clip=JOINED,
     ),
     Packed(
         "Qwen3-VL",
@@ -234,6 +272,7 @@ ROWS = (
         grids("Qwen3VL", [6, 5, 5], {"head_dim": 32}, deepstack_visual_indexes=[0, 1], num_position_embeddings=64),
         of_grids("Qwen3VLProcessor"),
         mark=FRAMED,
+        clip=ONE_BY_ONE,
     ),
     Packed(
         "Qwen3.5",
@@ -241,6 +280,7 @@ ROWS = (
         grids("Qwen3_5", [3, 3, 2], QWEN35, num_position_embeddings=64),
         of_grids("Qwen3VLProcessor"),
         mark=FRAMED,
+        clip=ONE_BY_ONE,
     ),
     Packed(
         "Qwen3-VL, mixture of experts",
@@ -254,6 +294,7 @@ ROWS = (
         ),
         of_grids("Qwen3VLProcessor"),
         mark=FRAMED,
+        clip=ONE_BY_ONE,
     ),
     Packed(
         "Qwen3.5, mixture of experts",
@@ -266,6 +307,7 @@ ROWS = (
         ),
         of_grids("Qwen3VLProcessor"),
         mark=FRAMED,
+        clip=ONE_BY_ONE,
     ),
     Packed(
         "GLM-4.6V",
@@ -273,6 +315,7 @@ ROWS = (
         grids("Glm46V", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}, "Glm4v"),
         of_grids("Glm46VProcessor", Glm46VImageProcessorPil),
         mark=FRAMED,
+        clip=MARKED,
     ),
     Packed(
         "GLM-4.5V",
@@ -289,13 +332,15 @@ ROWS = (
         ),
         of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
         mark=FRAMED,
+        clip=MARKED,
     ),
     Packed(
-        "GLM-4V",
+        "GLM-4.1V",
         f"Glm4v{GENERATION}",
         grids("Glm4v", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}),
         of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
         mark=FRAMED,
+        clip=MARKED,
     ),
     Packed(
         "PaddleOCR-VL",
@@ -309,6 +354,7 @@ ROWS = (
         f"InternVL{GENERATION}",
         whole("InternVLConfig", lambda: tower("InternVLVisionConfig"), lambda: text("Qwen2Config")),
         internvl_processor,
+        unit="tile",
     ),
     Packed(
         "Gemma 3",
@@ -354,6 +400,7 @@ ROWS = (
             video_token_id=ID["<video>"],
         ),
         gemma4_processor,
+        clip=("", "<image>", ""),
     ),
     Packed(
         "Mistral Small (Mistral 3)",
@@ -384,6 +431,7 @@ ROWS = (
             alignment_intermediate_size=2 * WIDTH,
         ),
         aya_processor,
+        unit="tile",
         placeholder=ID["<patch>"],
     ),
     Packed(
@@ -401,6 +449,7 @@ ROWS = (
             hidden_size=WIDTH,
         ),
         ovis_processor,
+        unit="tile",
         placeholder=ID["<IMG_ATOM>"],
     ),
 )

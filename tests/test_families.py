@@ -91,6 +91,7 @@ def test_a_quarter_is_exact_and_rows_stand_alone(family, where, made):
             before += len(kept)
         assert before == len(lengths) and len(groups) == 0
         assert not family.sized or set(lengths) != {handle.plan.keep}
+        assert family.unit.endswith("picture") == (len(lengths) == sum(len(numbers) for _, numbers in ROWS))
     assert torch.equal(logits(model, batch), logits(plain, batch))
 
 

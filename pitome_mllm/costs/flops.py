@@ -37,7 +37,7 @@ class Estimate:
     ----------
     tower_flops : int
         Patch embedding and every block of the vision tower, those after the feature layer included; 0 where they are
-        not known, of families that merge behind it, whose tower takes as long as ever.
+        not counted, of families that merge behind it.
     merging_flops : int
         Similarity matrices and other matrix products of the method.
     projector_flops : int
@@ -124,7 +124,7 @@ def estimate(
     settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
     vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
     prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
-    tower = batch * images * _tower(vision, plan)
+    tower = batch * images * _tower(vision, plan) if plan.geometry.family.linear else 0
     merging = batch * images * _merging(vision, text, plan)
     if text is None:
         return Estimate(tower, merging, 0, 0, 0, 0, plan.keep, 0)
@@ -167,16 +167,13 @@ def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> t
 
 def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
-    if not plan.geometry.family.linear:
-        return 0
+    linear = plan.geometry.family.linear
     read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.shuffle_factor**2
-    return 2 * text.hidden_size * (read + (plan.geometry.family.linear - 1) * text.hidden_size)
+    return 2 * text.hidden_size * (read + (linear - 1) * text.hidden_size) if linear else 0
 
 
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one image."""
-    if not plan.geometry.family.linear:
-        return 0
     shape, width, (matrices, hidden) = plan.geometry, vision.hidden_size, _mlp(vision)
     patch = vision.patch_size**2 if isinstance(vision.patch_size, int) else vision.patch_size[0] * vision.patch_size[1]
     flops = 2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch

@@ -24,6 +24,7 @@ from .merging import merge_rounds
 from .state import Attached
 from .validate import SIZES
 
+FRAMES = ("video_grid_thw", "num_frames_per_video")  # what says how many frames a video has
 DEEP = "deepstack_features"  # of an output: for some blocks of the LLM, what they add to the tokens of every picture
 
 
@@ -112,17 +113,18 @@ def row_ends(handle: Attached, pictures: Sequence[Tensor]) -> list[Tensor | None
 
 def _sizes(given: Mapping[str, Any], count: int) -> list[Sequence[int]]:
     """Rows and columns of as many pictures by what a call says, with their frames before them where it does."""
-    sizes = next((given[name] for name in (*SIZES, "video_grid_thw") if given.get(name) is not None), ())
+    sizes = next((given[name] for name in (*SIZES, *FRAMES) if given.get(name) is not None), ())
     if (places := given.get("image_position_ids")) is not None:  # (I, N, 2): column and row of every patch
         sizes = (places.amax(1) + 1).flip(-1)
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    sizes = [(size, 1, 1) if isinstance(size, int) else size for size in sizes]
     return sizes if len(sizes) == count else [(1, 1)] * count
 
 
 def _parts(tokens: int, size: Sequence[int], tile: int) -> list[int]:
     """Tokens of what merges by itself among the ``tokens`` of one picture of this ``size``: its tiles, or frames."""
-    part = tile or tokens // (size[0] if len(size) == 3 else 1)
-    return [part] * (tokens // part if part else 0)
+    parts = tokens // tile if tile else size[0] if len(size) == 3 else 1
+    return [tokens // parts] * parts if parts else []
 
 
 def _grid(tokens: int, rows: int, columns: int) -> tuple[int, int] | None:

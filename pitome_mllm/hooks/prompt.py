@@ -35,7 +35,8 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
         call = _shortened(handle, prompt, new, sample, ids)
         call.calibration = prompt.calibration if tell else "none"
         if call.calibration != "none" and prompt.is_long and handle.plan.where == "packed":
-            counted = caller_positions(prompt.real) if counted is None else counted
+            if counted is None:
+                counted = caller_positions(prompt.real) if restart is None else and_next(restart - prompt.first)
             if prompt.seen is not None:
                 counted, follows = alike(counted, prompt.seen.follows)
                 counted = counted + follows
