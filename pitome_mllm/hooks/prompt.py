@@ -28,6 +28,7 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
     tell = _tells(handle, prompt)
     restart = restarting(kwargs, prompt.real, prompt.seen)
     counted = prompt.is_parted if kwargs.get("position_ids") is None else prompt.calibrated
+    counted = counted or axes.counts_axes(handle.core)
     if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted)):
         check_unpacked(kwargs)
         counted = axes.positions_of(handle.core, prompt)
@@ -40,7 +41,7 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
             if prompt.seen is not None:
                 counted, follows = alike(counted, prompt.seen.follows)
                 counted = counted + follows
-            call.places = counted[:, :-1][prompt.fresh]
+            call.places = [row[at] for row, at in zip(counted[:, :-1], prompt.fresh)]
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
     call.encoded = prompt.images.encoded

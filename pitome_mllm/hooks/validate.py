@@ -146,6 +146,28 @@ def check_positions(given: Any, real: Tensor, after: bool) -> None:
         raise UserError(f"got position_ids {got}, expected {tuple(real.shape)}, one per column of the prompt; or none")
 
 
+def check_axes(given: Tensor, real: Tensor) -> None:
+    """ValueError unless position ids (A, B, T) are of one sample a row, ``real`` (B, T)."""
+    fits = given.shape[0] in (3, 4) and given.shape[1] == len(real) and given.shape[2] >= real.shape[1]
+    first = given[0, :, -real.shape[1] :].to(real.device) if fits else None  # times, or places in the text
+    if first is None or bool(((first.diff(dim=1) < 0) & real[:, 1:] & real[:, :-1]).any()):
+        raise UserError(
+            f"got position_ids of shape {tuple(given.shape)}, expected (3, {len(real)}, {real.shape[1]}) that start "
+            "once in every row; give each sample a row of its own, or leave them out"
+        )
+
+
+def check_countable(kwargs: Mapping[str, Any], short: bool) -> None:
+    """ValueError where a model cannot count positions in several axes over a whole prompt."""
+    if kwargs.get("mm_token_type_ids") is None:
+        raise UserError(f"got pictures without mm_token_type_ids, by which positions are counted; {ADVICE}")
+    if short:
+        raise UserError(
+            "got a prompt that is short already, and positions in several axes count a picture's whole grid; pass the "
+            "processor's prompt as it is"
+        )
+
+
 def check_restart(after: bool) -> None:
     """ValueError for samples packed into a row ``after`` a KV cache."""
     if after:
