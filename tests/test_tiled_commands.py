@@ -98,7 +98,7 @@ def test_groups_behind_the_projector_are_drawn_on_the_grid_of_visual_tokens(run,
     assert code == 2 and "where='packed' keeps what every token became in the end, not its merges" in err
 
 
-@pytest.mark.parametrize("title", ["Qwen2.5-VL", "GLM-4V", "Pixtral"])
+@pytest.mark.parametrize("title", ["Qwen2.5-VL", "GLM-4.1V", "Pixtral"])
 def test_a_smaller_picture_stands_in_the_comparison_where_pictures_keep_their_size(run, title):
     question = "how many are there"
     code, out, err = run(BEHIND[title], "ask", question, "--compare", "--repeats", "1", "--json")

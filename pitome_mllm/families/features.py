@@ -13,6 +13,7 @@ from ..methods import UserError
 from .geometry import Geometry, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call images; the latter Video-LLaVA's
+SIZE = "image_sizes"  # which older releases of transformers take for Pixtral without naming it
 
 SELECTION = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
 
@@ -80,10 +81,14 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 @torch.no_grad()
 def picture_features(core: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """What a multimodal model makes of the pictures among its ``inputs``, as it puts them among the text."""
-    kind = cast(Any, type(core))
-    names = inspect.signature(kind.get_image_features).parameters
-    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    given = taken(cast(Any, type(core)).get_image_features, inputs)
     return cast(Any, core).get_image_features(**given, return_dict=True)
+
+
+def taken(function: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's own method of features takes of its ``inputs``."""
+    names = dict.fromkeys((*inspect.signature(function).parameters, SIZE))
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
 def picture_inputs(processor: Any, pictures: Any) -> Any:

@@ -113,7 +113,7 @@ def packed_plug_in(family, **settings):
     return lm
 
 
-@pytest.mark.parametrize("title", ["Qwen2.5-VL", "GLM-4V", "Pixtral"])
+@pytest.mark.parametrize("title", ["Qwen2.5-VL", "GLM-4.1V", "Pixtral"])
 def test_smaller_pictures_of_as_many_tokens_are_a_control(title):
     """Where pictures keep their size; the processor's own options go to it with any method."""
     family = PACKED_BY_TITLE[title]
