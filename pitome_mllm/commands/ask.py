@@ -94,8 +94,9 @@ def _placeholders(model: Any, inputs: Any) -> int:
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
     """Answer with (mode "merged") or without (other modes) merging."""
     plan, full = handle.plan, _placeholders(model, inputs)
-    known = mode != "merged" or not plan.geometry.family.tiles  # with tiles it depends on the image
-    visual = full if mode != "merged" else plan.keep
+    sized = plan.geometry.family.side > 0  # of tiles only those behind the tower know how many they come to
+    known = mode != "merged" or sized or not plan.geometry.family.tiles
+    visual = full if mode != "merged" else plan.kept(full) if sized else plan.keep
     if not options.json:
         sys.stdout.write(f"{mode}, {visual if known else 'some'} of {full} visual tokens: ")
     with in_mode(handle, mode):
