@@ -166,10 +166,10 @@ class Attachment(Attached):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""
-        twin = memo[id(self)] = object.__new__(type(self))
+        copied = memo[id(self)] = object.__new__(type(self))
         own = {"graphs": Graphs(), "prefills": Graphs(), "_updating": threading.Lock()}
-        vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
-        return twin
+        vars(copied).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return refuse_pickling(type(self))

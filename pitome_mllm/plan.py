@@ -40,6 +40,10 @@ class Plan:
         one ("auto").
     asked : Settings
         What was asked for, of which pictures of another size make a plan of their own.
+    merging : tuple of int
+        Indices of the blocks that remove tokens.
+    match_inputs : tuple of str
+        What merging needs to know of the attention of a block: "keys", "attention".
     """
 
     method: str
@@ -62,10 +66,10 @@ class Plan:
     packed: tuple[int, ...] = ()
     gentle: bool = False
     asked: Settings = field(default=Settings(), repr=False, compare=False)
+    merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merged_before: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Work out at once what every block asks for; torch.compile knows no `cached_property` of a frozen class."""
@@ -75,9 +79,9 @@ class Plan:
         before = (max((b for b in merging if b < block), default=-1) for block in range(len(removed) + 1))
         vars(self).update(
             _removed=removed,
-            _merging=merging,
+            merging=merging,
             _merged_before=tuple(before),
-            _match_inputs=tuple(name for name, wanted in needed.items() if wanted),
+            match_inputs=tuple(name for name, wanted in needed.items() if wanted),
             _of_grids={},
             _of_tokens={},
         )
@@ -135,11 +139,6 @@ class Plan:
         return self._merged_before[block] if block <= len(self.counts) else self._merged_before[-1]
 
     @property
-    def match_inputs(self) -> tuple[str, ...]:
-        """What merging needs to know of the attention of a block: "keys", "attention"."""
-        return self._match_inputs
-
-    @property
     def context(self) -> dict[str, Any]:
         """What every `Reducer.match` gets besides metric, number, sizes, depth and attention."""
         if self.where == "packed":  # after the projector there are neither grid nor class token
@@ -161,11 +160,6 @@ class Plan:
         """The most tokens that one step before or after the projector removes."""
         most = self.reducer.max_removable
         return (gentle(most) if self.gentle else most)(tokens)
-
-    @property
-    def merging(self) -> tuple[int, ...]:
-        """Indices of the blocks that remove tokens."""
-        return self._merging
 
 
 def make_plan(settings: Settings, geometry: Geometry) -> Plan:

@@ -110,7 +110,7 @@ def step_rows(
             else:
                 panels, heads = draw_steps(tile, stats, image, style=options.style, side=options.side)
             if options.steps:
-                panels.append(draw_counts({stats.method: token_counts(stats)}, size=panels[0].size))
+                panels.append(draw_counts(token_counts(stats), panels[0].size))
                 heads.append("tokens")
             number = f", tile {image + 1} of {len(tiles)}" if len(tiles) > 1 else ""
             rows.append(([like(tile, panels[0]), *panels], [title + number, *heads]))

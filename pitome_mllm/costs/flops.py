@@ -6,7 +6,6 @@ Attention counts every query with every key, causal or not, as that tool does. T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -74,12 +73,6 @@ def estimate(
     model_or_config: Any,
     method: str | Reducer | Plan | None = None,
     *,
-    keep: int | float | None = None,
-    ratio: float | None = None,
-    counts: Sequence[int] | None = None,
-    schedule: str | None = None,
-    where: str | None = None,
-    tower_keep: int | float | None = None,
     batch: int = 1,
     images: int = 1,
     text_tokens: int = 40,
@@ -98,7 +91,7 @@ def estimate(
     model_or_config : object
         A model that `attach` takes, or a configuration of one; nothing runs and no weights are needed. Of an encoder
         alone only the vision tower counts.
-    method, keep, ratio, counts, schedule, where, tower_keep, **settings
+    method, **settings
         As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
         Rows.
@@ -121,8 +114,7 @@ def estimate(
     at_least(batch=(batch, 1))
     if logits not in LOGITS:
         raise UserError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
-    settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
-    vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
+    vision, text, plan = resolve(model_or_config, method, **settings)
     prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
     tower = batch * images * _tower(vision, plan) if plan.geometry.family.linear else 0
     merging = batch * images * _merging(vision, text, plan)
@@ -143,13 +135,7 @@ def estimate(
 
 
 def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
-    """The configurations of vision tower and LLM (None: a tower alone), and what the settings of `attach` mean there.
-
-    Raises
-    ------
-    ValueError
-        An unsupported model; settings that `attach` refuses.
-    """
+    """The configurations of vision tower and LLM (None: a tower alone), and the plan of the settings of `attach`."""
     config = getattr(model_or_config, "config", model_or_config)
     shape, vision = geometry(config), getattr(config, "vision_config", config)
     if shape.family.encoder:  # whatever the method's own place
@@ -200,9 +186,9 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one image, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.match_inputs:  # the class token's row of the attention matrix
-        entering = [plan.input_patches, *plan.counts]
+        input_tokens = [plan.input_patches, *plan.counts]
         blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.projector_counts else [])}
-        tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
+        tokens = sum(input_tokens[block] + plan.geometry.class_tokens for block in blocks)
         flops += 2 * tokens * vision.hidden_size
     return flops
 

@@ -24,13 +24,7 @@ _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")  # of a module
 
 
 def install(handle: Attached) -> None:
-    """Put everything on the model, or nothing.
-
-    Raises
-    ------
-    ValueError
-        Its tower is not what family and plan say.
-    """
+    """Put everything on the model, or nothing."""
     check(handle, handle.plan)
     try:
         _put_on(handle)

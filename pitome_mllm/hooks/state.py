@@ -52,8 +52,9 @@ class State:
 
 
 _FRESH = State()
-# One variable for all attachments, since a context keeps every variable that was ever set in it, and weak keys, since
-# it must not keep a model either. A dictionary in it is never changed: contexts that were copied share it.
+# One variable for all attachments: a context keeps each variable that was ever set in it, and its value, for as long as
+# its thread or task lives, so that one variable for each attachment would stay behind with its stats. Weak keys keep no
+# model either. A dictionary in it is never changed: contexts that were copied share it.
 _states: ContextVar[WeakKeyDictionary[Attached, State] | None] = ContextVar("pitome_states", default=None)
 
 
