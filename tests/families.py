@@ -55,6 +55,7 @@ class Family:
     pixels : what the processor calls pictures.
     answers : the token type of what is generated.
     unit : what ``keep`` counts the tokens of.
+    bits : whether it runs with 4 and 8 bits.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Family:
     pixels: str = "pixel_values"
     answers: int = 0
     unit: str = "picture"
+    bits: str = "yes"
 
     @property
     def constant(self) -> bool:

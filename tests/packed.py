@@ -80,9 +80,12 @@ class Packed(Family):
     def constant(self) -> bool:
         return False
 
+    def seen(self, model: Any) -> set[str]:
+        """The inputs that its core encodes pictures from."""
+        return {*signature(model.model.get_image_features).parameters, "image_sizes"}  # which 5.17 does not name
+
     def full(self, plain: Any, inputs: Any) -> list[int]:
-        taken = {*signature(plain.model.get_image_features).parameters, "image_sizes"}  # not named in 5.17
-        given = {name: value for name, value in inputs.items() if name in taken}
+        given = {name: value for name, value in inputs.items() if name in self.seen(plain)}
         return [len(f) for f in plain.model.get_image_features(**given, return_dict=True).pooler_output]
 
     def kept(self, full: list[int], keep: int) -> list[int]:
@@ -368,6 +371,7 @@ PACKED = (
         ),
         aya_processor,
         unit="tile",
+        bits="4 bit; with 8 the plain model fails on a processor",
         placeholder=ID["<patch>"],
     ),
     Packed(

@@ -62,16 +62,16 @@ def merging():
 @FAMILIES
 def test_ways_to_generate_change_no_answer(family, merging):
     model, _, one, batch = merging(family)
-    answer, (refused, error, said) = new_ids(model, one), REFUSED.get(family.model, ((), None, None))
+    answer, (refused, error, said) = new_ids(model, one, 3), REFUSED.get(family.model, ((), None, None))
     for name, options in (WAYS | {"draft": {"assistant_model": family.build(seed=2)}}).items():
         if name in refused:
             with pytest.raises(error, match=said):
-                new_ids(model, one, **options)
+                new_ids(model, one, 3, **options)
         else:
-            assert new_ids(model, one, **options) == answer, name
-    beams = new_ids(model, batch, num_beams=2)
-    assert beams == new_ids(model, batch, num_beams=2, cache_implementation="static")
-    assert [beams[0]] == new_ids(model, one, num_beams=2)
+            assert new_ids(model, one, 3, **options) == answer, name
+    beams = new_ids(model, batch, 3, num_beams=2)
+    assert beams == new_ids(model, batch, 3, num_beams=2, cache_implementation="static")
+    assert [beams[0]] == new_ids(model, one, 3, num_beams=2)
 
 
 def labelled(inputs):

@@ -224,10 +224,12 @@ def family_of(config: Any) -> FamilySpec:
     Raises
     ------
     ValueError
-        There is none.
+        There is none, or the model has no vision tower.
     """
     if config.model_type not in FAMILY_OF_CONFIG:
         raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
+    if config.vision_config is None:
+        raise UserError(f"this {config.model_type!r} has no vision tower, hence no visual tokens to merge")
     family, kind = FAMILIES[FAMILY_OF_CONFIG[config.model_type]], config.vision_config.model_type
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family

@@ -87,6 +87,8 @@ def make_get_features(core: nn.Module, kind: str) -> Callable[..., Any]:
         as_dict = given.pop("return_dict", True)
         encoded = handle.encoded
         output = None if encoded is None else encoded.take(kind, given.get(PIXELS[kind]), plan)
+        if encoded is not None and not encoded.made:
+            handle.forget_encoded()
         if output is None and plan is not None and plan.where == "packed":
             with handle.choosing(plan if kind == "image" else None):  # of videos it may call that of images
                 output = own(self, **given, return_dict=True)
