@@ -61,12 +61,10 @@ TEMPLATE = (
 class Packed(Family):
     """A row of families that merge behind the projector.
 
-    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text; ``clip``
-    what stands before, for each frame of, and behind a video.
+    ``mark`` stands for a picture in the text; what stands before, for every frame of, and behind a video is ``clip``.
     """
 
     wheres: tuple[str, ...] = ("packed",)
-    placeholder: int = IMAGE
     mark: str = "<image>"
     clip: tuple[str, str, str] | None = None
 
