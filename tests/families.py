@@ -56,6 +56,7 @@ class Family:
     answers : the token type of what is generated.
     unit : what ``keep`` counts the tokens of.
     bits : whether it runs with 4 and 8 bits.
+    placeholder : the id of a visual token in the prompt.
     """
 
     title: str
@@ -69,6 +70,7 @@ class Family:
     answers: int = 0
     unit: str = "picture"
     bits: str = "yes"
+    placeholder: int = IMAGE
 
     @property
     def constant(self) -> bool:

@@ -51,17 +51,20 @@ FRAMED = "<start><image><end>"
 JOINED, ONE_BY_ONE = ("<start>", "<image>", "<end>"), ("", FRAMED, "")  # the frames of a video
 MARKED = ("<|begin_of_video|>", FRAMED, "<|end_of_video|>")
 
+TEMPLATE = (
+    "{% for turn in messages %}{{ 'USER: ' if turn.role == 'user' else ' ' }}{% for part in turn.content %}"
+    "{{ 'MARK ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} ASSISTANT:"
+)
+
 
 @dataclass(frozen=True)
 class Packed(Family):
     """A row of families that merge behind the projector.
 
-    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text; ``clip``
-    what stands before, for each frame of, and behind a video.
+    ``mark`` stands for a picture in the text; what stands before, for every frame of, and behind a video is ``clip``.
     """
 
     wheres: tuple[str, ...] = ("packed",)
-    placeholder: int = IMAGE
     mark: str = "<image>"
     clip: tuple[str, str, str] | None = None
 
@@ -131,6 +134,13 @@ class Packed(Family):
         for name, token in NAMED.items():
             setattr(made, name, token)
             setattr(made, f"{name}_id", ID[token])
+        return made
+
+    def chat(self) -> Any:
+        """The processor of a chat, whose template frames pictures as the model was trained on them."""
+        made = self.processor(self.raw())
+        made = getattr(made, "processor", made)
+        made.chat_template = TEMPLATE.replace("MARK", self.mark)
         return made
 
 

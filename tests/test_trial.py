@@ -99,4 +99,4 @@ def test_a_tower_of_a_kind_without_a_row_is_merged_behind(title, monkeypatch):
         seen = logits(model, inputs)
         assert new_ids(model, inputs, 1) == [[int(seen[0, -1].argmax())]]
         (group,), (left,) = handle.stats.groups, handle.stats.lengths
-        assert seen.shape[1] == plain.shape[1] - len(group) + left and left == round((group >= 0).sum() / 4)
+        assert seen.shape[1] == plain.shape[1] - len(group) + left and left == round(int((group >= 0).sum()) / 4)

@@ -6,7 +6,6 @@ The model then finds them encoded, once, when it asks; whatever else it encodes 
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..families.features import taken
 from ..stats import Stats
 from . import packed
 from .call import CALL, Encoded, named
 from .state import Attached
 from .validate import check_selection
-
-SIZE = "image_sizes"  # which older releases of transformers take for Pixtral without naming it
 
 
 def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int], Encoded | None]:
@@ -47,8 +45,7 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
 def _encode(handle: Attached, kind: str, kwargs: dict[str, Any]) -> Any:
     """The model's own encoding of a call's images or videos."""
     name = f"get_{kind}_features"
-    names = inspect.signature(getattr(type(handle.core), name)).parameters.keys() | {SIZE}
-    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    given = taken(getattr(type(handle.core), name), kwargs)
     return getattr(handle.core, name)(**given, return_dict=True)
 
 

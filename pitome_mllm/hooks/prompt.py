@@ -49,7 +49,7 @@ def _tells(handle: Attached, prompt: Prompt) -> bool:
     if prompt.merges and brings_pictures(handle, kwargs):
         if count or prompt.seen is None:  # assistants get the images of a prompt that is in the cache already
             check_count(handle, count, images.full, images.kept)
-    elif count:
+    elif count and images.encoded is None:
         handle.note(stats=images.lent)
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
         if prompt.merges and images.lent is None and not drafting:

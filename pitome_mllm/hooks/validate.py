@@ -114,8 +114,9 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     """ValueError unless ``count`` placeholders are those of images with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
-    one = "tile" if handle.family.by_row else "picture"
-    pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
+    mixed = handle.family.tiles == "features" and not handle.family.side  # a picture may be one of several tiles
+    kinds = ("tile",) if handle.family.by_row else ("picture", "tile") if mixed else ("picture",)
+    pictures = f"{len(full)} {' or '.join(kind + 's' * (len(full) > 1) for kind in kinds)}"
     if not count:
         raise UserError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
     raise UserError(
