@@ -55,7 +55,7 @@ def _in_order(handle: Attached, kwargs: dict[str, Any], stats: dict[str, Stats])
     if types is None:
         ids = kwargs["input_ids"]
         types = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
-    order = [kind - 1 for kind in types[types > 0].tolist()]
+    order = [kind - 1 for kind in types.flatten().tolist() if kind in (1, 2)]  # others are of text and of sounds
     units = [list(zip(one.packed, one.grids)) for one in stats.values()]
     full = sum(len(picture.group) for each in units for picture, _ in each)
     whole, order = len(order) >= full, order[-full:]  # what is in a KV cache comes first
