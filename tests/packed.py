@@ -51,6 +51,11 @@ FRAMED = "<start><image><end>"
 JOINED, ONE_BY_ONE = ("<start>", "<image>", "<end>"), ("", FRAMED, "")  # the frames of a video
 MARKED = ("<|begin_of_video|>", FRAMED, "<|end_of_video|>")
 
+TEMPLATE = (
+    "{% for turn in messages %}{{ 'USER: ' if turn.role == 'user' else ' ' }}{% for part in turn.content %}"
+    "{{ 'MARK ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} ASSISTANT:"
+)
+
 
 @dataclass(frozen=True)
 class Packed(Family):
@@ -129,6 +134,13 @@ class Packed(Family):
         for name, token in NAMED.items():
             setattr(made, name, token)
             setattr(made, f"{name}_id", ID[token])
+        return made
+
+    def chat(self) -> Any:
+        """The processor of a chat, whose template frames pictures as the model was trained on them."""
+        made = self.processor(self.raw())
+        made = getattr(made, "processor", made)
+        made.chat_template = TEMPLATE.replace("MARK", self.mark)
         return made
 
 

@@ -41,15 +41,15 @@ def run(options: argparse.Namespace) -> None:
         from ..attach import attach
         from ..serving.app import make_app
         from ..serving.engine import Engine
+        from ..serving.resolution import amount
 
         model, processor = open_model(options)
         if not getattr(processor, "chat_template", None):
             raise UserError(f"{options.model!r} has no chat template, which a chat needs; choose another model")
         with attach(model, options.method, **merging(options)) as handle:
-            plan = handle.plan
             app = make_app(Engine(options.model, handle, processor), options.allow_urls, options.allow_private)
             sys.stdout.write(
-                f"{options.model}: {plan.method}, {plan.keep} of {plan.available} visual tokens, "
+                f"{options.model}: {handle.plan.method}, {amount(handle.plan)}, "
                 f"at http://{options.host}:{options.port}/v1\n"
             )
             sys.stdout.flush()

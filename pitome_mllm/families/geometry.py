@@ -234,7 +234,8 @@ def family_of(config: Any) -> FamilySpec:
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family
     reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
-    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0)
+    side = usual_picture(config, family)["grid"][0]  # as for all we know its pictures keep their size
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0, side=side)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
