@@ -211,7 +211,7 @@ def read_config(name_or_path: str | Path) -> Any:
 
 
 def _auto() -> Any:
-    """The class of a model by its configuration's; asked late, as the original llava package's transformers has none."""
+    """The class of a model by its configuration's; asked late: that of the llava package has none."""
     return transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
