@@ -12,7 +12,7 @@ from by_hand import Reference, Tokens, frequencies, told
 from checks import assert_row, logits, new_ids
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, Family, llava, pictures
 from models import CACHE, since_518, text_config
-from packed import ROWS
+from packed import PACKED
 
 from pitome_mllm import attach
 from pitome_mllm.families.geometry import layer_kinds
@@ -105,7 +105,7 @@ TURNS = {kind: family(kind, NARROW, **LLMS[kind]) for kind in ("MistralConfig", 
 
 @pytest.mark.parametrize("calibration", ["distance", "none"])
 @pytest.mark.parametrize(
-    "row", [*TURNS.values(), *(row for row in ROWS if "Gemma" in row.title)], ids=lambda row: row.title
+    "row", [*TURNS.values(), *(row for row in PACKED if "Gemma" in row.title)], ids=lambda row: row.title
 )
 def test_a_picture_in_a_later_turn(row, calibration):
     """On a cache that has forgotten what is out of the window: as the whole conversation anew."""
@@ -141,7 +141,7 @@ def paligemma(kind: str, **options) -> Family:
 
 def gemma(title: str, window: int) -> Family:
     """Gemma 3 or 4, of which the tokens of a picture see each other both ways."""
-    row = next(row for row in ROWS if row.title == title)
+    row = next(row for row in PACKED if row.title == title)
 
     def config():
         made = row.config()
@@ -242,7 +242,7 @@ def test_gaps_between_positions_are_no_borders_of_samples(title):
 
 def test_recurrent_layers_are_told_of_padding_only():
     """Qwen3.5's have no mask of queries and keys; the others of its layers are told what there is to tell."""
-    family = next(row for row in ROWS if row.title == "Qwen3.5")
+    family = next(row for row in PACKED if row.title == "Qwen3.5")
     model, inputs = family.build(), family.process(ASKED)
     with attach(model, keep=0.25) as handle:
         assert handle.plan.calibration == "distance"
