@@ -183,3 +183,17 @@ def test_features_alone_do_not_tell_which_placeholders_go(title):
         for call in (model, model.generate):
             with pytest.raises(ValueError, match="only the pictures tell.*as pixel_values"):
                 call(**rest, mm_encoder_outputs=features)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("title", ["Mistral Small (Mistral 3)", "Qwen3-VL"])
+def test_a_picture_that_loses_nothing_is_told_nothing_beside_one_that_does(title):
+    (family,) = (family for family in PACKED if family.title == title)
+    model, plain = family.build(), family.build()
+    small = picture(1).resize((30, 50))
+    batch = family.process([(QUESTIONS[0], [picture(0).resize((44, 44))]), (QUESTIONS[1], [small])])
+    with attach(model, keep=30, calibration="distance") as handle:
+        seen, layout = logits(model, batch)[1], handle.stats.layout[1]
+        assert handle.stats.lengths == (30, 24)
+    expected = logits(plain, family.process([(QUESTIONS[1], [small])]))[0]
+    torch.testing.assert_close(seen[layout >= 0], expected, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,8 @@ an image adds to its logit for a key, with s patches behind it (1 for text) and 
     log(s)               "size": a token that stands for ten patches then draws as much attention as the ten did
     log(s * (2 - D(d)))  "distance": D is the part of RoPE that only knows the distance, the mean of cos(d * theta)
 
-What it takes stays on the KV cache, for decoding and later turns.
+An image that lost nothing counts as text, whatever is beside it in a batch. What it takes stays on the KV cache, for
+decoding and later turns.
 """
 
 from __future__ import annotations
@@ -68,8 +69,15 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
         if call.calibration != "none":
             image = call.image.repeat_interleave(rows // len(call.image), 0)
             shift = _shift(call, image, stats)
-            call.told = call.told.told(image, shift, at_placeholders(image, [*stats.sizes]), call.calibration)
+            call.told = call.told.told(image, shift, at_placeholders(image, _sizes(stats)), call.calibration)
     return call.told
+
+
+def _sizes(stats: Stats) -> list[Tensor]:
+    """(K,) for each image the patches of its tokens; 0, as at text, where it lost none."""
+    if not stats.packed:
+        return [*stats.sizes]
+    return [one.size * (len(one.token) < len(one.group)) for one in stats.packed]
 
 
 def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
