@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from pitome_mllm.serving.vllm import ARCHITECTURES, MIDDLEWARE, middleware, register, versions
 
@@ -78,8 +79,12 @@ def test_another_vllm_is_told_the_range(monkeypatch):
         patch.setattr(versions, "version", lambda name: "0.34.0")
         with pytest.raises(ValueError, match="vLLM 0.34.0 .* vLLM 0.32 to 0.33"):
             imported()
-    monkeypatch.setattr(LlavaForConditionalGeneration, "embed_multimodal", lambda self, images: None)
-    with pytest.raises(ValueError, match="in this vLLM, and the plug-in expects self, kwargs"):
+    with monkeypatch.context() as patch:
+        patch.setattr(LlavaForConditionalGeneration, "embed_multimodal", lambda self, images: None)
+        with pytest.raises(ValueError, match="in this vLLM, and the plug-in expects self, kwargs"):
+            imported()
+    monkeypatch.delattr(BaseMultiModalProcessor, "_get_mm_hashes")
+    with pytest.raises(ValueError, match="has no _get_mm_hashes in this vLLM"):
         imported()
 
 
