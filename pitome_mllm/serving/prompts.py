@@ -11,6 +11,10 @@ PUNCTUATION = ".,;:!?\"'()"
 Message = Mapping[str, Any]  # "role", and as "content" parts {"type": "image"} or {"type": "text", "text": ...}
 
 
+class TooLong(UserError):
+    """A conversation that the model has no room for."""
+
+
 def message(text: str, pictures: int = 0, role: str = "user") -> Message:
     """One turn: so many images, and a text."""
     return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
@@ -47,7 +51,7 @@ def encode(
         length -= len(images) * (plan.available - plan.keep)
     if (room := most - length) < new_tokens:
         advice = f"ask for at most {room} new tokens, or shorten" if room > 0 else "shorten"
-        raise UserError(
+        raise TooLong(
             f"the prompt of {length} tokens and {new_tokens} new ones do not fit: the model holds {most}; {advice} "
             "what is said, or keep fewer tokens"
         )
