@@ -1,0 +1,75 @@
+"""A request's own ``keep`` in front of vLLM's server: the body field that `pitome-mllm serve` takes everywhere.
+
+vLLM reads what a request says to the processor from ``mm_processor_kwargs``, and trusts none of it unless the server
+is started with ``--trust-request-mm-kwargs``; so this takes the field of a stranger's request apart, and lets ``keep``
+through alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from ...errors import UserError
+from ...schedule import target_count
+from . import KEY
+
+UNTRUSTED = ("mm_processor_kwargs", "media_io_kwargs")
+
+
+class Keep:
+    """An ASGI application around another; for ``--middleware``."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        read = False
+
+        async def whole() -> Any:
+            """The body as vLLM is to see it, once it asks; nothing is read of whom it turns away before."""
+            nonlocal read
+            if read:
+                return await receive()
+            read, body, more = True, bytearray(), True
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return message
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+            return {"type": "http.request", "body": translated(bytes(body)), "more_body": False}
+
+        return await self.app(scope, whole, send)
+
+
+def translated(body: bytes) -> bytes:
+    """The body with ``keep`` where vLLM looks for it; a body that is no JSON object is vLLM's to refuse.
+
+    Raises
+    ------
+    HTTPException
+        400, where ``keep`` is no number of tokens and no share, or a field is there that vLLM trusts.
+    """
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        return body
+    if not isinstance(asked, dict):
+        return body
+    for name in UNTRUSTED:
+        if asked.get(name):
+            raise HTTPException(400, f"{name} is not possible here; a request's own number of visual tokens is 'keep'")
+    keep = asked.pop("keep", None)
+    if keep is None:
+        return body
+    try:
+        target_count(keep, sys.maxsize)
+    except UserError as error:
+        raise HTTPException(400, str(error)) from error
+    return json.dumps({**asked, UNTRUSTED[0]: {KEY: {"keep": keep}}}).encode()

@@ -1,0 +1,51 @@
+"""Which vLLM the plug-in knows, and whether the one at hand is like that."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import packages_distributions, version
+from typing import Any
+
+from ...errors import UserError
+
+KNOWN = ((0, 32), (0, 33))  # the first and the last release
+RANGE = "vLLM 0.32 to 0.33"
+INSTALL = "pip install 'vllm>=0.32,<0.34'"
+
+
+def check() -> None:
+    """UserError unless an installed vLLM is one that the plug-in knows; vLLM is not imported."""
+    found = packages_distributions().get("vllm")
+    if not found:
+        raise UserError(f"vLLM is not installed; the plug-in works with {RANGE}: {INSTALL}")
+    installed = version(found[0])
+    if not KNOWN[0] <= tuple(int(part) for part in installed.split(".")[:2] if part.isdigit()) <= KNOWN[1]:
+        raise UserError(
+            f"vLLM {installed} is installed, and this release of pitome-mllm works with {RANGE}: {INSTALL}, or look "
+            "for a newer pitome-mllm"
+        )
+
+
+def check_overrides(*classes: type) -> None:
+    """UserError where a method of a class has other parameters than the one of vLLM's that it overrides."""
+    for cls in classes:
+        for name, own in vars(cls).items():
+            theirs = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
+            if inspect.isfunction(own) and inspect.isfunction(theirs):
+                _compare(theirs, list(inspect.signature(own).parameters))
+
+
+def check_calls(called: Mapping[Callable[..., Any], str]) -> None:
+    """UserError where a function of vLLM's has other parameters than those named, which the plug-in calls it with."""
+    for function, names in called.items():
+        _compare(function, names.split())
+
+
+def _compare(theirs: Callable[..., Any], wanted: list[str]) -> None:
+    found = list(inspect.signature(theirs).parameters)
+    if found != wanted:
+        raise UserError(
+            f"{theirs.__module__}.{theirs.__qualname__} takes {', '.join(found)} in this vLLM, and the plug-in expects "
+            f"{', '.join(wanted)}; it works with {RANGE}: {INSTALL}"
+        )
