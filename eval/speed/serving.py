@@ -12,6 +12,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,7 @@ WORDS, NEW_TOKENS = "is there a red star in the top left? " * 4, 16
 NAME = "random"
 ALIKE = ["--served-model-name", NAME, "--load-format", "dummy", "--max-model-len", "2048", "--no-enable-prefix-caching"]
 ALIKE += ["--mm-processor-cache-gb", "0", "--disable-uvicorn-access-log"]
+ONE_CORE = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # for the model; the other asks and parses
 
 _SMALL_TOWER = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12, "num_attention_heads": 2,
@@ -156,8 +158,9 @@ def started(what: str, keep: int | None, model: Path, more: Sequence[str]) -> It
         serve = ["-m", "pitome_mllm.cli", "serve", "--engine", "vllm", "--model", str(model), "--keep", str(keep), "--"]
     with (model / f"{what}.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, *serve, "--port", str(port), *ALIKE, *more], stdout=log, stderr=subprocess.STDOUT
-        )
+            [sys.executable, *serve, "--port", str(port), *ALIKE, *more], stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | ONE_CORE,
+        )  # fmt: skip
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
     try:
         while not _answers(f"{url}/health"):
@@ -196,7 +199,8 @@ def bodies(count: int, side: int) -> list[bytes]:
 async def ask(client: httpx.AsyncClient, body: bytes) -> Answer:
     """One request, and when its tokens came."""
     began, first, tokens = time.perf_counter(), 0.0, 0
-    async with client.stream("POST", "/v1/chat/completions", content=body) as reply:
+    head = {"content-type": "application/json"}
+    async with client.stream("POST", "/v1/chat/completions", content=body, headers=head) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"{reply.status_code}: {(await reply.aread()).decode()}")
         async for line in reply.aiter_lines():

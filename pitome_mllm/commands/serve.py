@@ -74,15 +74,16 @@ def vllm_line(options: argparse.Namespace) -> list[str]:
             raise UserError(f"--{name.replace('_', '-')} is not possible with vLLM; {instead}")
     if any(word.replace("_", "-").startswith("--hf-overrides") for word in options.rest):
         raise UserError("--hf-overrides is where vLLM is told of merging; write the line of `vllm serve` yourself")
-    asked = {"method": options.method, **merging(options)}
-    told = hf_overrides(read_config(options.model), **{name: value for name, value in asked.items() if value is not False})
+    asked = {"method": options.method, **merging(options), "published": options.published or None}
+    told = hf_overrides(read_config(options.model), **asked)
     folder = TINY if options.model == "tiny" else Path(options.model).expanduser()
     model = str(folder) if folder.is_dir() else options.model
+    dtype = options.dtype or ("float32" if options.model == "tiny" else None)  # as `load` has it
     return [
         *("vllm", "serve", model, "--served-model-name", options.model, "--hf-overrides", json.dumps(told)),
         *("--middleware", MIDDLEWARE, "--trust-request-mm-kwargs"),  # which lets nothing through but `keep`
         *("--allowed-media-domains", NOBODY, "--host", options.host, "--port", str(options.port)),
-        *(("--dtype", options.dtype) if options.dtype else ()),
+        *(("--dtype", dtype) if dtype else ()),
         *options.rest,
     ]
 
