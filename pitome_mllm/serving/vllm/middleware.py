@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 
 from ...errors import UserError
 from ...schedule import target_count
