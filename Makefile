@@ -16,6 +16,7 @@ BROWSER ?= .venv-browser
 SERVE ?= .venv-serve
 TRL ?= .venv-trl
 KERNELS ?= .venv-kernels
+VLLM ?= .venv-vllm
 REAL ?= .venv-real
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 PIP_FLAGS := --disable-pip-version-check --quiet
@@ -26,7 +27,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask real-clip report test-readme bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl chromium lint clean
+.PHONY: ask real-clip report test-readme bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl test-vllm chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -102,6 +103,9 @@ test-readme:
 test-trl: $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
 
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir=tests/vllm tests/vllm
+
 # An installed Chromium, else the one that Playwright brings, else Debian's; never a newer version of a system package.
 chromium: $(BROWSER)/.ready
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
@@ -132,6 +136,17 @@ $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 
+$(VLLM)/.ready: requirements/vllm.txt requirements/vllm-overrides.txt requirements/constraints.txt tests/vllm/repair.py pyproject.toml
+	@echo "Creating $(VLLM) with the versions of $<: once, 20 seconds to 5 minutes; 2.1 GB"
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) uv==0.13.9 'setuptools<79'
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python \
+		--index-strategy unsafe-best-match --overrides requirements/vllm-overrides.txt -r $<
+	$(VLLM)/bin/python tests/vllm/repair.py
+	@echo "Installing this checkout into $(VLLM): some seconds"
+	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	touch $@
+
 $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' || \
 		{ echo "torch 2.0.1 needs Python 3.10 or 3.11 here: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -153,4 +168,4 @@ $(LLAVA)/.ready: requirements/llava.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) $(TRL) $(REAL) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(LLAVA) $(BROWSER) $(SERVE) $(KERNELS) $(TRL) $(REAL) $(VLLM) build dist *.egg-info

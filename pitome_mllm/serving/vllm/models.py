@@ -16,14 +16,25 @@ versions.check()
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models import clip, siglip
-from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
-from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.model_executor.models.utils import WeightsMapper, scatter_output_slices
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...hooks.tiles import merged_parts
 from ...plan import Plan
 from . import processing, tower
+from .graphs import EncoderGraphs
 from .processing import KEEP, places_of
 from .spec import plan_of
 
@@ -46,6 +57,7 @@ class _Merged:
         plan = plan_of(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         tower.check_ranks(plan, self.vision_tower)
+        self.plan = plan
         # The scheduler charges an image its tokens after merging, so that too many of them may come at once.
         self.at_once = max(1, vllm_config.scheduler_config.max_num_encoder_input_tokens // plan.available)
 
@@ -62,7 +74,7 @@ class _Merged:
 @MULTIMODAL_REGISTRY.register_processor(
     processing.MergedLlavaProcessor, info=processing.MergedLlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class PitomeLlavaForConditionalGeneration(_Merged, LlavaForConditionalGeneration):
+class PitomeLlavaForConditionalGeneration(_Merged, EncoderGraphs, LlavaForConditionalGeneration):
     """LLaVA-1.5, merging inside the tower and before the projector."""
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | SAVED_BY_5
@@ -125,11 +137,13 @@ def groups(tiles: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 versions.check_overrides(
-    processing._Info,
-    processing._Processor,
-    _Merged,
-    PitomeLlavaForConditionalGeneration,
-    PitomeLlavaNextForConditionalGeneration,
+    (processing._Info, LlavaProcessingInfo),
+    (processing._Info, LlavaNextProcessingInfo),
+    (processing._Processor, LlavaMultiModalProcessor),
+    (processing._Processor, LlavaNextMultiModalProcessor),
+    (_Merged, LlavaForConditionalGeneration),
+    (_Merged, LlavaNextForConditionalGeneration),
+    (EncoderGraphs, SupportsEncoderCudaGraph),
 )
 versions.check_calls(
     {
@@ -139,6 +153,7 @@ versions.check_calls(
         siglip.SiglipAttention.forward: "self hidden_states",
         siglip.SiglipEncoderLayer.forward: "self hidden_states",
         siglip.SiglipVisionEmbeddings.forward: "self pixel_values interpolate_pos_encoding",
+        scatter_output_slices: "output indices per_item_out_tokens dest clone",
         LlavaForConditionalGeneration._parse_and_validate_image_input: "self kwargs",
         LlavaForConditionalGeneration._process_image_input: "self image_input",
         LlavaNextForConditionalGeneration._parse_and_validate_image_input: "self kwargs",
