@@ -65,8 +65,9 @@ def with_vllm(options: argparse.Namespace) -> None:
 
 def vllm_line(options: argparse.Namespace) -> list[str]:
     """``vllm serve`` with what our options come to there; UserError for what it cannot do."""
-    from ..loading import TINY, read_config
-    from ..serving.vllm import MIDDLEWARE
+    from ..loading import TINY, load_processor, read_config
+    from ..serving.prompts import begins_bare
+    from ..serving.vllm import BEGINNING, MIDDLEWARE
     from ..serving.vllm.spec import hf_overrides
 
     for name, instead in NOT_IN_VLLM.items():
@@ -76,12 +77,16 @@ def vllm_line(options: argparse.Namespace) -> list[str]:
         raise UserError("--hf-overrides is where vLLM is told of merging; write the line of `vllm serve` yourself")
     asked = {"method": options.method, **merging(options), "published": options.published or None}
     told = hf_overrides(read_config(options.model), **asked)
+    processor = load_processor(options.model)
+    if "--chat-template" not in options.rest:
+        check_template(options.model, processor)
     folder = TINY if options.model == "tiny" else Path(options.model).expanduser()
     model = str(folder) if folder.is_dir() else options.model
     dtype = options.dtype or ("float32" if options.model == "tiny" else None)  # as `load` has it
     return [
         *("vllm", "serve", model, "--served-model-name", options.model, "--hf-overrides", json.dumps(told)),
-        *("--middleware", MIDDLEWARE, "--trust-request-mm-kwargs"),  # which lets nothing through but `keep`
+        *("--middleware", BEGINNING if begins_bare(processor) else MIDDLEWARE),
+        "--trust-request-mm-kwargs",  # of which the middleware lets `keep` through alone
         *("--allowed-media-domains", NOBODY, "--host", options.host, "--port", str(options.port)),
         *(("--dtype", dtype) if dtype else ()),
         *options.rest,
@@ -102,8 +107,7 @@ def with_transformers(options: argparse.Namespace) -> None:
         from ..serving.engine import Engine
 
         model, processor = open_model(options)
-        if not getattr(processor, "chat_template", None):
-            raise UserError(f"{options.model!r} has no chat template, which a chat needs; choose another model")
+        check_template(options.model, processor)
         with attach(model, options.method, **merging(options)) as handle:
             plan = handle.plan
             app = make_app(Engine(options.model, handle, processor), options.allow_urls, options.allow_private)
@@ -113,6 +117,12 @@ def with_transformers(options: argparse.Namespace) -> None:
             )
             sys.stdout.flush()
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def check_template(model: str, processor: Any) -> None:
+    """UserError for a model that does not say how conversations are written."""
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"{model!r} has no chat template, which a chat needs; choose another model")
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm}

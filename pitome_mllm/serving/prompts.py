@@ -37,6 +37,13 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
     return " ".join(said)
 
 
+def begins_bare(processor: Any) -> bool:
+    """Whether conversations as `write` has them lack the token that the tokenizer begins texts with."""
+    tokenizer = processor.tokenizer
+    begin, ids = tokenizer.bos_token, tokenizer("").input_ids
+    return tokenizer.bos_token_id in ids and not write(processor, [message("")]).startswith(begin)
+
+
 def encode(
     model: Any, processor: Any, messages: Sequence[Message], images: Sequence[Any], new_tokens: int, plan: Any = None
 ) -> tuple[Any, int]:
