@@ -22,7 +22,7 @@ from .costs.flops import estimate
 from .families import FAMILIES
 from .families.encoders import ENCODERS
 from .families.geometry import geometry
-from .hooks import install, llm
+from .hooks import install, llm, trial
 from .hooks.classes import refuse_pickling
 from .hooks.graphs import Graphs
 from .hooks.state import Attached
@@ -61,6 +61,19 @@ class Attachment(Attached):
         self.graphs, self.prefills = Graphs(), Graphs()
         self._updating = threading.Lock()
         install.install(self)
+        if not self.family.known:
+            self._try(settings)
+
+    def _try(self, settings: Settings) -> None:
+        """Plan by what a small picture shows; on an error nothing stays on the model."""
+        try:
+            shape = self.geometry
+            shares = {share: make_plan(settings.changed(keep=share), shape) for share in (1.0, 0.5)}
+            self.geometry = trial.geometry_by_trial(self, shares)
+            self._plan = make_plan(settings, self.geometry)
+        except BaseException:
+            install.uninstall(self)
+            raise
 
     @classmethod
     def of(cls, model: nn.Module) -> Attachment | None:
@@ -150,8 +163,9 @@ class Attachment(Attached):
         try:
             plain, merged, alone = estimate(self.model), estimate(self.model, plan), self.family.encoder
             share, kv = 1 - merged.flops / plain.flops, 1 - merged.kv_bytes / max(plain.kv_bytes, 1)
+            picture = "one image" if plain.tower_flops else f"the LLM, for one image of {plan.available} tokens"
             lines.append(
-                f"one image{' and 40 text tokens' * (not alone)}, calculated: {merged.flops / 1e9:.4g} of "
+                f"{picture}{' and 40 text tokens' * (not alone)}, calculated: {merged.flops / 1e9:.4g} of "
                 f"{plain.flops / 1e9:.4g} GFLOPs ({share:.0%} saved){f', KV cache {kv:.0%} saved' * (not alone)}"
             )
         except UserError as error:

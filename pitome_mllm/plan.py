@@ -8,7 +8,7 @@ from typing import Any
 
 from .families.geometry import Geometry
 from .methods import Reducer, UserError
-from .schedule import EVERY, Schedule, fewest, gentle, projector_counts, target_count
+from .schedule import EVERY, Schedule, fewest, gentle, picture_count, projector_counts, target_count
 from .settings import HOW, Settings, resolve_settings
 
 GRIDS = 64  # sizes of pictures whose plans are remembered
@@ -79,6 +79,7 @@ class Plan:
             _merged_before=tuple(before),
             _match_inputs=tuple(name for name, wanted in needed.items() if wanted),
             _of_grids={},
+            _of_tokens={},
         )
 
     def for_grid(self, grid: tuple[int, int]) -> Plan:
@@ -91,6 +92,22 @@ class Plan:
                 known.clear()
             known[grid] = make_plan(self.asked, replace(self.geometry, grid=grid))
         return known[grid]
+
+    def rounds(self, tokens: int) -> tuple[int, ...]:
+        """Tokens left after each step after the projector, of a picture of as many ``tokens``; () = all are kept."""
+        known: dict[int, tuple[int, ...]] = vars(self)["_of_tokens"]
+        if tokens not in known:
+            if len(known) > GRIDS:
+                known.clear()
+            keep = picture_count(self.asked.keep or 1.0, tokens)
+            known[tokens] = tuple(projector_counts(tokens, keep, self.max_removable))
+        return known[tokens]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no token of any picture merges."""
+        keep = self.asked.keep
+        return isinstance(keep, float) and keep == 1 if self.where == "packed" else self.keep == self.available
 
     @property
     def available(self) -> int:
@@ -222,7 +239,9 @@ def _token_counts(
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:
     """Patch tokens to keep, from ``keep`` tokens that reach the LLM."""
     visible = geometry.visible_class_tokens
-    keep = target_count(settings.keep, geometry.available) - visible
+    asked = 1.0 if settings.keep is None else settings.keep
+    count = picture_count if settings.where == "packed" else target_count
+    keep = count(asked, geometry.available) - visible
     allowed = reducer.allowed(geometry.patches)
     if keep not in allowed:
         close = sorted(allowed, key=lambda count: abs(count - keep))[:3]

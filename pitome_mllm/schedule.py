@@ -128,6 +128,12 @@ def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> i
     return count
 
 
+def picture_count(keep: int | float, tokens: int) -> int:
+    """``keep`` (count or fraction) as a count of one picture's ``tokens``, which may be fewer than asked for."""
+    _check_keep(keep)
+    return min(int(keep), tokens) if isinstance(keep, numbers.Integral) else max(1, round(keep * tokens))
+
+
 def projector_counts(tokens: int, keep: int, max_removable: MaxRemovable = half) -> list[int]:
     """Counts after each of the fewest steps from ``tokens`` down to ``keep``, in equal shares; [] if there are none."""
     steps, reached = 0, tokens

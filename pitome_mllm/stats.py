@@ -29,7 +29,9 @@ class Stats:
     token_sizes : Tensor of shape (images, class_tokens + patch tokens, 1), or None
         Patches per token at the end; None if nothing merged.
     packed : tuple of Packed
-        Of an anyres family, where images are several tiles: what became of each image.
+        What became of each image, where they are several tiles or merge behind the projector.
+    grids : tuple of (int, int) or None
+        Rows and columns of each of those images' visual tokens in the plain model; None where they form no grid.
     layout : Tensor of shape (B, S), int64, or None
         The column of the caller's prompt at every place of the prompt that the LLM got, -1 at padding; of a turn that
         continues a KV cache, at every place since the beginning. None if they are the same.
@@ -42,6 +44,7 @@ class Stats:
     device: torch.device
     packed: tuple[Packed, ...] = ()
     layout: Tensor | None = None
+    grids: tuple[tuple[int, int] | None, ...] = ()
 
     def __repr__(self) -> str:
         """One line: counts of tokens, and the sizes of their groups."""

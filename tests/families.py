@@ -34,6 +34,7 @@ QUESTIONS = (
 TWO_PICTURES = "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"
 NO_PICTURE = "USER: how many are there ASSISTANT:"
 VIDEO = 3  # the id of video placeholders, which no text holds
+ADD_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm")  # norms that add one to their weight
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
 SIZES = ((48, 48), (150, 60), (40, 90), (100, 100))  # width and height of the pictures
 
@@ -52,6 +53,7 @@ class Family:
     tokens : visual tokens of a picture, or of a tile.
     sized : inputs that say how many tokens a picture has where pictures differ in that.
     pixels : what the processor calls pictures.
+    answers : the token type of what is generated.
     """
 
     title: str
@@ -62,6 +64,7 @@ class Family:
     tokens: int = PATCHES
     sized: tuple[str, ...] = ()
     pixels: str = "pixel_values"
+    answers: int = 0
 
     @property
     def constant(self) -> bool:
@@ -80,6 +83,14 @@ class Family:
         features = plain.model.get_image_features(**{k: inputs[k] for k in self.sized}, return_dict=True).pooler_output
         return [len(f) for f in features]
 
+    def kept(self, full: list[int], keep: int) -> list[int] | None:
+        """How many of them are left of every picture; None where that depends on what the pictures show."""
+        return [keep] * len(full) if self.constant else None
+
+    def breaks(self, inputs: Any) -> int:
+        """Tokens of the text between those of a picture, which go with them."""
+        return 0
+
     def build(self, seed: int = 1, **changes: Any) -> Any:
         """A model with fixed random weights; equal arguments give identical twins."""
         settings = self.config()
@@ -88,14 +99,18 @@ class Family:
         model = self.cls(settings)
         scale_weights(model, seed)
         for module in model.modules():
-            if type(module).__name__ == "GemmaRMSNorm":  # it adds one to its weight
+            if type(module).__name__ in ADD_ONE:
                 module.weight.data -= 1
         model.generation_config.pad_token_id = PAD
         return model.double().eval()
 
+    def raw(self, side: str = "left") -> Any:
+        """The tokenizer of the processor."""
+        return tokenizer(side)
+
     def process(self, rows: list[tuple[str, list[Image.Image]]], side: str = "left") -> Any:
         """Model inputs of a batch: per row its text and its pictures."""
-        made = self.processor(tokenizer(side))
+        made = self.processor(self.raw(side))
         images = [row for _, row in rows]
         if not any(images):
             images = None
@@ -166,12 +181,16 @@ def next_processor(raw: Any) -> Any:
 
 def pictures_only(processor: str) -> type:
     """A processor's class that takes no video processor, which does not exist without torchvision."""
-    base = getattr(transformers, processor)
+    return without(getattr(transformers, processor))
+
+
+def without(base: type) -> type:
+    """A processor's class that takes None for a part of it."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        return None if name == "video_processor" else base.check_argument_for_proper_class(self, name, argument)
+        return None if argument is None else base.check_argument_for_proper_class(self, name, argument)
 
-    return type(processor, (base,), {"check_argument_for_proper_class": check})
+    return type(base.__name__, (base,), {"check_argument_for_proper_class": check})
 
 
 def next_video_processor(raw: Any) -> Any:
@@ -196,7 +215,7 @@ def onevision_processor(raw: Any) -> Any:
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_2",  # so that large pictures are scaled down
     )
-    return _Nested(made)
+    return Nested(made)
 
 
 def video_llava_processor(raw: Any) -> Any:
@@ -210,13 +229,13 @@ def video_llava_processor(raw: Any) -> Any:
 
 def idefics3_processor(raw: Any) -> Any:
     sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
-    return _Nested(transformers.Idefics3Processor(Idefics3ImageProcessorPil(**sizes), raw, image_seq_len=PATCHES // 4))
+    return Nested(transformers.Idefics3Processor(Idefics3ImageProcessorPil(**sizes), raw, image_seq_len=PATCHES // 4))
 
 
 def smolvlm_processor(raw: Any) -> Any:
     sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
     made = pictures_only("SmolVLMProcessor")(SmolVLMImageProcessorPil(**sizes), raw, None, image_seq_len=PATCHES // 4)
-    return _Nested(made)
+    return Nested(made)
 
 
 def deepseek_processor(raw: Any) -> Any:
@@ -229,10 +248,10 @@ def paligemma_processor(raw: Any) -> Any:
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     images.image_seq_length = PATCHES
     made = transformers.PaliGemmaProcessor(images, raw)
-    return _Nested(made)
+    return Nested(made)
 
 
-class _Nested:
+class Nested:
     """A processor that wants its pictures row by row."""
 
     nested = True
@@ -272,6 +291,7 @@ FAMILIES = (
             hidden_size=WIDTH,
         ),
         paligemma_processor,
+        answers=1,
     ),
     Family(
         "LLaVA-NeXT (1.6)",

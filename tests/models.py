@@ -6,6 +6,7 @@ ways of computing the same then give the same float32 metric, on every machine, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -54,9 +55,10 @@ since_518 = pytest.mark.skipif(
 QUESTION = "USER: <image> what colour is the star ASSISTANT:"
 
 
-def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that writes <s> in front, built without any file."""
-    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+def tokenizer(padding_side: str = "left", marks: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that writes <s> in front, built without any file; ``marks`` are further special tokens."""
+    words = (*VOCABULARY, *marks)
+    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
@@ -65,7 +67,7 @@ def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>", *marks],
         padding_side=padding_side,
     )
 

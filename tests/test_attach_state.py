@@ -23,6 +23,8 @@ from pitome_mllm import attach
 from pitome_mllm.attach import Attachment
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks import graphs, install
+from pitome_mllm.plan import make_plan
+from pitome_mllm.settings import Settings
 
 SHALLOW = 3  # layers of the tower
 
@@ -422,15 +424,14 @@ def test_other_features_than_planned_are_refused_by_name(shallow, shallow_plain,
 
 
 @pytest.mark.parametrize("kind", ["pixtral", "siglip2_vision_model", "dinov2", "timm_wrapper", "hiera", "mllama"])
-def test_unknown_towers_are_refused_by_kind(kind):
+def test_towers_without_a_row_are_merged_behind(kind):
     from transformers import AutoConfig, LlavaOnevisionConfig
 
     vision = AutoConfig.for_model(kind)
     if kind == "mllama":
         vision = vision.vision_config
-    with pytest.raises(ValueError, match=f"unsupported vision tower '{vision.model_type}'"):
-        geometry(LlavaConfig(vision_config=vision))
-    try:
-        geometry(LlavaOnevisionConfig(vision_config=vision))  # merges behind the projector, with whatever it has
-    except ValueError as error:
-        assert vision.model_type in str(error)
+    for config in (LlavaConfig(vision_config=vision), LlavaOnevisionConfig(vision_config=vision)):
+        found = geometry(config)
+        assert found.family.places == ("packed",) and found.available > 0
+        with pytest.raises(ValueError, match="where='both' is not possible.*choose where='packed'"):
+            make_plan(Settings(keep=0.5, where="both"), found)

@@ -9,18 +9,26 @@ from checks import command_line
 from models import picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    BlipProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
     DeiTImageProcessor,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from pitome_mllm_eval.encoders.pictures import data_of
-from pitome_mllm_eval.encoders.reproduce import recalls
+from pitome_mllm_eval.encoders.reproduce import Encoder, recalls
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "photo", "of", "red", "blue", "old", "new", "house", "tree", "."]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
@@ -44,6 +52,14 @@ def here(tmp_path_factory):
     images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=48)
     CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)).save_pretrained(folder / "clip")
     CLIPProcessor(images, tokenizer()).save_pretrained(folder / "clip")
+    square = dict(size={"height": 48, "width": 48})
+    siglip = SiglipConfig(vision_config=VISION, text_config={**text, "projection_size": 32})
+    SiglipModel(siglip).save_pretrained(folder / "siglip")
+    SiglipProcessor(SiglipImageProcessor(**square), tokenizer()).save_pretrained(folder / "siglip")
+    read = {**text, "encoder_hidden_size": 32, "pad_token_id": 0, "sep_token_id": 2}
+    blip = BlipConfig(vision_config=VISION, text_config=read, image_text_hidden_size=16)
+    BlipForImageTextRetrieval(blip).save_pretrained(folder / "blip")
+    BlipProcessor(BlipImageProcessor(**square), tokenizer()).save_pretrained(folder / "blip")
     ViTForImageClassification(ViTConfig(**VISION, num_labels=3)).save_pretrained(folder / "vit")
     DeiTImageProcessor(size={"height": 48, "width": 48}, do_center_crop=False).save_pretrained(folder / "vit")
     pairs, classes = folder / "data" / "flickr30k", folder / "data" / "imagenet"
@@ -67,7 +83,8 @@ def run(capsys, here, out, table, model, *more):
     "table, model, task, questions, names",
     [
         ("pitome-retrieval", "clip", "flickr30k", 4, ["text R@1", "text R@5", "text R@10", "image R@1"]),
-        ("pitome-imagenet", "clip", "imagenet", 6, ["top-1"]),
+        ("pitome-retrieval", "blip", "flickr30k", 4, ["text R@1", "text R@5", "text R@10", "image R@1"]),
+        ("pitome-imagenet", "siglip", "imagenet", 6, ["top-1"]),
         ("pitome-imagenet", "vit", "imagenet", 6, ["top-1"]),
     ],
 )
@@ -86,6 +103,24 @@ def test_a_table_of_encoders_runs_offline_and_goes_on_where_it_was(
         assert for_all.pop("flickr30k Rsum") == pytest.approx(sum(for_all.values()))
     again = run(capsys, here, tmp_path, table, model, "--task", task)
     assert json.loads(again[1]) == rows and again[2].count("is there already") == len({row["run"] for row in rows})
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "blip"])
+def test_pictures_and_texts_are_as_near_as_the_model_says(here, name):
+    encoder, data = Encoder(str(here / name), None, "cpu"), data_of("flickr30k", here / "data", None)
+    texts = [text for captions in data.captions for text in captions]
+    with torch.inference_mode():
+        found = encoder.images(data, 3) @ encoder.texts(texts, 5).T
+        longest = dict(padding="max_length", max_length=16) if name == "siglip" else dict(padding=True)
+        inputs = encoder.processor(images=next(data.batches(9)), text=texts, return_tensors="pt", **longest)
+        if name == "siglip":
+            del inputs["attention_mask"]  # it reads padding, as in its training
+        if name == "blip":
+            own = encoder.model(**inputs, use_itm_head=False).itm_score
+        else:
+            own = encoder.model(**inputs).logits_per_image - (encoder.model.logit_bias if name == "siglip" else 0)
+            own = own / encoder.model.logit_scale.exp()
+    assert len(set(found.flatten().tolist())) > len(texts) and torch.allclose(found, own, atol=1e-5)
 
 
 def test_recall_counts_own_captions_among_the_nearest():

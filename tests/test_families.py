@@ -9,6 +9,7 @@ import transformers
 from checks import logits, new_ids
 from families import BY_TITLE, FAMILIES, IMAGE, NO_PICTURE, QUESTIONS, TWO_PICTURES, Family, pictures
 from models import CACHE
+from packed import PACKED
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig
 
@@ -22,15 +23,18 @@ pytestmark = [
 ]
 CASES = [
     pytest.param(family, where, id=f"{family.title}-{where}")
-    for family in FAMILIES
+    for family in (*FAMILIES, *PACKED)
     for where in family.wheres
     if where in ("both", "packed") or family is FAMILIES[0]  # "both" is the tower and the projector
 ]
-CLASSES = {family.model: family for family in reversed(FAMILIES)}.values()  # one row of each: LLMs make no difference
+CLASSES = {
+    family.model: family for family in reversed((*PACKED, *FAMILIES))
+}.values()  # one row of each: LLMs make no difference
 BITS = {
     "8 bit": {"load_in_8bit": True},
     "4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
 }
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs with a column for every token
 ROWS = [(QUESTIONS[0], (0,)), (TWO_PICTURES, (1, 2)), (QUESTIONS[1], (3,))]  # texts and their pictures
 
 
@@ -74,10 +78,13 @@ def test_a_quarter_is_exact_and_rows_stand_alone(family, where, made):
             seen = logits(model, inputs)
             kept = handle.stats.lengths
             assert kept == lengths[before : before + len(kept)]
+            full = family.full(plain, inputs)
+            if (expected := family.kept(full, handle.plan.keep)) is not None:
+                assert list(kept) == expected
             own = zip(handle.stats.groups, groups[: len(handle.stats.groups)], strict=True)
             assert all(torch.equal(mine, other) for mine, other in own)
             groups = groups[len(handle.stats.groups) :]
-            shorter = sum(family.full(plain, inputs)) - sum(kept)
+            shorter = sum(full) - sum(kept) + family.breaks(inputs)
             assert seen.shape[1] == inputs["input_ids"].shape[1] - shorter > 0
             torch.testing.assert_close(together[row, -seen.shape[1] :], seen[0], atol=1e-4, rtol=1e-4)
             assert new_ids(model, inputs) == [answers[row]]
@@ -92,7 +99,7 @@ def test_a_row_without_a_picture_is_that_of_the_plain_model(family, where):
     model, plain = family.build(), family.build()
     rows = [(QUESTIONS[0], pictures(1)), (NO_PICTURE, [])]
     batch = family.process(rows)
-    text = {key: batch[key][1:] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+    text = {key: batch[key][1:] for key in TEXT if key in batch}
     alone = {key: value[:, text["attention_mask"][0] == 1] for key, value in text.items()}
     with attach(model, "pitome", keep=0.25, where=where):
         together, answers = logits(model, batch), new_ids(model, batch, 3)
@@ -114,9 +121,9 @@ def test_generate_says_what_forward_says(family, where, made):
         longer = dict(inputs)
         for token in answer:
             assert int(logits(model, longer)[0, -1].argmax()) == token
-            for key in {"input_ids", "attention_mask", "token_type_ids"} & longer.keys():
-                added = {"input_ids": token, "attention_mask": 1, "token_type_ids": 1}[key]
-                longer[key] = torch.cat([longer[key], torch.full((1, 1), added)], 1)
+            added = {"input_ids": token, "attention_mask": 1, "token_type_ids": family.answers, "mm_token_type_ids": 0}
+            for key in added.keys() & longer.keys():
+                longer[key] = torch.cat([longer[key], torch.full((1, 1), added[key])], 1)
 
 
 @pytest.mark.parametrize("family,where", CASES)
@@ -130,9 +137,10 @@ def test_turns_continue_the_cache(family, where, made):
         question = torch.tensor([[7, 8, 9, 10]])
         ids = torch.cat([first.sequences, question], 1)
         more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "token_type_ids" in inputs:
-            added = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
-            more["token_type_ids"] = torch.cat([inputs["token_type_ids"], added], 1)
+        for key, value in {"token_type_ids": family.answers, "mm_token_type_ids": 0}.items():
+            if key in inputs:
+                added = torch.full_like(ids[:, inputs["input_ids"].shape[1] :], value)
+                more[key] = torch.cat([inputs[key], added], 1)
         second = model.generate(**more, **{CACHE: first[CACHE]}, max_new_tokens=4, do_sample=False)
         assert torch.equal(second[:, : ids.shape[1]], ids)
         anew = new_ids(model, {**inputs, **more}, 4)

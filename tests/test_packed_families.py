@@ -23,28 +23,26 @@ def merged(x, keep, method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(60, 150), (100, 100), (140, 140), (40, 300)])
-def test_onevision_merges_overview_and_rest_apart(size):
+def test_onevision_merges_a_picture_without_its_newlines(size):
     """Newlines are found by their value here; the larger pictures are scaled down before."""
     family = BY_TITLE["LLaVA-OneVision"]
     model, plain = family.build(), family.build()
     inputs = family.process([(QUESTIONS[0], [picture(0).resize(size[::-1])])])
     given = {key: inputs[key] for key in family.sized}
-    with attach(model, "tome", keep=36) as handle:
+    with attach(model, "tome", keep=0.25) as handle:
         assert handle.plan.where == "packed"
         (seen,) = model.model.get_image_features(**given).pooler_output
     (full,) = plain.model.get_image_features(**given).pooler_output
     assert len(full) == int((inputs["input_ids"] == IMAGE).sum())
-    rest = full[PATCHES:]
-    rest = rest[~(rest == plain.model.image_newline).all(-1)]
-    expected = torch.cat([merged(full[:PATCHES], 36, "tome"), merged(rest, round(len(rest) / 4), "tome")])
-    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+    full = full[~(full == plain.model.image_newline).all(-1)]
+    torch.testing.assert_close(seen, merged(full, round(len(full) / 4), "tome"), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_onevision_cuts_only_pictures_that_stand_alone():
     family = BY_TITLE["LLaVA-OneVision"]
     model = family.build()
-    with attach(model, "pitome", keep=36) as handle:
+    with attach(model, "pitome", keep=0.25) as handle:
         logits(model, family.process([(TWO_PICTURES, pictures(1, 2))]))
         assert handle.stats.lengths == (36, 36)
         logits(model, family.process([(QUESTIONS[0], pictures(1))]))
@@ -76,7 +74,7 @@ def test_shuffled_patches_merge_behind_the_projector(title):
     with attach(model, "pitome", keep=9) as handle:
         logits(model, inputs)
         assert handle.plan.available == PATCHES // 4 and handle.stats.images == len(seen[0]) > 1
-        assert torch.equal(handle.stats.sizes.sum(1), torch.full((len(seen[0]),), PATCHES / 4))
+        assert [int(sizes.sum()) for sizes in handle.stats.sizes] == [PATCHES // 4] * len(seen[0])
         features = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"]).pooler_output
     expected = torch.cat([merged(tile, 9, "pitome") for tile in seen[0]])
     torch.testing.assert_close(torch.cat(list(features)), expected, atol=1e-5, rtol=1e-5)

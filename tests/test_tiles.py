@@ -16,7 +16,7 @@ from models import picture, since_518
 from transformers import LogitsProcessorList
 
 from pitome_mllm import attach, get_method
-from pitome_mllm.families.anyres import Places, of_parts, part_keeps, survivors
+from pitome_mllm.families.anyres import Places, survivors
 from pitome_mllm.hooks.tiles import _places
 from pitome_mllm.schedule import projector_counts
 
@@ -171,34 +171,25 @@ def test_lengths_are_the_real_ones(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keep", [0.25, 36])
 @pytest.mark.parametrize("method", ["pitome", "tome", "random"])
 @pytest.mark.parametrize("size", [(60, 150), (100, 100)])
-def test_the_packed_place_merges_overview_and_rest_apart(model, plain, size, method):
+def test_the_packed_place_merges_a_picture_without_its_newlines(model, plain, size, method, keep):
     inputs = NEXT.process([(TWO_PICTURES, [picture(n).resize(size[::-1]) for n in (0, 1)])])
-    with attach(model, method, published=True, keep=36, where="packed") as handle:
+    with attach(model, method, published=True, keep=keep, where="packed") as handle:
         seen = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     full = plain.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
-    source = torch.tensor(places_of(plain, size))
+    newline = torch.tensor(places_of(plain, size)) < 0
     reducer = get_method(method)
-    for features, merged in zip(full, seen, strict=True):
-        rest = features[source >= 0][PATCHES:]
-        for part, kept in ((features[:PATCHES], merged[:36]), (rest, merged[36:])):
-            keep = round(len(part) / 4)
-            x, sizes = part[None], None
-            for count in projector_counts(len(part), keep, reducer.max_removable):
-                merge = reducer.match(x, x.shape[1] - count, size=sizes, depth=1.0)
-                x, sizes = merge.reduce(x, sizes)
-            assert len(kept) == keep
-            torch.testing.assert_close(kept, x[0], atol=1e-5, rtol=1e-5)
+    for features, merged, groups in zip(full, seen, handle.stats.groups, strict=True):
+        x, sizes = features[~newline][None], None
+        wanted = keep if keep > 1 else round(keep * x.shape[1])
+        for count in projector_counts(x.shape[1], wanted, reducer.max_removable):
+            merge = reducer.match(x, x.shape[1] - count, size=sizes, depth=1.0)
+            x, sizes = merge.reduce(x, sizes)
+        assert len(merged) == wanted and bool((groups[newline] == -1).all())
+        torch.testing.assert_close(merged, x[0], atol=1e-5, rtol=1e-5)
     assert len(set(handle.stats.lengths)) == 1, "the count follows from the size alone"
-
-
-def test_parts_without_tiles_are_the_overview():
-    places = Places(torch.tensor([0, 1, 2, 3, -1]), 4)
-    assert part_keeps(places, 2) == (2,)
-    packed = of_parts(places, [torch.tensor([0, 0, 1, -1])], (2,))
-    assert (packed.token.tolist(), packed.median.tolist(), packed.size.tolist()) == ([0, 1], [0, 2], [2, 1])
-    assert packed.group.tolist() == [0, 0, 1, -1, -1]
 
 
 # ---- what the LLM is told --------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def settings(name: str, patches: int, blocks: int) -> Iterator[Setting]:
         keep = Schedule(None, ratio, None, "equal").counts(patches, blocks, lambda n: n // 2)[-1]
         yield from _every(FEW, ratio)
         if first:
-            yield from _at(keep, apart=ratio != RATIOS[-1])
+            yield from _at(keep, apart=ratio == RATIOS[0])
             yield from _every(OTHERS, ratio)
 
 

@@ -26,8 +26,8 @@ from ..lmms.rows import Options, Row, beside
 from ..lmms.tables import PLAIN, TASKS, Run, Table, own_config, published
 from .pictures import CLASSES, Data, data_of
 
-RECCLASSESS = (1, 5, 10)
-FIGURES = tuple(f"{to} R@{k}" for to in ("text", "image") for k in RECCLASSESS)
+RANKS = (1, 5, 10)
+FIGURES = tuple(f"{to} R@{k}" for to in ("text", "image") for k in RANKS)
 PROMPT = "a photo of a {}."
 Said = Callable[[str], None]
 
@@ -68,12 +68,15 @@ class Encoder:
         if texts not in self._texts:
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
             tower = getattr(self.model.config, "text_config", None)
-            padding = "max_length" if self.model.config.model_type == "siglip" else True  # as it was trained
+            reads_padding = self.model.config.model_type == "siglip"  # as it was trained
+            padding = "max_length" if reads_padding else True
             longest = getattr(tower, "max_position_embeddings", None)
             found = []
             for start in range(0, len(texts), batch):
                 asked = dict(padding=padding, truncation=True, max_length=longest, return_tensors="pt")
                 inputs = tokenizer(list(texts[start : start + batch]), **asked).to(self.device)
+                if reads_padding:
+                    inputs.pop("attention_mask", None)
                 found.append(self._text(inputs).float().cpu())
             self._texts[texts] = nn.functional.normalize(torch.cat(found), dim=-1)
         return self._texts[texts]
@@ -102,7 +105,7 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[np.ndarray, n
     texts_found = _best(images, texts, owner) == torch.arange(len(images))[:, None]
     images_found = _best(texts, images, torch.arange(len(images))) == owner[:, None]
     by_text = _within(images_found)
-    by_image = torch.zeros(len(images), len(RECCLASSESS)).index_add(0, owner, by_text)
+    by_image = torch.zeros(len(images), len(RANKS)).index_add(0, owner, by_text)
     asked = torch.bincount(owner, minlength=len(images))[:, None].expand_as(by_image)
     hits = torch.cat([_within(texts_found), by_image], 1)
     return hits.numpy(), torch.cat([torch.ones_like(by_image), asked], 1).numpy()
@@ -110,12 +113,12 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[np.ndarray, n
 
 def _best(asked: Tensor, among: Tensor, owner: Tensor) -> Tensor:
     """To whom the nearest of ``among`` belong (len(asked), 10)."""
-    most = min(max(RECCLASSESS), len(among))
+    most = min(max(RANKS), len(among))
     return owner[torch.cat([(part @ among.T).topk(most).indices for part in asked.split(512)])]
 
 
 def _within(hits: Tensor) -> Tensor:
-    return torch.stack([hits[:, :k].any(1) for k in RECCLASSESS], 1).float()
+    return torch.stack([hits[:, :k].any(1) for k in RANKS], 1).float()
 
 
 def classified(encoder: Encoder, data: Data, batch: int) -> tuple[np.ndarray, np.ndarray]:

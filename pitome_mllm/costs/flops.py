@@ -22,7 +22,8 @@ from ..settings import Settings
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {
     **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2"), 3),
-    **dict.fromkeys(("phi3", "qwen2", "qwen3", "smollm3", "stablelm"), 3),
+    **dict.fromkeys(("cohere2", "phi3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"), 3),
+    **dict.fromkeys(("glm4v_text", "smollm3", "stablelm"), 3),
     **dict.fromkeys(("gpt_neox", "phi", "starcoder2"), 2),
 }
 LOGITS = ("last", "all")
@@ -35,11 +36,12 @@ class Estimate:
     Attributes
     ----------
     tower_flops : int
-        Patch embedding and every block of the vision tower, those after the feature layer included.
+        Patch embedding and every block of the vision tower, those after the feature layer included; 0 where they are
+        not known, of families that merge behind it, whose tower takes as long as ever.
     merging_flops : int
         Similarity matrices and other matrix products of the method.
     projector_flops : int
-        The projector, on the tokens that are left.
+        The projector, on the tokens that are left; 0 with the tower.
     prefill_flops : int
         The LLM over the prompt, with the output head.
     decode_flops : int
@@ -165,12 +167,16 @@ def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> t
 
 def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
+    if not plan.geometry.family.linear:
+        return 0
     read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.shuffle_factor**2
     return 2 * text.hidden_size * (read + (plan.geometry.family.linear - 1) * text.hidden_size)
 
 
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one image."""
+    if not plan.geometry.family.linear:
+        return 0
     shape, width, (matrices, hidden) = plan.geometry, vision.hidden_size, _mlp(vision)
     patch = vision.patch_size**2 if isinstance(vision.patch_size, int) else vision.patch_size[0] * vision.patch_size[1]
     flops = 2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch
@@ -209,12 +215,11 @@ def _matching(vision: Any, text: Any, plan: Plan, tokens: int, left: int, depth:
     shape, context = plan.geometry, plan.context
     everything = context.get("protected", 0) + tokens
     width = (text if plan.where == "packed" else vision).hidden_size
-    widths = {
-        "keys": width // vision.num_attention_heads,
-        "hidden": width * max(1, len(shape.layers)) if depth == 1 else width,
-        "projected": getattr(text, "hidden_size", None),
-    }
-    given = tuple(context.items()), "attention" in plan.match_inputs, everything, widths[plan.metric], width
+    if plan.metric == "hidden":
+        seen = width * max(1, len(shape.layers)) if depth == 1 else width
+    else:
+        seen = text.hidden_size if plan.metric == "projected" else width // vision.num_attention_heads
+    given = tuple(context.items()), "attention" in plan.match_inputs, everything, seen, width
     try:
         flops = _counted(plan.reducer, *given, tokens - left, depth)
     except TypeError:  # a method of a caller's own, whose options have no hash

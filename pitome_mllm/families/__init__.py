@@ -6,6 +6,7 @@ Read from transformers 5.6 .. 5.23. A new tower or family is one row here; `geom
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 IN_TOWER = ("tower", "projector", "both")  # where tokens merge if nothing after the projector needs a whole grid
 
@@ -39,14 +40,14 @@ class FamilySpec:
     last : bool
         The projector reads the tower's normed output, not the hidden states of a feature layer.
     linear : int
-        Linear layers of the projector.
+        Linear layers of the projector; 0 where FLOPs of it and of the tower are not counted.
     first_position : int
         Position id of the first token in the LLM.
     core : str
         The part that encodes images.
     tiles : str
         How images of several tiles are packed: "" = they have one; "anyres" = by the core's ``pack_image_features``;
-        "connector" = tile by tile, by a projector that joins neighbouring patches.
+        "features" = as the core's ``get_image_features`` has it, which gives the visual tokens of every picture.
     places : tuple of str
         Where tokens can merge; the first one unless a method says something else.
     unsupported_reason : str
@@ -67,6 +68,19 @@ class FamilySpec:
         A part whose cross-attention reads the tower's output.
     rotary : bool
         The blocks of the tower turn queries and keys by the place of every patch.
+    joins : str
+        Path in the configuration of how many patches on a side become one visual token; a fraction is its inverse.
+    count : str
+        In place of it, path in the configuration of the visual tokens of one picture.
+    side : int
+        Visual tokens on a side of the picture that counts are given for, where pictures keep their size; 0 = as many as
+        one of the tower's ``image_size`` has.
+    by_row : bool
+        The core gives one tensor for all tiles of a row; each tile is merged by itself.
+    newline : str
+        The core's parameter that ends the rows of a picture among its visual tokens.
+    known : bool
+        It is a row, and not read out of a model that has none.
     """
 
     config: str
@@ -89,6 +103,12 @@ class FamilySpec:
     means: bool = False
     reader: str = ""
     rotary: bool = False
+    joins: str = ""
+    count: str = ""
+    side: int = 0
+    by_row: bool = False
+    newline: str = ""
+    known: bool = True
 
     @property
     def merges_in_tower(self) -> bool:
@@ -100,9 +120,16 @@ ANYWHERE = (*IN_TOWER, "packed")
 POOLED = "every frame's whole grid of patches is pooled behind the projector"
 
 
+def behind(config: str, **settings: Any) -> FamilySpec:
+    """A family that puts the visual tokens of every picture among the text itself, as many as the picture has."""
+    reason = "what is between the tower and the LLM needs every patch"
+    always = {"tiles": "features", "places": ("packed",), "projector": "model", "linear": 0}
+    return FamilySpec(config, **{**always, "unsupported_reason": reason, **settings})
+
+
 def _shuffled(config: str) -> FamilySpec:
-    """A family whose projector joins squares of patches into one token (pixel shuffle)."""
-    return FamilySpec(
+    """A family whose projector joins squares of patches into one token (pixel shuffle), tile by tile."""
+    return behind(
         config,
         tower="model.vision_model",
         projector="model.connector",
@@ -110,10 +137,15 @@ def _shuffled(config: str) -> FamilySpec:
         select="full",
         last=True,
         linear=1,
-        tiles="connector",
-        places=("packed",),
         unsupported_reason="the projector joins neighbouring patches of the whole grid",
+        joins="scale_factor",
+        by_row=True,
     )
+
+
+def _qwen(config: str) -> FamilySpec:
+    """A family whose pictures keep their size, and whose tower ends in a merger of 2 x 2 patches."""
+    return behind(config, tower="model.visual", joins="vision_config.spatial_merge_size", side=32)
 
 
 _VIT = TowerSpec("layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",))
@@ -137,16 +169,23 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "LlavaForConditionalGeneration": FamilySpec("llava"),
     "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
     "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
-    "LlavaNextForConditionalGeneration": FamilySpec("llava_next", tiles="anyres", places=ANYWHERE),
-    "LlavaNextVideoForConditionalGeneration": FamilySpec(
-        "llava_next_video", tiles="anyres", places=ANYWHERE, plain=("get_video_features",), videos=POOLED
+    "LlavaNextForConditionalGeneration": FamilySpec(
+        "llava_next", tiles="anyres", places=ANYWHERE, newline="image_newline"
     ),
-    "LlavaOnevisionForConditionalGeneration": FamilySpec(
-        "llava_onevision",
+    "LlavaNextVideoForConditionalGeneration": FamilySpec(
+        "llava_next_video",
         tiles="anyres",
-        places=("packed",),
-        unsupported_reason="large pictures are scaled down on the whole grid",
+        places=ANYWHERE,
+        newline="image_newline",
+        plain=("get_video_features",),
         videos=POOLED,
+    ),
+    "LlavaOnevisionForConditionalGeneration": behind(
+        "llava_onevision",
+        unsupported_reason="large pictures are scaled down on the whole grid",
+        linear=2,
+        videos=POOLED,
+        newline="image_newline",
     ),
     "VideoLlavaForConditionalGeneration": FamilySpec(
         "video_llava",
@@ -159,6 +198,9 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     ),
     "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
     "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),
+    "Qwen2_5_VLForConditionalGeneration": _qwen("qwen2_5_vl"),
+    "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl"),
+    "InternVLForConditionalGeneration": behind("internvl", joins="downsample_ratio"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package

@@ -6,7 +6,6 @@ them, and ends every row with a newline token. `Places` is that order; everythin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +42,6 @@ class Places:
     def tiles(self) -> int:
         """How many tiles these are of, the overview included, where the patches of all count."""
         return int(self.source.max()) // self.overview + 1
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The places of the overview and of the tiles put together, without newlines; the latter only if there are."""
-        real = (~self.newline).nonzero()[:, 0]
-        overview, rest = real[: self.overview], real[self.overview :]
-        return (overview, rest) if len(rest) else (overview,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +88,6 @@ def survivors(places: Places, groups: Tensor, count: int) -> Packed:
     return _collect(token[source.clamp(min=0)].where(source >= 0, -1), source < 0, len(groups) * count)
 
 
-def of_parts(places: Places, groups: Sequence[Tensor], counts: Sequence[int]) -> Packed:
-    """The tokens of merged parts, part by part in reading order, without newlines.
-
-    ``groups`` (n,) and ``counts`` of each of `Places.parts`.
-    """
-    token = torch.full((len(places),), -1, device=groups[0].device)
-    before = 0
-    for part, group, count in zip(places.parts, groups, counts):
-        token[part.to(token.device)] = (group + before).where(group >= 0, -1)
-        before += count
-    return _collect(token, torch.zeros_like(token, dtype=torch.bool), before)
-
-
 def _collect(token: Tensor, newline: Tensor, tokens: int) -> Packed:
     """What is left of the places (L,), of which ``token`` (L,) says what they became, and of the newlines (L,)."""
     length = len(token)
@@ -125,9 +104,3 @@ def _collect(token: Tensor, newline: Tensor, tokens: int) -> Packed:
     group = at[slot]
     group[ends] = (kept < 0).nonzero()[:, 0]
     return Packed(kept, median, torch.cat([size[seen], torch.ones_like(ends).float()])[order], group)
-
-
-def part_keeps(places: Places, keep: int) -> tuple[int, ...]:
-    """Tokens that each of `Places.parts` keeps: ``keep`` of the overview, and the same share of the rest."""
-    overview, *rest = (len(part) for part in places.parts)
-    return (keep, *(max(1, round(n * keep / overview)) for n in rest))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from ..methods import UserError
 from . import ANYWHERE, FAMILIES, FAMILY_OF_CONFIG, IN_TOWER, LLAVA_PACKAGE, TOWER_OF_CONFIG, TOWERS, FamilySpec
 from .encoders import ENCODER_OF_CONFIG, ENCODERS, LAYER_OF_CONFIG, REFUSED
+from .packed import read_out_of, usual_picture
 
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
@@ -95,12 +96,17 @@ def geometry(model_or_config: Any) -> Geometry:
             raise UserError(f"unsupported model {names[0]}: {REFUSED[name]}")
         encoder = next((ENCODERS[name] for name in names if name in ENCODERS), None)
         if not encoder and not {*names} & {*FAMILIES}:
-            raise UserError(_unsupported("model", names[0], (*FAMILIES, *ENCODERS)))
+            family = read_out_of(model_or_config)
+            if family is None:
+                raise UserError(_unsupported("model", names[0], (*FAMILIES, *ENCODERS)))
+            return _of_features(model_or_config.config, family)
         config = model_or_config.config
     encoder = encoder or ENCODER_OF_CONFIG.get(config.model_type)
     if encoder:
         return _of_encoder(getattr(config, "vision_config", config), encoder)
     family, vision = family_of(config), config.vision_config
+    if family.tiles == "features":
+        return _of_features(config, family)
     tower = _tower(vision, family)
     full = (family.select or config.vision_feature_select_strategy) == "full"
     if not full and not tower["class_tokens"]:
@@ -119,10 +125,26 @@ def geometry(model_or_config: Any) -> Geometry:
         visible_class_tokens=tower["class_tokens"] if full else 0,
         merging_blocks=max(layers, default=vision.num_hidden_layers),
         llm_unsupported_reason=llm_unsupported_reason(config.text_config),
-        llm_rotary="rope_type" in (getattr(config.text_config, "rope_parameters", None) or {}),
+        llm_rotary=_is_rotary(config.text_config),
         layers=layers,
-        shuffle_factor=config.scale_factor if family.tiles == "connector" else 1,
     )
+
+
+def _of_features(config: Any, family: FamilySpec) -> Geometry:
+    """The geometry of a model that puts pictures among the text itself, for a picture of the usual size."""
+    usual = usual_picture(config, family)
+    return Geometry(
+        **usual,
+        visible_class_tokens=0,
+        merging_blocks=usual["blocks"],
+        family=family,
+        llm_unsupported_reason=llm_unsupported_reason(config.text_config),
+        llm_rotary=_is_rotary(config.text_config),
+    )
+
+
+def _is_rotary(text: Any) -> bool:
+    return "rope_type" in (getattr(text, "rope_parameters", None) or {})
 
 
 def _of_encoder(vision: Any, family: FamilySpec) -> Geometry:
@@ -199,7 +221,7 @@ def _tower(vision: Any, family: FamilySpec) -> dict[str, Any]:
 
 
 def family_of(config: Any) -> FamilySpec:
-    """The row of a configuration's family.
+    """The row of a configuration's family; with a vision tower of a kind that has none, tokens merge behind it.
 
     Raises
     ------
@@ -208,7 +230,11 @@ def family_of(config: Any) -> FamilySpec:
     """
     if config.model_type not in FAMILY_OF_CONFIG:
         raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
-    return FAMILIES[FAMILY_OF_CONFIG[config.model_type]]
+    family, kind = FAMILIES[FAMILY_OF_CONFIG[config.model_type]], config.vision_config.model_type
+    if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
+        return family
+    reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:

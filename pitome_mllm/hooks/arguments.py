@@ -103,7 +103,8 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
         real = mask != 0
     image, real = on_host(image, real)
     mask = None if mask is None else real
-    seen = caches.seen(length, cached, image, mask, calibration != "none")
+    positioned = calibration != "none" or hasattr(handle.core, "get_rope_index")
+    seen = caches.seen(length, cached, image, mask, positioned)
     with_past = seen is not None and whole and (mask is None or mask.shape[1] == image.shape[1])
     fresh = image[:, seen.width if with_past else 0 :]
     real = real[:, real.shape[1] - fresh.shape[1] :]
@@ -115,24 +116,25 @@ def _images(handle: Attached, kwargs: dict[str, Any]) -> Images:
     pixels, given = pixels_in(kwargs), (kwargs.get("mm_encoder_outputs") or {}).get("image")
     _tell_videos(handle, kwargs)
     if pixels is not None:
-        check_images(handle, pixels, kwargs.get("image_sizes"))
-        if handle.family.tiles == "anyres":
+        check_images(handle, pixels, kwargs)
+        if handle.family.tiles:
             return Images(*tiles.lengths(handle, kwargs))
-        count = _number(pixels)
+        count = len(pixels)
         return Images([handle.geometry.available] * count, [_kept(handle)] * count)
     return Images([], []) if given is None else _features(handle, given)
 
 
 def _features(handle: Attached, given: Any) -> Images:
     """Images that come as features."""
-    kept, available = [len(features) for features in given.pooler_output], handle.geometry.available
+    kept, plan = [len(features) for features in given.pooler_output], handle.plan
     lent = _lent(sum(kept))
-    full = [available] * len(kept)
-    if handle.family.tiles and _kept(handle) == available:
+    full = [handle.geometry.available] * len(kept)
+    if handle.family.tiles and (plan is None or plan.is_plain):
         full = kept
     elif handle.family.tiles:  # how many they were is not known without the images
         packed = () if lent is None else lent.packed
         full = [len(image.group) for image in packed] if packed else [-1] * len(kept)
+        kept = [len(image.token) for image in packed] if packed else kept
     return Images(full, kept, lent=lent)
 
 
@@ -147,14 +149,6 @@ def _lent(tokens: int) -> Stats | None:
         if stats is not None and sum(stats.lengths) == tokens:
             return stats
     return None
-
-
-def _number(pixels: Tensor) -> int:
-    """Images in ``pixels`` (I, 3, H, W), or tiles in (B, I, 3, H, W), where those that are all zero are padding.
-
-    Where all are, the model encodes the first.
-    """
-    return len(pixels) if pixels.dim() == 4 else max(1, int((pixels.flatten(2) != 0).any(-1).sum()))
 
 
 def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:

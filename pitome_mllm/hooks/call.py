@@ -43,11 +43,14 @@ class Call:
         self.encoded: Encoded | None = None  # images that are encoded already; the only place that keeps them
         self.answer: Columns | None = None  # how the output comes to the caller's columns; None = it stays as it is
         self.owner: nn.Module | None = None  # whose call it is, the model's or its core's
+        self.places: Tensor | None = None  # (L,) or (L, A) positions of all placeholders that pictures had, in order
         self.told: Layout | None = None  # once the LLM was called, the layout with what it was told, for its rows
 
     def again(self) -> Call:
         """The same call with images that are encoded anew."""
-        return Call(self.kwargs, self.image, self.layout, self.calibration, self.sample)
+        call = Call(self.kwargs, self.image, self.layout, self.calibration, self.sample)
+        call.places = self.places
+        return call
 
     def part(self, rows: int, width: int, length: int) -> Tensor:
         """(``rows``, ``width``) of ``image``, after ``length`` places of a KV cache.

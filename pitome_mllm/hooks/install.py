@@ -69,8 +69,6 @@ def _put_on(handle: Attached) -> None:
             module.register_forward_pre_hook(Hook(prompt.before_forward), with_kwargs=True)
             module.register_forward_hook(Hook(prompt.after_forward), with_kwargs=True)
         handle.language.register_forward_pre_hook(Hook(llm.before_language), with_kwargs=True)
-    if handle.family.tiles == "connector":
-        handle.projector.register_forward_hook(Hook(tiles.after_projector))
     for module in _attached_modules(handle):
         module._pitome = handle
     for owner, name, make in _methods(handle):
@@ -109,9 +107,7 @@ def _attached_modules(handle: Attached) -> list[nn.Module]:
         return [handle.model, handle.tower]
     if handle.family.encoder:
         return list(dict.fromkeys((handle.model, handle.tower, *encoders.parts(handle))))
-    modules = [handle.model, handle.core, handle.tower, handle.language]
-    modules += [handle.projector] if handle.family.tiles == "connector" else []
-    return list(dict.fromkeys(modules))
+    return list(dict.fromkeys((handle.model, handle.core, handle.tower, handle.language)))
 
 
 def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:

@@ -34,7 +34,8 @@ class Layout:
     index: Tensor  # (B, S) int64, the caller's column at each place
     real: Tensor  # (B, S) bool, False at padding places
     width: int  # number of columns of the caller, T
-    position: Tensor | None = None  # (B, S) int64, counting the caller's columns; None = the LLM counts the places
+    position: Tensor | None = None  # (B, S) int64, counting the caller's columns; None = the LLM counts the places;
+    # (B, S, A) where it counts in several axes, then ``follows`` and ``shift`` too
     follows: Tensor | None = None  # (B, 1) int64, the position of the column after them; with ``position`` only
     calibration: str = "none"  # what the LLM is told of visual tokens that merged; if "none", shift and size are None
     shift: Tensor | None = None  # (B, S) int64, what visual tokens add to their ``position``
@@ -67,10 +68,11 @@ class Layout:
         position, follows, shift, size = self.position, self.follows, self.shift, self.size
         if position is not None:
             later = later if later.position is not None else later.positioned(caller_positions(later.real))
-            position = torch.cat([position, follows + later.position], 1)
-            follows = follows + later.follows
+            position, follows, added, then = alike(position, follows, later.position, later.follows)
+            position, follows = torch.cat([position, follows + added], 1), follows + then
         if shift is not None and size is not None:
-            shift, size = (F.pad(x, (0, later.places)) for x in (shift, size))
+            (shift,) = alike(shift, like=position)
+            shift, size = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, later.places)) for x in (shift, size))
         return Layout(
             torch.cat([self.index, later.index + self.width], 1),
             torch.cat([self.real, later.real], 1),
@@ -137,7 +139,7 @@ class Layout:
         return replace(
             told,
             calibration=calibration,
-            shift=torch.cat([_or_zeros(told.shift, shift, old), shift], 1),
+            shift=torch.cat(alike(_or_zeros(told.shift, shift, old), shift), 1),
             size=torch.cat([_or_zeros(told.size, size, old), size], 1),
             reach=max(self.reach, int(self.follows.max())),
         )
@@ -146,7 +148,8 @@ class Layout:
         """(B, S) position ids that the LLM gets, and sizes, of as many ``places``: what follows is text."""
         position = self.position if self.shift is None else self.position + self.shift
         more = torch.arange(max(places - self.places, 0), device=position.device)
-        position = torch.cat([position, self.follows + more], 1)[:, :places]
+        after = self.follows + (more if position.dim() == 2 else more[:, None])
+        position = torch.cat([position, after], 1)[:, :places]
         return position, None if self.size is None else F.pad(self.size, (0, len(more)))[:, :places]
 
     def _cropped(self, places: int) -> Layout:
@@ -157,6 +160,7 @@ class Layout:
         left = replace(self._each(lambda x: x[:, :places]), width=width, follows=self.follows)
         if self.position is None:
             return left
+        there = there if self.position.dim() == 2 else there[..., None]
         return replace(left, follows=self.position[:, places : places + 1].where(there, self.follows))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Layout:
@@ -166,11 +170,17 @@ class Layout:
 
 
 def _or_zeros(x: Tensor | None, like: Tensor, places: int) -> Tensor:
-    return like.new_zeros(len(like), places) if x is None else x[:, :places]
+    return like.new_zeros(len(like), places, *like.shape[2:]) if x is None else x[:, :places]
+
+
+def alike(*positions: Tensor, like: Tensor | None = None) -> list[Tensor]:
+    """Positions (B, S) and (B, S, A) with as many axes each: those of one axis are the same in all."""
+    most = max((*positions, *(() if like is None else (like,))), key=Tensor.dim)
+    return [x if x.dim() == most.dim() else x[..., None].expand(*x.shape, most.shape[-1]) for x in positions]
 
 
 def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int]) -> Layout:
-    """Keep the first placeholders of every image, and drop padding that is not needed any more.
+    """Keep the first placeholders of every image, and drop what ends its rows, and padding that is not needed any more.
 
     The columns after the last image of every row stay the last columns, padding included: a slice from the end has
     the tokens that it has in the caller's prompt. Before them padding stays on the side where a row has it.
@@ -187,7 +197,9 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
             "use the model's own processor, one placeholder text per picture"
         )
     number, rank = ranks(image, full)
-    stays = (mask != 0) & (~image | (rank < torch.tensor(kept, device=image.device)[number]))
+    full, kept = (torch.tensor(lengths, device=image.device) for lengths in (full, kept))
+    inside = (rank >= 0) & (rank < full[number] - 1)  # the columns between the placeholders of a picture, its row ends
+    stays = (mask != 0) & torch.where(image, rank < kept[number], ~inside | (kept == full)[number])
     column = torch.arange(image.shape[1], device=image.device)
     tail = int(torch.where(image, column, -1).max()) + 1  # the first of the columns that all rows have after images
     return _packed(stays, mask != 0, tail)

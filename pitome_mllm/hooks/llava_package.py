@@ -23,9 +23,10 @@ from ..families.anyres import Packed, Places
 from ..methods import UserError
 from ..stats import Stats
 from .classes import Merging, plain_class
+from .packed import merge_pictures
 from .run import RUN, Run
 from .state import Attached
-from .tiles import merged_parts, merged_tiles
+from .tiles import merged_tiles
 from .tower import MergingLayer, finish_run, start_run
 
 IMAGE = -200  # the id that stands for an image: llava.constants.IMAGE_TOKEN_INDEX
@@ -112,7 +113,7 @@ def make_prepare(model: nn.Module) -> Callable[..., Any]:
         handle, plan = self._pitome, self._pitome.plan
         if images is None or input_ids.shape[1] == 1:  # no images, or decoding
             return own(self, *prompt, images, image_sizes)
-        if plan is None or plan.keep == plan.available:
+        if plan is None or plan.is_plain:
             made = own(self, *prompt, images, image_sizes)
             handle.note(stats=plan and Stats(plan, len(images), (), None, made[4].device))
             return made
@@ -132,7 +133,8 @@ def _merged(model: nn.Module, images: Any, sizes: Any) -> list[tuple[Tensor, Pac
     places = _places(model, images, sizes)
     if plan.where == "packed":
         packed = pack(model, images, sizes, model.encode_images)
-        return [merged_parts(plan, *picture) for picture in zip(packed, places)]
+        ends = [place.newline.to(x.device) for x, place in zip(packed, places)]
+        return list(zip(*merge_pictures(plan, packed, ends)))
     flat = images if _whole(images) else torch.cat([x[None] if x.dim() == 3 else x for x in images])
     features = model.encode_images(flat)
     counts = _tiles(images)

@@ -24,7 +24,7 @@ from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
 from ..stats import Stats
-from . import caches
+from . import axes, caches
 from .call import CALL, Call
 from .layout import Layout
 from .positions import at_placeholders, shift_to_median
@@ -51,7 +51,7 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if layout.position is not None and (
         kwargs.get("position_ids") is None or (call is not None and call.calibration != "none")
     ):
-        kwargs["position_ids"] = _positions(layout, tokens, past) + handle.family.first_position
+        kwargs["position_ids"] = axes.as_ids(_positions(layout, tokens, past) + handle.family.first_position)
     if layout.calibration != "none":
         check(language.config, layout.calibration)
         sample = None
@@ -71,9 +71,23 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
         call.told = call.layout.repeated(rows)
         if call.calibration != "none":
             image = call.image.repeat_interleave(rows // len(call.image), 0)
-            shift, sizes = shift_to_median(image, stats.median), at_placeholders(image, [*stats.sizes])
-            call.told = call.told.told(image, shift, sizes, call.calibration)
+            shift = _shift(call, image, stats)
+            call.told = call.told.told(image, shift, at_placeholders(image, [*stats.sizes]), call.calibration)
     return call.told
+
+
+def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
+    """(B, S) or (B, S, A) what positions at the placeholders ``image`` (B, S) grow by."""
+    if call.places is None:
+        return shift_to_median(image, stats.median)
+    places = on(stats.device, call.places).split([len(group) for group in stats.groups])
+    if call.places.dim() == 1:
+        told = [at[median] for at, median in zip(places, stats.median)]
+    else:
+        told = axes.medians(places, stats.groups, stats.lengths)
+    position = on(stats.device, call.told.position[:, -image.shape[1] :])
+    there = on(stats.device, image if position.dim() == 2 else image[..., None])
+    return (at_placeholders(image, told) - position).masked_fill(~there, 0)
 
 
 def _positions(layout: Layout, tokens: Tensor, past: Any) -> Tensor:
@@ -118,19 +132,23 @@ def tell_left_out(handle: Attached, settings: Settings, plan: Plan) -> None:
 
 
 def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
-    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies.
+    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies; where
+    it has several axes (A, L), what each adds to D.
 
-    Kept until those change; where they do so with the length of a prompt, position ``ids`` (B, T) say which it is.
+    Kept until those change; where they do so with the length of a prompt, position ``ids`` say which it is.
     """
     handle, rotary = language._pitome, language.rotary_emb
     scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
     if scaled:
         rotary(ids, ids)
     kept = handle.distances
-    if scaled or kept is None or kept[0] is not rotary.inv_freq or len(kept[1]) <= reach:
+    if scaled or kept is None or kept[0] is not rotary.inv_freq or kept[1].shape[-1] <= reach:
         distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
-        near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-        handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
+        if ids.dim() == 2:
+            near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
+            handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
+        else:
+            handle.distances = kept = rotary.inv_freq, axes.nearness(rotary, distance)
     return kept[1]
 
 
@@ -141,7 +159,7 @@ def _calibrated(
     past, mask = caches.cache_in(kwargs), kwargs.get("attention_mask")
     dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
     layout, ids = layout.on(tokens.device), kwargs["position_ids"]
-    asking = ids - language._pitome.family.first_position
+    asking = axes.from_ids(ids, layout.position) - language._pitome.family.first_position
 
     def calibrated(one: Tensor | None) -> Tensor:
         if one is None or one.dim() == 2:
@@ -166,21 +184,33 @@ def calibrated_mask(
     mask : Tensor
         (B, 1, T, N), True or 0 where a query sees a key.
     asking : Tensor
-        (B or 1, T) position ids of the queries.
+        (B or 1, T) position ids of the queries, or (B or 1, T, A) where they have several axes.
     position, size : Tensor
-        (B, N) of the keys; the size of text is 0.
+        (B, N) or (B, N, A), and (B, N) of the keys; the size of text is 0.
     table : Tensor or None
-        (L,) what a distance adds.
+        (L,) what a distance adds; or (A, L), see `distances`.
     """
     lowest = torch.finfo(dtype).min
     bias = size.clamp(min=1).log()[:, None]
     if table is not None:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
         told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
-        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
-        bias = table[distance].mul_(told).add_(bias)
+        bias = _of_distances(asking, position, table).mul_(told).add_(bias)
     bias = bias[:, None].to(dtype)
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
+
+
+def _of_distances(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
+    """(B, T, N) what a table of distances adds to the logits of queries and keys; see `calibrated_mask`."""
+
+    def looked_up(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
+        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
+        return table[distance]
+
+    if table.dim() == 1:
+        return looked_up(asking, position, table)
+    near = sum(looked_up(asking[..., a], position[..., a], one) for a, one in enumerate(table))
+    return (NEAR - near).log_()
 
 
 def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None) -> Tensor:

@@ -49,11 +49,14 @@ def shift_to_median(image: Tensor, median: Sequence[Tensor]) -> Tensor:
 
 
 def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """(B, S) with ``values`` (K,) of each image at its placeholders, 0 elsewhere; see `shift_to_median`."""
+    """(B, S) or (B, S, A) with ``values`` (K,) or (K, A) of each image at its placeholders, 0 elsewhere; see
+    `shift_to_median`.
+    """
     flat = torch.cat(tuple(values))
     counts = image.sum(1)
     repeats = max(1, int(counts.sum()) // len(flat))
     row_start = counts[::repeats].cumsum(0) - counts[::repeats]
     rank = (image.long().cumsum(1) - 1).clamp(min=0)
     at = (row_start.repeat_interleave(repeats)[:, None] + rank).clamp(max=len(flat) - 1)
-    return flat[on(flat.device, at)].masked_fill(on(flat.device, ~image), 0)
+    elsewhere = on(flat.device, ~image)
+    return flat[on(flat.device, at)].masked_fill(elsewhere if flat.dim() == 1 else elsewhere[..., None], 0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.features import pixels_in
-from . import caches, columns
+from . import axes, caches, columns
 from .arguments import Prompt, pad_id, placeholders, read_prompt
 from .call import CALL, Call, named
 from .layout import Layout, shorten, take_all, unchanged
@@ -31,9 +31,13 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
     counted = prompt.is_parted if kwargs.get("position_ids") is None else prompt.calibrated
     if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted)):
         check_unpacked(kwargs)
-        new, sample, ids = _layout(prompt, tell, restart)
-        call = _shortened(handle.model, prompt, new, sample, ids)
+        counted = axes.positions_of(handle.core, prompt)
+        new, sample, ids = _layout(prompt, tell, restart) if counted is None else _on_axes(prompt, counted)
+        call = _shortened(handle, prompt, new, sample, ids)
         call.calibration = prompt.calibration if tell else "none"
+        if prompt.is_long and handle.plan.where == "packed":
+            counted = caller_positions(prompt.real) if counted is None else counted
+            call.places = counted[:, :-1][prompt.fresh]
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
     call.encoded = prompt.images.encoded
@@ -83,7 +87,19 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
     return (new.positioned(positions) if counted else new), None, None
 
 
-def _shortened(model: nn.Module, prompt: Prompt, new: Layout, sample: Tensor | None, ids: Tensor | None) -> Call:
+def _on_axes(prompt: Prompt, counted: Tensor) -> tuple[Layout, None, None]:
+    """The layout of columns that have positions ``counted`` (B, T + 1, A) in several axes."""
+    images, fresh = prompt.images, prompt.fresh
+    if prompt.is_long:
+        new = shorten(fresh, prompt.real, images.full, images.kept)
+    else:
+        new = replace(unchanged(*fresh.shape, fresh.device), real=prompt.real)
+    if prompt.is_long and not prompt.calibrated:
+        counted = axes.compact(counted, fresh, images.full, images.kept)
+    return new.positioned(counted), None, None
+
+
+def _shortened(handle: Attached, prompt: Prompt, new: Layout, sample: Tensor | None, ids: Tensor | None) -> Call:
     """The call with its per-token tensors in the layout of the KV cache, or in ``new`` where they hold fresh columns.
 
     ``ids`` : position ids (B, S) where the layout has none and they are not the usual ones.
@@ -91,7 +107,7 @@ def _shortened(model: nn.Module, prompt: Prompt, new: Layout, sample: Tensor | N
     layout = new if prompt.seen is None else prompt.seen.then(new)
     tokens = prompt.kwargs.get("input_ids")
     device = (prompt.kwargs["inputs_embeds"] if tokens is None else tokens).device
-    short = take_all(prompt.kwargs, pad_id(model), layout, new)
+    short = take_all(prompt.kwargs, pad_id(handle.model), layout, new)
     for name in ("position_ids", "cache_position"):  # they count the caller's columns
         short.pop(name, None)
     if short.get("attention_mask") is not None:
@@ -101,7 +117,9 @@ def _shortened(model: nn.Module, prompt: Prompt, new: Layout, sample: Tensor | N
     image = (layout if prompt.image.shape[1] == layout.width else new).take(prompt.image, 0)
     ids = ids if layout.position is None else layout.position
     if ids is not None:
-        short["position_ids"] = on(device, ids[:, ids.shape[1] - image.shape[1] :] + prompt.first)
+        short["position_ids"] = on(device, axes.as_ids(ids[:, ids.shape[1] - image.shape[1] :] + prompt.first))
+        if ids.dim() == 3:  # as the model itself leaves it for later steps
+            handle.core.rope_deltas = on(device, layout.follows[..., 0] - layout.real.sum(1, keepdim=True))
     return Call(short, image[:, image.shape[1] - new.places :], layout, sample=sample, fresh=new)
 
 

@@ -17,7 +17,7 @@ from .validate import check_positions
 def restarting(kwargs: Mapping[str, Any], real: Tensor, seen: Layout | None) -> Tensor | None:
     """The caller's position ids (B, T) where they restart within a row, which packs several samples; else None."""
     given = kwargs.get("position_ids")
-    if given is None:
+    if given is None or (isinstance(given, Tensor) and given.dim() == 3):  # which count in several axes
         return None
     check_positions(given, real, after=seen is not None)
     given = given[:, -real.shape[1] :].expand(len(real), -1).to(real.device)

@@ -12,20 +12,15 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families.anyres import Packed, Places, of_parts, part_keeps, survivors
-from ..methods import Merge
-from ..plan import Plan
-from ..schedule import projector_counts
-from ..stats import Stats
-from .call import Encoded, named
-from .merging import merge_rounds
+from ..families.anyres import Packed, Places, survivors
+from . import packed
+from .call import CALL, Encoded, named
 from .state import Attached
 from .validate import check_selection
 
@@ -36,22 +31,26 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
     """Visual tokens of every image of a call, of the plain model and as many as it will have; and the images, if only
     the tower could tell.
     """
-    full, plan = [len(place) for place in _places_of(handle, kwargs)], handle.plan
-    if plan is None or plan.keep == plan.available or plan.where == "packed":
-        return full, at_most(handle, kwargs), None
+    plan = handle.plan
+    if plan is None or plan.is_plain:
+        return [-1], [-1], None
     encoded = _encode(handle, kwargs)
-    return full, [len(features) for features in encoded.output.pooler_output], encoded
+    pictures = handle.state.stats.packed
+    return [len(picture.group) for picture in pictures], [len(picture.token) for picture in pictures], encoded
 
 
 def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
     """Visual tokens that each image of a call can have, found without running the tower, which alone knows how many
-    of them hold nothing but padding.
+    of them hold nothing but padding. Where they merge behind the projector, it is as many as they will have.
     """
-    places, plan = _places_of(handle, kwargs), handle.plan
-    if plan is None or plan.keep == plan.available:
-        return [len(place) for place in places]
+    plan, newline = handle.plan, handle.family.newline
+    places = _places_of(handle, kwargs) if newline else []
+    full = [len(place) for place in places] if newline else packed.lengths_before(handle, kwargs)
+    if plan is None or plan.is_plain:
+        return full
     if plan.where == "packed":
-        return [sum(part_keeps(place, plan.keep)) for place in places]
+        left = [n - int(place.newline.sum()) for n, place in zip(full, places)] if newline else full
+        return [plan.rounds(n)[-1] if plan.rounds(n) else whole for n, whole in zip(left, full)]
     return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
 
 
@@ -114,21 +113,14 @@ def make_pack_image_features(core: nn.Module) -> Callable[..., Any]:
     def pack_image_features(self: nn.Module, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         handle, own = self._pitome, MethodType(type(self).pack_image_features, self)
         plan, stats = handle.plan, handle.state.stats
-        if plan is None or plan.where == "packed":
-            stats = plan and Stats(plan, sum(map(len, image_features)), (), None, image_features[0].device)
-            handle.note(stats=stats)
-        if plan is None or plan.keep == plan.available:
+        if plan is None or plan.is_plain or plan.where == "packed":
             return own(image_features, image_sizes, *args, **kwargs)
         places = [_places(handle, size, len(tiles) > 1) for size, tiles in zip(image_sizes, image_features)]
-        if plan.where == "packed":
-            full, _ = own(image_features, image_sizes, *args, **kwargs)
-            made = [merged_parts(plan, features, place) for features, place in zip(full, places)]
-        else:
-            groups = stats.groups.split([len(tiles) for tiles in image_features])
-            newline = kwargs["image_newline"]
-            made = [merged_tiles(*picture, newline) for picture in zip(image_features, groups, places)]
-        features, packed = zip(*made)
-        handle.note(stats=replace(stats, packed=packed))
+        groups = stats.groups.split([len(tiles) for tiles in image_features])
+        newline = kwargs["image_newline"]
+        made = [merged_tiles(*picture, newline) for picture in zip(image_features, groups, places)]
+        features, became = zip(*made)
+        handle.note(stats=replace(stats, packed=became))
         return list(features), torch.tensor([len(f) for f in features], device=features[0].device)
 
     return pack_image_features
@@ -136,40 +128,36 @@ def make_pack_image_features(core: nn.Module) -> Callable[..., Any]:
 
 def merged_tiles(tiles: Tensor, groups: Tensor, place: Places, newline: Tensor) -> tuple[Tensor, Packed]:
     """Tiles (n, K, C) that the tower merged into ``groups``, packed with newlines (C,): features (K', C)."""
-    packed = survivors(place, groups, tiles.shape[1])
+    became = survivors(place, groups, tiles.shape[1])
     features = torch.cat([tiles.flatten(0, 1), newline[None].to(tiles)])  # -1 is the newline
-    return features[packed.token], packed
-
-
-def merged_parts(plan: Plan, features: Tensor, place: Places) -> tuple[Tensor, Packed]:
-    """The plain model's packed features (L, C), overview and rest merged apart: features (K, C)."""
-    keeps, merged, groups = part_keeps(place, plan.keep), [], []
-    for part, keep in zip(place.parts, keeps):
-        x = features[part.to(features.device)][None]
-        steps = projector_counts(x.shape[1], keep, plan.max_removable)
-        x, merges, _ = merge_rounds(plan, x, steps, context={})
-        merged.append(x[0])
-        group = reduce(Merge.then, merges).group[0] if merges else torch.arange(len(part), device=x.device)
-        groups.append(group)
-    return torch.cat(merged), of_parts(place, groups, keeps)
+    return features[became.token], became
 
 
 def make_get_image_features(core: nn.Module) -> Callable[..., Any]:
-    """A get_image_features() that refuses features that merging is not planned for, and hands out encoded ones."""
+    """A get_image_features() that refuses features that merging is not planned for, hands out encoded ones, and merges
+    what is packed.
+    """
     own = type(core).get_image_features
 
     @functools.wraps(own)
     def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = self._pitome
+        handle, plan = self._pitome, self._pitome.plan
+        given = {name: value for name, value in named(own, args, kwargs).items() if name != CALL}
         if not torch.compiler.is_compiling():
-            check_selection(handle, named(own, args, kwargs))
-        if handle.family.tiles != "anyres":
-            return own(self, *args, **kwargs)
+            check_selection(handle, given)
+        if not handle.family.tiles:
+            return own(self, **given)
         encoded = handle.encoded
         handle.forget_encoded()
-        pixels = kwargs.get("pixel_values", args[0] if args else None)
-        output = encoded.take(pixels, handle.plan) if encoded is not None and kwargs.get("return_dict", True) else None
-        return own(self, *args, **kwargs) if output is None else output
+        as_dict = given.pop("return_dict", True)
+        output = encoded.take(given.get("pixel_values"), plan) if encoded is not None else None
+        if output is None:
+            output = own(self, **given, return_dict=True)
+            if plan is None:
+                handle.note(stats=None)
+            elif plan.where == "packed":
+                output = packed.merge_output(handle, plan, output, given)
+        return output if as_dict else output.to_tuple()
 
     return get_image_features
 
@@ -187,16 +175,3 @@ def make_plain(core: nn.Module, name: str) -> Callable[..., Any]:
         return output
 
     return method
-
-
-def after_projector(projector: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-    """Forward hook of a projector that needs the whole grid of patches: merge the tokens (tiles, N, C) it makes."""
-    handle = projector._pitome
-    handle.check_calls(projector)
-    plan = handle.plan
-    if plan is None:
-        handle.note(stats=None)
-        return None
-    x, merges, size = merge_rounds(plan, output, plan.packed)
-    handle.note(stats=Stats(plan, len(x), tuple(merges), size, x.device))
-    return x

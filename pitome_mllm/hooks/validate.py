@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..methods import UserError
 from .caches import cache_in, is_paged, length_of
 from .state import Attached
 
+SIZES = ("image_grid_thw", "image_sizes")  # what models take beside pictures that keep their size
 ADVICE = "use the model's own processor, and pass its whole output"
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # what collators make
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", *PIXELS)
@@ -82,24 +84,25 @@ def check_no_images(handle: Attached, kwargs: Mapping[str, Any]) -> None:
         raise UserError(f"got {count} image placeholders and no picture; {ADVICE}, {handle.family.pixels} included")
 
 
-def check_images(handle: Attached, pixels: Tensor, sizes: Any) -> None:
-    """ValueError unless ``pixels`` are images as this family's processor makes them.
-
-    ``sizes`` : the image_sizes that came with them, or None.
-    """
+def check_images(handle: Attached, pixels: Tensor, kwargs: Mapping[str, Any]) -> None:
+    """ValueError unless ``pixels`` are images as this family's processor makes them, with their sizes in ``kwargs``."""
     tiles, shape = handle.family.tiles, tuple(pixels.shape)
-    dims = {"": (4,), "anyres": (4, 5), "connector": (5,)}[tiles]
+    dims = (5,) if handle.family.by_row else {"": (4,), "anyres": (4, 5), "features": range(2, 6)}[tiles]
     if pixels.dim() not in dims:
         expected = "(pictures, tiles, 3, H, W)" if tiles else "(pictures, 3, H, W)"
         raise UserError(f"got pictures of shape {shape}, {type(handle.model).__name__} takes {expected}; {ADVICE}")
     if not len(pixels):
         raise UserError(f"got pixel_values of shape {shape}, no picture; leave them out where there is none")
-    if tiles == "anyres" and sizes is None:
-        raise UserError(f"got pixel_values without image_sizes; {ADVICE}")
-    if tiles == "anyres" and pixels.dim() == 5 and len(sizes) != len(pixels):
-        raise UserError(f"got {len(pixels)} pictures and {len(sizes)} image_sizes; {ADVICE}")
+    needed = inspect.signature(type(handle.core).get_image_features).parameters if tiles else {}
+    for name in (name for name in SIZES if name in needed):
+        if kwargs.get(name) is None:
+            raise UserError(f"got pixel_values without {name}; {ADVICE}")
+        if pixels.dim() == 5 and len(kwargs[name]) != len(pixels):
+            raise UserError(f"got {len(pixels)} pictures and {len(kwargs[name])} {name}; {ADVICE}")
+    if tiles == "features":
+        return
     side = handle.model.config.vision_config.image_size
-    if tiles != "connector" and shape[-2:] != (side, side):
+    if shape[-2:] != (side, side):
         raise UserError(
             f"got pictures of {shape[-2]} x {shape[-1]} pixels, this vision tower takes {side} x {side}; {ADVICE}"
         )
@@ -109,7 +112,7 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     """ValueError unless ``count`` placeholders are those of images with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
-    one = "tile" if handle.family.tiles == "connector" else "picture"
+    one = "tile" if handle.family.by_row else "picture"
     pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
     if not count:
         raise UserError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")

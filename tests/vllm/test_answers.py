@@ -36,7 +36,7 @@ CASES = {
     "keys, class token": ("clip-full", {"keep": 145, "method": "tome", "metric": "keys", "place": "end"}, 65, {}),
     "SigLIP": ("siglip-full", {"keep": 144, "where": "tower"}, 100, {}),
     "before the projector": ("clip-default", {"keep": 0.25, "method": "divprune"}, 0.125, {}),
-    "LLaVA-NeXT": ("next", {"keep": 36}, 20, {"max_num_batched_tokens": 160}),
+    "LLaVA-NeXT": ("next", {"keep": 36}, 20, {"max_num_batched_tokens": 160, "block_size": 32}),
 }
 
 
@@ -89,6 +89,13 @@ def test_a_request_for_more_or_for_nonsense_is_refused(engine, keep):
     assert len(outputs(llm, [request(models.QUESTION, picture)], 1)[0].prompt_token_ids) == 152
 
 
+@pytest.mark.parametrize("keep", [37, 0.9, 1.0])
+def test_a_request_for_more_of_a_picture_in_tiles_is_refused(engine, keep):
+    name, settings, _, options = CASES["LLaVA-NeXT"]
+    with pytest.raises(ValueError, match=f"keep={keep} comes to .* at most 36 are served"):
+        outputs(engine(name, settings, **options), [request(models.QUESTION, *pictures("next", 1), keep=keep)])
+
+
 @pytest.mark.parametrize("name", ["clip-default", "next"])
 def test_a_burst_of_pictures_is_encoded_in_chunks(engine, name):
     """The scheduler counts tokens after merging; the tower gets as many pictures as it would have had without."""
@@ -130,6 +137,13 @@ def test_pictures_of_another_keep_have_another_identity(engine):
     found += [identity(llm, uuid="mine"), identity(llm, 64, uuid="mine"), identity(other, uuid="mine")]
     assert len({*found}) == len(found) and identity(llm) == found[0]
     assert "mine" in found[4] and found[4] != "mine"
+
+
+def test_a_picture_that_vllm_knows_may_be_named_only(engine):
+    llm, asked = engine("clip-default", {"keep": 144}), request(models.QUESTION, models.picture(4))
+    first = answers(llm, [{**asked, "multi_modal_uuids": {"image": ["known"]}}])
+    named = {**asked, "multi_modal_data": {"image": [None]}, "multi_modal_uuids": {"image": ["known"]}}
+    assert answers(llm, [named]) == first == answers(llm, [asked])
 
 
 def test_two_ranks_decide_alike(checkpoint, engine):
@@ -174,3 +188,10 @@ def test_graphs_give_what_is_encoded_without(engine, monkeypatch):
     for a, b in zip(graphed, plain):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert manager.graph_hits == 6 and manager.graph_misses == 3
+
+
+def test_pictures_that_are_encoded_already_keep_all(engine):
+    llm = engine("clip-default", {"keep": 144}, enable_mm_embeds=True)
+    embeddings = torch.randn(1, 10, 64, generator=torch.Generator().manual_seed(0))
+    (found,) = outputs(llm, [{"prompt": models.QUESTION, "multi_modal_data": {"image": embeddings}}])
+    assert len(found.prompt_token_ids) == 10 + 8 and len(found.outputs[0].token_ids) == 12

@@ -1,6 +1,7 @@
 """Tower, merging and projector of LLaVA-1.5 as one CUDA graph of vLLM's, of which ``cudagraph_mm_encoder`` makes some.
 
-Images that keep as many tokens as is configured replay a graph; others are encoded without, one by one.
+Images that keep as many tokens as is configured replay a graph; others are encoded without, one by one. Not run on a
+GPU so far: the tests put a stand-in for CUDA's graphs into vLLM's own manager of them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from . import versions
 versions.check()
 
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models import clip, siglip
 from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph
 from vllm.model_executor.models.llava import (
@@ -29,9 +30,10 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.model_executor.models.utils import WeightsMapper, scatter_output_slices
+from vllm.model_executor.models.vision import is_vit_use_data_parallel
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ...hooks.tiles import merged_parts
+from ...hooks.packed import merge_pictures
 from ...plan import Plan
 from . import processing, tower
 from .graphs import EncoderGraphs
@@ -55,8 +57,8 @@ class _Merged:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         plan = plan_of(vllm_config.model_config.hf_config)
+        tower.check_ranks(plan, 1 if is_vit_use_data_parallel() else get_tensor_model_parallel_world_size())
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        tower.check_ranks(plan, self.vision_tower)
         self.plan = plan
         # The scheduler charges an image its tokens after merging, so that too many of them may come at once.
         self.at_once = max(1, vllm_config.scheduler_config.max_num_encoder_input_tokens // plan.available)
@@ -83,7 +85,8 @@ class PitomeLlavaForConditionalGeneration(_Merged, EncoderGraphs, LlavaForCondit
         """The visual tokens (keep, C) of every image."""
         pixels, made = inputs["pixel_values"], {}
         for keep, items in batches(keeps, self.at_once):
-            made |= zip(items, self.encode_alike(pixels[items], plan_of(self.config, keep)))
+            alike = torch.stack([pixels[item] for item in items])
+            made |= zip(items, self.encode_alike(alike, plan_of(self.config, keep)))
         return [made[item] for item in range(len(keeps))]
 
     def encode_alike(self, pixels: Tensor, plan: Plan) -> Tensor:
@@ -95,14 +98,14 @@ class PitomeLlavaForConditionalGeneration(_Merged, EncoderGraphs, LlavaForCondit
     processing.MergedLlavaNextProcessor, info=processing.MergedLlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class PitomeLlavaNextForConditionalGeneration(_Merged, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT, merging an image's packed tokens behind the projector, overview and tiles apart."""
+    """LLaVA-NeXT, merging an image's packed tokens behind the projector."""
 
     hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | SAVED_BY_5
 
     def encode(self, inputs: Any, keeps: Sequence[int]) -> list[Tensor]:
         """The visual tokens (K, C) of every image."""
-        sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"]]
-        places, made = [places_of(self.config, size) for size in sizes], []
+        sizes, made = inputs["image_sizes"], []
+        places = [places_of(self.config, (int(height), int(width))) for height, width in sizes]
         for images in groups([place.tiles for place in places], self.at_once):
             tiles = [inputs["pixel_values"][i][: places[i].tiles] for i in images]  # what follows only fills a batch
             parts = torch.cat(tiles).split(self.at_once)
@@ -110,9 +113,11 @@ class PitomeLlavaNextForConditionalGeneration(_Merged, LlavaNextForConditionalGe
                 [self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, part)) for part in parts]
             )
             for i, features in zip(images, encoded.split([len(one) for one in tiles])):
-                size, plan = inputs["image_sizes"][i], plan_of(self.config, keeps[i])
-                full = self._merge_image_patch_embeddings(size, features, strategy="spatial_unpad")
-                made.append(merged_parts(plan, full, places[i])[0] if plan.packed else full)
+                packed = self._merge_image_patch_embeddings(sizes[i], features, strategy="spatial_unpad")
+                if keeps[i] < len(packed):
+                    left = (~places[i].newline).nonzero()[:, 0].to(packed.device)
+                    (packed,), _ = merge_pictures(plan_of(self.config, keeps[i]), [packed[left]], [None])
+                made.append(packed)
         return made
 
 

@@ -17,15 +17,16 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
-from ...families.anyres import Places, part_keeps
+from ...errors import UserError
+from ...families.anyres import Places
 from ...plan import Plan
 from . import KEY
 from .spec import fingerprint, plan_of, requested
 
-KEEP = "visual_tokens_kept"  # the field that tells the model how many tokens an image, or each of its tiles, keeps
+KEEP = "visual_tokens_kept"  # the field that tells the model how many tokens an image keeps
 BEFORE = Counter("pitome_visual_tokens_before", "Visual tokens of the images in prompts, as the plain model has them")
 AFTER = Counter("pitome_visual_tokens_after", "Visual tokens of the images in prompts, after merging")
 SIZES = 256  # of images whose packing is remembered
@@ -72,7 +73,8 @@ class MergedLlavaNextInfo(_Info, LlavaNextProcessingInfo):
 
     def counts(self, plan: Plan, width: int, height: int) -> tuple[int, int]:
         places = places_of(self.get_hf_config(), (height, width))
-        return len(places), sum(part_keeps(places, plan.keep)) if plan.packed else len(places)
+        rounds = plan.rounds(len(places) - int(places.newline.sum()))
+        return len(places), rounds[-1] if rounds else len(places)
 
 
 class _Processor:
@@ -84,11 +86,22 @@ class _Processor:
         """What a request asks for."""
         return plan_of(self.info.get_hf_config(), requested(mm_kwargs))
 
+    def counts(self, mm_kwargs: Mapping[str, object], images: ImageProcessorItems) -> list[tuple[int, int]]:
+        """Visual tokens of every image, in the plain model and after merging; UserError where those are too many."""
+        served, asked, found = self.plan({}), self.plan(mm_kwargs), []
+        for size in map(images.get_image_size, range(len(images))):
+            (before, after), (_, most) = (self.info.counts(plan, size.width, size.height) for plan in (asked, served))
+            if after > most:
+                keep = requested(mm_kwargs)
+                raise UserError(f"keep={keep} comes to {after} visual tokens of a picture; at most {most} are served")
+            found.append((before, after))
+        return found
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         own = {name: value for name, value in hf_kwargs.items() if name != KEY}
         data = super()._apply_hf_processor_main(mm_items, own)
         if "pixel_values" in data:
-            data[KEEP] = torch.full((len(data["pixel_values"]),), self.plan(hf_kwargs).keep)
+            data[KEEP] = torch.tensor([after for _, after in self.counts(hf_kwargs, mm_items["image"])])
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
@@ -98,16 +111,13 @@ class _Processor:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        plan, token = self.plan(hf_processor_mm_kwargs), self.info.get_hf_config().image_token_index
-
-        def replacement(item: int) -> list[int]:
-            images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-            if isinstance(images, ImageEmbeddingItems):  # encoded already, by whoever sent them
-                return [token] * images.get_feature_size(item)
-            size = images.get_image_size(item)
-            return [token] * self.info.counts(plan, size.width, size.height)[1]
-
-        return [PromptReplacement(modality="image", target=[token], replacement=replacement)]
+        token = self.info.get_hf_config().image_token_index
+        images = mm_items.get("image", ())  # none where a cache knows all of them
+        if isinstance(images, ImageProcessorItems):
+            left = [after for _, after in self.counts(hf_processor_mm_kwargs, images)]
+        else:  # encoded already, by whoever sent them
+            left = [images.get_feature_size(item) for item in range(len(images))]
+        return [PromptReplacement(modality="image", target=[token], replacement=lambda item: [token] * left[item])]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         tag = fingerprint(self.plan(inputs.hf_processor_mm_kwargs))
@@ -122,10 +132,10 @@ class _Processor:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         made, images = super().apply(inputs, timing_ctx), inputs.mm_data_items.get("image")
         if self.counting and isinstance(images, ImageProcessorItems):
-            plan = self.plan(inputs.hf_processor_mm_kwargs)
-            for size in map(images.get_image_size, range(len(images))):
-                for counter, tokens in zip((BEFORE, AFTER), self.info.counts(plan, size.width, size.height)):
-                    counter.inc(tokens)
+            sent = ImageProcessorItems([image for image in images.get_all() if image is not None])  # not only named
+            for before, after in self.counts(inputs.hf_processor_mm_kwargs, sent):
+                BEFORE.inc(before)
+                AFTER.inc(after)
         return made
 
 

@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...families.geometry import Geometry, geometry
 from ...methods import METHODS
 from ...plan import Plan, make_plan
-from ...schedule import target_count
+from ...schedule import picture_count, target_count
 from ...settings import Settings
 from . import ARCHITECTURES, KEY
 
@@ -54,7 +54,7 @@ def plan_of(config: Any, keep: Any = None) -> Plan:
     Raises
     ------
     ValueError
-        The settings are missing or not possible; ``keep`` is no count, no share, or above the configured one.
+        The settings are missing or not possible, or ``keep`` is no count and no share.
     """
     asked = getattr(config, KEY, None)
     if not isinstance(asked, Mapping):
@@ -66,9 +66,10 @@ def plan_of(config: Any, keep: Any = None) -> Plan:
     plan = _plan(said, None, shape)
     if keep is None:
         return plan
+    if plan.where == "packed":  # of each picture's own tokens
+        picture_count(keep, shape.available)  # before anything else is done with nonsense
+        return _plan(said, keep, shape)
     count = target_count(keep, shape.available)
-    if count > plan.keep:
-        raise UserError(f"keep={keep} comes to {count} visual tokens; at most {plan.keep} are served")
     return plan if count == plan.keep else _plan(said, count, shape)
 
 
@@ -84,11 +85,11 @@ def requested(mm_kwargs: Mapping[str, Any]) -> Any:
 
 def fingerprint(plan: Plan) -> str:
     """A short name of what ``plan`` makes of an image, for caches that outlive a server."""
-    return hashlib.sha256(f"{__version__} {plan!r}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{__version__} {plan.asked.keep} {plan!r}".encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=PLANS)
-def _plan(said: str, keep: int | None, shape: Geometry) -> Plan:
+@lru_cache(maxsize=PLANS, typed=True)  # keep=1 is one token, keep=1.0 all
+def _plan(said: str, keep: int | float | None, shape: Geometry) -> Plan:
     asked: dict[str, Any] = json.loads(said)
     for name in asked.keys() & FIXED.keys():
         if asked[name] != FIXED[name]:

@@ -16,13 +16,12 @@ from ...methods import UserError
 from ...plan import Plan
 
 
-def check_ranks(plan: Plan, tower: Any) -> None:
-    """UserError where ranks would decide by heads of their own."""
-    attention = tower.vision_model.encoder.layers[0].self_attn
-    if plan.metric == "keys" and attention.tp_size > 1:
+def check_ranks(plan: Plan, ranks: int) -> None:
+    """UserError where each of several ranks would decide by heads of its own."""
+    if plan.metric == "keys" and ranks > 1:
         raise UserError(
-            f"metric='keys' differs between the {attention.tp_size} ranks of tensor parallelism, each of which has "
-            "heads of its own; choose metric='hidden'"
+            f"metric='keys' differs between the {ranks} ranks of tensor parallelism, each of which has heads of its "
+            "own; choose metric='hidden'"
         )
 
 

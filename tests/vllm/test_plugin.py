@@ -1,0 +1,93 @@
+"""The plug-in's edges: what is in front of the server, and another vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+from pitome_mllm.serving.vllm import ARCHITECTURES, MIDDLEWARE, middleware, register, versions
+
+
+@pytest.fixture
+def client():
+    """Of a server that answers with the body it gets, and of one that never reads it."""
+
+    async def body(request):
+        return JSONResponse(await request.json())
+
+    async def stream(request):
+        await request.body()
+        return StreamingResponse(iter(["a", "b"]))
+
+    async def deaf(request):
+        return JSONResponse(None, 401)
+
+    routes = [Route(f"/{one.__name__}", one, methods=["GET", "POST"]) for one in (body, stream, deaf)]
+    return TestClient(middleware.Keep(Starlette(routes=routes)), raise_server_exceptions=False)
+
+
+def test_keep_goes_where_vllm_looks_for_it(client):
+    asked = {"model": "m", "messages": [{"role": "user", "content": "ä"}], "keep": 72}
+    wanted = {"mm_processor_kwargs": {"visual_token_merging": {"keep": 72}}}
+    assert client.post("/body", json=asked).json() == {"model": "m", "messages": asked["messages"], **wanted}
+    for same in ({"model": "m"}, {"keep": None}, [1], "text"):
+        assert client.post("/body", json=same).json() == same
+    assert client.post("/stream", json=asked).text == "ab"
+    assert MIDDLEWARE.rsplit(".", 1) == [middleware.__name__, "Keep"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"keep": keep} for keep in (0, -1, 1.5, "72", True, [72], {})]
+    + [
+        {"mm_processor_kwargs": {"size": 9999}},
+        {"mm_processor_kwargs": {"a": 1}, "keep": 72},
+        {"media_io_kwargs": {"a": {}}},
+    ],
+)
+def test_nonsense_and_what_vllm_would_trust_is_a_bad_request(client, wrong):
+    answer = client.post("/body", json=wrong)
+    assert answer.status_code == 400 and "keep" in answer.text
+    assert client.post("/body", content=json.dumps(wrong).replace("mm_p", "mm_\\u0070")).status_code == 400
+    assert client.post("/deaf", json=wrong).status_code == 401  # nothing of a stranger is read
+
+
+def test_a_body_that_is_no_json_goes_on_as_it_is(client):
+    assert client.post("/stream", content=b"\xff{").text == "ab" and client.get("/stream").text == "ab"
+
+
+def imported():
+    """The module of the models, once more."""
+    known = importlib.util.find_spec("pitome_mllm.serving.vllm.models")
+    again = importlib.util.spec_from_file_location("pitome_mllm.serving.vllm.models_again", known.origin)
+    module = importlib.util.module_from_spec(again)
+    again.loader.exec_module(module)
+    return module
+
+
+def test_another_vllm_is_told_the_range(monkeypatch):
+    assert {*ARCHITECTURES.values()} <= {*vars(imported())}
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "version", lambda name: "0.34.0")
+        with pytest.raises(ValueError, match="vLLM 0.34.0 .* vLLM 0.32 to 0.33"):
+            imported()
+    monkeypatch.setattr(LlavaForConditionalGeneration, "embed_multimodal", lambda self, images: None)
+    with pytest.raises(ValueError, match="in this vLLM, and the plug-in expects self, kwargs"):
+        imported()
+
+
+def test_registering_twice_is_harmless_and_leaves_vllms_own():
+    from vllm import ModelRegistry
+
+    own = {name: ModelRegistry.models[name] for name in ARCHITECTURES}
+    register()
+    register()
+    assert {name: ModelRegistry.models[name] for name in ARCHITECTURES} == own
+    assert {*ARCHITECTURES.values()} <= {*ModelRegistry.get_supported_archs()}
