@@ -90,11 +90,22 @@ class Cell:
 
 @dataclass
 class Server:
-    """One that runs."""
+    """One that runs, or is about to."""
 
     url: str
+    process: subprocess.Popen[bytes]
+    log: Path
     prompt: int = 0  # tokens of every prompt
     blocks: int = 0  # of its KV cache
+
+    def answers(self) -> bool:
+        """Whether it does yet; RuntimeError where it never will."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"a server does not start: {self.log.read_text()[-3000:]}")
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,7 +121,9 @@ def main(argv: list[str] | None = None) -> None:
             for what, keep in CONTENDERS.items()
         }
         for server in servers.values():
-            server.prompt, server.blocks = asyncio.run(ready(server.url))
+            while not server.answers():
+                time.sleep(1)
+            server.prompt, server.blocks = asyncio.run(first(server.url))
         print(f"{len(servers)} servers after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         cells = measured(servers, options.rounds, options.part, shape.vision["image_size"])
         version = httpx.get(f"{servers[STOCK].url}/version").json()["version"]
@@ -150,7 +163,7 @@ def write_model(shape: Shape, folder: Path) -> None:
 
 @contextmanager
 def started(what: str, keep: int | None, model: Path, more: Sequence[str]) -> Iterator[Server]:
-    """A server on its way; its log stands beside the model."""
+    """A server that starts; its log stands beside the model."""
     with bound("127.0.0.1", None) as free:
         port = free.getsockname()[1]
     serve = ["-m", "vllm.entrypoints.cli.main", "serve", str(model)]
@@ -161,23 +174,11 @@ def started(what: str, keep: int | None, model: Path, more: Sequence[str]) -> It
             [sys.executable, *serve, "--port", str(port), *ALIKE, *more], stdout=log, stderr=subprocess.STDOUT,
             env=os.environ | ONE_CORE,
         )  # fmt: skip
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
     try:
-        while not _answers(f"{url}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{what} does not start: {(model / f'{what}.log').read_text()[-3000:]}")
-            time.sleep(1)
-        yield Server(url)
+        yield Server(f"http://127.0.0.1:{port}", process, model / f"{what}.log")
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def bodies(count: int, side: int) -> list[bytes]:
@@ -249,7 +250,7 @@ async def blocks(client: httpx.AsyncClient) -> tuple[int, int]:
     return round(float(re.search(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)", text, re.M)[1]) * there), there
 
 
-async def ready(url: str) -> tuple[int, int]:
+async def first(url: str) -> tuple[int, int]:
     """Tokens of a prompt, and blocks of the KV cache, after a first request."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         asked = json.loads(bodies(1, 336)[0]) | {"stream": False, "stream_options": None}
