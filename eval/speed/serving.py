@@ -85,7 +85,7 @@ class Cell:
         for name in ("first", "each"):
             ms = np.quantile([1000 * getattr(one, name) for one in self.answers], (0.5, 0.95, 0.99))
             found |= {f"{name}_p{q}": round(float(value), 2) for q, value in zip((50, 95, 99), ms)}
-        return found | {"kv_blocks": self.blocks, "of_blocks": server.blocks}
+        return found | {"kv_blocks": self.blocks, "of_blocks": server.blocks, "block_tokens": server.block_tokens}
 
 
 @dataclass
@@ -97,6 +97,7 @@ class Server:
     log: Path
     prompt: int = 0  # tokens of every prompt
     blocks: int = 0  # of its KV cache
+    block_tokens: int = 0  # of each
 
     def answers(self) -> bool:
         """Whether it does yet; RuntimeError where it never will."""
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         for server in servers.values():
             while not server.answers():
                 time.sleep(1)
-            server.prompt, server.blocks = asyncio.run(first(server.url))
+            asyncio.run(first(server))
         print(f"{len(servers)} servers after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         cells = measured(servers, options.rounds, options.part, shape.vision["image_size"])
         version = httpx.get(f"{servers[STOCK].url}/version").json()["version"]
@@ -233,29 +234,31 @@ async def arriving(client: httpx.AsyncClient, asked: Sequence[bytes], rate: floa
     return await asyncio.gather(*map(one, asked, times.tolist()))
 
 
-async def under_load(url: str, load: Callable[[httpx.AsyncClient], Awaitable[list[Answer]]], cell: Cell) -> None:
+async def under_load(server: Server, load: Callable[[httpx.AsyncClient], Awaitable[list[Answer]]], cell: Cell) -> None:
     """Let a server answer, and add to ``cell`` what it did."""
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         running, began = asyncio.ensure_future(load(client)), time.perf_counter()
         while not (await asyncio.wait([running], timeout=0.3))[0]:
-            cell.blocks = max(cell.blocks, (await blocks(client))[0])
+            cell.blocks = max(cell.blocks, round(server.blocks * await usage(client)))
         cell.answers += running.result()
         cell.seconds += time.perf_counter() - began
 
 
-async def blocks(client: httpx.AsyncClient) -> tuple[int, int]:
-    """Blocks of the KV cache in use, and all."""
-    text = (await client.get("/metrics")).text
-    there = int(re.search(r'vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', text)[1])
-    return round(float(re.search(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)", text, re.M)[1]) * there), there
+async def usage(client: httpx.AsyncClient) -> float:
+    """The share of the KV cache that is in use."""
+    return float(re.search(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)", (await client.get("/metrics")).text, re.M)[1])
 
 
-async def first(url: str) -> tuple[int, int]:
-    """Tokens of a prompt, and blocks of the KV cache, after a first request."""
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+async def first(server: Server) -> None:
+    """Ask once, and look at what there is."""
+    async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
         asked = json.loads(bodies(1, 336)[0]) | {"stream": False, "stream_options": None}
         reply = await client.post("/v1/chat/completions", json=asked)
-        return reply.raise_for_status().json()["usage"]["prompt_tokens"], (await blocks(client))[1]
+        server.prompt = reply.raise_for_status().json()["usage"]["prompt_tokens"]
+        about = re.search(r"^vllm:cache_config_info\{.*\}", (await client.get("/metrics")).text, re.M)[0]
+        server.blocks, server.block_tokens = (
+            int(re.search(rf'[{{,]{name}="(\d+)"', about)[1]) for name in ("num_gpu_blocks", "block_size")
+        )
 
 
 def measured(servers: dict[str, Server], rounds: int, part: float, side: int) -> dict[tuple[str, str], Cell]:
@@ -272,7 +275,7 @@ def measured(servers: dict[str, Server], rounds: int, part: float, side: int) ->
                     cell.rate = round(float(load) * len(taken.answers) / taken.seconds, 4)
                 way = at_once if isinstance(load, int) else arriving
                 much = load if isinstance(load, int) else cell.rate
-                asyncio.run(under_load(servers[what].url, lambda client: way(client, some, much), cell))  # noqa: B023
+                asyncio.run(under_load(servers[what], lambda client: way(client, some, much), cell))  # noqa: B023
                 said = f"round {number + 1}, load {load}, {what}: {len(some)} in {time.monotonic() - began:.1f} s"
                 print(said, file=sys.stderr, flush=True)
     return cells

@@ -10,7 +10,7 @@ from .report import Found, judged, shown
 
 SERVE_RESULTS, COMMAND = RESULTS / "bench-serve.csv", "make bench-serve"
 STOCK, PLOT = "stock", "serving.png"
-COLUMNS = ("load", "what", "requests_s", "first_p95", "each_p95", "kv_blocks", "commit")
+COLUMNS = ("load", "what", "requests_s", "first_p95", "each_p95", "kv_blocks", "block_tokens", "commit")
 PROMISED = {("12", "64")}  # where merging answers at least three times as many, a first token waits a third at most
 TIMES, SHARE = 3.0, 1 / 3
 
@@ -36,7 +36,7 @@ def table(rows: list[Found]) -> str:
     stock = {row["load"]: row for row in rows if row["what"] == STOCK}
     percentiles = "P50 / P95 / P99, ms"
     head = ["load", "visual tokens", "requests/s", "of stock's", f"first token, {percentiles}", "P95 of stock's"]
-    lines = [[*head, f"further tokens, {percentiles}", "KV blocks"]]
+    lines = [[*head, f"further tokens, {percentiles}", f"KV blocks of {rows[0]['block_tokens']}"]]
     for row in rows:
         plain, promised = stock[row["load"]], (row["load"], row["what"]) in PROMISED
         times = float(row["requests_s"]) / float(plain["requests_s"])
