@@ -25,6 +25,8 @@ KEEP, KEEPS = 144, (None, 100, 36, 9)
 ROOM = 1536  # tokens of prompt and answer
 OPTIONS = ["--max-model-len", ROOM, "--enforce-eager", "--max-num-seqs", 32, "--mm-processor-cache-gb", 0]
 OPTIONS += ["--num-gpu-blocks-override", 64]  # of 128 tokens: memory that is touched little by little is no leak
+# What libraries keep for later: up to 1024 of oneDNN's kernels, one for each number of tokens, and malloc's heaps.
+FLAT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class Server:
@@ -39,7 +41,7 @@ class Server:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, [*command, *OPTIONS])], stdout=log, stderr=subprocess.STDOUT,
-                env={name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"},
+                env={name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"} | FLAT,
             )  # fmt: skip
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
