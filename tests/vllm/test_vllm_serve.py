@@ -38,11 +38,11 @@ class Server:
             self.port = found.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "log"
         command = ["-m", "pitome_mllm.cli", "serve", "--engine", "vllm", "--keep", KEEP, "--port", self.port, "--"]
+        own = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *map(str, [*command, *OPTIONS])], stdout=log, stderr=subprocess.STDOUT,
-                env={name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"} | FLAT,
-            )  # fmt: skip
+                [sys.executable, *map(str, [*command, *OPTIONS])], stdout=log, stderr=subprocess.STDOUT, env=own | FLAT
+            )
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
     def wait(self):
