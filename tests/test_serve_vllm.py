@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ from checks import command_line
 
 from pitome_mllm.commands import serve
 from pitome_mllm.loading import TINY
-from pitome_mllm.serving.vllm import versions
+from pitome_mllm.serving.vllm import BEGINNING, MIDDLEWARE, versions
 
 ENGINE = ("serve", "--engine", "vllm", "--port")
 
@@ -51,6 +52,19 @@ def test_the_line_of_vllm_says_what_was_asked(run, port, started):
     for name, value in ("host", "localhost"), ("port", str(port)), ("dtype", "bfloat16"), ("served-model-name", "tiny"):
         assert line[line.index(f"--{name}") + 1] == value
     assert line[-4:] == ["--max-model-len", "2048", "--api-key", "a b"]
+
+
+def test_chats_begin_as_texts_do(run, port, started, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + template.read_text())
+    for model, middleware in (("tiny", BEGINNING), (tmp_path / "model", MIDDLEWARE)):
+        assert run(*ENGINE, port, "--model", model)[0] == 0
+        assert started[-1][1][started[-1][1].index("--middleware") + 1] == middleware
+    template.unlink()
+    code, _, err = run(*ENGINE, port, "--model", tmp_path / "model")
+    assert code == 2 and "has no chat template" in err
+    assert run(*ENGINE, port, "--model", tmp_path / "model", "--", "--chat-template", "own.jinja")[0] == 0
 
 
 @pytest.mark.parametrize("there", [True, False])
