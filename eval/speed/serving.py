@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pitome_mllm.commands._options import bound
 from pitome_mllm.costs.published import SHAPES, Shape
 from pitome_mllm.loading import TINY
 from pitome_mllm.methods import UserError
@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
             while not server.answers():
                 time.sleep(1)
             asyncio.run(first(server))
+        if (counts := len({server.prompt for server in servers.values()})) != len({*CONTENDERS.values()} - {None}):
+            raise RuntimeError(f"the servers' prompts have {counts} different lengths")
         print(f"{len(servers)} servers after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         cells = measured(servers, options.rounds, options.part, shape.vision["image_size"])
         version = httpx.get(f"{servers[STOCK].url}/version").json()["version"]
@@ -165,7 +167,7 @@ def write_model(shape: Shape, folder: Path) -> None:
 @contextmanager
 def started(what: str, keep: int | None, model: Path, more: Sequence[str]) -> Iterator[Server]:
     """A server that starts; its log stands beside the model."""
-    with bound("127.0.0.1", None) as free:
+    with socket.create_server(("127.0.0.1", 0)) as free:  # listening, so that no two get one: vLLM would share it
         port = free.getsockname()[1]
     serve = ["-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     if keep is not None:
