@@ -37,8 +37,8 @@ from ..documents import write_csv
 from ..provenance import about_machine, check_commit, commit
 from .models import configuration
 
-STOCK = "stock"
-CONTENDERS = {STOCK: None, "576": 576, "144": 144, "64": 64}
+STOCK, ALL = "stock", 576
+CONTENDERS = {STOCK: None, "576": ALL, "144": 144, "64": 64}
 REQUESTS = {1: 12, 4: 24, 12: 48, 32: 96}  # asked at once: in all, in each round
 BUSY = {"0.8": 48, "1.5": 48}  # Poisson arrivals, as a share of what stock vLLM answers 12 at once: in all
 WORDS, NEW_TOKENS = "is there a red star in the top left? " * 4, 16
@@ -125,8 +125,9 @@ def main(argv: list[str] | None = None) -> None:
             while not server.answers():
                 time.sleep(1)
             asyncio.run(first(server))
-        if (counts := len({server.prompt for server in servers.values()})) != len({*CONTENDERS.values()} - {None}):
-            raise RuntimeError(f"the servers' prompts have {counts} different lengths")
+        less = {servers[STOCK].prompt - server.prompt for server in servers.values()}
+        if less != {ALL - (keep or ALL) for keep in CONTENDERS.values()}:
+            raise RuntimeError(f"prompts of the servers are shorter than stock vLLM's by {sorted(less)} tokens")
         print(f"{len(servers)} servers after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         cells = measured(servers, options.rounds, options.part, shape.vision["image_size"])
         version = httpx.get(f"{servers[STOCK].url}/version").json()["version"]
@@ -194,7 +195,7 @@ def bodies(count: int, side: int) -> list[bytes]:
         url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": WORDS}]
         asked = {"model": NAME, "messages": [{"role": "user", "content": content}], "max_tokens": NEW_TOKENS}
-        asked |= {"temperature": 0, "ignore_eos": True, "stream": True}
+        asked |= {"temperature": 0, "ignore_eos": True, "stream": True, "add_special_tokens": True}
         asked["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         made.append(json.dumps(asked).encode())
     return made
