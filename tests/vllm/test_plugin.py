@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
-from pitome_mllm.serving.vllm import ARCHITECTURES, MIDDLEWARE, middleware, register, versions
+from pitome_mllm.serving.vllm import ARCHITECTURES, BEGINNING, MIDDLEWARE, middleware, register, versions
 
 
 @pytest.fixture
@@ -31,7 +31,18 @@ def client():
         return JSONResponse(None, 401)
 
     routes = [Route(f"/{one.__name__}", one, methods=["GET", "POST"]) for one in (body, stream, deaf)]
+    routes.append(Route("/chat/completions", body, methods=["POST"]))
     return TestClient(middleware.Keep(Starlette(routes=routes)), raise_server_exceptions=False)
+
+
+def test_chats_begin_as_texts_do_where_the_template_leaves_that_out(client):
+    client.app.__class__ = middleware.KeepAndBegin
+    more, own = {"add_special_tokens": True}, {"add_special_tokens": False}
+    assert client.post("/chat/completions", json={"model": "m"}).json() == {**more, "model": "m"}
+    assert more.items() <= client.post("/chat/completions", json={"keep": 9}).json().items()
+    assert client.post("/chat/completions", json=own).json() == own
+    assert client.post("/body", json={"model": "m"}).json() == {"model": "m"}
+    assert BEGINNING.rsplit(".", 1) == [middleware.__name__, "KeepAndBegin"]
 
 
 def test_keep_goes_where_vllm_looks_for_it(client):

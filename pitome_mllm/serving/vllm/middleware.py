@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 
 from ...errors import UserError
 from ...schedule import target_count
@@ -23,13 +24,15 @@ UNTRUSTED = ("mm_processor_kwargs", "media_io_kwargs")
 class Keep:
     """An ASGI application around another; for ``--middleware``."""
 
+    also: ClassVar[dict[str, Any]] = {}  # fields of chats that say nothing of them
+
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        read = False
+        read, also = False, self.also if scope["path"].endswith("/chat/completions") else {}
 
         async def whole() -> Any:
             """The body as vLLM is to see it, once it asks; nothing is read of whom it turns away before."""
@@ -43,13 +46,19 @@ class Keep:
                     return message
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-            return {"type": "http.request", "body": translated(bytes(body)), "more_body": False}
+            return {"type": "http.request", "body": translated(bytes(body), also), "more_body": False}
 
         return await self.app(scope, whole, send)
 
 
-def translated(body: bytes) -> bytes:
-    """The body with ``keep`` where vLLM looks for it; a body that is no JSON object is vLLM's to refuse.
+class KeepAndBegin(Keep):
+    """For models whose chat template leaves out the token that texts begin with, as LLaVA-1.5's: vLLM adds none."""
+
+    also: ClassVar[dict[str, Any]] = {"add_special_tokens": True}
+
+
+def translated(body: bytes, also: Mapping[str, Any]) -> bytes:
+    """The body with ``keep`` where vLLM looks for it, and ``also``; one that is no JSON object is vLLM's to refuse.
 
     Raises
     ------
@@ -67,9 +76,9 @@ def translated(body: bytes) -> bytes:
             raise HTTPException(400, f"{name} is not possible here; a request's own number of visual tokens is 'keep'")
     keep = asked.pop("keep", None)
     if keep is None:
-        return body
+        return json.dumps({**also, **asked}).encode() if also else body
     try:
         target_count(keep, sys.maxsize)
     except UserError as error:
         raise HTTPException(400, str(error)) from error
-    return json.dumps({**asked, UNTRUSTED[0]: {KEY: {"keep": keep}}}).encode()
+    return json.dumps({**also, **asked, UNTRUSTED[0]: {KEY: {"keep": keep}}}).encode()
