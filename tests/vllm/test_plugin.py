@@ -30,8 +30,8 @@ def client():
     async def deaf(request):
         return JSONResponse(None, 401)
 
-    routes = [Route(f"/{one.__name__}", one, methods=["GET", "POST"]) for one in (body, stream, deaf)]
-    routes.append(Route("/chat/completions", body, methods=["POST"]))
+    paths = {"/chat/completions": body, "/responses": body, "/messages": body, "/invocations": stream, "/deaf": deaf}
+    routes = [Route(path, one, methods=["GET", "POST"]) for path, one in paths.items()]
     return TestClient(middleware.Keep(Starlette(routes=routes)), raise_server_exceptions=False)
 
 
@@ -41,17 +41,21 @@ def test_chats_begin_as_texts_do_where_the_template_leaves_that_out(client):
     assert client.post("/chat/completions", json={"model": "m"}).json() == {**more, "model": "m"}
     assert more.items() <= client.post("/chat/completions", json={"keep": 9}).json().items()
     assert client.post("/chat/completions", json=own).json() == own
-    assert client.post("/body", json={"model": "m"}).json() == {"model": "m"}
+    assert client.post("/responses", json={"model": "m"}).json() == {"model": "m"}
     assert BEGINNING.rsplit(".", 1) == [middleware.__name__, "KeepAndBegin"]
 
 
 def test_keep_goes_where_vllm_looks_for_it(client):
     asked = {"model": "m", "messages": [{"role": "user", "content": "ä"}], "keep": 72}
     wanted = {"mm_processor_kwargs": {"visual_token_merging": {"keep": 72}}}
-    assert client.post("/body", json=asked).json() == {"model": "m", "messages": asked["messages"], **wanted}
+    assert client.post("/chat/completions", json=asked).json() == {
+        "model": "m",
+        "messages": asked["messages"],
+        **wanted,
+    }
     for same in ({"model": "m"}, {"keep": None}, [1], "text"):
-        assert client.post("/body", json=same).json() == same
-    assert client.post("/stream", json=asked).text == "ab"
+        assert client.post("/chat/completions", json=same).json() == same
+    assert client.post("/invocations", json=asked).text == "ab"
     assert MIDDLEWARE.rsplit(".", 1) == [middleware.__name__, "Keep"]
 
 
@@ -65,14 +69,27 @@ def test_keep_goes_where_vllm_looks_for_it(client):
     ],
 )
 def test_nonsense_and_what_vllm_would_trust_is_a_bad_request(client, wrong):
-    answer = client.post("/body", json=wrong)
+    answer = client.post("/chat/completions", json=wrong)
     assert answer.status_code == 400 and "keep" in answer.text
-    assert client.post("/body", content=json.dumps(wrong).replace("mm_p", "mm_\\u0070")).status_code == 400
+    assert client.post("/chat/completions", content=json.dumps(wrong).replace("mm_p", "mm_\\u0070")).status_code == 400
     assert client.post("/deaf", json=wrong).status_code == 401  # nothing of a stranger is read
 
 
+def test_keep_where_vllm_would_not_read_it_is_a_bad_request(client):
+    answer = client.post("/messages", json={"model": "m", "keep": 72})
+    assert answer.status_code == 400 and "keep has no effect at /messages; ask at /v1/chat/completions" in answer.text
+    assert client.post("/messages", json={"model": "m"}).json() == {"model": "m"}
+
+
+@pytest.mark.parametrize("share", [1.0, 1])
+def test_all_tokens_and_one_are_numbers_too(client, share):
+    assert client.post("/responses", json={"keep": share}).json()["mm_processor_kwargs"]["visual_token_merging"] == {
+        "keep": share
+    }
+
+
 def test_a_body_that_is_no_json_goes_on_as_it_is(client):
-    assert client.post("/stream", content=b"\xff{").text == "ab" and client.get("/stream").text == "ab"
+    assert client.post("/invocations", content=b"\xff{").text == "ab" and client.get("/invocations").text == "ab"
 
 
 def imported():
