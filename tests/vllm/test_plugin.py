@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
+import families
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
@@ -13,7 +15,16 @@ from starlette.testclient import TestClient
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
-from pitome_mllm.serving.vllm import ARCHITECTURES, BEGINNING, MIDDLEWARE, middleware, register, versions
+from pitome_mllm.serving.vllm import (
+    ARCHITECTURES,
+    BEGINNING,
+    MIDDLEWARE,
+    middleware,
+    models,
+    processing,
+    register,
+    versions,
+)
 
 
 @pytest.fixture
@@ -124,3 +135,26 @@ def test_registering_twice_is_harmless_and_leaves_vllms_own():
     register()
     assert {name: ModelRegistry.models[name] for name in ARCHITECTURES} == own
     assert {*ARCHITECTURES.values()} <= {*ModelRegistry.get_supported_archs()}
+
+
+def test_tiles_that_only_pad_are_the_models_too():
+    vision = SimpleNamespace(image_size=48, patch_size=4)
+    config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=[[144, 48]])
+    assert processing.places_of(config, (48, 48)).tiles == 3 and processing.tiles_of(config, (48, 48)) == 4
+
+
+def test_memory_is_measured_with_the_most_tiles():
+    config = next(one for one in families.FAMILIES if one.model == "LlavaNextForConditionalGeneration").config()
+    config.update({"visual_token_merging": {"keep": 36}})
+    info = object.__new__(processing.MergedLlavaNextInfo)
+    info.get_hf_config = lambda: config
+    size = info.get_image_size_with_most_features()
+    assert processing.tiles_of(config, (size.height, size.width)) == 5
+    assert info.get_num_image_tokens(image_width=size.width, image_height=size.height) == 36
+
+
+def test_the_names_of_a_tower_that_transformers_5_saved():
+    names = ["model.vision_tower.encoder.layers.0.mlp.fc1.bias", "vision_tower.head.probe", "language_model.head"]
+    assert models.SAVED_BY_5.apply_list(names) == [
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias", "vision_tower.vision_model.head.probe", names[2],
+    ]  # fmt: skip
