@@ -79,7 +79,7 @@ def _record() -> Any:
 @rc_context(STYLE)
 def bars(look: Look) -> str:
     """Tokens before the first merge and after each one, as bars from top to bottom."""
-    names = ["picture", *(short(step) for step in look.steps)]
+    names = ["picture", *(step.replace("before the projector, step", "projector") for step in look.steps)]
     figure, axis = _axis(0.42 * len(names) + 0.4)
     drawn = axis.barh(range(len(names)), look.counts, color="#0072B2")
     axis.bar_label(drawn, padding=4)
@@ -88,11 +88,6 @@ def bars(look: Look) -> str:
     axis.xaxis.set_visible(False)
     axis.margins(x=0.12)
     return _svg(figure, f"Tokens of {look.name}: {', '.join(map(str, look.counts))}")
-
-
-def short(step: str) -> str:
-    """The name of a merge, as short as a chart needs it."""
-    return step.replace("before the projector, step", "projector")
 
 
 @rc_context(STYLE)

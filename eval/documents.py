@@ -20,17 +20,7 @@ class NotMeasured(UserError):
 
 
 def read(path: Path, command: str, columns: Collection[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV.
-
-    Parameters
-    ----------
-    command : what writes such a file, for the message.
-    columns : what it must hold.
-
-    Raises
-    ------
-    ValueError : no such file, no rows, or one of something else or of an older version.
-    """
+    """The rows of a CSV that ``command`` writes, with these columns; ValueError where there are no such rows."""
     if not path.is_file():
         raise NotMeasured(f"no results {path.name}; measure first: {command}")
     with path.open(newline="") as file:
@@ -53,12 +43,7 @@ def write_csv(path: Path, made: Iterable[Any], about: Mapping[str, Any] | None =
 
 
 def append(path: Path, made: Iterable[Any], about: Mapping[str, Any]) -> None:
-    """Add rows to a CSV, which is made if there is none.
-
-    Raises
-    ------
-    ValueError : it has other columns.
-    """
+    """Add rows to a CSV, which is made if there is none; ValueError where it has other columns."""
     rows = _rows(made, about)
     if not path.exists():
         return write_csv(path, rows)
@@ -89,12 +74,7 @@ def markdown(lines: Sequence[Sequence[str]], numbers: int | None = None) -> str:
 
 
 def put_in(document: Path, text: str, marks: tuple[str, str]) -> None:
-    """Replace what stands between the marks.
-
-    Raises
-    ------
-    ValueError : the marks are missing.
-    """
+    """Replace what stands between the marks; ValueError where they are missing."""
     content = document.read_text()
     if any(content.count(mark) != 1 for mark in marks):
         raise UserError(f"{str(document)!r} must hold each of {' and '.join(marks)} once")
@@ -111,14 +91,7 @@ def marks(name: str, command: str) -> tuple[str, str]:
 def panels(
     titles: Sequence[str], ylabel: str, width: float = 4.6, alike: bool = True, **axes: Any
 ) -> tuple[Any, Sequence[Any]]:
-    """A figure with a panel for each title, and the panels.
-
-    Parameters
-    ----------
-    width : of a panel, in inches.
-    alike : all have one scale of values.
-    axes : settings of all panels.
-    """
+    """A figure with a panel, so many inches wide, for each title, and the panels; all of one scale if ``alike``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * len(titles) + 2, 4.6), layout="constrained")

@@ -50,7 +50,7 @@ def first_token(gpu: Sequence[Row], keep: int, batch: int) -> str:
 def table(accuracy: Sequence[Row], gpu: Sequence[Row], cpu: Sequence[Row]) -> str:
     """The table, what it was measured on, and where merging does not help; no rows: it was not measured."""
     right = {(row["method"], int(row["keep"])): row for row in accuracy if row["published"] != "True"}
-    heads = ["visual tokens", "right answers, %", f"`{CONTROL}`, %"]
+    heads = ["visual tokens", "accuracy, %", f"`{CONTROL}`, %"]
     lines = [[*heads, *(f"first token, batch {batch}, ms" for batch in LLM_BATCHES)]]
     for keep in (PATCHES, *KEEPS, KEEP):
         methods = ("plain", "plain") if keep == PATCHES else (DEFAULT_METHOD, CONTROL)
@@ -86,7 +86,7 @@ def measured_on(accuracy: Sequence[Row], gpu: Sequence[Row]) -> str:
     if gpu:
         device, by = f"one {gpu[0]['device']}, {gpu[0]['dtype']}", f"{by}, commit {gpu[0]['commit']}"
     return (
-        f"*Right answers*: {asked}, about drawn scenes; `{CONTROL}` is the control, a smaller picture with as many "
+        f"*Accuracy*: {asked}, about drawn scenes; `{CONTROL}` is the control, a smaller picture with as many "
         f"tokens, which costs less still. *First token*: a LLaVA-1.5-7B with random weights, {device}, `graph=True` "
         f"({by})."
     )

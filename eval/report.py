@@ -18,7 +18,7 @@ from .speed import serving_report as serving
 from .speed.sheet import CPU_RESULTS, GPU_RESULTS
 
 COMMAND = "make report"
-GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in per cent or points:"
+GATES = "## What model, benchmark and defaults must show\n\nFrom the same answers, in % or points:"
 
 
 def texts() -> dict[str, dict[str, str]]:
@@ -86,7 +86,7 @@ def finetuned(path: Path = RESULTS / "finetune.csv") -> str:
         return f"{value} ({low} to {high})"
 
     return (
-        f"`{about['method']}`, keep={about['keep']}, {about['where']}: {figure('before')} per cent right before, "
+        f"`{about['method']}`, keep={about['keep']}, {about['where']}: accuracy (%) {figure('before')} before, "
         f"{figure('after')} after {about['steps']} steps, {figure('difference', '+')} points; in brackets 95 % "
         f"bootstrap intervals over pictures, the last one paired. {about['questions']} {about['split']} questions, "
         f"adapters of rank {about['rank']}, seed {about['seed']}, trained for {float(about['seconds']):.0f} s of "

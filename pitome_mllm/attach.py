@@ -62,18 +62,7 @@ class Attachment(Attached):
         self._updating = threading.Lock()
         install.install(self)
         if not self.family.known:
-            self._try(settings)
-
-    def _try(self, settings: Settings) -> None:
-        """Plan by what a small picture shows; on an error nothing stays on the model."""
-        try:
-            shape = self.geometry
-            shares = {share: make_plan(settings.changed(keep=share), shape) for share in (1.0, 0.5)}
-            self.geometry = trial.geometry_by_trial(self, shares)
-            self._plan = make_plan(settings, self.geometry)
-        except BaseException:
-            install.uninstall(self)
-            raise
+            self._plan = trial.planned(self, settings)
 
     @classmethod
     def of(cls, model: nn.Module) -> Attachment | None:
@@ -177,10 +166,10 @@ class Attachment(Attached):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """The attachment of a copied model; graphs, which are of the modules themselves, stay behind."""
-        twin = memo[id(self)] = object.__new__(type(self))
+        copied = memo[id(self)] = object.__new__(type(self))
         own = {"graphs": Graphs(), "prefills": Graphs(), "_updating": threading.Lock()}
-        vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
-        return twin
+        vars(copied).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in own}, memo), **own)
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return refuse_pickling(type(self))
@@ -200,7 +189,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         What the method's paper does, in place of what the library does with every method of its kind.
     keep : int or float, optional
         Visual tokens per image, or per tile of one, that reach the LLM, or of an encoder alone patch tokens at its end:
-        a count, or a fraction in (0, 1].
+        a count, or a fraction in (0, 1]. With where="packed" of each image's (tile's, frame's) own tokens, at least 1
+        and at most what it has.
     ratio : float, optional
         Instead of keep: the share of its tokens that every block keeps (the paper's rho).
     counts : sequence of int, optional
@@ -211,7 +201,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         The part of the blocks that merges: all (or see merges), the first or last two thirds, or as late as possible.
     where : {"tower", "projector", "both", "packed"}, optional
         Inside the blocks; before the projector; or both, and then ``tower_keep`` tokens leave the tower. Where images
-        are cut into tiles also after the projector, overview and tiles apart, without newlines.
+        are cut into tiles, or their numbers of tokens differ, also after the projector, each image by itself, without
+        the tokens that end its rows.
     tower_keep : int or float, optional
         With where="both"; default: a third of all, or the geometric mean of all and keep if that is less.
     metric : {"keys", "hidden", "projected"}, optional

@@ -56,18 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, by default that of this process, and return its exit code.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        What follows the program's name; default: that of this process.
-
-    Returns
-    -------
-    int
-        The exit code: 0; 2 after a mistake of the user, 1 without enough memory or space to write (one line on stderr
-        says which); 130 when interrupted.
+    0; 2 after a mistake of the user, 1 without enough memory or space to write (one line on stderr says which); 130
+    when interrupted.
     """
     with _noticed_interrupts() as interrupts:
         try:

@@ -40,6 +40,10 @@ class Plan:
         one ("auto").
     asked : Settings
         What was asked for, of which pictures of another size make a plan of their own.
+    merging : tuple of int
+        Indices of the blocks that remove tokens.
+    match_inputs : tuple of str
+        What merging needs to know of the attention of a block: "keys", "attention".
     """
 
     method: str
@@ -62,10 +66,10 @@ class Plan:
     packed: tuple[int, ...] = ()
     gentle: bool = False
     asked: Settings = field(default=Settings(), repr=False, compare=False)
+    merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _merging: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _merged_before: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _match_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Work out at once what every block asks for; torch.compile knows no `cached_property` of a frozen class."""
@@ -75,9 +79,9 @@ class Plan:
         before = (max((b for b in merging if b < block), default=-1) for block in range(len(removed) + 1))
         vars(self).update(
             _removed=removed,
-            _merging=merging,
+            merging=merging,
             _merged_before=tuple(before),
-            _match_inputs=tuple(name for name, wanted in needed.items() if wanted),
+            match_inputs=tuple(name for name, wanted in needed.items() if wanted),
             _of_grids={},
             _of_tokens={},
         )
@@ -99,9 +103,13 @@ class Plan:
         if tokens not in known:
             if len(known) > GRIDS:
                 known.clear()
-            keep = picture_count(self.asked.keep or 1.0, tokens)
+            keep = picture_count(self.asked.keep, tokens)
             known[tokens] = tuple(projector_counts(tokens, keep, self.max_removable))
         return known[tokens]
+
+    def kept(self, tokens: int) -> int:
+        """Tokens left behind the projector of a picture of as many ``tokens``."""
+        return (self.rounds(tokens) or (tokens,))[-1]
 
     @property
     def is_plain(self) -> bool:
@@ -131,11 +139,6 @@ class Plan:
         return self._merged_before[block] if block <= len(self.counts) else self._merged_before[-1]
 
     @property
-    def match_inputs(self) -> tuple[str, ...]:
-        """What merging needs to know of the attention of a block: "keys", "attention"."""
-        return self._match_inputs
-
-    @property
     def context(self) -> dict[str, Any]:
         """What every `Reducer.match` gets besides metric, number, sizes, depth and attention."""
         if self.where == "packed":  # after the projector there are neither grid nor class token
@@ -157,11 +160,6 @@ class Plan:
         """The most tokens that one step before or after the projector removes."""
         most = self.reducer.max_removable
         return (gentle(most) if self.gentle else most)(tokens)
-
-    @property
-    def merging(self) -> tuple[int, ...]:
-        """Indices of the blocks that remove tokens."""
-        return self._merging
 
 
 def make_plan(settings: Settings, geometry: Geometry) -> Plan:
@@ -239,9 +237,8 @@ def _token_counts(
 def _patch_keep(settings: Settings, reducer: Reducer, name: str, geometry: Geometry) -> int:
     """Patch tokens to keep, from ``keep`` tokens that reach the LLM."""
     visible = geometry.visible_class_tokens
-    asked = 1.0 if settings.keep is None else settings.keep
     count = picture_count if settings.where == "packed" else target_count
-    keep = count(asked, geometry.available) - visible
+    keep = count(settings.keep, geometry.available) - visible
     allowed = reducer.allowed(geometry.patches)
     if keep not in allowed:
         close = sorted(allowed, key=lambda count: abs(count - keep))[:3]

@@ -128,8 +128,10 @@ def target_count(keep: int | float | None, tokens: int, name: str = "keep") -> i
     return count
 
 
-def picture_count(keep: int | float, tokens: int) -> int:
-    """``keep`` (count or fraction) as a count of one picture's ``tokens``, which may be fewer than asked for."""
+def picture_count(keep: int | float | None, tokens: int) -> int:
+    """``keep``, see `target_count`, as a count of one picture's ``tokens``, which may be fewer than asked for."""
+    if keep is None:
+        return tokens
     _check_keep(keep)
     return min(int(keep), tokens) if isinstance(keep, numbers.Integral) else max(1, round(keep * tokens))
 

@@ -250,12 +250,9 @@ def _check_merges(merges: int | str | None, settings: Settings, reducer: Reducer
 
 def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:
     """ValueError for what models of the original llava package do not take."""
-    asked = {
-        f"method={name!r}": reducer.shrinks_picture,
-        "logits='caller'": settings.logits == "caller",
-    }
-    for setting in (setting for setting, wanted in asked.items() if wanted):
+    if reducer.shrinks_picture or settings.logits == "caller":
+        asked = f"method={name!r}" if reducer.shrinks_picture else "logits='caller'"
         raise UserError(
-            f"{setting} is not possible with the original llava package, which writes pictures of one size into the "
+            f"{asked} is not possible with the original llava package, which writes pictures of one size into the "
             "prompt itself; leave it out, or load the checkpoint in transformers' layout (llava-hf)"
         )

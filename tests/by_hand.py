@@ -11,6 +11,8 @@ from models import IMAGE, PATCHES
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from pitome_mllm.families.geometry import layer_kinds
+
 
 @dataclass
 class Tokens:
@@ -103,6 +105,45 @@ def attention(module: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor
     return module.out_proj(mixed.transpose(1, 2).reshape(x.shape)), k.mean(1)
 
 
+def frequencies(language: Any, kind: str) -> Tensor:
+    """(d,) those of the rotary embedding of an LLM's layers of a kind."""
+    rotary = language.rotary_emb
+    return getattr(rotary, f"{kind}_inv_freq", None if not hasattr(rotary, "inv_freq") else rotary.inv_freq).double()
+
+
+def told(
+    positions: list[int],
+    sizes: list[float],
+    theta: Tensor,
+    calibration: str,
+    window: int | None = None,
+    blocks: list[int] | None = None,
+    across: bool = False,
+) -> Tensor:
+    """(n, n) what every query m adds to its logit for every key n: from the definition, one by one.
+
+    ``blocks`` : tokens with the same number, other than -1, see each other, ``across`` any window or within it.
+    """
+    near = [(distance * theta).cos().mean().item() for distance in range(max(positions) + 1)]
+
+    def sees(m: int, n: int) -> bool:
+        block = blocks is not None and blocks[m] == blocks[n] != -1
+        inside = window is None or (positions[m] - positions[n] < window and m - n < window)
+        return (block or (n <= m and inside)) if across else (block or n <= m) and inside
+
+    rows = []
+    for m in range(len(positions)):
+        seen = [n for n in range(len(positions)) if sees(m, n)]
+        row, any_picture = [-math.inf] * len(positions), any(sizes[n] > 0 for n in seen)
+        for n in seen:
+            size = max(sizes[n], 1.0) if calibration != "none" else 1.0
+            if calibration == "distance" and any_picture:
+                size *= 2 - near[abs(positions[m] - positions[n])]
+            row[n] = math.log(size)
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 class Reference:
     """What a plain model says when merged features are written into its prompt by hand, row by row, unpadded.
 
@@ -112,7 +153,7 @@ class Reference:
     inputs : the caller's inputs (input_ids, attention_mask, pixel_values).
     tokens : merged features of all pictures in reading order over the batch.
     calibration : "none" = positions 0, 1, 2, ...; "size" = each survivor has the median place of its group, and every
-        query of the LLM adds log(size) to its logit for a visual token; "distance" = `term`.
+        query of the LLM adds log(size) to its logit for a visual token; "distance" = `told`.
     """
 
     def __init__(self, model: Any, inputs: Any, tokens: Tokens, calibration: str = "none") -> None:
@@ -125,11 +166,12 @@ class Reference:
             columns = mask.nonzero()[:, 0]
             ids = ids[columns]
             slots = (ids == IMAGE).nonzero()[:, 0]
-            number = len(slots) // PATCHES
+            patches = tokens.groups.shape[1]
+            number = len(slots) // patches
             keep = torch.ones(len(ids), dtype=torch.bool)
             kept = tokens.sizes.shape[1]
             for i in range(number):
-                keep[slots[i * PATCHES + kept : (i + 1) * PATCHES]] = False
+                keep[slots[i * patches + kept : (i + 1) * patches]] = False
             at = keep.nonzero()[:, 0]
             visual = ids[at] == IMAGE
             embeddings = model.get_input_embeddings()(ids[at]).detach().clone()
@@ -138,7 +180,7 @@ class Reference:
                 mine = slice(image, image + number)
                 embeddings[visual] = tokens.features[mine].flatten(0, 1).detach()
                 size[visual] = tokens.sizes[mine].flatten()
-                positions[visual] = slots[::PATCHES].repeat_interleave(kept) + tokens.median[mine].flatten()
+                positions[visual] = slots[::patches].repeat_interleave(kept) + tokens.median[mine].flatten()
             image += number
             self.sizes.append(size.tolist())
             self.rows.append((embeddings, torch.arange(len(at)) if calibration == "none" else positions))
@@ -152,30 +194,21 @@ class Reference:
             embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(text)])
             positions = torch.cat([positions, positions[-1] + 1 + torch.arange(len(text))])
         sizes = self.sizes[row] + [0.0] * (len(positions) - len(self.sizes[row]))
+        kinds = {*layer_kinds(self.model.model.language_model.config)}
+        masks = {kind: self.term(positions.tolist(), sizes, kind)[None, None].to(embeddings) for kind in kinds}
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None],
             position_ids=positions[None],
-            attention_mask=self.term(positions.tolist(), sizes)[None, None].to(embeddings),
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             use_cache=False,
         )
         return self.model.lm_head(hidden.last_hidden_state)[0]
 
-    def term(self, positions: list[int], sizes: list[float]) -> Tensor:
-        """(n, n) what every query m adds to its logit for every key: from the definition, one by one."""
-        language, total = self.model.model.language_model, len(positions)
-        theta = language.rotary_emb.inv_freq.double()
-        near = [(distance * theta).cos().mean().item() for distance in range(max(positions) + 1)]
-        rows, any_picture = [], False
-        for m in range(total):
-            any_picture = any_picture or sizes[m] > 0
-            row = [-math.inf] * total
-            for n in range(m + 1):
-                size = max(sizes[n], 1.0) if self.calibration != "none" else 1.0
-                if self.calibration == "distance" and any_picture:
-                    size *= 2 - near[abs(positions[m] - positions[n])]
-                row[n] = math.log(size)
-            rows.append(row)
-        return torch.tensor(rows, dtype=torch.float64)
+    def term(self, positions: list[int], sizes: list[float], kind: str = "full_attention") -> Tensor:
+        """(n, n) what every query adds to its logit for every key, in the layers of a kind."""
+        language = self.model.model.language_model
+        window = language.config.sliding_window if kind == "sliding_attention" else None
+        return told(positions, sizes, frequencies(language, kind), self.calibration, window)
 
     def greedy(self, row: int = 0, steps: int = 6, text: Tensor | None = None) -> list[int]:
         """The ids that greedy search appends to a row (and to ``text`` after it)."""

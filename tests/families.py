@@ -34,7 +34,7 @@ QUESTIONS = (
 TWO_PICTURES = "USER: <image> <image> what is there in this picture and that one? ASSISTANT:"
 NO_PICTURE = "USER: how many are there ASSISTANT:"
 VIDEO = 3  # the id of video placeholders, which no text holds
-ADD_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm")  # norms that add one to their weight
+ADD_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm")  # norms that add one to their weight
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
 SIZES = ((48, 48), (150, 60), (40, 90), (100, 100))  # width and height of the pictures
 
@@ -54,6 +54,9 @@ class Family:
     sized : inputs that say how many tokens a picture has where pictures differ in that.
     pixels : what the processor calls pictures.
     answers : the token type of what is generated.
+    unit : what ``keep`` counts the tokens of.
+    bits : whether it runs with 4 and 8 bits.
+    placeholder : the id of a visual token in the prompt.
     """
 
     title: str
@@ -65,6 +68,9 @@ class Family:
     sized: tuple[str, ...] = ()
     pixels: str = "pixel_values"
     answers: int = 0
+    unit: str = "picture"
+    bits: str = "yes"
+    placeholder: int = IMAGE
 
     @property
     def constant(self) -> bool:
@@ -299,6 +305,7 @@ FAMILIES = (
         config("LlavaNextConfig", clip, llm("LlamaConfig"), vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS),
         next_processor,
         ("tower", "projector", "both", "packed"),
+        unit="tile; packed: picture",
         sized=("pixel_values", "image_sizes"),
     ),
     Family(
@@ -314,6 +321,7 @@ FAMILIES = (
         ),
         next_video_processor,
         ("tower", "projector", "both", "packed"),
+        unit="tile; packed: picture",
         sized=("pixel_values", "image_sizes"),
     ),
     Family(
@@ -346,6 +354,7 @@ FAMILIES = (
         ),
         idefics3_processor,
         ("packed",),
+        unit="tile",
         tokens=PATCHES // 4,
     ),
     Family(
@@ -354,6 +363,7 @@ FAMILIES = (
         config("SmolVLMConfig", lambda: vision("SmolVLMVisionConfig"), llm("LlamaConfig"), scale_factor=2),
         smolvlm_processor,
         ("packed",),
+        unit="tile",
         tokens=PATCHES // 4,
     ),
     Family(

@@ -109,6 +109,11 @@ def test_attach_again_after_remove(model, plain, one):
         assert_works(handle, model, plain, one)
 
 
+def test_a_class_derived_from_a_known_one_merges(model, plain, one):
+    model.__class__ = type("Mine", (type(model),), {})
+    assert_works(attach(model, "pitome", published=True, keep=144), model, plain, one)
+
+
 def test_update_replans(model, plain, one):
     handle = attach(model, "pitome", published=True, keep=144)
     assert_works(handle, model, plain, one)

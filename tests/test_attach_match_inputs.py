@@ -13,7 +13,7 @@ from models import PATCH, PATCHES, QUESTION, build, picture, processor
 from torch import Tensor
 
 from pitome_mllm import METHODS, attach, get_method
-from pitome_mllm.hooks.llm import _seen, calibrated_mask
+from pitome_mllm.hooks import masks
 from pitome_mllm.methods import Merge, Reducer
 
 NEEDING_ATTENTION = [name for name, method in METHODS.items() if "attention" in method.reducer.needs]
@@ -167,12 +167,15 @@ def test_a_token_with_the_log_of_its_size_draws_what_its_copies_drew():
     copies = torch.tensor([0, 0, 0, 1, 2, 2])
     expected = F.scaled_dot_product_attention(query, keys[:, :, copies], values[:, :, copies])
     everything, places = torch.ones(1, 1, 5, 3, dtype=torch.bool), torch.arange(5)[None]
-    mask = calibrated_mask(everything, places, places[:, :3], torch.tensor([[3.0, 0.0, 2.0]]), None, torch.float32)
+    mask = masks.calibrated_mask(
+        everything, places, places[:, :3], torch.tensor([[3.0, 0.0, 2.0]]), None, torch.float32
+    )
     torch.testing.assert_close(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask), expected)
 
 
 def test_the_mask_is_causal_and_hides_padding():
-    seen = _seen(torch.zeros(2, 4), None, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None)[:, 0]
+    places = torch.arange(4)
+    seen = masks.seen(places, places, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), None)[:, 0]
     assert seen[1].tolist() == torch.ones(4, 4).tril().bool().tolist()
     assert seen[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
 

@@ -190,7 +190,7 @@ def test_the_default_leaves_ratio_and_counts_to_the_tower(model, one, amount):
 
 
 @pytest.mark.parametrize(
-    "text", [{"_attn_implementation": "flash_attention_2"}, {"layer_types": ["sliding_attention", "full_attention"]}]
+    "text", [{"_attn_implementation": "flash_attention_2"}, {"layer_types": ["chunked_attention", "full_attention"]}]
 )
 def test_the_default_goes_without_what_the_llm_does_not_take(model, caplog, text):
     for name, value in text.items():
@@ -327,8 +327,8 @@ def test_an_llm_that_takes_no_mask_any_more(model, one):
         with pytest.raises(ValueError, match="calibration='size' is not possible.*flash_attention_2"):
             logits(model, one)
         model.model.language_model.config._attn_implementation = "sdpa"
-        model.model.language_model.config.layer_types = ["sliding_attention", "full_attention"]
-        with pytest.raises(ValueError, match="sliding_attention"):
+        model.model.language_model.config.layer_types = ["chunked_attention", "full_attention"]
+        with pytest.raises(ValueError, match="chunked_attention"):
             logits(model, one)
 
 

@@ -11,7 +11,7 @@ from checks import assert_row, logits, new_ids, reference
 from models import CACHE, IMAGE, PATCHES, QUESTION, build, config, picture, processor
 
 from pitome_mllm import attach
-from pitome_mllm.hooks import llm
+from pitome_mllm.hooks import masks
 
 ROWS = [
     ([0], QUESTION),
@@ -42,7 +42,7 @@ def expect(plain, inputs, handle):
 
 
 def test_forward_and_generate(model, plain, one, handle, monkeypatch):
-    monkeypatch.setattr(llm, "TABLE", 1)  # every step looks further than the one before
+    monkeypatch.setattr(masks, "TABLE", 1)  # every step looks further than the one before
     expected = expect(plain, one, handle)
     assert_row(logits(model, one)[0], expected.logits())
     assert new_ids(model, one, 8) == [expected.greedy(0, 8)]
@@ -103,11 +103,13 @@ def test_distances_are_those_of_the_models_own_frequencies(one, rope):
 
 
 def test_a_table_is_as_long_as_its_call_asks_whatever_other_threads_leave(model):
-    class Shared:
-        distances = property(lambda self: (None, torch.empty(0)), lambda self, value: None)  # another thread was last
+    class Shared(dict):
+        def get(self, kind):
+            return None, torch.empty(0)  # another thread was last
 
-    language = SimpleNamespace(_pitome=Shared(), rotary_emb=model.model.language_model.rotary_emb)
-    assert len(llm.distances(language, torch.zeros(1, 1).long(), 9)) > 9
+    handle = SimpleNamespace(distances=Shared())
+    language = SimpleNamespace(_pitome=handle, rotary_emb=model.model.language_model.rotary_emb)
+    assert len(masks.distances(language, torch.zeros(1, 1).long(), 9, "full_attention")) > 9
 
 
 def test_text_in_front_of_a_picture_is_what_it_is_without_one(model, plain, handle):

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import gc
 import pickle
@@ -191,6 +192,29 @@ def test_nothing_keeps_a_model_that_nobody_has(one):
     del model, handle
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
+
+
+def test_contexts_keep_nothing_of_attachments_that_ended(shallow, one):
+    """Those of threads and tasks that live on: neither stats, nor a variable for each (see `hooks.state`)."""
+
+    def attachments(times):
+        """Attach, choose, run and remove; what is left of that, and the variables of the context."""
+        gone = []
+        for _ in range(times):
+            with attach(shallow, keep=144) as handle, handle.using(keep=200):
+                logits(shallow, one)
+                gone += map(weakref.ref, (handle, handle.stats))
+        del handle
+        gc.collect()
+        return [ref() for ref in gone if ref() is not None], len(contextvars.copy_context())
+
+    async def task():
+        return attachments(1), attachments(2)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = [pool.submit(attachments, times).result() for times in (1, 2)]
+    for (few, before), (many, after) in (found, asyncio.run(task())):
+        assert few == many == [] and after == before
 
 
 # ---- errors on the way -----------------------------------------------------------------------------------------------

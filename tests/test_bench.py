@@ -18,6 +18,7 @@ from models import build
 
 from pitome_mllm import METHODS, attach, cli
 from pitome_mllm.costs import latency
+from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.features import tower_features
 from pitome_mllm.hooks.caches import cache_of, name_for
 from pitome_mllm.hooks.call import Call
@@ -217,7 +218,7 @@ def test_a_mistake_is_one_line(arguments, words, capsys):
 @pytest.mark.parametrize("shape", ["clip-l-336", "vit-mae-h"])
 def test_shapes_merge_in_half_precision(shape, dtype):
     """Two blocks of real width. By what it compares a method may see near-ties otherwise; by position it cannot."""
-    config = models.configuration(models.find_shape(shape), 0)
+    config = models.configuration(get_shape(shape), 0)
     config.vision_config.num_hidden_layers, config.vision_config.image_size = 2, 168
     torch.manual_seed(0)
     model, side = models.random_model(config, torch.float32, CPU), config.vision_config.image_size
@@ -238,10 +239,10 @@ def test_shapes_merge_in_half_precision(shape, dtype):
             assert like.min() > 0.999 if method == "pool" else like.mean() > 0.9
 
 
-def test_shapes_go_by_the_beginning_of_their_names():
-    config = models.configuration(models.find_shape("clip-l"))
+def test_shapes_have_as_many_llm_blocks_as_asked():
+    config = models.configuration(get_shape("clip-l-336"))
     assert config.vision_feature_layer == -1 and config.text_config.num_hidden_layers == 0
-    config = models.configuration(models.find_shape("llava-1.5-7b"), 2)
+    config = models.configuration(get_shape("llava-1.5-7b"), 2)
     assert config.text_config.num_hidden_layers == 2 and config.image_seq_length == 576
 
 

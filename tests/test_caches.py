@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -271,6 +272,23 @@ def test_caches_are_found_by_either_name():
     past = DynamicCache()
     assert caches.cache_in({"cache": past}) is caches.cache_in({"past_key_values": past, "cache": None}) is past
     assert caches.cache_of((torch.zeros(1), past)) is past and caches.cache_of(torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_callers_name_the_cache_as_their_release_does_or_did(model, told, name):
+    """The old name works as in the plain model, and only there transformers says that it is old."""
+    inputs = make(ROWS[:1])
+    past = filled(model, inputs)
+    expected = go_on(model, copy.deepcopy(past), inputs["attention_mask"], [0])
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(NEXT[:1])], 1)
+    ids = torch.cat([inputs["input_ids"], NEXT[:1]], 1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", FutureWarning)
+        out = model(input_ids=NEXT[:1], attention_mask=mask, **{name: copy.deepcopy(past)})
+        again = model.generate(input_ids=ids, attention_mask=mask, **{name: past}, max_new_tokens=1, do_sample=False)
+    close(out.logits, expected)
+    assert again[0, -1] == expected[0, -1].argmax()
+    assert len(said) == 2 * (name != CACHE), [str(warning.message) for warning in said]
 
 
 # ---- ways to call the model ------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 import torch
 from by_hand import states
 from checks import positions_of
-from families import BY_TITLE, FEATURE_LAYERS, PATCHES, QUESTIONS, pictures
+from families import BY_TITLE, FEATURE_LAYERS, PATCHES, QUESTIONS, TWO_PICTURES, pictures
+from packed import PACKED
 
 from pitome_mllm import attach, get_method
 
@@ -110,3 +111,75 @@ def test_the_mask_tells_of_sizes_and_distances(title):
         told = title == "PaliGemma" or m >= first
         near = (abs(places[m] - places[n]) * theta).cos().mean() if told else 1.0
         assert mask[m, n] == pytest.approx(float((size[n] * (2 - near)).log()), abs=1e-5)
+
+
+def calls_of(language):
+    """The keyword arguments of every call of an LLM."""
+    seen = []
+    language.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    return seen
+
+
+def positions_by_hand(ids, grids, placeholder):
+    """Time, row and column of every token of a prompt: text counts on in all three from the largest so far."""
+    places, at, grids = [], 0, iter(grids)
+    while len(places) < len(ids):
+        if ids[len(places)] != placeholder:
+            places.append((at, at, at))
+            at += 1
+            continue
+        _, rows, columns = (size // 2 for size in next(grids))  # a token is 2 x 2 patches
+        places += [(at, at + row, at + column) for row in range(rows) for column in range(columns)]
+        at += max(rows, columns)
+    return places, at
+
+
+def compact_by_hand(ids, grids, placeholder, kept):
+    """As `positions_by_hand`, where the tokens that a picture keeps fill the rows of a smaller grid of its shape."""
+    places, at, column, pictures = [], 0, 0, iter(zip(grids, kept, strict=True))
+    while column < len(ids):
+        if ids[column] != placeholder:
+            places.append((at, at, at))
+            at, column = at + 1, column + 1
+            continue
+        (_, rows, columns), count = next(pictures)
+        across = max(1, min(round((count * columns / rows) ** 0.5), count))
+        places += [(at, at + token // across, at + token % across) for token in range(count)]
+        at += max(-(-count // across), across)
+        column += rows * columns // 4
+    return places, at
+
+
+def medians_by_hand(places, ids, placeholder, groups):
+    """``places`` of a prompt's tokens with the lower median of every group, axis by axis, for a picture's."""
+    told, column = [], 0
+    for one in groups:
+        first = column + ids[column:].index(placeholder)
+        told += places[column:first]
+        for token in range(int(one.max()) + 1):
+            members = [places[first + i] for i, group in enumerate(one.tolist()) if group == token]
+            told.append(tuple(sorted(axis)[(len(members) - 1) // 2] for axis in zip(*members, strict=True)))
+        column = first + len(one)
+    return told + places[column:]
+
+
+GRIDS = [family for family in PACKED if family.mark != "<image>"]  # of pictures with grids of their own: M-RoPE
+
+
+@pytest.mark.parametrize("family", GRIDS, ids=lambda family: family.title)
+@pytest.mark.parametrize("calibration", ["size", "none"])
+def test_positions_of_three_axes(family, calibration):
+    """Time, row and column: those of the median of a group, or numbered anew; and what is written counts on."""
+    model, inputs = family.build(), family.process([(TWO_PICTURES, pictures(1, 2))])
+    prompt = inputs["input_ids"][0].tolist(), inputs["image_grid_thw"].tolist(), family.placeholder
+    handle = attach(model, "pitome", keep=0.25, calibration=calibration)
+    seen = calls_of(model.model.language_model)
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    if calibration == "none":
+        expected, after = compact_by_hand(*prompt, handle.stats.lengths)
+    else:
+        places, after = positions_by_hand(*prompt)
+        expected = medians_by_hand(places, prompt[0], family.placeholder, handle.stats.groups)
+    assert list(map(tuple, seen[0]["position_ids"][-3:, 0].T.tolist())) == expected
+    for step, call in enumerate(seen[1:]):
+        assert call["position_ids"][-3:].flatten().tolist() == 3 * [after + step]

@@ -34,7 +34,7 @@ def test_adapters_learn_and_nothing_else():
     model, _ = load("tiny")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     with attach(model, "pitome", published=True, keep=72):
-        tuned = finetune.tune(model, steps=2, rank=2, rate=1e-3, seed=0)
+        tuned = finetune.tune(model, steps=2, rank=2)
     changed = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
     assert changed and all("lora_" in name for name in changed)
     assert any(weight.any() for name, weight in tuned.named_parameters() if "lora_B" in name)
@@ -47,7 +47,7 @@ def rows(tmp_path, **changes):
     common = dict(method="pitome", where="tower", keep=72, steps=9, rank=4, rate=1e-3, seed=0, seconds=12.0)
     figures = {"before": (0.5, 0.4, 0.6), "after": (0.75, 0.7, 0.8), "difference": (0.25, 0.2, 0.3)}
     made = [
-        finetune.Row(**{**common, **changes}, what=what, questions=80, value=v, low=low, high=high)
+        common | changes | {"what": what, "questions": 80, "value": v, "low": low, "high": high}
         for what, (v, low, high) in figures.items()
     ]
     write_csv(tmp_path / "found.csv", made, about)
@@ -56,7 +56,7 @@ def rows(tmp_path, **changes):
 
 def test_the_report_says_what_the_csv_holds(tmp_path):
     text = report.finetuned(rows(tmp_path))
-    assert "50.0 (40.0 to 60.0) per cent right before, 75.0 (70.0 to 80.0) after 9 steps" in text
+    assert "accuracy (%) 50.0 (40.0 to 60.0) before, 75.0 (70.0 to 80.0) after 9 steps" in text
     assert "+25.0 (+20.0 to +30.0) points" in text
 
 

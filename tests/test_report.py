@@ -24,6 +24,7 @@ def test_documents_are_those_of_the_results(copied):
     report.main(["--root", str(copied), "--no-plots"])
     for name in report.texts():
         assert (copied / name).read_text() == (ROOT / name).read_text(), f"{name}: make report"
+    assert "FAILS" not in (ROOT / "docs/accuracy.md").read_text()  # the gates of what is recorded
 
 
 def test_a_figure_that_was_not_measured_is_replaced(copied):

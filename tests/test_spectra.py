@@ -35,13 +35,13 @@ def drawn(strength, count=60):
 
 
 def width(found):
-    return found.high - found.low
+    return found[2] - found[1]
 
 
 def test_the_interval_over_clusters_of_one_point_is_as_wide_as_theory_says():
     alone = [str(number) for number in range(60)]
     weak, strong = correlation(*drawn(0), alone), correlation(*drawn(3), alone)
-    assert weak.low < 0 < weak.high and strong.low > 0.8 and strong.low < strong.value < strong.high
+    assert weak[1] < 0 < weak[2] and 0.8 < strong[1] < strong[0] < strong[2]
     assert width(weak) == pytest.approx(2 * 1.96 / np.sqrt(59), rel=0.2)
 
 
@@ -52,7 +52,7 @@ def test_copies_of_points_in_their_clusters_do_not_narrow_the_interval(within):
     once = correlation(x, y, names, strata if within else None, draws=400)
     again = [np.concatenate([values] * 5) for values in (x, y, names, strata)]
     copied = correlation(*again[:3], again[3] if within else None, draws=400)
-    assert (copied.value, copied.low, copied.high) == pytest.approx((once.value, once.low, once.high))
+    assert copied == pytest.approx(once)
     unaware = correlation(*again[:2], [str(number) for number in range(300)], again[3] if within else None, draws=400)
     assert width(unaware) < 0.6 * width(once)
 
@@ -93,8 +93,8 @@ def test_the_command_writes_points_of_which_plot_and_sentence_are_made(tmp_path,
     said = capsys.readouterr().out.strip()
     assert len(found) == 42 and said == spectra.sentence(found, about)
     whole, within = correlations(found)
-    assert "Over 42 settings of 6 methods, as published" in said and f"accuracy is {whole.value:.2f} (" in said
-    assert 0 < whole.value < 1 and within.value == pytest.approx(0.75**0.5, abs=0.05)
+    assert "Over 42 settings of 6 methods, as published" in said and f"accuracy is {whole[0]:.2f} (" in said
+    assert 0 < whole[0] < 1 and within[0] == pytest.approx(0.75**0.5, abs=0.05)
     spectra.plot(found, about, tmp_path / "spectra.png")
     assert (tmp_path / "spectra.png").stat().st_size > 10_000
 

@@ -80,7 +80,7 @@ def test_a_prompt_is_shortened_after_one_look_at_it(model, pair, monkeypatch, ca
             layout = llm._told(call, there, 2)
             given = () if calibration == "none" else layout.of_places(layout.places + 1)
             assert len(device.waited) == 1, device.waited  # the LLM is told without waiting for the tower
-            assert prompt._is_part(model, call, call.kwargs) and len(device.waited) == 2
+            assert prompt._is_part(handle, call, call.kwargs) and len(device.waited) == 2
     for name, x in expected.kwargs.items():
         if isinstance(x, Tensor) and name != "pixel_values":
             assert isinstance(call.kwargs[name], Far) and torch.equal(near(call.kwargs[name]), x)

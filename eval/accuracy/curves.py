@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pitome_mllm import METHODS
+from pitome_mllm.commands._options import progress
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
@@ -31,7 +32,7 @@ from ..documents import append, read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .figures import BLIND, figures
-from .runs import PLAIN, Answers, Asked, code, load, measure, provenance
+from .runs import PLAIN, Answers, QuestionSet, code, load, measure, provenance
 
 KEEPS = (288, 192, 144, 128, 72, 64, 36, 16)
 SUMMARY = "accuracy.csv"  # of the two files the one that is installed
@@ -55,19 +56,6 @@ class Setting:
 
 
 ALL = Setting(PLAIN, False, GRID * GRID)  # the plain model
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a run answered: ``right`` holds a bit for each question, in the benchmark's order, as hexadecimal digits."""
-
-    method: str
-    published: bool
-    where: str
-    keep: int
-    questions: int
-    seconds: float
-    right: str
 
 
 def packed(right: np.ndarray) -> str:
@@ -109,34 +97,29 @@ def settings(methods: Iterable[str], keeps: Iterable[int], model: Any) -> dict[S
     return found
 
 
-def measured(args: argparse.Namespace, wanted: dict[Setting, str], seconds: float | None) -> Iterator[Row]:
+def measured(args: argparse.Namespace, wanted: dict[Setting, str], seconds: float | None) -> Iterator[dict]:
     """The rows of everything that is ``wanted``, by where it merges, as they come."""
-    longest, asked = sorted(wanted, key=lambda setting: -setting.keep), Asked(args.model, args.split, args.questions)
+    longest = sorted(wanted, key=lambda setting: -setting.keep)
     given = [None if setting == ALL else asdict(setting) for setting in longest]
-    for number, found in measure(asked, given, args.jobs, seconds):
+    for number, found in measure(QuestionSet(args.model, args.split, args.questions), given, args.jobs, seconds):
         yield _row(longest[number], wanted[longest[number]], found)
 
 
-def blind(args: argparse.Namespace) -> Row:
+def blind(args: argparse.Namespace) -> dict[str, Any]:
     """The row of who does not look."""
     asked = questions(args.split)[: args.questions]
     right = np.array([blind_answer(question) == question.answer for _, question in asked])
     return _row(Setting(BLIND, False, 0), "none", Answers(right, 0))
 
 
-def _row(setting: Setting, where: str, found: Answers) -> Row:
-    return Row(
-        **asdict(setting), where=where, questions=len(found.right), seconds=found.seconds, right=packed(found.right)
-    )
+def _row(setting: Setting, where: str, found: Answers) -> dict[str, Any]:
+    """``right`` holds a bit for each question, in the benchmark's order, as hexadecimal digits."""
+    about = {"method": setting.method, "published": setting.published, "where": where, "keep": setting.keep}
+    return about | {"questions": len(found.right), "seconds": found.seconds, "right": packed(found.right)}
 
 
 def usable(args: argparse.Namespace, about: dict[str, str]) -> list[dict[str, str]]:
-    """The rows of ``--out`` that today's code made, or that are not asked for.
-
-    Raises
-    ------
-    ValueError : there are some of another model, other questions or other libraries.
-    """
+    """The rows of ``--out`` that today's code made, or that are not asked for; ValueError if some are of others."""
     if not args.out.exists():
         return []
     found, count = results(args.out), len(questions(args.split)[: args.questions])
@@ -163,8 +146,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write both CSVs."""
-    from rich.progress import Progress
-
     args, began = parser().parse_args(argv), time.monotonic()
     torch.set_num_threads(1)
     about = provenance(args.model, args.split) | {"code": code()}
@@ -180,13 +161,12 @@ def main(argv: list[str] | None = None) -> None:
         args.out.unlink(missing_ok=True)
     every = {ALL: "none", **settings(args.methods, args.keeps, load(args.model)[0])}
     wanted = {setting: where for setting, where in every.items() if setting not in known}
-    with Progress() as bar:
-        task = bar.add_task("runs", total=len(wanted))
+    with progress("Asking", len(wanted)) as advance:
         if BLIND not in {setting.method for setting in known}:
             append(args.out, [blind(args)], about)
         for made in measured(args, wanted, args.seconds and args.seconds - (time.monotonic() - began)):
             append(args.out, [made], about)
-            bar.update(task, advance=1, description=f"{made.method} {made.keep}")
+            advance()
     write_csv(args.out, in_order(results(args.out)))
     summarise(args.out)
 
@@ -208,7 +188,7 @@ def summarise(path: Path = RESULTS) -> None:
     rows = results(path)
     about = [{name: value for name, value in r.items() if name not in ("right", "code", "seconds")} for r in rows]
     made = zip(about, figures(*answered(rows)), strict=True)
-    write_csv(path.with_name(SUMMARY), [said | asdict(found) for said, found in made])
+    write_csv(path.with_name(SUMMARY), [said | found for said, found in made])
 
 
 if __name__ == "__main__":

@@ -16,56 +16,40 @@ from ..documents import markdown
 from .runs import PLAIN
 
 BLIND = "blind"
+COLUMNS = ("value", "low", "high", "change", "change_low", "change_high", "group_a", "group_a_low", "group_a_high")
+COLUMNS += ("group_a_questions",)
 Key = tuple[str, bool, int]  # method, whether as published, keep
-Asked = Sequence[tuple[int, Question]]  # scene and question
+Questions = Sequence[tuple[int, Question]]  # scene and question
 # At most so many points the default may lose at a keep, and ToMe under the same defaults be behind it.
 DEFAULT_LOSES = {144: 1.0, 72: 2.8, 36: 5.7, 16: 11.0}
 TOME_BEHIND, TOME_KEEPS = 1.5, (288, 144, 72)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """The share of right answers, its difference to the plain model, and the share in group A, with 95 % intervals.
-
-    Group A (VTC-Bench, arXiv 2510.07143) are the questions that the plain model answers right, and `downsample` with as
-    many tokens wrong.
-    """
-
-    value: float
-    low: float
-    high: float
-    change: float
-    change_low: float
-    change_high: float
-    group_a: float | str = ""
-    group_a_low: float | str = ""
-    group_a_high: float | str = ""
-    group_a_questions: int | str = ""
-
-
-def bootstrap_of(asked: Asked) -> Bootstrap:
+def bootstrap_of(asked: Questions) -> Bootstrap:
     """The bootstrap over the pictures of these questions."""
     return Bootstrap(np.array([scene for scene, _ in asked]))
 
 
-def figures(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[Figures]:
-    """Those of every run, from what (n,) it answered right; group A of methods where `downsample` was measured."""
+def figures(right: Mapping[Key, np.ndarray], asked: Questions) -> Iterator[dict[str, float | str]]:
+    """Accuracy, its difference to the plain model, and that in group A, of every run, from what (n,) it answered right.
+
+    Group A (VTC-Bench, arXiv 2510.07143) are the questions that the plain model answers right, and `downsample` with as
+    many tokens wrong. All with 95 % intervals.
+    """
     bootstrap, everything = bootstrap_of(asked), np.ones(len(asked), bool)
     plain = next(found for (method, *_), found in right.items() if method == PLAIN)
     for (method, published, keep), found in right.items():
         made = [*bootstrap(found, everything), *bootstrap(found - plain.astype(float), everything)]
-        rounded = Figures(*(round(figure, 6) for figure in made))
         small = right.get(("downsample", published, keep))
         hard = None if small is None or method in (PLAIN, BLIND) else plain & ~small
         if hard is not None and hard.any():
             made += [*bootstrap(found, hard), int(hard.sum())]
-            rounded = Figures(*(round(figure, 6) for figure in made))
-        yield rounded
+        yield dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, (round(figure, 6) for figure in made)))
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One requirement in per cent or points: what was measured with its 95 % interval, and its bound."""
+    """One requirement in % or points: what was measured with its 95 % interval, and its bound."""
 
     name: str
     value: float
@@ -80,7 +64,7 @@ class Gate:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def gates(right: Mapping[Key, np.ndarray], asked: Asked) -> Iterator[Gate]:
+def gates(right: Mapping[Key, np.ndarray], asked: Questions) -> Iterator[Gate]:
     """What embedded model, benchmark, default and ToMe must show, as far as it was measured."""
     bootstrap, masks = bootstrap_of(asked), groups([question for _, question in asked])
     plain, blind = (next(f for (m, *_), f in right.items() if m == name).astype(float) for name in (PLAIN, BLIND))
@@ -113,7 +97,7 @@ def _of_defaults(right: Mapping[Key, np.ndarray], plain: np.ndarray, gate: Calla
             yield gate(name, ours.astype(float) - tome, TOME_BEHIND, at_least=False)
 
 
-def gate_table(right: Mapping[Key, np.ndarray], asked: Asked) -> str:
+def gate_table(right: Mapping[Key, np.ndarray], asked: Questions) -> str:
     """A Markdown table of the gates."""
     lines = [["gate", "measured", "95 % interval", "bound", ""]]
     for gate in gates(right, asked):

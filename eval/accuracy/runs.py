@@ -30,7 +30,7 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionSet:
     """Which questions which model answers: the first ``limit`` of a split (None = all)."""
 
     model: str
@@ -46,7 +46,7 @@ class Answers:
     seconds: float
 
 
-def answers(asked: Asked, settings: Settings | None) -> Answers:
+def answers(asked: QuestionSet, settings: Settings | None) -> Answers:
     """Ask the questions under ``settings``; None = the plain model."""
     from pitome_mllm import attach
 
@@ -63,14 +63,11 @@ def answers(asked: Asked, settings: Settings | None) -> Answers:
 
 
 def measure(
-    asked: Asked, wanted: Sequence[Settings | None], jobs: int = 1, seconds: float | None = None
+    asked: QuestionSet, wanted: Sequence[Settings | None], jobs: int = 1, seconds: float | None = None
 ) -> Iterator[tuple[int, Answers]]:
-    """The place in ``wanted`` and the answers of every run, as they come.
+    """The place in ``wanted`` and the answers of every run, as they come, by so many processes of one thread each.
 
-    Parameters
-    ----------
-    jobs : processes that answer, one thread each; 1 = this one.
-    seconds : after which those that run are given up and no others begun.
+    After so many seconds what runs is given up, and nothing else begun.
     """
     until = None if seconds is None else time.monotonic() + seconds
     calls = [(asked, number, settings) for number, settings in enumerate(wanted)]
@@ -88,7 +85,7 @@ def measure(
                 return
 
 
-def _numbered(call: tuple[Asked, int, Settings | None]) -> tuple[int, Answers]:
+def _numbered(call: tuple[QuestionSet, int, Settings | None]) -> tuple[int, Answers]:
     asked, number, settings = call
     return number, answers(asked, settings)
 

@@ -30,7 +30,7 @@ from ..documents import read, write_csv
 from ..provenance import RESULTS as FOLDER
 from ..provenance import check_out
 from .figures import bootstrap_of
-from .runs import Asked, load, measure, provenance
+from .runs import QuestionSet, load, measure, provenance
 from .tables import teraflops
 
 KEEPS = (144, 72, 36, 16)
@@ -136,7 +136,7 @@ def one_round(number: int, current: dict[str, Any], args: argparse.Namespace) ->
     wanted, asked = alternatives(current), questions("validation")[: args.questions]
     runs = [{**settings, "keep": keep} for settings in wanted.values() for keep in KEEPS]
     right = np.zeros((len(runs), len(asked)))
-    for place, found in measure(Asked("tiny", "validation", args.questions), runs, args.jobs):
+    for place, found in measure(QuestionSet("tiny", "validation", args.questions), runs, args.jobs):
         right[place] = found.right
     right = right.reshape(len(wanted), len(KEEPS), -1)
     bootstrap, everything, level = bootstrap_of(asked), np.ones(len(asked), bool), 1 - 0.05 / max(1, len(wanted) - 1)
@@ -170,15 +170,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=1680, help="only the first so many (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (%(default)s)")
-    parser.add_argument("--start", type=json.loads, default={}, help="settings in place of defaults, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS, help="%(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        check_out(args.out, RESULTS, (args.questions, args.start) == (1680, {}))
+        check_out(args.out, RESULTS, args.questions == 1680)
     except UserError as error:
         parser.error(str(error))
-    current, found = dict(args.start), list[Row]()
+    current, found = dict[str, Any](), list[Row]()
     for number in range(1, ROUNDS + 1):
         rows = one_round(number, current, args)
         found += rows

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,14 +33,6 @@ OUT = FOLDER / "spectra.csv"
 COMMAND = "python -m pitome_mllm_eval.accuracy.spectra"
 
 
-class Correlation(NamedTuple):
-    """A rank correlation with its 95 % bootstrap interval over clusters."""
-
-    value: float
-    low: float
-    high: float
-
-
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 0; equal values share the mean of theirs."""
     above, equal = values[:, None] > values, values[:, None] == values
@@ -58,8 +50,8 @@ def spearman(x: np.ndarray, y: np.ndarray, strata: np.ndarray | None = None) -> 
 
 def correlation(
     x: np.ndarray, y: np.ndarray, cluster: Sequence[str], strata: np.ndarray | None = None, draws: int = DRAWS
-) -> Correlation:
-    """`spearman` of points (n,); the bootstrap draws clusters, as points of one ``cluster`` (n,) depend."""
+) -> tuple[float, float, float]:
+    """`spearman` of points (n,) and its 95 % interval, by drawing clusters (n,), as points of one depend."""
     names, strata = np.asarray(cluster), np.zeros(len(x)) if strata is None else strata
     members = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
     if len(members) < 2:
@@ -67,7 +59,7 @@ def correlation(
             f"an interval over methods needs at least 2 of them, got {len(members)}; measure more: {CURVES}"
         )
     points = (np.concatenate([members[c] for c in row]) for row in drawn(len(members), draws=draws))
-    return Correlation(spearman(x, y, strata), *span([spearman(x[i], y[i], strata[i]) for i in points]))
+    return spearman(x, y, strata), *span([spearman(x[i], y[i], strata[i]) for i in points])
 
 
 @dataclass(frozen=True)
@@ -109,14 +101,14 @@ def distances(model: Any, pixels: torch.Tensor, wanted: Iterable[Setting]) -> di
     return {setting: round(total / len(pixels), 6) for setting, total in found.items()}
 
 
-def correlations(found: Sequence[Point]) -> tuple[Correlation, Correlation]:
+def correlations(found: Sequence[Point]) -> list[tuple[float, float, float]]:
     """Of distance and loss: over all settings, and between methods at the same number of tokens.
 
     Clusters are methods; the sampling error of the pictures is in neither interval.
     """
     distance, loss, keep = (np.array([getattr(p, name) for p in found], float) for name in ("distance", "loss", "keep"))
     methods = [p.name for p in found]
-    return correlation(distance, loss, methods), correlation(distance, loss, methods, strata=keep)
+    return [correlation(distance, loss, methods, strata) for strata in (None, keep)]
 
 
 def plot(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:

@@ -39,8 +39,8 @@ class Results:
     def of(cls, found: list[Row]) -> Results:
         """Those in the rows of its summary."""
         plain, blind = (next(row for row in found if row["method"] == name) for name in (PLAIN, BLIND))
-        methods = [row for row in found if row["method"] not in (PLAIN, BLIND)]
-        return cls(plain, blind, {(line_of(row), int(row["keep"])): row for row in methods})
+        lines = {((row["method"], row["published"] == "True", row["where"]), int(row["keep"])): row for row in found}
+        return cls(plain, blind, {key: row for key, row in lines.items() if row["method"] not in (PLAIN, BLIND)})
 
     @property
     def keeps(self) -> list[int]:
@@ -52,13 +52,8 @@ class Results:
         return list(dict.fromkeys(line for line, _ in self.cells if line[1] == published))
 
 
-def line_of(row: Row) -> Line:
-    """The line of tables that a row of a CSV belongs to."""
-    return row["method"], row["published"] == "True", row["where"]
-
-
 def table(found: list[Row], published: bool) -> str:
-    """A Markdown table: methods down, keeps across, accuracy in per cent with its paired interval."""
+    """A Markdown table: methods down, keeps across, accuracy (%) with its paired interval."""
     results = Results.of(found)
     heads = ["method", "where", "spectral", "TFLOPs", *(f"keep {k}" for k in results.keeps), "group A"]
     lines = [heads, [PLAIN, "-", "-", teraflops(), *[f"{points(results.plain)[0]:.1f}"] * len(results.keeps), "100"]]
@@ -88,7 +83,7 @@ def _cell(row: Row) -> str:
 
 
 def points(row: Row, name: str = "value") -> list[float]:
-    """Value and interval in per cent, or points."""
+    """Value and interval in %, or points."""
     names = ("value", "low", "high") if name == "value" else (name, f"{name}_low", f"{name}_high")
     return [100 * float(row[n]) for n in names]
 
@@ -102,19 +97,19 @@ def about(found: list[Row]) -> str:
     return f"""{CAUTION}
 
 {plain["questions"]} {plain["split"]} questions, embedded model (weights {plain["weights"]}), {devices}, torch
-{plain["torch"]}, transformers {plain["transformers"]}, commit {commits}, {max(row["date"] for row in found)}; per cent
-right, in brackets the paired 95 % bootstrap interval, over pictures, of the difference to the plain model, which has
+{plain["torch"]}, transformers {plain["transformers"]}, commit {commits}, {max(row["date"] for row in found)}; accuracy
+(%), in brackets the paired 95 % bootstrap interval, over pictures, of the difference to the plain model, which has
 {value:.1f} ({low:.1f} to {high:.1f}). Without looking (the most common answer to the same text in training data):
 {points(results.blind)[0]:.1f}. Spectral: its paper proves that it keeps the spectrum. TFLOPs: counted for one picture,
-tower, merging and projector of {SHAPE} at keep {COST_KEEP}. Group A: per cent right, at keep {GROUP_A_KEEP}, of
+tower, merging and projector of {SHAPE} at keep {COST_KEEP}. Group A: accuracy (%), at keep {GROUP_A_KEEP}, of
 the {" or ".join(sorted(filter(None, hard))) or "no"} questions that the plain model answers right and `downsample`
 wrong."""
 
 
 def leaders(found: list[Row]) -> str:
-    """A Markdown table: at each keep the method with the most right answers, and the default one, in both tables."""
+    """A Markdown table: at each keep the most accurate method, and the default one, in both tables."""
     results = Results.of(found)
-    lines = [["most right answers, %", *(f"keep {keep}" for keep in results.keeps)]]
+    lines = [["highest accuracy, %", *(f"keep {keep}" for keep in results.keeps)]]
     for published, name in TABLES.items():
         best, ours = [], []
         for keep in results.keeps:
@@ -132,7 +127,7 @@ def leaders(found: list[Row]) -> str:
 
 def ablation(rows: list[Row]) -> str:
     """A Markdown table of the search: what every alternative gains and costs in each round, and the last front."""
-    heads = ["round", "factor", "alternative", "taken", "front", "right, %", "at each keep", "gain", "interval"]
+    heads = ["round", "factor", "alternative", "taken", "front", "accuracy, %", "at each keep", "gain", "interval"]
     lines = [[*heads, "TFLOPs", "launches"]]
     for row in rows:
         value, gain, low, high = (100 * float(row[name]) for name in ("value", "gain", "low", "high"))
@@ -151,7 +146,7 @@ def ablation(rows: list[Row]) -> str:
 def plot(found: list[Row], path: Path) -> None:
     """Accuracy over visual tokens, one line per method, in a panel for each table."""
     results, lines = Results.of(found), {}
-    figure, axes = documents.panels(list(TABLES.values()), "right answers, %", width=6, xlabel="visual tokens")
+    figure, axes = documents.panels(list(TABLES.values()), "accuracy, %", width=6, xlabel="visual tokens")
     methods = list(dict.fromkeys(line[0] for line, _ in results.cells))
     for axis, published in zip(axes, TABLES, strict=True):
         lines["plain, 576 tokens"] = axis.axhline(points(results.plain)[0], color="black", linestyle=":")

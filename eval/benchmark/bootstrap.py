@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from .questions import CATEGORIES
+from .questions import CATEGORIES, Question
 from .scenes import TIERS
 
 DRAWS = 2000
@@ -29,8 +28,8 @@ def span(figures: np.ndarray | Sequence[float], level: float = 0.95) -> tuple[fl
     return float(low), float(high)
 
 
-def groups(asked: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Masks over questions, or records of them: all, per category and per tier, as far as there are any."""
+def groups(asked: Sequence[Question]) -> dict[str, np.ndarray]:
+    """Masks over questions: all, per category and per tier, as far as there are any."""
     masks = {"all": np.ones(len(asked), bool)}
     masks |= {c: np.array([q.category == c for q in asked]) for c in CATEGORIES}
     masks |= {t: np.array([q.tier == t for q in asked]) for t in TIERS}

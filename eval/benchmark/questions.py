@@ -192,10 +192,10 @@ def _finish(draft: Draft, category: str, tier: str) -> Question:
     return Question(text, answer, category, tier, tuple(mentions))
 
 
-def _draft(rng, category: str, objects, seen: set[str], tries: int = 8) -> Draft | None:
+def _draft(rng, category: str, objects, seen: set[str]) -> Draft | None:
     """A question of one category that was not asked yet, if the objects allow one; its coin is tossed once."""
     yes = _coin(rng)
-    for _ in range(tries):
+    for _ in range(8):
         draft = _MAKERS[category](rng, objects, yes)
         if draft is not None and draft[0] not in seen:
             return draft

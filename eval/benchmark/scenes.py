@@ -172,18 +172,9 @@ def _draw(canvas: np.ndarray, mask: np.ndarray, x: int, y: int, colour: np.ndarr
 def make_scene(
     rng: np.random.Generator, tier: str, split: str = "train", window: tuple[int, int, int] = (0, 0, CANVAS)
 ) -> Scene:
-    """Draw one scene.
+    """Draw one scene with the digit scans and photograph regions of a split.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Source of all randomness.
-    tier : str
-        A name in `TIERS`.
-    split : str
-        Whose digit scans and photograph regions may be used.
-    window : tuple of int
-        (x, y, side) of the part of the canvas that is drawn and holds all objects.
+    ``window`` (x, y, side) is the part of the canvas that is drawn and holds all objects.
     """
     spec, (x0, y0, side) = TIERS[tier], window
     objects = lay_out(rng, spec, window)

@@ -6,12 +6,14 @@ forward, so whatever is attached to the model takes part. An answer is the likel
 
 import argparse
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pitome_mllm.commands._report import print_table
 from pitome_mllm.hooks import caches
 from pitome_mllm.serving.prompts import message, write
 
@@ -28,16 +30,13 @@ class Record:
     """One answered question."""
 
     scene: int
-    tier: str
-    category: str
-    answer: str
+    question: Question
     predicted: str
-    blind: str
 
     @property
     def right(self) -> bool:
         """Whether the model's answer is the true one."""
-        return self.predicted == self.answer
+        return self.predicted == self.question.answer
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,6 @@ def predict(model, asked: Sequence[Prompts]) -> list[int]:
     return [token for one, row in zip(asked, found, strict=True) for token in row[: len(one.rest)]]
 
 
-def answers(model, processor, picture, texts: list[str]) -> list[str]:
-    """First word of the answer to each question on one picture."""
-    asked = prompts(processor, model.config.image_token_id, model.config.image_seq_length, picture, texts)
-    return processor.tokenizer.convert_ids_to_tokens(predict(model, [asked]))
-
-
 @functools.lru_cache(maxsize=SCENES)
 def _of_scene(processor, image_token: int, length: int, number: int, split: str) -> tuple[Prompts, list[Question]]:
     """A picture of the benchmark, drawn and checked once for all runs of a process."""
@@ -117,17 +110,17 @@ def predicted(model, processor, split: str = "test", limit: int | None = None) -
 
 
 def score(model, processor, split: str = "test", limit: int | None = None) -> Iterator[Record]:
-    """The answers to the first ``limit`` questions of a split, beside the true ones and those without looking."""
-    for number, q, answer in predicted(model, processor, split, limit):
-        yield Record(number, q.tier, q.category, q.answer, answer, blind_answer(q))
+    """The answers to the first ``limit`` questions of a split."""
+    return itertools.starmap(Record, predicted(model, processor, split, limit))
 
 
 def table(records: list[Record]) -> list[dict]:
     """Accuracy, interval and blind baseline: overall, per category and per tier."""
     bootstrap = Bootstrap(np.array([r.scene for r in records]))
-    right, blind = np.array([(r.right, r.blind == r.answer) for r in records], float).T
+    asked = [r.question for r in records]
+    right, blind = np.array([(r.right, blind_answer(r.question) == r.question.answer) for r in records], float).T
     rows = []
-    for name, mask in groups(records).items():
+    for name, mask in groups(asked).items():
         rate, low, high = bootstrap(right, mask)
         about = {"group": name, "questions": int(mask.sum()), "accuracy": rate, "low": low, "high": high}
         rows.append(about | {"blind": blind[mask].mean()})
@@ -136,9 +129,7 @@ def table(records: list[Record]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Ask the plain model, and print a table."""
-    from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     import pitome_mllm
 
@@ -149,11 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     asked = score(*pitome_mllm.load(args.model, dtype="float32"), args.split, args.limit)
     rows = table(list(track(asked, "questions", total=args.limit or SCENES * PER_SCENE)))
-    view = Table("", "questions", "accuracy", "95 % interval", "blind", title=f"{args.model}, {args.split}, plain")
-    for row in rows:
-        figures = [f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['blind']:.3f}"]
-        view.add_row(row["group"], str(row["questions"]), *figures)
-    Console().print(view)
+    form = "{group}|{questions}|{accuracy:.3f}|{low:.3f} to {high:.3f}|{blind:.3f}"
+    lines = (form.format(**row).split("|") for row in rows)
+    print_table("|questions|accuracy|95 % interval|blind".split("|"), lines, f"{args.model}, {args.split}, plain")
 
 
 if __name__ == "__main__":

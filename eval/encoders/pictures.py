@@ -51,13 +51,7 @@ def _opened(picture: Any) -> Image.Image:
 
 
 def data_of(name: str, folder: Path | None, limit: int | None) -> Data:
-    """The pictures of a task, the first so many of them; of ImageNet the first of every class in turn.
-
-    Raises
-    ------
-    ValueError
-        No such folder, or none of these pictures in it.
-    """
+    """The pictures of a task, the first so many of them; of ImageNet the first of every class in turn."""
     found = (
         _from_hub(name) if folder is None else _classes(folder / name) if name == CLASSES else _captioned(folder / name)
     )

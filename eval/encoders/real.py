@@ -7,7 +7,6 @@ onnx, scikit-image and scikit-learn; Debian's tuxpaint-stamps-default brings mos
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,15 +26,17 @@ from pitome_mllm.methods import UserError
 from pitome_mllm.schedule import Schedule
 
 from ..benchmark.bootstrap import Bootstrap
-from ..documents import append
+from ..documents import append, read
 from ..provenance import about_machine, check_commit, commit
-from .report import OUT
+from .report import COMMAND, OUT
 from .weights import MODELS, load
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian puts them
 PHOTOGRAPHIC = ("animals", "food", "hobbies", "household", "plants", "sports", "vehicles")
 PHOTOS = ("astronaut", "camera", "cat", "coffee", "coins", "moon", "retina", "rocket")
 SIDE, BATCH = 224, 16
+Shown = tuple[Image.Image, str]  # a square picture, and its kind; empty where nobody says it
+KEY = ("model", "method", "how", "points", "amount")  # of a row
 RATIOS, POINTS = (0.9, 0.85, 0.95), (3, 4, 6)
 FEW = ("pitome", "pitome-bsm", "tome", "random")
 OTHERS = ("tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
@@ -43,14 +44,6 @@ SAME = ("diffrate", "dct", "pitome-llava", "random")  # whatever the library's c
 HOW = {"as published": {"published": True}, "library": {}}
 # What the library does otherwise than papers, one by one.
 APART = {"keys, weighted": ("keys", True), "keys, plain mean": ("keys", False), "hidden, weighted": ("hidden", True)}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A square picture, and its kind; empty where nobody says it."""
-
-    image: Image.Image
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,16 +56,16 @@ class Setting:
     asked: dict[str, Any]
 
 
-def pictures(stamps: Path, every: int) -> list[Picture]:
+def pictures(stamps: Path, every: int) -> list[Shown]:
     """Photographs that packages bring, and every so many of the photographic stamps, on white."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
     arrays = [getattr(skimage.data, name)() for name in PHOTOS] + load_sample_images().images
-    found = [Picture(ImageOps.fit(Image.fromarray(array).convert("RGB"), (SIDE, SIDE))) for array in arrays]
+    found = [(ImageOps.fit(Image.fromarray(array).convert("RGB"), (SIDE, SIDE)), "") for array in arrays]
     files = (file for folder in PHOTOGRAPHIC for file in sorted((stamps / folder).rglob("*.png")))
     names = [file for file in files if "mirror" not in file.name and "cartoon" not in file.parts]
-    return found + [Picture(_on_white(file), "/".join(_kind(file, stamps))) for file in names[::every]]
+    return found + [(_on_white(file), "/".join(_kind(file, stamps))) for file in names[::every]]
 
 
 def _kind(file: Path, stamps: Path) -> tuple[str, ...]:
@@ -150,15 +143,16 @@ def figures(merged: Tensor, plain: Tensor, kinds: np.ndarray) -> dict[str, float
     return told
 
 
-def measure(name: str, model: nn.Module, shown: list[Picture], out: Path, about: dict[str, Any]) -> None:
+def measure(name: str, model: nn.Module, shown: list[Shown], out: Path, about: dict[str, Any]) -> None:
     """Measure every setting of a model that ``out`` does not hold; each row is written at once."""
     mean, deviation = (torch.tensor(values)[:, None, None] for values in MODELS[name].pixels)
-    pixels = torch.stack([torch.from_numpy(np.array(p.image)).permute(2, 0, 1) / 255 for p in shown])
-    pixels, kinds = (pixels - mean) / deviation, np.array([p.kind for p in shown])
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image, _ in shown])
+    pixels, kinds = (pixels - mean) / deviation, np.array([kind for _, kind in shown])
     shape = geometry(model)
     embeddings(model, pixels[:2])  # the first call is slow
     plain, taken = embeddings(model, pixels)
-    there, row = _measured(out), partial(_row, name, plain=plain, kinds=kinds)
+    there = {tuple(row[n] for n in KEY) for row in read(out, COMMAND)} if out.exists() else set()
+    row = partial(_row, name, plain=plain, kinds=kinds)
     first = Setting("none", "", "", {})
     asked = [one for one in settings(name, shape.patches, shape.blocks) if _key(name, one) not in there]
     if _key(name, first) not in there:
@@ -181,17 +175,9 @@ def _key(name: str, one: Setting) -> tuple[str, ...]:
 def _row(
     name: str, one: Setting, merged: Tensor, taken: float, tokens: int, flops: int, plain: Tensor, kinds: np.ndarray
 ) -> dict[str, Any]:
-    known = dict(zip(("model", "method", "how", "points", "amount"), _key(name, one), strict=True))
+    known = dict(zip(KEY, _key(name, one), strict=True))
     cost = {"tokens": tokens, "gflops": f"{flops / 1e9:.2f}", "cpu_ms": f"{taken:.0f}"}
     return known | cost | {key: f"{value:.4f}" for key, value in figures(merged, plain, kinds).items()}
-
-
-def _measured(out: Path) -> set[tuple[str, ...]]:
-    """What a file has rows of."""
-    if not out.exists():
-        return set()
-    with out.open(newline="") as file:
-        return {tuple(row[n] for n in ("model", "method", "how", "points", "amount")) for row in csv.DictReader(file)}
 
 
 def main(argv: list[str] | None = None) -> None:

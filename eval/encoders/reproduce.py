@@ -142,13 +142,7 @@ def _evaluate(encoder: Encoder, name: str, data: Data, batch: int) -> tuple[np.n
 
 
 def reproduce(name: str, table: Table, options: Options, say: Said) -> dict[Run, dict[str, Any]]:
-    """Hits and trials of every run and task, from where they are already, or found now.
-
-    Raises
-    ------
-    ValueError
-        A folder or a model that is not there; settings that `attach` refuses.
-    """
+    """Hits and trials of every run and task, from where they are already, or found now."""
     data = {task: data_of(task, options.data, options.limit) for task in table.tasks}
     load = options.load or {}
     if load.get("bits"):

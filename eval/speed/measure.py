@@ -15,12 +15,13 @@ from pitome_mllm import METHODS, Attachment, attach
 from pitome_mllm.commands._options import open_model, progress
 from pitome_mllm.commands._report import print_table
 from pitome_mllm.costs.latency import in_turns, measure, milliseconds, runs_alone, timed
+from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.features import tower_features
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import DTYPES
 from pitome_mllm.methods import UserError, unknown
 
-from .models import configuration, find_shape, merging, prompt, random_model, slice_like, twin
+from .models import configuration, merging, prompt, random_model, share_weights, slice_like
 from .sheet import Row, Sheet, timing
 
 PLAIN, ORACLE, OVER_SLICING = "plain", "oracle", "over slicing"
@@ -89,15 +90,15 @@ def _title(options: argparse.Namespace) -> str:
     """What is measured, in words."""
     if options.shape is None:
         return str(options.model)
-    layers = 0 if find_shape(options.shape).text is None else options.layers
+    layers = 0 if get_shape(options.shape).text is None else options.layers
     part = {None: "", 0: ", the tower alone"}.get(layers, f", {layers} LLM blocks")
-    return find_shape(options.shape).title.partition(",")[0] + part
+    return get_shape(options.shape).title.partition(",")[0] + part
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> tuple[Any, int]:
     """The plain model, and how many pictures a row has."""
     if options.shape is not None:
-        shape = find_shape(options.shape)
+        shape = get_shape(options.shape)
         return random_model(configuration(shape, options.layers), DTYPES[options.dtype], device), shape.images
     model, _ = open_model(options)
     check_family(model.config)
@@ -116,12 +117,12 @@ def check_family(config: Any) -> None:
 
 def contenders(model: Any, methods: list[str], amounts: list[dict[str, Any]]) -> Iterator[Contender]:
     """The plain model, and every method at every amount of `attach`; an oracle goes the way of the first method."""
-    yield Contender(PLAIN, twin(model))
+    yield Contender(PLAIN, share_weights(model))
     for asked in amounts:
         amount = ", ".join(f"{'' if name == 'keep' else name + ' '}{value:g}" for name, value in asked.items())
         made: list[Contender] = []
         for name in methods:
-            own = twin(model)
+            own = share_weights(model)
             if name == ORACLE:
                 if not made[0].handle.plan.merging:
                     raise UserError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pitome_mllm import Attachment, attach
-from pitome_mllm.costs.published import SHAPES, Shape, get_shape
+from pitome_mllm.costs.published import Shape
 from pitome_mllm.families import FAMILY_OF_CONFIG
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.hooks.run import Run
@@ -54,12 +54,6 @@ def slice_like(model: Any, handle: Attachment) -> None:
     )  # fmt: skip
 
 
-def find_shape(name: str) -> Shape:
-    """The shape of this name, or the only one whose name begins so."""
-    begun = [known for known in SHAPES if known.startswith(name)]
-    return get_shape(begun[0] if len(begun) == 1 else name)
-
-
 def configuration(shape: Shape, layers: int | None = None) -> Any:
     """A LLaVA configuration of this shape, with so many blocks of the LLM (None: all, 0: hardly an LLM)."""
     from transformers import LlamaConfig, LlavaConfig
@@ -92,7 +86,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def twin(model: Any) -> Any:
+def share_weights(model: Any) -> Any:
     """A model with modules of its own that shares every weight."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pitome_mllm import METHODS, Attachment, attach
+from pitome_mllm.costs.published import get_shape
 from pitome_mllm.hooks.capture import Capture, new_pool
 
-from .models import configuration, find_shape, prompt, random_model, slice_like, twin
+from .models import configuration, prompt, random_model, share_weights, slice_like
 from .sheet import Row, Sheet
 
 BATCHES, LLM_BATCHES = (1, 4, 16), (1, 16)
@@ -39,7 +40,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, layers: int | None) -> None:
         self.device, self.repeats = torch.device(options.device), options.repeats
         self.gpu = self.device.type == "cuda"
-        config = configuration(find_shape("llava-1.5-7b"), layers)
+        config = configuration(get_shape("llava-1.5-7b"), layers)
         if options.shape == "tiny":
             shrink(config)
         torch.manual_seed(0)
@@ -52,7 +53,7 @@ class Bench:
 
         "pitome, 144" is the latter too, with so many visual tokens.
         """
-        made = twin(self.model)
+        made = share_weights(self.model)
         if like == "default" or ", " in like:
             attach(made, keep=KEEP if like == "default" else int(like.split(", ")[1]), graph=False)
         elif like != "plain":
@@ -174,7 +175,7 @@ def bits(bench: Bench) -> None:
     """How many different results 20 runs of a method give, eager and by a graph; one is what is promised."""
     pixels = prompt(bench.model, 2)["pixel_values"]
     for method in METHODS:
-        model = twin(bench.model)
+        model = share_weights(bench.model)
         with attach(model, method, keep=144, graph=False) as handle:
             made = [run_tower(model, pixels) for _ in range(20 if bench.gpu else 2)]
             handle.update(graph=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pitome_mllm.methods import UserError
@@ -65,28 +66,13 @@ def results(path: Path) -> list[Found]:
     return rows
 
 
-def processor() -> str:
-    """The processor's part of docs/speed.md."""
-    rows = results(CPU_RESULTS)
-    return f"{about(rows, 'make bench')}\n\n{cpu_table(rows)}"
-
-
-def graphics() -> str:
-    """The GPU's."""
-    rows = results(GPU_RESULTS)
-    return f"{about(rows, 'make bench-gpu')}\n\n{gpu_table(rows)}"
-
-
-TEXTS = {"processor": processor, "gpu": graphics}
-
-
-def about(rows: Sequence[Found], command: str) -> str:
-    """Where rows come from."""
-    row = rows[0]
+def part(path: Path, table: Callable[[Sequence[Found]], str]) -> str:
+    """A part of docs/speed.md: where rows come from, and their table."""
+    rows = results(path)
     return (
-        f"`{command}` on {row['device']}: {row['dtype']}, 40 text tokens, "
-        f"torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}, {row['date']}."
-    )
+        "`{}` on {device}: {dtype}, 40 text tokens, torch {torch}, transformers {transformers}, commit {commit}, "
+        "{date}.\n\n{}"
+    ).format(COMMANDS[path], table(rows), **rows[0])
 
 
 def shown(ms: str | float) -> str:
@@ -169,3 +155,6 @@ def cpu_table(rows: Iterable[Found]) -> str:
             share("decode"),
         ])  # fmt: skip
     return markdown(lines, numbers=2)
+
+
+TEXTS = {"processor": partial(part, CPU_RESULTS, cpu_table), "gpu": partial(part, GPU_RESULTS, gpu_table)}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,27 +34,8 @@ from .tiny_model import EOS, PAD, PREFIX, word_ids
 
 RESULTS = FOLDER / "finetune.csv"
 ADAPTED = r".*(language_model.*_proj|multi_modal_projector\.linear_[12])"
-WARMUP = 20  # steps
+RANK, RATE, WARMUP, SEED = 16, 2e-3, 20, 0  # of adapters, learning rate at its highest, steps until then
 PHASE = Phase("tune", steps=0, pictures=16, rows=4, chat_share=1.0)  # conversations of four questions
-
-
-@dataclass(frozen=True)
-class Row:
-    """The share of right answers "before" or "after", or the "difference", with its 95 % interval over pictures."""
-
-    method: str
-    where: str
-    keep: int
-    steps: int
-    rank: int
-    rate: float
-    seed: int
-    seconds: float  # of training, processor time
-    what: str
-    questions: int
-    value: float
-    low: float
-    high: float
 
 
 def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tensor]:
@@ -73,18 +54,18 @@ def inputs(batch: dict[str, Tensor], image: int, tokens: int) -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels, "labels": labels}
 
 
-def tune(model: nn.Module, steps: int, rank: int, rate: float, seed: int) -> nn.Module:
+def tune(model: nn.Module, steps: int, rank: int = RANK) -> nn.Module:
     """Put LoRA adapters on ``model``, in place, and train them; merging, where it is attached, takes part."""
     from peft import LoraConfig, get_peft_model
     from rich.progress import track
 
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     config = model.config
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED)).train()
-    optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min((n + 1) / WARMUP, 1 - n / steps))
     for step in track(range(steps), "training"):
-        batch = training_batch(seed, 0, PHASE, step)
+        batch = training_batch(SEED, 0, PHASE, step)
         wrapped(**inputs(batch, config.image_token_id, config.image_seq_length)).loss.backward()
         nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimiser.step()
@@ -93,8 +74,8 @@ def tune(model: nn.Module, steps: int, rank: int, rate: float, seed: int) -> nn.
     return wrapped.eval()
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Accuracy before and after, and the paired difference."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Accuracy before and after, and the paired difference, with 95 % intervals over pictures."""
 
     def right() -> np.ndarray:
         return np.array([float(record.right) for record in score(model, processor, args.split, args.limit)])
@@ -102,13 +83,15 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     model, processor = load("tiny")
     plan = attach(model, args.method, published=True, keep=args.keep).plan
     before, start = right(), time.process_time()
-    tune(model, args.steps, args.rank, args.rate, args.seed)
+    tune(model, args.steps)
     seconds = round(time.process_time() - start, 1)
     after = right()
     bootstrap = Bootstrap(np.array([scene for scene, _ in questions(args.split)][: args.limit]))
-    settings = (plan.method, plan.where, plan.keep, args.steps, args.rank, args.rate, args.seed, seconds)
+    settings = {name: getattr(plan, name) for name in ("method", "where", "keep")}
+    settings |= {"steps": args.steps, "rank": RANK, "rate": RATE, "seed": SEED, "seconds": seconds}
     for what, values in {"before": before, "after": after, "difference": after - before}.items():
-        yield Row(*settings, what, len(values), *bootstrap(values, np.ones(len(values), dtype=bool)))
+        figures = zip(("value", "low", "high"), bootstrap(values, np.ones(len(values), dtype=bool)))
+        yield settings | {"what": what, "questions": len(values), **dict(figures)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,9 +100,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=int, default=72)
     parser.add_argument("--method", default="pitome")
     parser.add_argument("--steps", type=int, default=300, help="each of 16 pictures, 4 questions on each")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test", choices=SPLITS[1:])
     parser.add_argument("--limit", type=int, help="ask only the first so many questions")
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
@@ -134,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     write_csv(args.out, rows, about)
     for row in rows:
-        print(f"{row.what}: {100 * row.value:+.1f} % ({100 * row.low:+.1f} to {100 * row.high:+.1f})")
+        print("{what}: {value:+.1%} ({low:+.1%} to {high:+.1%})".format(**row))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from PIL import Image
 DATA = Path(__file__).parents[1] / "data"
 PHOTOS = ("astronaut", "chelsea", "coffee", "camera", "rocket", "grass", "brick", "gravel")
 TRAIN_SHARE = 0.6  # of each photograph's width; the rest is for validation and test backgrounds
+HEIGHT = 176  # of every photograph
 SCANS = (1197, 300, 300)  # train, validation, test
 
 
@@ -23,15 +24,15 @@ def digits() -> dict[str, np.ndarray]:
     return {"images": data.images.astype(np.uint8), "targets": data.target.astype(np.uint8), "split": split}
 
 
-def photos(height: int = 176) -> dict[str, np.ndarray]:
+def photos() -> dict[str, np.ndarray]:
     """Each photograph scaled to one height and cut in two: left part for training, right part for evaluation."""
     import skimage.data
 
     out = {}
     for name in PHOTOS:
         image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
-        width = round(image.width * height / image.height)
-        pixels, cut = np.asarray(image.resize((width, height), Image.Resampling.BOX)), round(width * TRAIN_SHARE)
+        width = round(image.width * HEIGHT / image.height)
+        pixels, cut = np.asarray(image.resize((width, HEIGHT), Image.Resampling.BOX)), round(width * TRAIN_SHARE)
         out[f"train_{name}"], out[f"eval_{name}"] = pixels[:, :cut], pixels[:, cut:]
     return out
 

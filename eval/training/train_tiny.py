@@ -24,14 +24,14 @@ COLUMNS = "time split phase step pictures loss answer patch mention comparison r
 MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 
 
-def validation_batches(count: int, pictures: int = 8) -> list[dict[str, Tensor]]:
+def validation_batches(count: int) -> list[dict[str, Tensor]]:
     """About `count` questions on whole validation pictures, the first ones of the benchmark's validation set."""
     items, per_picture = [], 16
     for number in range(count // per_picture):
         picture, asked = scene_questions(number, "validation")
         rows = [[q] for q in (asked * per_picture)[:per_picture]]
         items.append(encode_scene(picture, rows, row_length(1)))
-    return [stack(items[first : first + pictures]) for first in range(0, len(items), pictures)]
+    return [stack(items[first : first + 8]) for first in range(0, len(items), 8)]
 
 
 class Trainer:

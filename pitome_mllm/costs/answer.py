@@ -39,6 +39,3 @@ class AnswerCost:
             return {}
         pairs = {name: (value, getattr(plain, name)) for name, value in asdict(self).items()}
         return {name: a / b for name, (a, b) in pairs.items() if a is not None and b}
-
-
-__all__ = ["AnswerCost"]

@@ -6,7 +6,6 @@ Attention counts every query with every key, causal or not, as that tool does. T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -21,9 +20,11 @@ from ..settings import Settings
 
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {
-    **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2"), 3),
-    **dict.fromkeys(("cohere2", "phi3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"), 3),
-    **dict.fromkeys(("glm4v_text", "smollm3", "stablelm"), 3),
+    **dict.fromkeys(("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4v_text", "granite", "llama"), 3),
+    **dict.fromkeys(
+        ("mistral", "olmo2", "paddleocr_vl_text", "phi3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3"), 3
+    ),
+    **dict.fromkeys(("qwen3_vl_text", "smollm3", "stablelm"), 3),
     **dict.fromkeys(("gpt_neox", "phi", "starcoder2"), 2),
 }
 LOGITS = ("last", "all")
@@ -37,7 +38,7 @@ class Estimate:
     ----------
     tower_flops : int
         Patch embedding and every block of the vision tower, those after the feature layer included; 0 where they are
-        not known, of families that merge behind it, whose tower takes as long as ever.
+        not counted, of families that merge behind it.
     merging_flops : int
         Similarity matrices and other matrix products of the method.
     projector_flops : int
@@ -74,12 +75,6 @@ def estimate(
     model_or_config: Any,
     method: str | Reducer | Plan | None = None,
     *,
-    keep: int | float | None = None,
-    ratio: float | None = None,
-    counts: Sequence[int] | None = None,
-    schedule: str | None = None,
-    where: str | None = None,
-    tower_keep: int | float | None = None,
     batch: int = 1,
     images: int = 1,
     text_tokens: int = 40,
@@ -98,7 +93,7 @@ def estimate(
     model_or_config : object
         A model that `attach` takes, or a configuration of one; nothing runs and no weights are needed. Of an encoder
         alone only the vision tower counts.
-    method, keep, ratio, counts, schedule, where, tower_keep, **settings
+    method, **settings
         As for `attach`; or as method the plan of a handle, which says all of it.
     batch : int, default 1
         Rows.
@@ -121,10 +116,9 @@ def estimate(
     at_least(batch=(batch, 1))
     if logits not in LOGITS:
         raise UserError(f"unknown logits {logits!r}; choose from {', '.join(LOGITS)}")
-    settings |= {"keep": keep, "ratio": ratio, "counts": counts, "schedule": schedule, "where": where}
-    vision, text, plan = resolve(model_or_config, method, tower_keep=tower_keep, **settings)
+    vision, text, plan = resolve(model_or_config, method, **settings)
     prompt, last = row_lengths(plan, images, text_tokens, new_tokens)
-    tower = batch * images * _tower(vision, plan)
+    tower = batch * images * _tower(vision, plan) if plan.geometry.family.linear else 0
     merging = batch * images * _merging(vision, text, plan)
     if text is None:
         return Estimate(tower, merging, 0, 0, 0, 0, plan.keep, 0)
@@ -143,13 +137,7 @@ def estimate(
 
 
 def resolve(model_or_config: Any, method: str | Reducer | Plan | None = None, **settings: Any) -> tuple[Any, Any, Plan]:
-    """The configurations of vision tower and LLM (None: a tower alone), and what the settings of `attach` mean there.
-
-    Raises
-    ------
-    ValueError
-        An unsupported model; settings that `attach` refuses.
-    """
+    """The configurations of vision tower and LLM (None: a tower alone), and the plan of the settings of `attach`."""
     config = getattr(model_or_config, "config", model_or_config)
     shape, vision = geometry(config), getattr(config, "vision_config", config)
     if shape.family.encoder:  # whatever the method's own place
@@ -167,16 +155,13 @@ def row_lengths(plan: Plan, images: int, text_tokens: int, new_tokens: int) -> t
 
 def _projector(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the projector for one token."""
-    if not plan.geometry.family.linear:
-        return 0
+    linear = plan.geometry.family.linear
     read = vision.hidden_size * max(1, len(plan.geometry.layers)) * plan.geometry.shuffle_factor**2
-    return 2 * text.hidden_size * (read + (plan.geometry.family.linear - 1) * text.hidden_size)
+    return 2 * text.hidden_size * (read + (linear - 1) * text.hidden_size) if linear else 0
 
 
 def _tower(vision: Any, plan: Plan) -> int:
     """FLOPs of the vision tower for one image."""
-    if not plan.geometry.family.linear:
-        return 0
     shape, width, (matrices, hidden) = plan.geometry, vision.hidden_size, _mlp(vision)
     patch = vision.patch_size**2 if isinstance(vision.patch_size, int) else vision.patch_size[0] * vision.patch_size[1]
     flops = 2 * plan.input_patches * width * getattr(vision, "num_channels", 3) * patch
@@ -203,9 +188,9 @@ def _merging(vision: Any, text: Any, plan: Plan) -> int:
     """FLOPs of the merges in tower and projector for one image, and of the attention that they look at."""
     flops = sum(_matching(vision, text, plan, *step) for step in plan.steps)
     if "attention" in plan.match_inputs:  # the class token's row of the attention matrix
-        entering = [plan.input_patches, *plan.counts]
+        input_tokens = [plan.input_patches, *plan.counts]
         blocks = {*plan.merging, *([plan.geometry.merging_blocks - 1] if plan.projector_counts else [])}
-        tokens = sum(entering[block] + plan.geometry.class_tokens for block in blocks)
+        tokens = sum(input_tokens[block] + plan.geometry.class_tokens for block in blocks)
         flops += 2 * tokens * vision.hidden_size
     return flops
 

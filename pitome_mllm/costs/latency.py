@@ -130,6 +130,3 @@ def measure(model: Any, inputs: Mapping[str, Any], *, new_tokens: int = 8, own: 
     with timed(model, own) as clock:
         model.generate(**inputs, **length, do_sample=False, num_beams=1, use_cache=True)
     return clock.cost()
-
-
-__all__ = ["AnswerClock", "in_turns", "measure", "milliseconds", "now", "runs_alone", "timed"]

@@ -178,6 +178,3 @@ def _llm_bytes(text: Any, prompt: int, size: int) -> int:
     """Bytes of one row in an LLM block, with its mask and the logits of one position."""
     rows = prompt * max(8 * text.hidden_size, 3 * text.hidden_size + 4 * text.intermediate_size)
     return rows * size + prompt**2 * size + text.vocab_size * (size + 2 * 4)
-
-
-__all__ = ["BITS", "Footprint", "footprint", "largest_batch", "weight_bytes"]

@@ -43,6 +43,8 @@ class FamilySpec:
         Linear layers of the projector; 0 where FLOPs of it and of the tower are not counted.
     first_position : int
         Position id of the first token in the LLM.
+    prefix : bool
+        The tokens of a prompt see each other, whatever window the LLM has.
     core : str
         The part that encodes images.
     tiles : str
@@ -91,6 +93,7 @@ class FamilySpec:
     last: bool = False
     linear: int = 2
     first_position: int = 0
+    prefix: bool = False
     core: str = "model"
     tiles: str = ""
     places: tuple[str, ...] = IN_TOWER
@@ -168,7 +171,9 @@ TOWER_OF_CONFIG = {"clip_vision_model": "CLIPEncoderLayer", "siglip_vision_model
 FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     "LlavaForConditionalGeneration": FamilySpec("llava"),
     "VipLlavaForConditionalGeneration": FamilySpec("vipllava", select="default"),
-    "PaliGemmaForConditionalGeneration": FamilySpec("paligemma", select="full", last=True, linear=1, first_position=1),
+    "PaliGemmaForConditionalGeneration": FamilySpec(
+        "paligemma", select="full", last=True, linear=1, first_position=1, prefix=True
+    ),
     "LlavaNextForConditionalGeneration": FamilySpec(
         "llava_next", tiles="anyres", places=ANYWHERE, newline="image_newline"
     ),
@@ -198,9 +203,22 @@ FAMILIES: dict[str, FamilySpec] = {  # key: class name of the model
     ),
     "Idefics3ForConditionalGeneration": _shuffled("idefics3"),
     "SmolVLMForConditionalGeneration": _shuffled("smolvlm"),
+    "Qwen2VLForConditionalGeneration": _qwen("qwen2_vl"),
     "Qwen2_5_VLForConditionalGeneration": _qwen("qwen2_5_vl"),
     "Qwen3VLForConditionalGeneration": _qwen("qwen3_vl"),
+    "Qwen3VLMoeForConditionalGeneration": _qwen("qwen3_vl_moe"),
+    "Qwen3_5ForConditionalGeneration": _qwen("qwen3_5"),
+    "Qwen3_5MoeForConditionalGeneration": _qwen("qwen3_5_moe"),
+    "Glm4vForConditionalGeneration": _qwen("glm4v"),
+    "Glm4vMoeForConditionalGeneration": _qwen("glm4v_moe"),
+    "Glm46VForConditionalGeneration": _qwen("glm46v"),
+    "PaddleOCRVLForConditionalGeneration": _qwen("paddleocr_vl"),
     "InternVLForConditionalGeneration": behind("internvl", joins="downsample_ratio"),
+    "Gemma3ForConditionalGeneration": behind("gemma3", count="mm_tokens_per_image"),
+    "Gemma4ForConditionalGeneration": behind("gemma4", joins="vision_config.pooling_kernel_size", side=16),
+    "Mistral3ForConditionalGeneration": behind("mistral3", joins="spatial_merge_size", side=32),
+    "AyaVisionForConditionalGeneration": behind("aya_vision", joins="downsample_factor"),
+    "Ovis2ForConditionalGeneration": behind("ovis2", joins="vision_config.hidden_stride"),
 }
 FAMILY_OF_CONFIG = {spec.config: name for name, spec in FAMILIES.items()}
 LLAVA_PACKAGE = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")  # models of the original llava package

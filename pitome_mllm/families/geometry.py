@@ -16,6 +16,8 @@ from .packed import read_out_of, usual_picture
 # Attention implementations that accept an additive (B, 1, N, N) bias, as proportional attention needs it, and that
 # read no borders of packed sequences out of the position ids.
 PLAIN_BACKENDS = ("sdpa", "eager")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers of an LLM that can be told anything
+RECURRENT = "linear_attention"  # and one whose layers only ask for the padding
 LLAVA_MPT = "LlavaMptForCausalLM"  # its own forward() fails on any image
 
 
@@ -40,7 +42,7 @@ class Geometry:
     llm_unsupported_reason : str
         Why the LLM takes no calibration, and what to change; empty if it takes one.
     llm_rotary : bool
-        The LLM has one rotary embedding, of which distances can be told.
+        The LLM has a rotary embedding, or one for each kind of its layers, of which distances can be told.
     layers : tuple of int
         The hidden states that the projector reads, side by side: the number of blocks before each; empty if it reads
         the tower's normed output.
@@ -143,10 +145,6 @@ def _of_features(config: Any, family: FamilySpec) -> Geometry:
     )
 
 
-def _is_rotary(text: Any) -> bool:
-    return "rope_type" in (getattr(text, "rope_parameters", None) or {})
-
-
 def _of_encoder(vision: Any, family: FamilySpec) -> Geometry:
     """The geometry of an encoder alone: all blocks of its tower merge."""
     if getattr(vision, "mask_ratio", 0):
@@ -226,15 +224,18 @@ def family_of(config: Any) -> FamilySpec:
     Raises
     ------
     ValueError
-        There is none.
+        There is none, or the model has no vision tower.
     """
     if config.model_type not in FAMILY_OF_CONFIG:
         raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
+    if config.vision_config is None:
+        raise UserError(f"this {config.model_type!r} has no vision tower, hence no visual tokens to merge")
     family, kind = FAMILIES[FAMILY_OF_CONFIG[config.model_type]], config.vision_config.model_type
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family
     reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
-    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0)
+    side = usual_picture(config, family)["grid"][0]  # as for all we know its pictures keep their size
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0, side=side)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
@@ -246,13 +247,23 @@ def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:
 
 def llm_unsupported_reason(text: Any) -> str:
     """Why an LLM takes no attention mask of our own, and what to change; empty if it takes one."""
-    backend, kinds = text._attn_implementation, getattr(text, "layer_types", None)
+    backend = text._attn_implementation
     if backend not in (None, *PLAIN_BACKENDS):  # None: a configuration alone, which runs nothing
         return f"the LLM's attention is {backend!r}; load with attn_implementation='sdpa' or 'eager'"
-    if kinds is None:
-        kinds = ["full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"]
-    partial = sorted({*kinds} - {"full_attention"})
-    return f"the LLM has {' and '.join(partial)}; use a checkpoint with full attention" if partial else ""
+    other = sorted({*layer_kinds(text)} - {FULL, SLIDING, RECURRENT})
+    return f"the LLM has {' and '.join(other)}; use a checkpoint with full or sliding attention" if other else ""
+
+
+def layer_kinds(text: Any) -> list[str]:
+    """The kind of attention of every layer of an LLM; one for all where its configuration lists none."""
+    kinds = getattr(text, "layer_types", None)
+    return list(kinds or [FULL if getattr(text, "sliding_window", None) is None else SLIDING])
+
+
+def _is_rotary(text: Any) -> bool:
+    """Whether an LLM has a rotary embedding, or one for each kind of its layers."""
+    rope = getattr(text, "rope_parameters", None) or {"": None}
+    return "rope_type" in rope or all(isinstance(one, dict) and "rope_type" in one for one in rope.values())
 
 
 def feature_layers(config: Any) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..families.features import pixels_in
 from ..methods import UserError
 from ..stats import Stats
-from . import caches, tiles
+from . import caches, encoding
 from .call import Encoded
 from .layout import Layout
 from .state import Attached
@@ -87,7 +88,7 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
     ``whole`` says that ids that come with a KV cache start at the beginning (generate), not after it (forward).
     """
     length, cached = caches.content_of(kwargs)
-    if cached is not None or pixels_in(kwargs) is not None:
+    if cached is not None or brings_pictures(handle, kwargs):
         check_call(handle, kwargs)
     images = _images(handle, kwargs)
     if not images.kept and cached is None:
@@ -95,7 +96,7 @@ def read_prompt(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Prompt
         return None
     plan = handle.plan
     calibration = ("none" if plan is None else plan.calibration) if cached is None else cached.calibration
-    image, mask = placeholders(handle.model, kwargs), kwargs.get("attention_mask")
+    image, mask = placeholders(handle, kwargs), kwargs.get("attention_mask")
     check_mask(mask, image.shape[1])
     if mask is None:  # forward() takes every token for one, generate() infers which are padding
         real = _inferred_mask(handle.model, kwargs, image) if whole else torch.ones_like(image)
@@ -117,10 +118,10 @@ def _images(handle: Attached, kwargs: dict[str, Any]) -> Images:
     _tell_videos(handle, kwargs)
     if pixels is not None:
         check_images(handle, pixels, kwargs)
-        if handle.family.tiles:
-            return Images(*tiles.lengths(handle, kwargs))
-        count = len(pixels)
-        return Images([handle.geometry.available] * count, [_kept(handle)] * count)
+    if handle.family.tiles and brings_pictures(handle, kwargs):
+        return Images(*encoding.lengths(handle, kwargs))
+    if pixels is not None:
+        return Images([handle.geometry.available] * len(pixels), [_kept(handle)] * len(pixels))
     return Images([], []) if given is None else _features(handle, given)
 
 
@@ -158,9 +159,18 @@ def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
         logger.warning("videos are not merged in %s: %s", type(handle.model).__name__, handle.family.videos)
 
 
-def placeholders(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
-    """(B, T) bool, True at image placeholders of the ids, or of the embeddings where there are no ids."""
-    token = model.config.image_token_id
+def brings_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call brings images, or videos that merge."""
+    return pixels_in(kwargs) is not None or any(kwargs.get(encoding.PIXELS[kind]) is not None for kind in handle.kinds)
+
+
+def placeholders(handle: Attached, kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool, True at placeholders of the ids, or of the embeddings where there are no ids."""
+    tokens = [getattr(handle.model.config, f"{kind}_token_id") for kind in handle.kinds]
+    return reduce(torch.logical_or, (_placeholders(handle.model, kwargs, token) for token in tokens))
+
+
+def _placeholders(model: nn.Module, kwargs: Mapping[str, Any], token: int) -> Tensor:
     if kwargs.get("input_ids") is not None:
         return kwargs["input_ids"] == token
     embeds = kwargs.get("inputs_embeds")

@@ -43,7 +43,7 @@ class Call:
         self.encoded: Encoded | None = None  # images that are encoded already; the only place that keeps them
         self.answer: Columns | None = None  # how the output comes to the caller's columns; None = it stays as it is
         self.owner: nn.Module | None = None  # whose call it is, the model's or its core's
-        self.places: Tensor | None = None  # (L,) or (L, A) positions of all placeholders that pictures had, in order
+        self.places: list[Tensor] = []  # by row (L,) or (L, A), positions of all placeholders that its pictures had
         self.told: Layout | None = None  # once the LLM was called, the layout with what it was told, for its rows
 
     def again(self) -> Call:
@@ -63,24 +63,24 @@ class Call:
 
 
 class Encoded:
-    """Images that a call brought, encoded before the model asks for them, which it does once."""
+    """Images and videos that a call brought, encoded before the model asks for them, which it does once."""
 
-    def __init__(self, pixels: Tensor, plan: Plan, output: Any) -> None:
-        self.pixels, self.plan, self.output = pixels, plan, output
+    def __init__(self, plan: Plan, made: dict[str, tuple[Tensor, Any]]) -> None:
+        self.plan, self.made = plan, made  # by kind, "image" or "video": pixels, and the model's output for them
 
-    def take(self, pixels: Tensor | None, plan: Plan | None) -> Any:
+    def take(self, kind: str, pixels: Tensor | None, plan: Plan | None) -> Any:
         """The model's output for ``pixels``: these, or what generate() made of them for beams, each several times.
 
         None for any others, and a second time.
         """
-        output, self.output = self.output, None
-        if output is None or pixels is None or plan is not self.plan:
+        own, output = self.made.pop(kind, (None, None))
+        if own is None or pixels is None or plan is not self.plan:
             return None
-        if pixels is self.pixels:
+        if pixels is own:
             return output
-        times, rest = divmod(len(pixels), len(self.pixels))
-        kind, own = ((x.shape[1:], x.dtype, x.device) for x in (pixels, self.pixels))
-        if kind != own or not times or rest or not torch.equal(pixels[::times], self.pixels):
+        times, rest = divmod(len(pixels), len(own))
+        alike = pixels.shape[1:] == own.shape[1:] and (pixels.dtype, pixels.device) == (own.dtype, own.device)
+        if not alike or not times or rest or not torch.equal(pixels[::times], own):
             return None
         output = copy.copy(output)
         output.pooler_output = [one for one in output.pooler_output for _ in range(times)]

@@ -34,23 +34,11 @@ _turn = lru_cache(_Turn)
 
 
 class Capture:
-    """``call`` as one CUDA graph, with its inputs and what it makes at fixed places.
+    """``call`` as one CUDA graph, with its ``inputs`` and what it makes at fixed places.
 
-    Parameters
-    ----------
-    call : callable
-        Takes as many tensors as there are ``inputs``; it ran before, with tensors like these.
-    inputs : sequence of Tensor
-        On ``device``.
-    pool : object
-        Of memory, shared by graphs of which only one runs at a time, from `new_pool`.
-    device : torch.device
-        A CUDA device.
-
-    Raises
-    ------
-    Exception
-        Whatever ``call`` raises while it is captured. The process is as before.
+    It takes as many tensors, and ran before, with tensors like these. The ``pool`` of memory, from `new_pool`, is
+    shared by graphs of which only one runs at a time. What ``call`` raises while it is captured, leaves the process as
+    before.
     """
 
     def __init__(self, call: Callable[..., Any], inputs: Sequence[Tensor], pool: Any, device: torch.device) -> None:
@@ -140,13 +128,7 @@ def _end_capture(device: int, pool: Any) -> None:
 
 
 class Copies:
-    """Makes what a call made again, with copies of its tensors.
-
-    Raises
-    ------
-    TypeError
-        Something in it is of a kind that is not known here, so that its tensors would not be copied.
-    """
+    """Makes what a call made again, with copies of its tensors; TypeError for what is of a kind not known here."""
 
     def __init__(self, made: Any) -> None:
         found: dict[int, Tensor] = {}

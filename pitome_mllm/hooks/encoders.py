@@ -60,13 +60,7 @@ def parts(handle: Attached) -> dict[nn.Module, Any]:
 
 
 def for_call(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """The plan for the pictures of a call, whatever their size, and its keywords.
-
-    Raises
-    ------
-    ValueError
-        The plan cannot be reached with pictures of that size; a mask of tokens.
-    """
+    """The plan for the pictures of a call, whatever their size, and its keywords."""
     if kwargs.get("attention_mask") is not None:
         raise UserError(
             "attention_mask hides tokens, which merging knows nothing of; leave it out while merging is attached"

@@ -69,7 +69,7 @@ class Graphs:
 
     def _find(self, work: Work) -> Key | None:
         """What a graph of such a call is found by; None where there can be none."""
-        reason = work.obstacle()
+        reason = work.eager_reason()
         if reason is None:
             try:
                 call = tuple((name, guard_of(value)) for name, value in work.given)
@@ -101,7 +101,7 @@ class Graphs:
         key = self._find(work)  # anew: the first call of a module may have changed its hooks
         if key is None or not self._is_due(key, work.plan):
             return
-        reason = work.obstacle_inside()
+        reason = work.eager_reason_inside()
         if reason is None:
             with captures.exclusive() as free:
                 if not free:  # later, and later each time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from ..families import TOWERS, TowerSpec
 from ..methods import UserError
 from ..plan import Plan
-from . import encoders, graphs, llava_package, llm, prefill, prompt, tiles, tower
+from . import encoders, encoding, graphs, llava_package, llm, prefill, prompt, tiles, tower
 from .classes import Hook, author_of_forward, plain_class
 from .generate import generate as generate_short
 from .lock import drawing
@@ -23,13 +24,7 @@ _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")  # of a module
 
 
 def install(handle: Attached) -> None:
-    """Put everything on the model, or nothing.
-
-    Raises
-    ------
-    ValueError
-        Its tower is not what family and plan say.
-    """
+    """Put everything on the model, or nothing."""
     check(handle, handle.plan)
     try:
         _put_on(handle)
@@ -121,12 +116,15 @@ def _methods(handle: Attached) -> list[tuple[nn.Module, str, Callable]]:
         return methods
     methods = [
         (handle.model, "generate", make_generate),
-        (handle.core, "get_image_features", tiles.make_get_image_features),
+        *(
+            (handle.core, f"get_{kind}_features", partial(encoding.make_get_features, kind=kind))
+            for kind in handle.kinds
+        ),
     ]
     if handle.family.tiles == "anyres":
         methods.append((handle.core, "pack_image_features", tiles.make_pack_image_features))
     for name in handle.family.plain:
-        methods.append((handle.core, name, functools.partial(tiles.make_plain, name=name)))
+        methods.append((handle.core, name, partial(encoding.make_plain, name=name)))
     return methods
 
 

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.geometry import llm_unsupported_reason
@@ -24,7 +23,7 @@ from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
 from ..stats import Stats
-from . import axes, caches
+from . import axes, caches, masks
 from .call import CALL, Call
 from .layout import Layout
 from .positions import at_placeholders, shift_to_median
@@ -32,9 +31,6 @@ from .state import Attached
 from .transfers import on
 
 logger = logging.getLogger(__name__)
-
-NEAR = 2.0  # what D is subtracted from, which is 1 at distance 0
-TABLE = 4096  # distances that are worked out at once
 
 
 def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -57,7 +53,7 @@ def before_language(language: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         sample = None
         if call is not None and call.sample is not None and not _fills_cache(language, kwargs):
             sample = on(tokens.device, call.sample)
-        kwargs["attention_mask"] = _calibrated(language, layout, tokens, kwargs, sample)
+        kwargs["attention_mask"] = masks.calibrated(language, layout, tokens, kwargs, sample)
     elif call is not None and past is not None and not caches.length_of(past) and bool(call.layout.real.all()):
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
@@ -78,14 +74,17 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
 
 def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
     """(B, S) or (B, S, A) what positions at the placeholders ``image`` (B, S) grow by."""
-    if call.places is None:
-        return shift_to_median(image, stats.median)
-    places = on(stats.device, call.places).split([len(group) for group in stats.groups])
-    if call.places.dim() == 1:
+    position = on(stats.device, call.told.position[:, -image.shape[1] :])
+    if not call.places:  # of a prompt that was short already, where the caller says what several axes count
+        return shift_to_median(image, stats.median) if position.dim() == 2 else torch.zeros_like(position)
+    lengths = [len(group) for group in stats.groups]
+    times = sum(lengths) // sum(map(len, call.places))  # models that repeat pictures for beams do so row by row
+    flat = torch.cat([row for row in call.places for _ in range(times)])
+    places = on(stats.device, flat).split(lengths)
+    if flat.dim() == 1:
         told = [at[median] for at, median in zip(places, stats.median)]
     else:
         told = axes.medians(places, stats.groups, stats.lengths)
-    position = on(stats.device, call.told.position[:, -image.shape[1] :])
     there = on(stats.device, image if position.dim() == 2 else image[..., None])
     return (at_placeholders(image, told) - position).masked_fill(~there, 0)
 
@@ -129,110 +128,3 @@ def tell_left_out(handle: Attached, settings: Settings, plan: Plan) -> None:
     if reason and left and not (handle.told_of_calibration or handle.family.encoder):
         handle.told_of_calibration = True
         logger.warning("calibration='none', which costs accuracy: %s", reason)
-
-
-def distances(language: nn.Module, ids: Tensor, reach: int) -> Tensor:
-    """(L,) float32, log(2 - D(d)) for every distance d up to ``reach`` or more, of the model's own frequencies; where
-    it has several axes (A, L), what each adds to D.
-
-    Kept until those change; where they do so with the length of a prompt, position ``ids`` say which it is.
-    """
-    handle, rotary = language._pitome, language.rotary_emb
-    scaled = any(kind in getattr(rotary, "rope_type", "") for kind in ("dynamic", "longrope"))
-    if scaled:
-        rotary(ids, ids)
-    kept = handle.distances
-    if scaled or kept is None or kept[0] is not rotary.inv_freq or kept[1].shape[-1] <= reach:
-        distance = torch.arange(TABLE * (reach // TABLE + 1), device=rotary.inv_freq.device)
-        if ids.dim() == 2:
-            near = (distance[:, None] * rotary.inv_freq.float()).cos().mean(-1)
-            handle.distances = kept = rotary.inv_freq, (NEAR - near).log()
-        else:
-            handle.distances = kept = rotary.inv_freq, axes.nearness(rotary, distance)
-    return kept[1]
-
-
-def _calibrated(
-    language: nn.Module, layout: Layout, tokens: Tensor, kwargs: dict[str, Any], sample: Tensor | None
-) -> Tensor | dict[str, Tensor]:
-    """The attention mask of a call with what the LLM is told; a dict where there is one for every kind of layer."""
-    past, mask = caches.cache_in(kwargs), kwargs.get("attention_mask")
-    dtype = tokens.dtype if tokens.is_floating_point() else language.dtype
-    layout, ids = layout.on(tokens.device), kwargs["position_ids"]
-    asking = axes.from_ids(ids, layout.position) - language._pitome.family.first_position
-
-    def calibrated(one: Tensor | None) -> Tensor:
-        if one is None or one.dim() == 2:
-            one = _seen(tokens, past, one, sample)
-        position, size = layout.of_places(one.shape[-1])
-        table = None
-        if layout.calibration == "distance":
-            reach = layout.reach + max(one.shape[-1] - layout.places, 0)
-            table = on(tokens.device, distances(language, ids, reach))
-        return calibrated_mask(one, asking, position, size, table, dtype)
-
-    return {kind: calibrated(one) for kind, one in mask.items()} if isinstance(mask, dict) else calibrated(mask)
-
-
-def calibrated_mask(
-    mask: Tensor, asking: Tensor, position: Tensor, size: Tensor, table: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The additive attention mask (B, 1, T, N) that tells of sizes, and of distances with a ``table``.
-
-    Parameters
-    ----------
-    mask : Tensor
-        (B, 1, T, N), True or 0 where a query sees a key.
-    asking : Tensor
-        (B or 1, T) position ids of the queries, or (B or 1, T, A) where they have several axes.
-    position, size : Tensor
-        (B, N) or (B, N, A), and (B, N) of the keys; the size of text is 0.
-    table : Tensor or None
-        (L,) what a distance adds; or (A, L), see `distances`.
-    """
-    lowest = torch.finfo(dtype).min
-    bias = size.clamp(min=1).log()[:, None]
-    if table is not None:
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > lowest / 2
-        told = (seen & (size > 0)[:, None]).any(-1, keepdim=True)  # text before an image is what it is without one
-        bias = _of_distances(asking, position, table).mul_(told).add_(bias)
-    bias = bias[:, None].to(dtype)
-    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask).clamp_min(lowest)
-
-
-def _of_distances(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
-    """(B, T, N) what a table of distances adds to the logits of queries and keys; see `calibrated_mask`."""
-
-    def looked_up(asking: Tensor, position: Tensor, table: Tensor) -> Tensor:
-        distance = (asking[:, :, None] - position[:, None]).abs_().clamp_(max=len(table) - 1)  # the largest tensor here
-        return table[distance]
-
-    if table.dim() == 1:
-        return looked_up(asking, position, table)
-    near = sum(looked_up(asking[..., a], position[..., a], one) for a, one in enumerate(table))
-    return (NEAR - near).log_()
-
-
-def _seen(tokens: Tensor, past: Any, real: Tensor | None, sample: Tensor | None) -> Tensor:
-    """(B, 1, T, N) bool, True where ``tokens`` (B, T) see a key; one in the padding sees itself.
-
-    Parameters
-    ----------
-    past : object
-        The KV cache in front of them or None; a static one has room for more keys than there are.
-    real : Tensor or None
-        (B, N or more), 0 at padding; None = there is none.
-    sample : Tensor, optional
-        (B, T), the same number for tokens that see each other; None = all do.
-    """
-    queries = tokens.shape[1]
-    keys = caches.length_of(past) + queries
-    columns = torch.arange(keys, device=tokens.device)
-    asking = columns[keys - queries :, None]
-    seen = (columns <= asking).expand(len(tokens), -1, -1)
-    if real is not None:
-        seen = (seen & (real[:, None, :keys] != 0)) | (columns == asking)
-    if sample is not None:
-        seen = seen & (sample[:, None, :] == sample[:, keys - queries :, None])
-    room = getattr(next(iter(getattr(past, "layers", ())), None), "max_cache_len", keys)
-    return (seen if room == keys else F.pad(seen, (0, room - keys)))[:, None]

@@ -24,6 +24,7 @@ from .merging import merge_rounds
 from .state import Attached
 from .validate import SIZES
 
+FRAMES = ("video_grid_thw", "num_frames_per_video")  # what says how many frames a video has
 DEEP = "deepstack_features"  # of an output: for some blocks of the LLM, what they add to the tokens of every picture
 
 
@@ -33,19 +34,19 @@ def merge_output(handle: Attached, plan: Plan, output: Any, given: Mapping[str, 
     lengths, width = [len(x) for x in made], made[0].shape[-1]
     layers = [layer.split(lengths) if isinstance(layer, Tensor) else layer for layer in deep]
     wide = [torch.cat(parts, -1) if layers else parts[0] for parts in zip(made, *layers)]
-    tile = plan.available if handle.family.by_row else 0
-    pictures = torch.cat(wide).split(tile) if tile else wide
+    sizes = _sizes(given, len(lengths))
+    parts = [_parts(n, size, plan.available if handle.family.by_row else 0) for n, size in zip(lengths, sizes)]
+    pictures = [part for x, each in zip(wide, parts) for part in x.split(each)]
+    grids = tuple(_grid(n, *size[-2:]) for each, size in zip(parts, sizes) for n in each)
     merged, packed = merge_pictures(plan, pictures, row_ends(handle, pictures), width)
-    stats = Stats(plan, len(packed), (), None, pictures[0].device, packed, grids=grids_of(pictures, given))
-    handle.note(stats=stats)
-    if tile:
-        left = iter(map(len, merged))
-        merged = torch.cat(merged).split([sum(next(left) for _ in range(n // tile)) for n in lengths])
-    features, *layers = zip(*(x.split(width, -1) for x in merged))
+    handle.note(stats=Stats(plan, len(packed), (), None, pictures[0].device, packed, grids=grids))
+    left = iter(map(len, merged))
+    joined = torch.cat(merged).split([sum(next(left) for _ in each) for each in parts])
+    features, *layers = zip(*(x.split(width, -1) for x in joined))
     output.pooler_output = torch.stack(features) if isinstance(made, Tensor) else type(made)(features)
     if layers:
-        joined = [torch.cat(new) if isinstance(old, Tensor) else list(new) for old, new in zip(deep, layers)]
-        setattr(output, DEEP, joined)
+        pairs = zip(deep, layers)
+        setattr(output, DEEP, [torch.cat(new) if isinstance(old, Tensor) else list(new) for old, new in pairs])
     return output
 
 
@@ -110,13 +111,23 @@ def row_ends(handle: Attached, pictures: Sequence[Tensor]) -> list[Tensor | None
     return [(x == newline.to(x)).all(-1) for x in pictures]
 
 
-def grids_of(pictures: Sequence[Tensor], given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, ...]:
-    """Rows and columns of the visual tokens of every picture, None where they form no grid."""
-    sizes = next((given[name] for name in SIZES if given.get(name) is not None), None)
+def _sizes(given: Mapping[str, Any], count: int) -> list[Sequence[int]]:
+    """Rows and columns of as many pictures by what a call says, with their frames before them where it does."""
+    sizes = next((given[name] for name in (*SIZES, *FRAMES) if given.get(name) is not None), ())
+    if (places := given.get("image_position_ids")) is not None:  # (I, N, 2): column and row of every patch
+        sizes = (places.amax(1) + 1).flip(-1)
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-    if sizes is None or len(sizes) != len(pictures):
-        sizes = [(1, 1)] * len(pictures)
-    return tuple(_grid(len(x), *size[-2:]) for x, size in zip(pictures, sizes))
+    places = given.get("video_position_ids")  # with an axis of frames in older releases of transformers
+    if not sizes and isinstance(places, Tensor) and places.dim() == 4:
+        sizes = [places.shape[1]] * count
+    sizes = [(size, 1, 1) if isinstance(size, int) else size for size in sizes]
+    return sizes if len(sizes) == count else [(1, 1)] * count
+
+
+def _parts(tokens: int, size: Sequence[int], tile: int) -> list[int]:
+    """Tokens of what merges by itself among the ``tokens`` of one picture of this ``size``: its tiles, or frames."""
+    parts = tokens // tile if tile else size[0] if len(size) == 3 else 1
+    return [tokens // parts] * parts if parts else []
 
 
 def _grid(tokens: int, rows: int, columns: int) -> tuple[int, int] | None:

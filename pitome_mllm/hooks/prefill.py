@@ -20,15 +20,12 @@ from .work import Work
 class PrefillWork(Work):
     """A call of the LLM with a prompt's embeddings and an empty dynamic KV cache."""
 
-    name = "the LLM's prefill"
+    name, apart = "the LLM's prefill", NAMES
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.past = cache_in(kwargs)
         self.is_empty = _is_new(self.past)  # asked before the call fills it
-
-    def is_apart(self, name: str) -> bool:
-        return name in NAMES
 
     @property
     def settings(self) -> tuple:
@@ -40,7 +37,7 @@ class PrefillWork(Work):
         """The first of the hooks: all of them run around the graph."""
         return next(iter(self.module._forward_hooks.values()), None)
 
-    def obstacle(self) -> str | None:
+    def eager_reason(self) -> str | None:
         if self.kwargs.get("output_hidden_states") or self.module.config.output_hidden_states:
             return "hidden states were asked for"
         if not self.is_empty:
@@ -50,10 +47,10 @@ class PrefillWork(Work):
             return "transformers before 5.24 makes an attention mask within a graph that it makes nowhere else"
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return "what its attention mask becomes depends on padding"
-        return super().obstacle()
+        return super().eager_reason()
 
-    def obstacle_inside(self) -> str | None:
-        return foreign_module(self.module) or super().obstacle_inside()
+    def eager_reason_inside(self) -> str | None:
+        return foreign_module(self.module) or super().eager_reason_inside()
 
     def again(self, *tensors: Tensor) -> tuple[Any, str, list[dict]]:
         args, kwargs = self.placed(tensors)

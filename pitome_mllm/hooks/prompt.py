@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families.features import pixels_in
 from . import axes, caches, columns
-from .arguments import Prompt, pad_id, placeholders, read_prompt
+from .arguments import Prompt, brings_pictures, pad_id, placeholders, read_prompt
 from .call import CALL, Call, named
-from .layout import Layout, shorten, take_all, unchanged
+from .layout import Layout, alike, shorten, take_all, unchanged
 from .positions import caller_positions, missing_before
 from .samples import and_next, packed, restarting
 from .state import Attached
@@ -29,15 +28,14 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
     tell = _tells(handle, prompt)
     restart = restarting(kwargs, prompt.real, prompt.seen)
     counted = prompt.is_parted if kwargs.get("position_ids") is None else prompt.calibrated
-    if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted)):
+    if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted or axes.counts_axes(handle.core))):
         check_unpacked(kwargs)
-        counted = axes.positions_of(handle.core, prompt)
-        new, sample, ids = _layout(prompt, tell, restart) if counted is None else _on_axes(prompt, counted)
+        positions = axes.positions_of(handle.core, prompt)
+        new, sample, ids = _layout(prompt, tell, restart) if positions is None else _on_axes(prompt, positions)
         call = _shortened(handle, prompt, new, sample, ids)
         call.calibration = prompt.calibration if tell else "none"
-        if prompt.is_long and handle.plan.where == "packed":
-            counted = caller_positions(prompt.real) if counted is None else counted
-            call.places = counted[:, :-1][prompt.fresh]
+        if call.calibration != "none" and prompt.is_long and handle.plan.where == "packed":
+            call.places = _places(prompt, positions, restart)
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
     call.encoded = prompt.images.encoded
@@ -48,10 +46,10 @@ def _tells(handle: Attached, prompt: Prompt) -> bool:
     """Whether the LLM is told where visual tokens were, and how many patches each stands for."""
     kwargs, images, count = prompt.kwargs, prompt.images, prompt.placeholders
     tell = count > 0 and prompt.merges and prompt.calibrated
-    if prompt.merges and pixels_in(kwargs) is not None:
+    if prompt.merges and brings_pictures(handle, kwargs):
         if count or prompt.seen is None:  # assistants get the images of a prompt that is in the cache already
             check_count(handle, count, images.full, images.kept)
-    elif count:
+    elif count and images.encoded is None:
         handle.note(stats=images.lent)
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
         if prompt.merges and images.lent is None and not drafting:
@@ -74,7 +72,7 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
         check_whole(restart, real)
         restart = None  # they leave gaps behind images, and begin no sample
         given = prompt.kwargs.get("position_ids")
-        if tell and (pixels_in(prompt.kwargs) is not None or given is None):
+        if tell and (prompt.images.lent is None or given is None):
             positions = positions + missing_before(F.pad(fresh, (0, 1)), prompt.images.full, prompt.images.kept)
         elif given is not None:  # features alone: of their places only the caller knows
             given = given[:, -fresh.shape[1] :].expand(len(fresh), -1).to(fresh.device)
@@ -87,16 +85,26 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
     return (new.positioned(positions) if counted else new), None, None
 
 
-def _on_axes(prompt: Prompt, counted: Tensor) -> tuple[Layout, None, None]:
-    """The layout of columns that have positions ``counted`` (B, T + 1, A) in several axes."""
+def _on_axes(prompt: Prompt, positions: Tensor) -> tuple[Layout, None, None]:
+    """The layout of columns that have ``positions`` (B, T + 1, A) in several axes."""
     images, fresh = prompt.images, prompt.fresh
     if prompt.is_long:
         new = shorten(fresh, prompt.real, images.full, images.kept)
     else:
         new = replace(unchanged(*fresh.shape, fresh.device), real=prompt.real)
     if prompt.is_long and not prompt.calibrated:
-        counted = axes.compact(counted, fresh, images.full, images.kept)
-    return new.positioned(counted), None, None
+        positions = axes.compact(positions, fresh, images.full, images.kept)
+    return new.positioned(positions), None, None
+
+
+def _places(prompt: Prompt, positions: Tensor | None, restart: Tensor | None) -> list[Tensor]:
+    """The positions of every row's placeholders, by ``positions`` in several axes or those of packed samples."""
+    if positions is None:
+        positions = caller_positions(prompt.real) if restart is None else and_next(restart - prompt.first)
+    if prompt.seen is not None:
+        positions, follows = alike(positions, prompt.seen.follows)
+        positions = positions + follows
+    return [row[at] for row, at in zip(positions[:, :-1], prompt.fresh)]
 
 
 def _shortened(handle: Attached, prompt: Prompt, new: Layout, sample: Tensor | None, ids: Tensor | None) -> Call:
@@ -140,12 +148,12 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         kwargs = named(type(module).forward, args, kwargs)
     generating = handle.generating
     if generating is not None:
-        if pixels_in(kwargs) is None and kwargs.get("mm_encoder_outputs") is None:
+        if not brings_pictures(handle, kwargs) and kwargs.get("mm_encoder_outputs") is None:
             return None
-        if _is_part(handle.model, generating, kwargs):
-            part = generating if pixels_in(kwargs) is None else generating.again()
+        if _is_part(handle, generating, kwargs):
+            part = generating.again() if brings_pictures(handle, kwargs) else generating
             part.owner = module
-            return (), {**kwargs, CALL: part}
+            return (), _handed_down(part, kwargs)
     handle.forget_encoded()
     call = rewrite(handle, kwargs, whole=False)
     if call is None:
@@ -157,12 +165,22 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         asked = kwargs if module is handle.model else {**kwargs, "logits_to_keep": 0}  # the core makes no logits
         call.answer, needed = columns.columns_of(call.fresh, asked, at_caller)
         needed |= columns.labels_left(kwargs, call.kwargs)
-    return (), {**call.kwargs, **needed, CALL: call}
+    return (), _handed_down(call, {**call.kwargs, **needed})
 
 
-def _is_part(model: nn.Module, generating: Call, kwargs: dict[str, Any]) -> bool:
+def _handed_down(call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call for the model. Gaps in its positions, which a model takes for borders of packed samples
+    when it makes masks, only the LLM gets, from the call.
+    """
+    ids = kwargs.get("position_ids")
+    if call.calibration != "none" and ids is not None and ids.dim() == 2:
+        kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
+    return {**kwargs, CALL: call}
+
+
+def _is_part(handle: Attached, generating: Call, kwargs: dict[str, Any]) -> bool:
     """Whether the placeholders of a call are those that the prompt of a running generate() has at these places."""
-    (image,), length = on_host(placeholders(model, kwargs)), caches.length_of(caches.cache_in(kwargs))
+    (image,), length = on_host(placeholders(handle, kwargs)), caches.length_of(caches.cache_in(kwargs))
     return generating.layout is None or torch.equal(image, generating.part(*image.shape, length))
 
 

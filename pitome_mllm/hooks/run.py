@@ -113,13 +113,7 @@ class Run:
         return merge_rounds(self.plan, x, self.plan.projector_counts, size, inputs, measure)
 
     def finish(self, output: Any, projector: nn.Module) -> None:
-        """Merge the tower's output before the projector, in place, and say what the run did.
-
-        Raises
-        ------
-        RuntimeError
-            A block did not merge as planned.
-        """
+        """Merge the tower's output before the projector, in place; RuntimeError if a block did not merge as planned."""
         self._merge_output(output, projector)
         missing = [block for block in self.plan.merging if block not in self.merges]
         if missing:
@@ -180,21 +174,9 @@ def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:
-    """What every token receives from the class token: its one row of the attention matrix, mean over heads.
+    """What every token receives from the class token, (B, N, 1): its row of the attention matrix, mean over heads.
 
-    Parameters
-    ----------
-    query : Tensor
-        (B, H, C) of the class token.
-    keys : Tensor
-        (B, N, H, C).
-    size : Tensor or None
-        (B, N, 1) patches per token, which count as many times (proportional attention); None = one each.
-
-    Returns
-    -------
-    Tensor
-        (B, N, 1) float32.
+    ``query`` (B, H, C) is the class token's, ``keys`` are (B, N, H, C); a token counts ``size`` (B, N, 1) times.
     """
     with torch.autocast(query.device.type, enabled=False):
         logits = torch.einsum("bhc,bnhc->bnh", query.float(), keys.float()) * query.shape[-1] ** -0.5

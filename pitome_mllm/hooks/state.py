@@ -52,8 +52,9 @@ class State:
 
 
 _FRESH = State()
-# One variable for all attachments, since a context keeps every variable that was ever set in it, and weak keys, since
-# it must not keep a model either. A dictionary in it is never changed: contexts that were copied share it.
+# One variable for all attachments: a context keeps each variable that was ever set in it, and its value, for as long as
+# its thread or task lives, so that one variable for each attachment would stay behind with its stats. Weak keys keep no
+# model either. A dictionary in it is never changed: contexts that were copied share it.
 _states: ContextVar[WeakKeyDictionary[Attached, State] | None] = ContextVar("pitome_states", default=None)
 
 
@@ -69,10 +70,17 @@ class Attached:
         self.core: nn.Module = model.get_submodule(family.core)
         self.features = selected_features(vars(model.config))
         self.places: dict[tuple, Places] = {}  # how the model packs an image of the last few sizes
-        self.distances: tuple[Tensor, Tensor] | None = None  # frequencies of the LLM, and what `llm` made of them
+        self.distances: dict[str, tuple[Tensor, Tensor]] = {}  # frequencies of the LLM, and what `masks` made of them
         self.told_of_videos = self.told_of_calibration = False
         self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
         self._plan = plan
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What of pictures the core encodes and merging knows: "image", and "video" where frames merge too."""
+        family, core = self.family, type(self.core)
+        videos = family.tiles == "features" and not family.videos and hasattr(core, "get_video_features")
+        return ("image", "video") if videos and hasattr(self.model.config, "video_token_id") else ("image",)
 
     @property
     def state(self) -> State:

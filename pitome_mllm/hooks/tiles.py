@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
@@ -20,23 +19,9 @@ from torch import Tensor, nn
 
 from ..families.anyres import Packed, Places, survivors
 from . import packed
-from .call import CALL, Encoded, named
 from .state import Attached
-from .validate import check_selection
 
 SIZES = 64  # of images whose packing is remembered
-
-
-def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int], Encoded | None]:
-    """Visual tokens of every image of a call, of the plain model and as many as it will have; and the images, if only
-    the tower could tell.
-    """
-    plan = handle.plan
-    if plan is None or plan.is_plain:
-        return [-1], [-1], None
-    encoded = _encode(handle, kwargs)
-    pictures = handle.state.stats.packed
-    return [len(picture.group) for picture in pictures], [len(picture.token) for picture in pictures], encoded
 
 
 def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
@@ -52,16 +37,6 @@ def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
         left = [n - int(place.newline.sum()) for n, place in zip(full, places)] if newline else full
         return [plan.rounds(n)[-1] if plan.rounds(n) else whole for n, whole in zip(left, full)]
     return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
-
-
-def _encode(handle: Attached, kwargs: dict[str, Any]) -> Encoded:
-    """The model's own encoding of a call's images, which the model gets when it asks for it, as long as it is kept."""
-    names = inspect.signature(type(handle.core).get_image_features).parameters
-    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    output = handle.core.get_image_features(**given, return_dict=True)
-    encoded = Encoded(kwargs["pixel_values"], handle.plan, output)
-    handle.note(encoded=weakref.ref(encoded))
-    return encoded
 
 
 def _places_of(handle: Attached, kwargs: dict[str, Any]) -> list[Places]:
@@ -131,47 +106,3 @@ def merged_tiles(tiles: Tensor, groups: Tensor, place: Places, newline: Tensor) 
     became = survivors(place, groups, tiles.shape[1])
     features = torch.cat([tiles.flatten(0, 1), newline[None].to(tiles)])  # -1 is the newline
     return features[became.token], became
-
-
-def make_get_image_features(core: nn.Module) -> Callable[..., Any]:
-    """A get_image_features() that refuses features that merging is not planned for, hands out encoded ones, and merges
-    what is packed.
-    """
-    own = type(core).get_image_features
-
-    @functools.wraps(own)
-    def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle, plan = self._pitome, self._pitome.plan
-        given = {name: value for name, value in named(own, args, kwargs).items() if name != CALL}
-        if not torch.compiler.is_compiling():
-            check_selection(handle, given)
-        if not handle.family.tiles:
-            return own(self, **given)
-        encoded = handle.encoded
-        handle.forget_encoded()
-        as_dict = given.pop("return_dict", True)
-        output = encoded.take(given.get("pixel_values"), plan) if encoded is not None else None
-        if output is None:
-            output = own(self, **given, return_dict=True)
-            if plan is None:
-                handle.note(stats=None)
-            elif plan.where == "packed":
-                output = packed.merge_output(handle, plan, output, given)
-        return output if as_dict else output.to_tuple()
-
-    return get_image_features
-
-
-def make_plain(core: nn.Module, name: str) -> Callable[..., Any]:
-    """A method of the model's own that never merges: a later step of it needs the whole grid of patches."""
-
-    @functools.wraps(getattr(type(core), name))
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = self._pitome
-        stats = handle.state.stats
-        with handle.choosing(None):
-            output = getattr(type(self), name)(self, *args, **kwargs)
-        handle.note(stats=stats)
-        return output
-
-    return method

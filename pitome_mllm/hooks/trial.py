@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..families.geometry import Geometry
 from ..methods import UserError
-from ..plan import Plan
+from ..plan import Plan, make_plan
+from ..settings import Settings
+from .install import uninstall
 from .state import Attached
 
 TEXT = 3  # tokens before the picture, and after it
@@ -21,15 +23,26 @@ CELLS = 8  # patches on a side of the picture, where the tower takes pictures of
 FLAT = {"image_grid_thw"}  # what a core takes with patches in a row, in place of a picture
 
 
-@torch.no_grad()
-def geometry_by_trial(handle: Attached, plans: Mapping[float, Plan]) -> Geometry:
-    """The geometry of a model with as many patches to a token as were seen; ``plans`` by the share that they keep.
+def planned(handle: Attached, settings: Settings) -> Plan:
+    """What ``settings`` mean for a model, by what a small picture shows.
 
     Raises
     ------
     ValueError
-        It does not merge as models with a row do; says what did not fit.
+        It does not merge as models with a row do; says what did not fit, and nothing stays on the model.
     """
+    plans = {share: make_plan(settings.changed(keep=share), handle.geometry) for share in (1.0, 0.5)}
+    try:
+        handle.geometry = _tried(handle, plans)
+        return make_plan(settings, handle.geometry)
+    except BaseException:
+        uninstall(handle)
+        raise
+
+
+@torch.no_grad()
+def _tried(handle: Attached, plans: Mapping[float, Plan]) -> Geometry:
+    """The geometry with as many patches to a token as were seen; ``plans`` by the share that they keep."""
     model, shape = handle.model, handle.geometry
     with _evaluating(model):
         try:

@@ -17,31 +17,17 @@ from .tower import finish_run
 
 
 class Work:
-    """One call of a module, for which a graph may stand in.
+    """One call of a module, for which a graph may stand in."""
 
-    Attributes
-    ----------
-    name : str
-        What the module is called in the log.
-    watched : sequence of nn.Module
-        Modules beside it whose state counts.
-    given : list
-        Names and values of what a graph depends on, tensors among them.
-    inputs : list of Tensor
-        The tensors of those.
-    """
-
-    name = ""
-    watched: Sequence[nn.Module] = ()
+    name = ""  # of the module, in the log
+    apart: Sequence[str] = ()  # keywords that bring nothing that a graph depends on
+    watched: Sequence[nn.Module] = ()  # modules beside it whose state counts
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         self.module, self.plan, self.plain, self.args, self.kwargs = module, plan, plain, args, kwargs
-        self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if not self.is_apart(name))]
+        # Names and values of what a graph depends on, and the tensors of those.
+        self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name not in self.apart)]
         self.inputs = [value for _, value in self.given if isinstance(value, Tensor)]
-
-    def is_apart(self, name: str) -> bool:
-        """Whether a keyword brings nothing that a graph depends on."""
-        raise NotImplementedError
 
     @property
     def settings(self) -> tuple:
@@ -53,7 +39,7 @@ class Work:
         """The last of the module's forward hooks that is to be part of the graph; what comes after runs around it."""
         raise NotImplementedError
 
-    def obstacle(self) -> str | None:
+    def eager_reason(self) -> str | None:
         """Why such a call cannot be captured."""
         module, asked = self.module, self.kwargs.get
         if hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None:
@@ -68,7 +54,7 @@ class Work:
             return "inputs and weights lie on several devices"
         return None
 
-    def obstacle_inside(self) -> str | None:
+    def eager_reason_inside(self) -> str | None:
         """Why its modules cannot be captured, as they are."""
         return unsupported_modules(self.module, last=self.last)
 
@@ -77,7 +63,7 @@ class Work:
         given = iter(tensors)
         args = [next(given) if isinstance(value, Tensor) else value for value in self.args]
         return args, {
-            name: next(given) if isinstance(value, Tensor) and not self.is_apart(name) else value
+            name: next(given) if isinstance(value, Tensor) and name not in self.apart else value
             for name, value in self.kwargs.items()
         }
 
@@ -93,14 +79,11 @@ class Work:
 class TowerWork(Work):
     """A call of a vision tower, merging before the projector included."""
 
-    name = "the vision tower"
+    name, apart = "the vision tower", (RUN,)
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.watched = (module._pitome.projector,)
-
-    def is_apart(self, name: str) -> bool:
-        return name == RUN
 
     @property
     def settings(self) -> tuple:
@@ -113,10 +96,10 @@ class TowerWork(Work):
         ours = (hook for hook in self.module._forward_hooks.values() if isinstance(hook, Hook))
         return next((hook for hook in ours if inspect.unwrap(hook.func) is finish_run), None)
 
-    def obstacle(self) -> str | None:
-        return "energies=True keeps what it makes" if self.plan.energies else super().obstacle()
+    def eager_reason(self) -> str | None:
+        return "energies=True keeps what it makes" if self.plan.energies else super().eager_reason()
 
-    def obstacle_inside(self) -> str | None:
+    def eager_reason_inside(self) -> str | None:
         others = self.watched if self.plan.metric == "projected" else ()
         return unsupported_modules(self.module, *others, last=self.last)
 

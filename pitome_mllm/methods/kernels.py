@@ -44,14 +44,14 @@ def fuses(metric: Tensor) -> bool:
         raise UserError(f"{SWITCH}={choice!r} is not possible; choose one of {', '.join(CHOICES)}")
     if choice == "torch" or (choice == "auto" and metric.device.type != "cuda"):
         return False
-    reason = _device_obstacle(metric.device) or _obstacle(metric)
+    reason = _device_reason(metric.device) or _torch_reason(metric)
     if reason and choice == "fused":
         raise RuntimeError(f"{SWITCH}=fused, but {reason}; leave it at auto, or set it to torch")
     _say(reason)
     return not reason
 
 
-def _obstacle(metric: Tensor) -> str:
+def _torch_reason(metric: Tensor) -> str:
     """Why this merge cannot be fused; "" if it can."""
     if torch.jit.is_tracing():
         return "a trace holds torch's operations"
@@ -69,7 +69,7 @@ def _obstacle(metric: Tensor) -> str:
 
 
 @lru_cache
-def _device_obstacle(device: torch.device) -> str:
+def _device_reason(device: torch.device) -> str:
     """Why nothing can be fused on this device; "" if it can. Merges two tokens to find out."""
     try:
         from . import triton_kernels as device_code

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -13,40 +12,30 @@ from ..methods import UserError
 from .canvas import DPI, below, font_of, painted
 from .groups import PALETTE
 
+GAP = 16  # pixels between images
+
 
 def side_by_side(
-    pictures: Sequence[Image.Image],
-    titles: Sequence[str] | None = None,
-    *,
-    gap: int = 16,
-    columns: int | None = None,
+    pictures: Sequence[Image.Image], titles: Sequence[str] | None = None, *, columns: int | None = None
 ) -> Image.Image:
-    """Images at the height of the tallest, each under its title, on white; in one row, or in rows of ``columns``.
-
-    Raises
-    ------
-    ValueError
-        No image, another number of titles than of images, or no column.
-    """
+    """Images at the height of the tallest, each under its title, on white; in one row, or in rows of ``columns``."""
     titles = [""] * len(pictures) if titles is None else list(titles)
     if not pictures or len(titles) != len(pictures):
         raise UserError(f"got {len(pictures)} pictures and {len(titles)} titles; give one title for each picture")
-    columns = len(pictures) if columns is None else columns
-    if columns < 1:
-        raise UserError(f"columns={columns} is not possible; give 1 or more")
+    columns = columns or len(pictures)
     height = max(picture.height for picture in pictures)
     scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
     starts = range(0, len(pictures), columns)
-    return below([_row(scaled[i : i + columns], titles[i : i + columns], gap) for i in starts])
+    return below([_row(scaled[i : i + columns], titles[i : i + columns]) for i in starts])
 
 
-def captioned(sheet: Image.Image, text: str, gap: int = 16) -> Image.Image:
+def captioned(sheet: Image.Image, text: str) -> Image.Image:
     """The sheet above a line of text, in as many lines as it takes."""
     font = font_of(max(12, min(sheet.width // 80, 40)))
-    lines = _wrap(text, font, sheet.width - 2 * gap)
+    lines = _wrap(text, font, sheet.width - 2 * GAP)
     box = ImageDraw.Draw(sheet).multiline_textbbox((0, 0), lines, font=font)
-    foot = Image.new("RGB", (sheet.width, int(box[3]) + gap), "white")
-    ImageDraw.Draw(foot).multiline_text((gap, 0), lines, fill="black", font=font)
+    foot = Image.new("RGB", (sheet.width, int(box[3]) + GAP), "white")
+    ImageDraw.Draw(foot).multiline_text((GAP, 0), lines, fill="black", font=font)
     return below([sheet, foot])
 
 
@@ -58,22 +47,22 @@ def like(picture: Image.Image, drawing: Image.Image) -> Image.Image:
     return sheet
 
 
-def _row(pictures: Sequence[Image.Image], titles: Sequence[str], gap: int) -> Image.Image:
+def _row(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
     """Images of one height in a row."""
     height = pictures[0].height
     font = font_of(max(12, height // 24))
     texts = [_wrap(title, font, picture.width) for title, picture in zip(titles, pictures, strict=True)]
     brush = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     head = max(brush.multiline_textbbox((0, 0), text, font=font)[3] for text in texts)
-    head = int(head) + gap if any(titles) else 0
-    width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, height + head + 2 * gap), "white")
+    head = int(head) + GAP if any(titles) else 0
+    width = sum(p.width for p in pictures) + GAP * (len(pictures) + 1)
+    sheet = Image.new("RGB", (width, height + head + 2 * GAP), "white")
     brush = ImageDraw.Draw(sheet)
-    left = gap
+    left = GAP
     for picture, text in zip(pictures, texts, strict=True):
-        brush.multiline_text((left, gap), text, fill="black", font=font)
-        sheet.paste(picture, (left, gap + head))
-        left += picture.width + gap
+        brush.multiline_text((left, GAP), text, fill="black", font=font)
+        sheet.paste(picture, (left, GAP + head))
+        left += picture.width + GAP
     return sheet
 
 
@@ -89,32 +78,13 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return "\n".join(lines)
 
 
-def draw_counts(counts: Mapping[str, Sequence[int]], *, size: tuple[int, int] = (672, 672)) -> Image.Image:
-    """A chart of the tokens after every step: a group of bars per step, a colour per name.
-
-    Parameters
-    ----------
-    counts : mapping
-        By name (of a method), the tokens before the first step and after each of them.
-    size : tuple of int, default (672, 672)
-        Width and height in pixels.
-
-    Raises
-    ------
-    ValueError
-        Nothing to show, or more names than there are colours.
-    """
-    if not counts or not all(counts.values()) or len(counts) > len(PALETTE):
-        raise UserError(f"got counts of {len(counts)} methods; give those of 1 to {len(PALETTE)}, none of them empty")
+def draw_counts(counts: Sequence[int], size: tuple[int, int] = (672, 672)) -> Image.Image:
+    """A chart, of a width and height in pixels, of the tokens before the first step and after each of them."""
     figure = Figure((size[0] / DPI, size[1] / DPI), dpi=DPI, layout="constrained")
     axis = figure.subplots()
-    width, many = 0.8 / len(counts), len(counts) * max(map(len, counts.values())) > 16
-    for number, (name, values) in enumerate(counts.items()):
-        places = np.arange(len(values)) + (number - (len(counts) - 1) / 2) * width
-        bars = axis.bar(places, values, width, label=name, color=PALETTE[number] / 255)
-        axis.bar_label(bars, rotation=90 if many else 0, fontsize="small", padding=2)
+    bars = axis.bar(range(len(counts)), counts, color=PALETTE[0] / 255)
+    axis.bar_label(bars, rotation=90 if len(counts) > 16 else 0, fontsize="small", padding=2)
     axis.set(xlabel="tokens after so many steps")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(y=0.1)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False)
     return painted(figure)

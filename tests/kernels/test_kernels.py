@@ -206,7 +206,7 @@ def test_a_merge_takes_few_launches(monkeypatch, name):
     for kernel in ("prepare", "add_energies", "rank", "match", "place", "combine"):
         monkeypatch.setattr(triton_kernels, kernel, Noted(kernel, launched))
     keys, size = torch.randn(1, 577, 16, 64), torch.ones(1, 577, 1)
-    kernels._device_obstacle(keys.device)
+    kernels._device_reason(keys.device)
     launched.clear()
     with Operations() as torchs:
         merge = get_method(name).match(keys.mean(2), 58, protected=1, size=size)
