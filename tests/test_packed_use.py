@@ -11,6 +11,7 @@ from models import BEFORE_518, picture, since_518
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pitome_mllm import attach, estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
@@ -179,3 +180,8 @@ def test_frames_of_a_video_merge_each_for_itself(family):
         gone = sum(map(len, handle.stats.groups)) - sum(handle.stats.lengths)
         assert seen.shape[1] == plain.shape[1] - gone and gone > 0.7 * (inputs["mm_token_type_ids"] > 0).sum()
         assert [row[0] for row in new_ids(model, inputs, 2)] == seen[:, -1].argmax(-1).tolist()
+
+
+def test_every_llm_of_known_flops_that_comes_in_such_a_family_only_is_counted():
+    counted = {family.config().text_config.model_type for family in PACKED}
+    assert {*MLP_MATRICES} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} <= counted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import logits, new_ids
+from families import BY_TITLE as OTHERS
 from families import QUESTIONS, TWO_PICTURES, pictures
 from packed import PACKED
 
@@ -82,3 +83,20 @@ def test_rows_run_nothing_at_attach():
         model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
         model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
         attach(model, keep=0.25).remove()
+
+
+@pytest.mark.parametrize("title", ["LLaVA-1.5", "PaliGemma", "LLaVA-NeXT (1.6)", "Video-LLaVA"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
+def test_a_tower_of_a_kind_without_a_row_is_merged_behind(title, monkeypatch):
+    monkeypatch.setattr("pitome_mllm.families.geometry.TOWER_OF_CONFIG", {})
+    family = OTHERS[title]
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0))])
+    inputs.pop("labels", None)
+    plain = logits(model, inputs)
+    with attach(model, keep=1.0) as handle:
+        assert handle.plan.where == "packed" and torch.equal(logits(model, inputs), plain)
+        handle.update(keep=0.25)
+        seen = logits(model, inputs)
+        assert new_ids(model, inputs, 1) == [[int(seen[0, -1].argmax())]]
+        (group,), (left,) = handle.stats.groups, handle.stats.lengths
+        assert seen.shape[1] == plain.shape[1] - len(group) + left and left == round(int((group >= 0).sum()) / 4)

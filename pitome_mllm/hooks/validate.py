@@ -95,6 +95,8 @@ def check_images(handle: Attached, pixels: Tensor, kwargs: Mapping[str, Any]) ->
         raise UserError(f"got pixel_values of shape {shape}, no picture; leave them out where there is none")
     needed = inspect.signature(type(handle.core).get_image_features).parameters if tiles else {}
     for name in (name for name in SIZES if name in needed):
+        if name != SIZES[0] and needed[name].default is None:  # of some pictures only
+            continue
         if kwargs.get(name) is None:
             raise UserError(f"got pixel_values without {name}; {ADVICE}")
         if pixels.dim() == 5 and len(kwargs[name]) != len(pixels):
