@@ -16,11 +16,12 @@ os.environ |= {
 
 import gradio as gr
 
+from pitome_mllm.serving.resolution import CONTROL
 from pitome_mllm.serving.uploads import FORMATS, MAX_BYTES
 from pitome_mllm.settings import DEFAULT_METHOD
 
 from . import examples
-from .controls import AMOUNTS, MERGES, NOTHING, OWN, PLACES, PLAIN, menu
+from .controls import AMOUNTS, MERGES, NOTHING, OWN, PER_CENT, PLACES, PLAIN, menu
 from .engine import Engine
 from .handlers import Handlers
 from .pictures import open_upload
@@ -84,18 +85,20 @@ class Page:
     # layout
 
     def _lay_out_settings(self) -> None:
-        most, methods = self.engine.available, menu()
+        most, methods = self.engine.available or PER_CENT, menu()
+        per = "Visual tokens per picture" if self.engine.available else "Visual tokens left, % of a picture's"
+        rival = [("a smaller picture", CONTROL)] if self.engine.scales else []
         with gr.Group():
             with gr.Row():
                 self.method = gr.Dropdown(
                     methods, value=DEFAULT_METHOD, label="Method", elem_id="pm-method", min_width=150
                 )
                 self.compare = gr.Dropdown(
-                    [("the plain model", PLAIN), ("nothing", NOTHING), *methods], value=PLAIN, label="Compare with",
-                    elem_id="pm-compare", min_width=150,
+                    [("the plain model", PLAIN), *rival, ("nothing", NOTHING), *methods], value=PLAIN,
+                    label="Compare with", elem_id="pm-compare", min_width=150,
                 )  # fmt: skip
             with gr.Group() as self.by_tokens:
-                self.keep = gr.Slider(1, most, most // 4, step=1, label="Visual tokens per picture", elem_id="pm-keep")
+                self.keep = gr.Slider(1, most, most // 4, step=1, label=per, elem_id="pm-keep")
             with gr.Group(visible=False) as self.by_ratio:
                 self.ratio = gr.Slider(
                     0.5, 1, 0.9, step=0.005, label="Share that every block keeps", elem_id="pm-ratio"

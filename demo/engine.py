@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 from PIL import Image
 
 from pitome_mllm import attach, estimate
 from pitome_mllm.costs.flops import flops_known, kv_bytes_per_token
 from pitome_mllm.costs.published import SHAPES
-from pitome_mllm.families.features import pixel_values, tower_features
+from pitome_mllm.families.features import picture_features, picture_inputs, pixel_values, tower_features
 from pitome_mllm.plan import Plan, make_plan
+from pitome_mllm.serving.prompts import Message, encode
+from pitome_mllm.serving.resolution import cell, smaller, without_floor
 from pitome_mllm.settings import Settings
 
 from .controls import Controls
@@ -39,16 +42,39 @@ class Engine:
         self._picture_flops = lru_cache(maxsize=256)(self._per_picture)  # counting them takes a good part of a second
 
     @property
-    def available(self) -> int:
-        """Visual tokens per picture of the plain model."""
-        return self.geometry.available
+    def available(self) -> int | None:
+        """Visual tokens per picture of the plain model; None where they depend on the picture's size."""
+        return None if self.geometry.family.side else self.geometry.available
+
+    @property
+    def scales(self) -> bool:
+        """Whether a smaller picture has fewer visual tokens."""
+        return cell(self.processor) > 0
 
     def warm_up(self) -> None:
         """Run the tower once merged and once plain, so that the first figures are like all others."""
-        blank = pixel_values(self.processor, Image.new("RGB", (32, 32)))
-        tower_features(self.model, blank)
+        blank = [Image.new("RGB", (32, 32))]
+        self.see(blank)
         with self.handle.using(None):
-            tower_features(self.model, blank)
+            self.see(blank)
+
+    def see(self, images: Sequence[Image.Image]) -> None:
+        """Show images to all that comes before the LLM, merged as is chosen now."""
+        plan = self.handle.plan
+        if not self.geometry.family.merges_in_tower or (plan and plan.where == "packed"):
+            inputs = picture_inputs(self.processor, images).to(self.model.device, dtype=self.model.dtype)
+            picture_features(self.handle.core, inputs)
+        else:
+            tower_features(self.model, torch.cat([pixel_values(self.processor, image) for image in images]))
+
+    def encode_smaller(
+        self, said: Sequence[Message], images: Sequence[Image.Image], controls: Controls
+    ) -> tuple[Any, int]:
+        """Inputs of a conversation about smaller images, of as many tokens as ``controls`` leave, and its room."""
+        kept, mark = self.plan(controls).kept, self.model.config.image_token_id
+        full = [int((picture_inputs(self.processor, image)["input_ids"] == mark).sum()) for image in images]
+        seen = [smaller(self.processor, image, kept(tokens)) for image, tokens in zip(images, full, strict=True)]
+        return encode(self.model, without_floor(self.processor), said, seen, 1)
 
     def plan(self, controls: Controls) -> Plan:
         """What the settings come to; UserError if they are not possible here."""
@@ -81,7 +107,7 @@ class Engine:
         ``controls`` None = the plain model; ``prompt_tokens`` as the LLM reads them.
         """
         kv = prompt_tokens * kv_bytes_per_token(self.model.config.text_config, self.model.dtype) / 1e6
-        if not flops_known(self.model.config):
+        if self.available is None or not flops_known(self.model.config):
             return kv, None
         llm = estimate(self.model, images=0, text_tokens=prompt_tokens).prefill_flops
         return kv, (pictures * self._picture_flops(controls) + llm) / 1e9
@@ -89,7 +115,8 @@ class Engine:
     @cached_property
     def burden(self) -> str:
         """What decides the cost of an answer, here and in a model of seven billion parameters, in words."""
-        here = f"In {self.name} {_of_tower(self.model)}. " if flops_known(self.model.config) else ""
+        known = flops_known(self.model.config)
+        here = f"In {self.name} {_of_tower(self.model)}. " if known and self.available is not None else ""
         there = f"In {SEVEN.title} {_of_tower(SEVEN.config())}"
         return (
             f"{here}{there}. Where that share is large, merging inside the tower saves most; where it is small, the "

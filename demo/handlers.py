@@ -99,7 +99,9 @@ class Handlers:
 
     def show_model(self, request: gr.Request) -> str:
         engine = self.of(request).engine
-        about = f"{engine.name} makes {engine.available} visual tokens of a picture. {engine.burden}"
+        many = engine.available or "as many"
+        suffix = "" if engine.available else " as its size asks for"
+        about = f"{engine.name} makes {many} visual tokens of a picture{suffix}. {engine.burden}"
         return f'<div class="pm-note"><b>What decides the cost:</b> {view.text(about)}</div>'
 
     # looking inside

@@ -12,8 +12,10 @@ from PIL import Image
 
 from pitome_mllm.methods import UserError
 from pitome_mllm.visualize import (
+    check_drawable,
     draw_energies,
     draw_groups,
+    grid_of,
     patch_energies,
     patch_groups,
     protected_patches,
@@ -70,7 +72,7 @@ class Look:
         if len(patches) == 1 and self.protected[patches[0]]:
             text += ", protected from merging"
         if not self.energy_steps:
-            return f"{text}. {self.title.split(' ')[0]} has no energies."
+            return f"{text}. This run has no energies."
         step = self.energy_steps[0]
         values = self.energies[step]
         mean, low, high = values[patches].mean(), np.nanmin(values), np.nanmax(values)
@@ -105,28 +107,37 @@ class Look:
 def looks(processor: Any, pictures: Sequence[Picture], stats: Any, title: str) -> list[Look]:
     """What a run did to each of its pictures, in their order; those of several tiles once for every tile.
 
-    There is nothing to see where merging comes behind the projector, when patches are patches no more.
+    There is nothing to see where what merges forms no grid.
     """
-    if stats.plan.where == "packed":
+    if not shows(stats.plan) or None in stats.grids:
         return []
     tiles = [(p, number, seen) for p in pictures for number, seen in enumerate(tiles_seen_by(processor, p.image))]
     return [_look(stats, image, title, *tiles[image]) for image in range(stats.images)]
 
 
+def shows(plan: Any) -> bool:
+    """Whether groups of what merges can be drawn on pictures."""
+    try:
+        check_drawable(plan)
+    except UserError:
+        return False
+    return True
+
+
 def _look(stats: Any, image: int, title: str, picture: Picture, tile: int, seen: Image.Image) -> Look:
     grouped = all(merge.group is not None for merge in stats.merges)
     energies = patch_energies(stats, image) if grouped else [None] * len(stats.merges)
-    plan = stats.plan
-    protected = protected_patches(stats, image) if grouped else torch.zeros(plan.geometry.patches, dtype=torch.bool)
+    grid = grid_of(stats, image)
+    protected = protected_patches(stats, image) if grouped else torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     return Look(
         picture=picture,
         name=picture.name + (f", tile {tile}" if tile else ""),
         title=title,
         seen=seen,
-        grid=plan.geometry.grid,
+        grid=grid,
         groups=patch_groups(stats, image).numpy() if grouped else None,
         protected=protected.numpy(),
-        counts=tuple(token_counts(stats)),
+        counts=tuple(token_counts(stats, image)),
         steps=tuple(step_names(stats)),
         energies=tuple(None if energy is None else energy.float().numpy() for energy in energies),
     )

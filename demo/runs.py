@@ -13,7 +13,6 @@ from transformers import StoppingCriteriaList, TextStreamer
 
 from pitome_mllm.costs.answer import AnswerCost
 from pitome_mllm.costs.latency import timed
-from pitome_mllm.families.features import pixel_values, tower_features
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 from pitome_mllm.serving import prompts
@@ -21,7 +20,7 @@ from pitome_mllm.serving.prompts import Message
 
 from .controls import Controls
 from .engine import Engine
-from .look import Look, looks
+from .look import Look, looks, shows
 
 NEW_TOKENS = 256  # longest answer where the model sets no limit of its own
 
@@ -107,14 +106,21 @@ def stream(engine: Engine, work: Callable[[Callable[[str], None]], Any], stop: t
 
 
 def answer(
-    engine: Engine, inputs: Any, room: int, pictures: Any, controls: Controls | None, title: str, stop: threading.Event
-) -> Iterator[Event]:
-    """Generate greedily; yields as `stream`, at last an `Outcome`. ``controls`` None = the plain model."""
+    engine: Engine, inputs: Any, room: int, pictures: Any, controls: Controls | None, title: str, stop: threading.Event,
+    full: Any = None,
+) -> Iterator[Event]:  # fmt: skip
+    """Generate greedily; yields as `stream`, at last an `Outcome`. ``controls`` None = the plain model.
+
+    ``full`` are the inputs that it is measured by, where ``inputs`` have smaller pictures.
+    """
 
     def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
 
-    plain = int((inputs["input_ids"] == engine.model.config.image_token_id).sum())
+    marked, whole = (
+        (given["input_ids"] == engine.model.config.image_token_id, given["attention_mask"].bool())
+        for given in (inputs, full or inputs)
+    )
 
     def work(say: Callable[[str], None]) -> Outcome:
         with _using(engine, controls), timed(engine.model) as clock:
@@ -127,10 +133,10 @@ def answer(
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )
             stats = engine.handle.stats
-        visual, text = plain if stats is None else sum(stats.lengths), inputs["input_ids"].shape[1] - plain
+        visual, read = (int(part.sum()) if stats is None else stats.left(part)[0] for part in marked)
         return Outcome(
-            _figures(engine, clock.cost(), controls, len(pictures), visual, visual + text),
-            _figures(engine, AnswerCost(), None, len(pictures), plain, plain + text),
+            _figures(engine, clock.cost(), controls, len(pictures), visual, read),
+            _figures(engine, AnswerCost(), None, len(pictures), *(int(part.sum()) for part in whole)),
             () if stats is None else tuple(looks(engine.processor, pictures, stats, title)),
         )
 
@@ -141,16 +147,17 @@ def look_only(
     engine: Engine, pictures: Any, plan: Plan, controls: Controls, title: str, stop: threading.Event
 ) -> Iterator[Event]:
     """Show pictures to the vision tower alone; yields as `stream`, at last an `Outcome`."""
-    if plan.where == "packed":
+    if not shows(plan):
         raise UserError("this model merges behind the vision tower, so there is nothing to look into; ask a question")
 
     def work(say: Callable[[str], None]) -> Outcome:
-        pixels = torch.cat([pixel_values(engine.processor, picture.image) for picture in pictures])
         with _using(engine, controls), timed(engine.model) as clock:
-            tower_features(engine.model, pixels)
+            engine.see([picture.image for picture in pictures])
             stats = engine.handle.stats
         counts = len(pictures) * plan.keep, len(pictures) * plan.available
-        if engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
+        if plan.where == "packed":
+            counts = sum(stats.lengths), sum(map(len, stats.groups))
+        elif engine.geometry.family.tiles:  # how many tokens the tiles come to, is known behind the tower
             counts = None, None
         figures = AnswerCost(counts[0], tower_ms=clock.cost().tower_ms)
         return Outcome(figures, AnswerCost(counts[1]), tuple(looks(engine.processor, pictures, stats, title)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pitome_mllm.methods import UserError
+from pitome_mllm.serving.resolution import CONTROL
 
 from .controls import NOTHING, PLAIN, Controls, label
 from .engine import Engine
@@ -76,6 +77,8 @@ class Conversation:
         plan = self.engine.plan(controls)
         title = label(plan, self.engine.geometry)
         *_, last = look_only(self.engine, [picture], plan, controls, title, threading.Event())
+        if not last.result.looks:
+            raise UserError("the visual tokens of this picture form no grid to draw groups on")
         return last.result.looks[0]
 
     def stop(self) -> None:
@@ -124,7 +127,11 @@ class Conversation:
         count = sum(len(asked.pictures) for asked in (past if question else [turn]))
         for lane, (settings, plan) in lanes.items():
             turn.replies[lane] = Reply(label(plan, self.engine.geometry, count), settings, self.engine.name)
-        runs = {lane: self._run(past, lane, *lanes[lane]) for lane in lanes}  # checked before anything shows
+        if CONTROL in lanes:
+            turn.replies[
+                CONTROL
+            ].label = f"the plain model on smaller pictures, as many tokens as {controls.method} leaves"
+        runs = {lane: self._run(past, lane, *lanes[lane], controls) for lane in lanes}  # checked before anything shows
         self.turns = past
         for old in past[:-MAX_LOOKS]:
             old.forget_looks()
@@ -146,7 +153,11 @@ class Conversation:
         lanes: dict[str, tuple[Controls | None, Any]] = {}
         if compare == PLAIN and question:
             lanes[PLAIN] = None, None
-        elif compare not in (PLAIN, NOTHING):
+        elif compare == CONTROL and question:
+            if not self.engine.scales:
+                raise UserError("this model scales all pictures to one size; compare with the plain model or a method")
+            lanes[CONTROL] = None, None
+        elif compare not in (PLAIN, NOTHING, CONTROL):
             other = replace(controls, method=compare)
             lanes["other"] = other, self.engine.plan(other)
         return {**lanes, "merged": (controls, self.engine.plan(controls))}
@@ -163,15 +174,24 @@ class Conversation:
         if not turns[-1].question and not turns[-1].pictures:
             raise UserError("the question is empty; ask something, or add a picture to look inside")
 
-    def _run(self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any) -> Iterator[Event]:
-        """The events of one run; what cannot be asked is refused before the first of them."""
+    def _run(
+        self, turns: list[Turn], lane: str, controls: Controls | None, plan: Any, merged: Controls
+    ) -> Iterator[Event]:
+        """The events of one run; what cannot be asked is refused before the first of them.
+
+        ``merged`` are the settings that smaller pictures have as many tokens as.
+        """
         engine, stop, title = self.engine, self._stop, turns[-1].replies[lane].label
         if not turns[-1].question:
             return look_only(engine, turns[-1].pictures, plan, controls, title, stop)
         said, pictures = history(turns, lane)
         images = [picture.image for picture in pictures]
         inputs, room = engine.prepare(encode, engine, turns[-1].question, said, images, plan)
-        return answer(engine, inputs, room, pictures, controls, title, stop)
+        full = None
+        if lane == CONTROL:
+            full, (inputs, _) = inputs, engine.prepare(engine.encode_smaller, said, images, merged)
+            inputs = inputs.to(engine.model.device, dtype=engine.model.dtype)
+        return answer(engine, inputs, room, pictures, controls, title, stop, full)
 
     def _write(self, turn: Turn, lane: str, events: Iterator[Event]) -> Iterator[Turn]:
         reply = turn.replies[lane]

@@ -189,7 +189,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         What the method's paper does, in place of what the library does with every method of its kind.
     keep : int or float, optional
         Visual tokens per image, or per tile of one, that reach the LLM, or of an encoder alone patch tokens at its end:
-        a count, or a fraction in (0, 1].
+        a count, or a fraction in (0, 1]. With where="packed" of each image's (tile's, frame's) own tokens, at least 1
+        and at most what it has.
     ratio : float, optional
         Instead of keep: the share of its tokens that every block keeps (the paper's rho).
     counts : sequence of int, optional
@@ -200,7 +201,8 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         The part of the blocks that merges: all (or see merges), the first or last two thirds, or as late as possible.
     where : {"tower", "projector", "both", "packed"}, optional
         Inside the blocks; before the projector; or both, and then ``tower_keep`` tokens leave the tower. Where images
-        are cut into tiles also after the projector, overview and tiles apart, without newlines.
+        are cut into tiles, or their numbers of tokens differ, also after the projector, each image by itself, without
+        the tokens that end its rows.
     tower_keep : int or float, optional
         With where="both"; default: a third of all, or the geometric mean of all and keep if that is less.
     metric : {"keys", "hidden", "projected"}, optional

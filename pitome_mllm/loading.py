@@ -16,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 from .costs.memory import BITS
 from .errors import UserError, missing_package
 from .families import FAMILY_OF_CONFIG, LLAVA_PACKAGE
+from .families.encoders import ENCODER_OF_CONFIG
 from .families.geometry import family_of, geometry
+from .families.packed import PARTS
 from .hooks import llava_package
 
+AUTO = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 TINY = Path(__file__).with_name("tiny")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -53,7 +56,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a LLaVA model in evaluation mode, and its processor.
+    """Load a multimodal model in evaluation mode, and its processor.
 
     Parameters
     ----------
@@ -201,6 +204,8 @@ def read_config(name_or_path: str | Path) -> Any:
     except ValueError as error:
         supported = ", ".join(sorted(FAMILY_OF_CONFIG))
         raise UserError(f"unsupported family in {source!r} ({_first_line(error)}); supported: {supported}") from error
+    if _may_be_tried(config):
+        return config
     if any(name not in FAMILY_OF_CONFIG.values() for name in config.architectures or ()):
         raise UserError(
             f"unsupported family {', '.join(config.architectures)} in {source!r}; supported: "
@@ -209,6 +214,12 @@ def read_config(name_or_path: str | Path) -> Any:
         )
     family_of(config), geometry(config)  # raise for families and towers that cannot be merged in
     return config
+
+
+def _may_be_tried(config: Any) -> bool:
+    """Whether a model of a family without a row has what `attach` needs to try it."""
+    known = config.model_type in FAMILY_OF_CONFIG or config.model_type in ENCODER_OF_CONFIG
+    return not known and type(config) in AUTO and all(hasattr(config, part) for part in PARTS)
 
 
 def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
@@ -220,7 +231,8 @@ def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
 
 def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
     """The model with all its weights."""
-    family = getattr(transformers, FAMILY_OF_CONFIG[config.model_type])
+    name = FAMILY_OF_CONFIG.get(config.model_type)
+    family: Any = getattr(transformers, name) if name else AUTO[type(config)]
     # Weights of another shape are ignored at first so that the report names them; then they are refused here.
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **options}
     try:
@@ -262,6 +274,9 @@ def _processor(source: str, config: Any) -> Any:
     """The processor; older checkpoints leave out what it needs to know of the tower."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(source)
+    except ImportError as error:
+        needed = _first_line(error).split(". ")[0]
+        raise UserError(f"cannot load the processor of {source!r}: {needed}; install torchvision") from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the processor of {source!r} ({_first_line(error)}); "

@@ -107,6 +107,10 @@ class Plan:
             known[tokens] = tuple(projector_counts(tokens, keep, self.max_removable))
         return known[tokens]
 
+    def kept(self, tokens: int) -> int:
+        """Tokens left behind the projector of a picture of as many ``tokens``."""
+        return (self.rounds(tokens) or (tokens,))[-1]
+
     @property
     def is_plain(self) -> bool:
         """Whether no token of any picture merges."""

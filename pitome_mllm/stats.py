@@ -83,6 +83,14 @@ class Stats:
             return tuple(len(picture.token) for picture in self.packed)
         return (self.tokens_after,) * self.images
 
+    def left(self, marked: Tensor) -> list[int]:
+        """How many of the ``marked`` (B, S) columns of each row of the caller's prompt reached the LLM."""
+        if self.layout is None:
+            return marked.sum(1).tolist()
+        column = self.layout[:: len(self.layout) // len(marked)].to(marked.device)  # beams have each row several times
+        inside = (column >= 0) & (column < marked.shape[1])
+        return (marked.gather(1, column.clamp(0, marked.shape[1] - 1)) & inside).sum(1).tolist()
+
     @property
     def counts(self) -> tuple[int, ...]:
         """Patch tokens after each merging block."""

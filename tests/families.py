@@ -55,6 +55,8 @@ class Family:
     pixels : what the processor calls pictures.
     answers : the token type of what is generated.
     unit : what ``keep`` counts the tokens of.
+    bits : whether it runs with 4 and 8 bits.
+    placeholder : the id of a visual token in the prompt.
     """
 
     title: str
@@ -67,6 +69,8 @@ class Family:
     pixels: str = "pixel_values"
     answers: int = 0
     unit: str = "picture"
+    bits: str = "yes"
+    placeholder: int = IMAGE
 
     @property
     def constant(self) -> bool:

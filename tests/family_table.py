@@ -23,7 +23,7 @@ def row(family: Family) -> tuple[str, ...]:
     videos = f"no: {known.videos}" if known.videos else "frame by frame" if getattr(family, "clip", None) else ""
     positions = "time, row, column" if axes else "one axis"
     places = ", ".join(family.wheres)
-    return (family.title, f"`{family.model}`", places, family.unit, positions, videos, "yes", f"`{processor}`")
+    return (family.title, f"`{family.model}`", places, family.unit, positions, videos, family.bits, f"`{processor}`")
 
 
 def original(name: str) -> tuple[str, ...]:

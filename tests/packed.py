@@ -1,6 +1,6 @@
 """Families that put pictures of any size among the text themselves: shrunken models with their own processors.
 
-Weights are random but fixed, as in `families`. A class that a release of transformers lacks has no row with it.
+Weights are random but fixed, as in `families`. All releases of transformers that are tested have all of these classes.
 """
 
 from __future__ import annotations
@@ -47,18 +47,24 @@ NAMED = {  # what processors ask a tokenizer for
     **dict.fromkeys(("boi_token", "start_image_token", "vision_start_token"), "<start>"),
     **dict.fromkeys(("eoi_token", "end_image_token", "vision_end_token"), "<end>"),
 }
+FRAMED = "<start><image><end>"
+JOINED, ONE_BY_ONE = ("<start>", "<image>", "<end>"), ("", FRAMED, "")  # the frames of a video
+MARKED = ("<|begin_of_video|>", FRAMED, "<|end_of_video|>")
+
+TEMPLATE = (
+    "{% for turn in messages %}{{ 'USER: ' if turn.role == 'user' else ' ' }}{% for part in turn.content %}"
+    "{{ 'MARK ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} ASSISTANT:"
+)
 
 
 @dataclass(frozen=True)
 class Packed(Family):
     """A row of families that merge behind the projector.
 
-    ``placeholder`` is the id of a visual token in the prompt, ``mark`` what stands for a picture in the text; ``clip``
-    what stands before, for each frame of, and behind a video.
+    ``mark`` stands for a picture in the text; what stands before, for every frame of, and behind a video is ``clip``.
     """
 
     wheres: tuple[str, ...] = ("packed",)
-    placeholder: int = IMAGE
     mark: str = "<image>"
     clip: tuple[str, str, str] | None = None
 
@@ -72,9 +78,12 @@ class Packed(Family):
     def constant(self) -> bool:
         return False
 
+    def seen(self, model: Any) -> set[str]:
+        """The inputs that its core encodes pictures from."""
+        return {*signature(model.model.get_image_features).parameters, "image_sizes"}  # which 5.17 does not name
+
     def full(self, plain: Any, inputs: Any) -> list[int]:
-        taken = {*signature(plain.model.get_image_features).parameters, "image_sizes"}  # not named in 5.17
-        given = {name: value for name, value in inputs.items() if name in taken}
+        given = {name: value for name, value in inputs.items() if name in self.seen(plain)}
         return [len(f) for f in plain.model.get_image_features(**given, return_dict=True).pooler_output]
 
     def kept(self, full: list[int], keep: int) -> list[int]:
@@ -127,6 +136,13 @@ class Packed(Family):
             setattr(made, f"{name}_id", ID[token])
         return made
 
+    def chat(self) -> Any:
+        """The processor of a chat, whose template frames pictures as the model was trained on them."""
+        made = self.processor(self.raw())
+        made = getattr(made, "processor", made)
+        made.chat_template = TEMPLATE.replace("MARK", self.mark)
+        return made
+
 
 def text(kind: str, **options: Any) -> Any:
     return text_config(kind, **{"vocab_size": len(WORDS), "tie_word_embeddings": False, **options})
@@ -156,30 +172,37 @@ def whole(kind: str, vision: Callable[[], Any], llm: Callable[[], Any], **option
 
 
 def grids(
-    kind: str, sections: list[int], llm: dict[str, Any] | None = None, parts: str = "", **vision: Any
-) -> Callable[[], Any]:
-    """A model with M-RoPE of these ``sections`` whose tower takes grids of any size and joins 2 x 2 patches."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **(llm or {}).pop("rope", {})}
-    marks = {"video_token_id": ID["<video>"]}
-    marks |= {f"vision_{end}_token_id": ID[f"<{end}>"] for end in ("start", "end")}
-    marks |= {f"image_{end}_token_id": ID[f"<{end}>"] for end in ("start", "end")}
-    return whole(
+    title: str,
+    kind: str,
+    sections: list[int],
+    llm: dict[str, Any] | None = None,
+    *,
+    parts: str = "",
+    processor: str = "Qwen3VLProcessor",
+    images: type = Qwen2VLImageProcessorPil,
+    clip: tuple[str, str, str] | None = ONE_BY_ONE,
+    **vision: Any,
+) -> Packed:
+    """A model with M-RoPE of these ``sections`` whose tower takes grids of any size and joins 2 x 2 patches.
+
+    Its configuration is of this ``kind``, that of its ``parts`` maybe of another; a picture has 16 to 64 tokens.
+    """
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **(llm or {}).get("rope", {})}
+    options = {name: value for name, value in (llm or {}).items() if name != "rope"}
+    marks = {f"{name}_{end}_token_id": ID[f"<{end}>"] for name in ("vision", "image") for end in ("start", "end")}
+    config = whole(
         f"{kind}Config",
         lambda: tower(f"{parts or kind}VisionConfig", out_hidden_size=WIDTH, spatial_merge_size=2, **vision),
-        lambda: text(f"{parts or kind}TextConfig", rope_parameters=dict(rope), **(llm or {})),
+        lambda: text(f"{parts or kind}TextConfig", rope_parameters=dict(rope), **options),
+        video_token_id=ID["<video>"],
         **marks,
     )
 
-
-def of_grids(processor: str, images: type = Qwen2VLImageProcessorPil) -> Callable[[Any], Any]:
-    """The processor of such a model: 16 to 64 tokens a picture."""
-    side = 2 * PATCH
-
-    def make(raw: Any) -> Any:
-        sizes = {"shortest_edge": 16 * side**2, "longest_edge": 64 * side**2}
+    def processes(raw: Any) -> Any:
+        sizes = {"shortest_edge": 16 * (2 * PATCH) ** 2, "longest_edge": 64 * (2 * PATCH) ** 2}
         return pictures_only(processor)(images(patch_size=PATCH, merge_size=2, size=sizes), raw, None)
 
-    return make
+    return Packed(title, f"{kind}ForConditionalGeneration", config, processes, mark=FRAMED, clip=clip)
 
 
 def internvl_processor(raw: Any) -> Any:
@@ -236,110 +259,33 @@ def pixtral_tower() -> Any:
 GENERATION = "ForConditionalGeneration"
 QWEN35 = dict(rope=dict(partial_rotary_factor=0.5), head_dim=32, layer_types=["linear_attention", "full_attention"])
 QWEN35 |= dict(linear_key_head_dim=16, linear_value_head_dim=4, linear_num_key_heads=2, linear_num_value_heads=32)
-FRAMED = "<start><image><end>"
-JOINED, ONE_BY_ONE = ("<start>", "<image>", "<end>"), ("", FRAMED, "")  # the frames of a video
-MARKED = ("<|begin_of_video|>", FRAMED, "<|end_of_video|>")
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH)
-ROWS = (
-    Packed(
-        "Qwen2-VL",
-        f"Qwen2VL{GENERATION}",
-        grids("Qwen2VL", [4, 6, 6], embed_dim=WIDTH),
-        of_grids("Qwen2VLProcessor"),
-        mark=FRAMED,
-        clip=JOINED,
-    ),
-    Packed(
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=WIDTH, shared_expert_intermediate_size=WIDTH)
+GLM = {"rope": {"partial_rotary_factor": 0.5}}
+ROUTED = {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": WIDTH}
+PLACES = {"num_position_embeddings": 64}  # of the tower, which it interpolates
+DEEP = {"deepstack_visual_indexes": [0, 1], **PLACES}
+PADDLE = {"processor": "PaddleOCRVLProcessor", "images": PaddleOCRVLImageProcessorPil}
+GLM4V = {"processor": "Glm4vProcessor", "images": Glm4vImageProcessorPil, "clip": MARKED}
+GLM46V = {"processor": "Glm46VProcessor", "images": Glm46VImageProcessorPil, "clip": MARKED}
+PACKED = (
+    grids("Qwen2-VL", "Qwen2VL", [4, 6, 6], processor="Qwen2VLProcessor", clip=JOINED, embed_dim=WIDTH),
+    grids(
         "Qwen2.5-VL",
-        f"Qwen2_5_VL{GENERATION}",
-        grids("Qwen2_5_VL", [4, 6, 6], window_size=16, fullatt_block_indexes=[1]),
-        of_grids("Qwen2_5_VLProcessor"),
-        mark=FRAMED,
+        "Qwen2_5_VL",
+        [4, 6, 6],
+        processor="Qwen2_5_VLProcessor",
         clip=JOINED,
+        window_size=16,
+        fullatt_block_indexes=[1],
     ),
-    Packed(
-        "Qwen3-VL",
-        f"Qwen3VL{GENERATION}",
-        grids("Qwen3VL", [6, 5, 5], {"head_dim": 32}, deepstack_visual_indexes=[0, 1], num_position_embeddings=64),
-        of_grids("Qwen3VLProcessor"),
-        mark=FRAMED,
-        clip=ONE_BY_ONE,
-    ),
-    Packed(
-        "Qwen3.5",
-        f"Qwen3_5{GENERATION}",
-        grids("Qwen3_5", [3, 3, 2], QWEN35, num_position_embeddings=64),
-        of_grids("Qwen3VLProcessor"),
-        mark=FRAMED,
-        clip=ONE_BY_ONE,
-    ),
-    Packed(
-        "Qwen3-VL, mixture of experts",
-        f"Qwen3VLMoe{GENERATION}",
-        grids(
-            "Qwen3VLMoe",
-            [6, 5, 5],
-            {"head_dim": 32, **EXPERTS},
-            deepstack_visual_indexes=[0, 1],
-            num_position_embeddings=64,
-        ),
-        of_grids("Qwen3VLProcessor"),
-        mark=FRAMED,
-        clip=ONE_BY_ONE,
-    ),
-    Packed(
-        "Qwen3.5, mixture of experts",
-        f"Qwen3_5Moe{GENERATION}",
-        grids(
-            "Qwen3_5Moe",
-            [3, 3, 2],
-            {**QWEN35, **EXPERTS, "shared_expert_intermediate_size": WIDTH},
-            num_position_embeddings=64,
-        ),
-        of_grids("Qwen3VLProcessor"),
-        mark=FRAMED,
-        clip=ONE_BY_ONE,
-    ),
-    Packed(
-        "GLM-4.6V",
-        f"Glm46V{GENERATION}",
-        grids("Glm46V", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}, "Glm4v"),
-        of_grids("Glm46VProcessor", Glm46VImageProcessorPil),
-        mark=FRAMED,
-        clip=MARKED,
-    ),
-    Packed(
-        "GLM-4.5V",
-        f"Glm4vMoe{GENERATION}",
-        grids(
-            "Glm4vMoe",
-            [2, 3, 3],
-            {
-                "rope": {"partial_rotary_factor": 0.5},
-                "num_experts_per_tok": 2,
-                "n_routed_experts": 4,
-                "moe_intermediate_size": WIDTH,
-            },
-        ),
-        of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
-        mark=FRAMED,
-        clip=MARKED,
-    ),
-    Packed(
-        "GLM-4.1V",
-        f"Glm4v{GENERATION}",
-        grids("Glm4v", [2, 3, 3], {"rope": {"partial_rotary_factor": 0.5}}),
-        of_grids("Glm4vProcessor", Glm4vImageProcessorPil),
-        mark=FRAMED,
-        clip=MARKED,
-    ),
-    Packed(
-        "PaddleOCR-VL",
-        f"PaddleOCRVL{GENERATION}",
-        grids("PaddleOCRVL", [4, 6, 6], {"head_dim": 32}, "PaddleOCR"),
-        of_grids("PaddleOCRVLProcessor", PaddleOCRVLImageProcessorPil),
-        mark=FRAMED,
-    ),
+    grids("Qwen3-VL", "Qwen3VL", [6, 5, 5], {"head_dim": 32}, **DEEP),
+    grids("Qwen3-VL, mixture of experts", "Qwen3VLMoe", [6, 5, 5], {"head_dim": 32, **EXPERTS}, **DEEP),
+    grids("Qwen3.5", "Qwen3_5", [3, 3, 2], QWEN35, **PLACES),
+    grids("Qwen3.5, mixture of experts", "Qwen3_5Moe", [3, 3, 2], {**QWEN35, **EXPERTS}, **PLACES),
+    grids("GLM-4.1V", "Glm4v", [2, 3, 3], GLM, **GLM4V),
+    grids("GLM-4.5V", "Glm4vMoe", [2, 3, 3], {**GLM, **ROUTED}, **GLM4V),
+    grids("GLM-4.6V", "Glm46V", [2, 3, 3], GLM, parts="Glm4v", **GLM46V),
+    grids("PaddleOCR-VL", "PaddleOCRVL", [4, 6, 6], {"head_dim": 32}, parts="PaddleOCR", clip=None, **PADDLE),
     Packed(
         "InternVL",
         f"InternVL{GENERATION}",
@@ -423,6 +369,7 @@ ROWS = (
         ),
         aya_processor,
         unit="tile",
+        bits="4 bit; with 8 the plain model fails on a processor",
         placeholder=ID["<patch>"],
     ),
     Packed(
@@ -444,4 +391,3 @@ ROWS = (
         placeholder=ID["<IMG_ATOM>"],
     ),
 )
-PACKED = tuple(row for row in ROWS if hasattr(transformers, row.model))

@@ -8,9 +8,9 @@ from checks import logits, new_ids
 from families import NO_PICTURE, QUESTIONS, TWO_PICTURES, pictures
 from models import CACHE, since_518
 from packed import PACKED
-from transformers import LogitsProcessorList
 
 from pitome_mllm import attach
+from pitome_mllm.methods import UserError
 
 BY_TITLE = {family.title: family for family in PACKED}
 AXES = ["Qwen2.5-VL", "Qwen3-VL"]
@@ -254,13 +254,19 @@ def test_learning_goes_through_merged_pictures(family, model):
     torch.testing.assert_close(*found, **CLOSE)
 
 
-def test_callbacks_see_the_callers_prompt(family, model):
-    inputs, seen = inputs_of(family, *ROWS[:2]), []
-    with attach(model, keep=0.25):
-        model.generate(
-            **inputs,
-            max_new_tokens=2,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([lambda i, s: seen.append(i) or s]),
-        )
-    assert torch.equal(seen[0], inputs["input_ids"])
+def test_what_cannot_be_counted_is_refused(family, model):
+    inputs = inputs_of(family, ROWS[1])
+    ids = torch.arange(inputs["input_ids"].shape[1])[None, None].expand(3, -1, -1)
+    with attach(model, keep=0.25) as handle:
+        logits(model, inputs)
+        short = {name: inputs[name][:, handle.stats.layout[0]] for name in ("input_ids", "mm_token_type_ids")}
+        wrong = [
+            ({"mm_token_type_ids": None}, "without mm_token_type_ids.*own processor"),
+            ({"image_grid_thw": None}, "pixel_values without image_grid_thw"),
+            ({**short, "attention_mask": None}, "short already.*whole grid"),
+            ({"position_ids": ids % 9}, "start once in every row"),
+            ({"position_ids": ids[:, :, 1:]}, r"got position_ids of shape \(3, 1, \d+\), expected \(3, 1, "),
+        ]
+        for changes, words in wrong:
+            with pytest.raises(UserError, match=words):
+                logits(model, {**inputs, **changes})

@@ -3,12 +3,15 @@
 import re
 
 import pytest
+from models import BOS, processor
 from models import picture as textured
+from packed import PACKED
 from PIL import Image
 
 from pitome_mllm import load
 from pitome_mllm.commands._inputs import Subject, encode, read_picture
-from pitome_mllm.serving.prompts import unknown_words
+from pitome_mllm.serving.prompts import check_question, message, tokenized, unknown_words, write
+from pitome_mllm.serving.resolution import near_grid
 
 
 def saved(tmp_path, picture, name="p.png", **options):
@@ -42,6 +45,30 @@ def test_unknown_words_are_found_once_and_in_order():
     tokenizer = load("tiny")[1].tokenizer
     assert unknown_words(tokenizer, "What colour is the star?") == []
     assert unknown_words(tokenizer, "is the zebra, or ZEBRA, or a (zebra) here?") == ["zebra", "or", "ZEBRA", "here"]
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one():
+    made = processor()
+    for first in ("", "<s>"):
+        made.chat_template = first + "USER: <image> how many ASSISTANT:"
+        ids = tokenized(made, [write(made, [message("how many", 1)])], [[textured(0)]])["input_ids"]
+        assert (ids == BOS).sum() == 1 and ids[0, 0] == BOS
+
+
+@pytest.mark.parametrize("word", ["<image>", "<patch>"])
+def test_no_question_holds_what_stands_for_a_picture_or_a_part_of_one(word):
+    made = next(family for family in PACKED if family.title == "Gemma 3").chat()
+    check_question(made, "how many are there")
+    with pytest.raises(ValueError, match=f"holds '{word}', which stands for the picture"):
+        check_question(made, f"how many {word} are there")
+
+
+@pytest.mark.parametrize(
+    "tokens, slope, grid",
+    [(64, 1.0, (8, 8)), (15, 0.4, (2, 7)), (1, 3.0, (1, 1)), (100, 0.01, (1, 100)), (4, 4, (4, 1))],
+)
+def test_a_smaller_grid_has_about_the_tokens_and_proportions_asked_for(tokens, slope, grid):
+    assert near_grid(tokens, slope) == grid
 
 
 def test_the_advice_for_too_long_a_text_is_one_that_helps():

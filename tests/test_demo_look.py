@@ -77,7 +77,7 @@ def test_energies_of_every_merge(look):
 
 def test_methods_without_energies_or_groups_say_so(look_of):
     tome = look_of(Controls("tome", keep=72))
-    assert tome.energy_steps == [] and "tome has no energies" in tome.describe(0)
+    assert tome.energy_steps == [] and "This run has no energies" in tome.describe(0)
     with pytest.raises(ValueError, match="choose a method that has some"):
         tome.draw_energy(0)
     dct = look_of(Controls("dct", keep=72))

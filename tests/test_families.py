@@ -164,7 +164,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "family,bits",
-    [(family, bits) for family in CLASSES for bits in BITS if bits == "4 bit" or family is FAMILIES[0]],
+    [(family, bits) for family in CLASSES for bits in BITS if bits in family.bits or family.bits == "yes"],
     ids=lambda value: getattr(value, "title", value),
 )
 def test_quantised(family, bits, made, folder):
@@ -238,3 +238,11 @@ def test_a_model_without_a_row_is_refused_with_how_to_add_one(kind):
     for word in (f"unsupported model {kind}", "LlavaForConditionalGeneration", "a row in pitome_mllm.families"):
         assert word in str(error.value)
     assert not any("_pitome" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_checkpoint_without_a_vision_tower_is_refused():
+    """Gemma 4 has some for text alone, of the same class."""
+    config = next(family for family in PACKED if family.title == "Gemma 4").config()
+    config.vision_config = None
+    with pytest.raises(ValueError, match="this 'gemma4' has no vision tower"):
+        attach(transformers.Gemma4ForConditionalGeneration(config), keep=4)

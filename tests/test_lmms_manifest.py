@@ -25,6 +25,7 @@ class Manifest:
     model_id: str
     simple_class_path: str
     chat_class_path: str
+    aliases: tuple[str, ...] = ()
 
 
 def test_the_entry_point_leads_to_the_manifest(monkeypatch):
@@ -34,7 +35,8 @@ def test_the_entry_point_leads_to_the_manifest(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
     (found,) = importlib.metadata.entry_points(group="lmms_eval.models", name="pitome_llava")
-    assert found.load()().model_id == "pitome_llava"
+    said = found.load()()
+    assert (said.model_id, said.aliases) == ("pitome_llava", ("pitome_vlm",))
 
 
 @pytest.mark.parametrize("path", manifest.CLASSES.values())

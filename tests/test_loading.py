@@ -8,10 +8,12 @@ import shutil
 import pytest
 import torch
 from models import QUESTION, build, picture, processor
+from packed import PACKED
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from pitome_mllm import attach, load, loading
+from pitome_mllm.serving.prompts import message
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,27 @@ def test_a_folder_keeps_its_own_dtype(folder):
     assert load(folder)[0].dtype == torch.float16
     assert load(str(folder), dtype="bfloat16")[0].dtype == torch.bfloat16
     assert load(folder, dtype=torch.float32, device="cpu")[0].dtype == torch.float32
+
+
+def test_families_behind_the_projector_load_by_their_names(tmp_path):
+    family = next(family for family in PACKED if family.title == "Aya Vision")
+    family.build().save_pretrained(tmp_path)
+    family.chat().save_pretrained(tmp_path)
+    model, process = load(tmp_path)
+    prompt = process.apply_chat_template([message("how many are there", 1)], add_generation_prompt=True)
+    inputs = process(images=picture(0), text=prompt, return_tensors="pt")
+    with attach(model, keep=0.25) as handle:
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+        assert {*handle.stats.lengths} == {4}
+
+
+def test_a_processor_that_needs_torchvision_says_so(copy, monkeypatch):
+    def failing(*args, **kwargs):
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found. Check out")
+
+    monkeypatch.setattr(loading.transformers.AutoProcessor, "from_pretrained", failing)
+    with pytest.raises(ValueError, match="requires the Torchvision library but it was not found; install torchvision$"):
+        load(copy)
 
 
 def test_device_auto_places_the_model(folder):

@@ -7,9 +7,15 @@ import torch
 from checks import logits, new_ids
 from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, VIDEO, pictures
 from models import picture
+from packed import PACKED
 
 from pitome_mllm import METHODS, attach, get_method
+from pitome_mllm.hooks.tiles import at_most
 from pitome_mllm.schedule import gentle, projector_counts
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM's processor
+# Families that differ in what says how many tokens a picture has.
+LENGTHS = ("LLaVA-OneVision", "SmolVLM", "LLaVA-NeXT (1.6)", "Qwen3-VL", "InternVL", "Gemma 4", "Pixtral")
 
 
 def merged(x, keep, method):
@@ -105,6 +111,16 @@ def test_the_packed_place_is_for_tiles_and_for_features():
             attach(model, keep=36, where="packed", **settings)
 
 
+@pytest.mark.parametrize("title", LENGTHS)
+def test_lengths_are_known_before_the_tower_runs(title):
+    family = {family.title: family for family in (*BY_TITLE.values(), *PACKED)}[title]
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(0)), (TWO_PICTURES, pictures(1, 2))])
+    with attach(model, keep=0.25, where="packed") as handle:
+        expected = at_most(handle, inputs)
+        logits(model, inputs)
+        assert tuple(expected) == handle.stats.lengths
+
+
 FRAMES = 2
 PER_FRAME = {  # visual tokens of one frame, and of a whole video besides
     "Video-LLaVA": (PATCHES + 1, 0),
@@ -137,3 +153,18 @@ def test_videos_stay_as_they_are(title, where, caplog):
         shorter = sum(family.full(plain, made)) - sum(handle.stats.lengths)
         assert shorter > 0 and seen.shape[1] == both["input_ids"].shape[1] - shorter
         assert new_ids(model, both, 1)[0][0] == int(seen[0, -1].argmax())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", PACKED, ids=lambda family: family.title)
+def test_every_picture_merges_by_itself_behind_the_projector(family):
+    """Each of its own share, in the container that the model makes."""
+    model, plain = family.build(), family.build()
+    inputs = family.process([(TWO_PICTURES, pictures(1, 2)), (QUESTIONS[0], pictures(0))])
+    given = {name: value for name, value in inputs.items() if name in family.seen(plain)}
+    full = plain.model.get_image_features(**given, return_dict=True).pooler_output
+    with attach(model, "tome", keep=0.25):
+        seen = model.model.get_image_features(**given, return_dict=True).pooler_output
+    assert type(seen) is type(full) and len(seen) == len(full)
+    for x, y in zip(full, seen, strict=True):
+        torch.testing.assert_close(y, merged(x, round(len(x) / 4), "tome"), atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ from models import BEFORE_518, picture, since_518
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pitome_mllm import attach, estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
@@ -62,16 +63,16 @@ def merging():
 @FAMILIES
 def test_ways_to_generate_change_no_answer(family, merging):
     model, _, one, batch = merging(family)
-    answer, (refused, error, said) = new_ids(model, one), REFUSED.get(family.model, ((), None, None))
+    answer, (refused, error, said) = new_ids(model, one, 3), REFUSED.get(family.model, ((), None, None))
     for name, options in (WAYS | {"draft": {"assistant_model": family.build(seed=2)}}).items():
         if name in refused:
             with pytest.raises(error, match=said):
-                new_ids(model, one, **options)
+                new_ids(model, one, 3, **options)
         else:
-            assert new_ids(model, one, **options) == answer, name
-    beams = new_ids(model, batch, num_beams=2)
-    assert beams == new_ids(model, batch, num_beams=2, cache_implementation="static")
-    assert [beams[0]] == new_ids(model, one, num_beams=2)
+            assert new_ids(model, one, 3, **options) == answer, name
+    beams = new_ids(model, batch, 3, num_beams=2)
+    assert beams == new_ids(model, batch, 3, num_beams=2, cache_implementation="static")
+    assert [beams[0]] == new_ids(model, one, 3, num_beams=2)
 
 
 def labelled(inputs):
@@ -179,3 +180,8 @@ def test_frames_of_a_video_merge_each_for_itself(family):
         gone = sum(map(len, handle.stats.groups)) - sum(handle.stats.lengths)
         assert seen.shape[1] == plain.shape[1] - gone and gone > 0.7 * (inputs["mm_token_type_ids"] > 0).sum()
         assert [row[0] for row in new_ids(model, inputs, 2)] == seen[:, -1].argmax(-1).tolist()
+
+
+def test_every_llm_of_known_flops_that_comes_in_such_a_family_only_is_counted():
+    counted = {family.config().text_config.model_type for family in PACKED}
+    assert {*MLP_MATRICES} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} <= counted

@@ -10,16 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from checks import command_line
 
 from pitome_mllm import estimate, load
 from pitome_mllm.commands.reproduce import NAMES
 from pitome_mllm.costs.published import get_shape
+from pitome_mllm.loading import TINY
+from pitome_mllm.serving.resolution import CONTROL
 from pitome_mllm_eval.lmms import identity, report
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.lmms.plans import BESIDE, SUSTAINED, control, narrowed, plan, with_controls
 from pitome_mllm_eval.lmms.results import draws, group_a, interval, read
-from pitome_mllm_eval.lmms.tables import FIGURES, RELATIVE, TABLES, TASKS, Run, published
+from pitome_mllm_eval.lmms.tables import FIGURES, PLAIN, RELATIVE, TABLES, TASKS, Run, published
 
 
 def run(capsys, *arguments):
@@ -126,9 +129,30 @@ def test_without_lmms_eval_it_says_what_to_install(capsys, tmp_path):
 
 
 def test_a_table_is_narrowed_to_what_is_asked_for():
-    table = narrowed(TABLES["embedded"], "folder", ["tome"], [72], None)
-    assert [str(one) for one in table.runs] == ["folder none", "folder tome keep=72", "folder tome, published keep=72"]
+    table = narrowed(TABLES["embedded"], str(TINY), ["tome"], [72], None)
+    assert [str(one) for one in table.runs] == ["tiny none", "tiny tome keep=72", "tiny tome, published keep=72"]
+    assert {one.model for one in table.runs} == {str(TINY)}
     assert [str(one) for one in narrowed(TABLES["embedded"], None, ["none"], None, None).runs] == ["tiny none"]
+
+
+def test_where_pictures_keep_their_size_a_smaller_picture_is_a_row_of_every_table(tmp_path, capsys):
+    transformers.Qwen2_5_VLConfig().save_pretrained(tmp_path)
+    model = str(tmp_path)
+    table = narrowed(TABLES["shares"], model, ["pitome", "downsample"], [0.222, 0.05])
+    rivals = {run.keep: run.tokens for run in table.runs if run.method == CONTROL}
+    ours = {run.keep: run.tokens for run in table.runs if run.method == "pitome"}
+    assert ours == {0.222: 227, 0.05: 51} and rivals == {0.222: 225, 0.05: 49}
+    assert {run.method for run in table.runs} == {PLAIN, "pitome", CONTROL}, (
+        "not downsample, which needs a tower's grid"
+    )
+    assert {run.method for run in with_controls(table).runs} == {PLAIN, "pitome", CONTROL}
+    plain, *_, rival = (one.gflops for one in plan(replace(table, runs=(table.runs[0], table.runs[1])), None))
+    assert rival < plain / 3
+    code, out, err = run(capsys, "--table", "shares", "--model", model, "--method", "pitome", "--plan")
+    assert code == 0 and "max_pixels keep=0.05" in out and "tokens of qwen2_5_vl: of a picture that has 1,024" in out, (
+        err
+    )
+    assert "FLOPs and hours of qwen2_5_vl: of the LLM alone" in " ".join(out.split())
 
 
 def test_intervals_resample_pictures():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -14,23 +14,27 @@ from torch import nn
 from pitome_mllm import estimate
 from pitome_mllm.costs.flops import flops_known
 from pitome_mllm.costs.latency import timed
+from pitome_mllm.hooks.tiles import at_most as of_parts
 
 COUNTS = ("images", "text", "visual", "new")
 
 
-def visual_tokens(
-    handle: Any, placeholders: Sequence[int], images: Sequence[int], lengths: Callable[[], Sequence[int]]
-) -> list[int]:
-    """Visual tokens of each row of a batch that reach the LLM, of the placeholders and images that the row has.
-
-    ``lengths`` gives those of every image; asked for only where they depend on the image, which is cut into tiles.
-    """
-    if not handle or handle.plan.keep == handle.plan.available:
+def at_most(handle: Any, inputs: Any, placeholders: Sequence[int]) -> list[int]:
+    """Visual tokens that each row, of so many ``placeholders``, can have in the LLM, as known before the tower runs."""
+    plan = handle and handle.plan
+    if not plan or plan.is_plain or not any(placeholders):
         return list(placeholders)
-    if handle.family.tiles != "anyres":
-        return [count // handle.plan.available * handle.plan.keep for count in placeholders]
-    left = iter(lengths() if sum(images) else ())
-    return [sum(next(left) for _ in range(count)) for count in images]
+    if not handle.family.tiles:
+        return [count // plan.available * plan.keep for count in placeholders]
+    with handle.using(None):
+        full = of_parts(handle, inputs)
+    parts, found = iter(zip(full, of_parts(handle, inputs), strict=True)), []
+    for count in placeholders:
+        found.append(0)
+        while count > 0:
+            whole, left = next(parts)
+            count, found[-1] = count - whole, found[-1] + left
+    return found
 
 
 class Meter:

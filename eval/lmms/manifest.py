@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 NAME = "pitome_llava"
+ALIAS = "pitome_vlm"  # as it takes other models than LLaVA too
 CLASSES = {
     "simple_class_path": "pitome_mllm_eval.lmms.model.PitomeLlava",
     "chat_class_path": "pitome_mllm_eval.lmms.model.PitomeLlavaChat",
@@ -15,7 +16,7 @@ CLASSES = {
 
 
 def manifest() -> Any:
-    """The model's name with the classes behind it."""
+    """The model's names with the classes behind them."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=NAME, **CLASSES)
+    return ModelManifest(model_id=NAME, aliases=(ALIAS,), **CLASSES)

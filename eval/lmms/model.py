@@ -16,21 +16,23 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from pitome_mllm import attach, load
-from pitome_mllm.hooks.tiles import at_most
 from pitome_mllm.loading import BITS
 from pitome_mllm.methods import UserError
+from pitome_mllm.serving.prompts import tokenized
+from pitome_mllm.serving.resolution import CONTROL
 
 from ..provenance import processor_name
 from . import requests as ask
-from .cost import Meter, visual_tokens
+from .cost import Meter, at_most
 from .manifest import NAME
+from .pictures import Pictures
 from .tables import PLAIN
 
 RUN_ID = "LMMS_CACHE_RUN_ID"
 
 
 class PitomeLlava(lmms):
-    """A LLaVA model with merged visual tokens, for tasks that give a context and pictures; also for likelihoods.
+    """A multimodal model with merged visual tokens, for tasks that give a context and pictures; also for likelihoods.
 
     Answers come in the order of the questions and one by one, so that lmms-eval's ``--use_cache`` stores each at once.
     A killed run finds them again under the same run id, which is therefore set unless the environment has one.
@@ -40,7 +42,9 @@ class PitomeLlava(lmms):
     pretrained, bits, dtype
         As for `pitome_mllm.load`.
     method, keep, ratio, **settings
-        As for `pitome_mllm.attach`; ``method=none``, or none of them, is the plain model.
+        As for `pitome_mllm.attach`; ``method=none``, or none of them, is the plain model, and ``method=max_pixels``
+        with ``keep`` is the plain model on pictures scaled down to as many tokens, where pictures keep their size.
+        What the processor knows of pictures goes there, such as ``max_pixels=501760`` or ``longest_edge=768``.
     batch_size : int or str, default 1
         Questions per batch.
     device, device_map : str, optional
@@ -83,20 +87,30 @@ class PitomeLlava(lmms):
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         asked = {"method": method, "keep": keep, "ratio": ratio, **settings}
         self.settings = {name: value for name, value in asked.items() if value is not None}
-        if method == PLAIN:
-            if others := sorted(self.settings.keys() - {"method"}):
-                raise UserError(f"method={PLAIN} takes no settings, got {', '.join(others)}")
-            self.settings = {}
         if loaded is None:
             where = place(device, device_map, bits, self.accelerator)
             loaded = load(pretrained, bits=bits, dtype=dtype, device=where)
-        self.model, self.processor = loaded
+        self.model, self.pictures = loaded[0], Pictures(*loaded, self.settings)
+        self.processor = self.pictures.processor
         self.processor.tokenizer.padding_side = "left"
         if attn_implementation is not None:
             self.model.set_attn_implementation(attn_implementation)
-        self.handle = attach(self.model, **self.settings) if self.settings else None
-        self.meter = Meter(self.model, self.settings)
+        merging = self._merging(method)
+        if method == PLAIN:
+            del self.settings["method"]
+        self.handle = attach(self.model, **merging) if merging else None
+        self.meter = Meter(self.model, merging)
         self.batch_sizes = {}
+
+    def _merging(self, method: str | None) -> dict[str, Any]:
+        """The settings that `attach` gets; none for the plain model."""
+        merging = {name: value for name, value in self.settings.items() if name not in self.pictures.options}
+        taken = {PLAIN: {"method"}, CONTROL: {"method", "keep"}}.get(method or "")
+        if taken is None:
+            return merging
+        if others := sorted(merging.keys() - taken):
+            raise UserError(f"method={method} takes no settings, got {', '.join(others)}")
+        return {}
 
     def __str__(self) -> str:
         """All that answers follow from: lmms-eval's cache knows the model by it where it gets the object itself."""
@@ -153,7 +167,7 @@ class PitomeLlava(lmms):
         gpu = self.device.type == "cuda"
         return {
             "pretrained": self.pretrained,
-            "method": plan.method if plan else PLAIN,
+            "method": plan.method if plan else self.settings.get("method", PLAIN),
             "asked": self.settings,
             "settings": settings,
             "batch": self.batch_size,
@@ -187,8 +201,8 @@ class PitomeLlava(lmms):
         return batch[:same]
 
     def _encode(self, asked: Sequence[ask.Asked], texts: Sequence[str]) -> Any:
-        rows = [list(one.images) for one in asked]  # some processors tell one image from several in a row
-        inputs = self.processor(images=rows if any(rows) else None, text=list(texts), padding=True, return_tensors="pt")
+        rows = [[self.pictures.seen(image) for image in one.images] for one in asked]
+        inputs = tokenized(self.processor, texts, rows, padding=True)
         return inputs.to(self.device, dtype=self.model.dtype)
 
     @torch.inference_mode()
@@ -230,19 +244,18 @@ class PitomeLlava(lmms):
 
     def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
         """New tokens that the LLM can hold, at least 1; where the tower merges tiles, as far as is known by now."""
-        counts = self._counts(asked, inputs, lambda: at_most(self.handle, inputs))
-        longest = max(text + visual for _, text, visual in counts)
-        most = self.model.config.text_config.max_position_embeddings
+        image, texts = self._placed(inputs)
+        visual = at_most(self.handle, inputs, image.sum(1).tolist())
+        longest = max(text + count for text, count in zip(texts, visual, strict=True))
+        most = self.model.config.get_text_config().max_position_embeddings
         if longest >= most:
             raise UserError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
         return most - longest
 
-    def _counts(self, asked: Sequence[ask.Asked], inputs: Any, lengths: Any) -> list[tuple[int, int, int]]:
-        """Images, tokens of the text and visual tokens of every row; for ``lengths`` see `visual_tokens`."""
-        images = [len(one.images) for one in asked]
-        placeholders = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        texts = (inputs["attention_mask"].sum(1) - torch.tensor(placeholders, device=self.device)).tolist()
-        return list(zip(images, texts, visual_tokens(self.handle, placeholders, images, lengths), strict=True))
+    def _placed(self, inputs: Any) -> tuple[torch.Tensor, list[int]]:
+        """The placeholders (B, S) of a batch, and how many tokens of text each row has."""
+        image = inputs["input_ids"] == self.model.config.image_token_id
+        return image, (inputs["attention_mask"].sum(1) - image.sum(1)).tolist()
 
     def _lengths(self, new: torch.Tensor) -> list[int]:
         """New tokens of every row, the one that ends it included; all of them where the model has no such token."""
@@ -254,12 +267,11 @@ class PitomeLlava(lmms):
 
     def _count(self, lap: Any, asked: Sequence[ask.Asked], inputs: Any, new: Sequence[int]) -> list[Any]:
         """The `COUNTS` of each row with ``new`` tokens of an answer; the meter gets all but those that only pad."""
-
-        def lengths() -> Sequence[int]:
-            found = self.handle.stats.lengths
-            return found[:: len(found) // sum(len(one.images) for one in asked)]  # beams have each image several times
-
-        rows = [(*row, more) for row, more in zip(self._counts(asked, inputs, lengths), new, strict=True)]
+        image, _ = self._placed(inputs)
+        columns, stats = inputs["attention_mask"].bool(), self.handle and image.any() and self.handle.stats
+        visual, read = (stats.left(marked) if stats else marked.sum(1).tolist() for marked in (image, columns))
+        counts = zip([len(one.images) for one in asked], read, visual, new, strict=True)
+        rows = [(images, every - seen, seen, more) for images, every, seen, more in counts]
         if real := [row for one, row in zip(asked, rows, strict=True) if not one.padding]:
             self.meter.add(lap, real)
         return rows

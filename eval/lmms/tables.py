@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.encoders import ENCODER_OF_CONFIG
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import read_config
-from pitome_mllm.plan import make_plan
+from pitome_mllm.plan import Plan, make_plan
+from pitome_mllm.serving.resolution import CONTROL, near_grid
 from pitome_mllm.settings import Settings
 
 from ..accuracy.curves import PLAIN as ALL_TOKENS
@@ -104,7 +105,7 @@ class Run:
     @property
     def attached(self) -> dict[str, Any]:
         """Keywords of `attach`."""
-        return {} if self.method == PLAIN else self.settings
+        return {} if self.method in (PLAIN, CONTROL) else self.settings
 
     @property
     def amount(self) -> str:
@@ -229,10 +230,20 @@ def published(table: str) -> dict[tuple[Run, str], dict[str, str]]:
 
 
 @cache
-def tokens_of_one(run: Run) -> int:
-    """Visual tokens of an image, or of one of its tiles, that reach the LLM; refuses what `attach` refuses."""
+def plan_of(run: Run) -> Plan:
+    """What a run does to an image, or to one of its tiles; refuses what `attach` refuses."""
     known = geometry(config_of(run.model))
-    return make_plan(Settings().changed(**run.attached), known).keep if run.attached else known.available
+    if run.method != CONTROL:
+        return make_plan(Settings().changed(**run.attached), known)
+    (rows, columns), side = known.grid, known.shuffle_factor
+    tokens = make_plan(Settings().changed(keep=run.keep), known).keep
+    smaller = tuple(side * count for count in near_grid(tokens, rows / columns))
+    return make_plan(Settings(), replace(known, grid=smaller))
+
+
+def tokens_of_one(run: Run) -> int:
+    """Visual tokens of an image, or of one of its tiles, that reach the LLM."""
+    return plan_of(run).keep
 
 
 def images_of(model: str) -> int:

@@ -45,7 +45,8 @@ WORDS, NEW_TOKENS = "is there a red star in the top left? " * 4, 16
 NAME = "random"
 ALIKE = ["--served-model-name", NAME, "--load-format", "dummy", "--max-model-len", "2048", "--no-enable-prefix-caching"]
 ALIKE += ["--mm-processor-cache-gb", "0", "--disable-uvicorn-access-log"]
-ONE_CORE = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # for the model; the other asks and parses
+# On a processor a model has one core, and what asks and parses another; 1 GiB holds what 32 requests need.
+ON_CPU = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 _SMALL_TOWER = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12, "num_attention_heads": 2,
@@ -176,7 +177,7 @@ def started(what: str, keep: int | None, model: Path, more: Sequence[str]) -> It
     with (model / f"{what}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *serve, "--port", str(port), *ALIKE, *more], stdout=log, stderr=subprocess.STDOUT,
-            env=os.environ | ONE_CORE,
+            env=os.environ | ON_CPU | {"VLLM_NO_USAGE_STATS": "1"},
         )  # fmt: skip
     try:
         yield Server(f"http://127.0.0.1:{port}", process, model / f"{what}.log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..serving import prompts
+from ..serving.resolution import smaller, without_floor
 from ..serving.uploads import decode
 from ._companion import companion
 
@@ -63,3 +64,9 @@ def encode(model: Any, processor: Any, subject: Subject, question: str, new_toke
     prompts.check_question(processor, question, subject.examples)
     inputs, _ = prompts.encode(model, processor, [prompts.message(question, 1)], [subject.picture], new_tokens)
     return inputs.to(model.device, dtype=model.dtype)
+
+
+def encode_smaller(model: Any, processor: Any, subject: Subject, new_tokens: int, tokens: int) -> Any:
+    """As `encode`, with the picture scaled down to about so many visual ``tokens``."""
+    seen = replace(subject, picture=smaller(processor, subject.picture, tokens))
+    return encode(model, without_floor(processor), seen, str(seen.question), new_tokens)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..costs.answer import AnswerCost
+from ..serving.resolution import CONTROL
 from ._options import progress
 
 WIDE = 160  # columns of a table that goes into a file
@@ -25,7 +27,7 @@ TIMED_TOKENS = 8  # new tokens that every timed run writes; FLOPs and KV cache a
 
 @dataclass(frozen=True)
 class Run(AnswerCost):
-    """One answer, "plain" or "merged", with its cost when the last of `TIMED_TOKENS` new tokens is out.
+    """One answer, "plain", "merged" or of a control, with its cost when the last of `TIMED_TOKENS` new tokens is out.
 
     The cache then holds the prompt and every new token but that last one, which no later token looks at.
     """
@@ -46,13 +48,13 @@ ROWS = {  # field of Run: its name in the table
 TIMES = ("tower_ms", "prefill_ms", "per_token_ms")
 
 
-def add_times(runs: list[Run], model: Any, inputs: Any, handle: Any, repeats: int) -> list[Run]:
-    """The runs with their times, medians of ``repeats`` in turns."""
+def add_times(runs: list[Run], model: Any, asked: dict[str, Any], handle: Any, repeats: int) -> list[Run]:
+    """The runs with their times, medians of ``repeats`` in turns; ``asked`` has the inputs of every mode."""
     from ..costs.latency import in_turns, measure
 
     def once(mode: str) -> AnswerCost:
         with in_mode(handle, mode):
-            return measure(model, inputs, new_tokens=TIMED_TOKENS)
+            return measure(model, asked[mode], new_tokens=TIMED_TOKENS)
 
     with progress("Timing", total=(repeats + 1) * len(runs)) as advance:
         seen = in_turns({run.mode: partial(once, run.mode) for run in runs}, repeats, done=advance)
@@ -94,8 +96,8 @@ def what_decides(model: Any, settings: dict[str, Any], share: float) -> str:
 
 
 def in_mode(handle: Any, mode: str) -> AbstractContextManager[Any]:
-    """The attached model as it is (mode "merged"), or without merging (mode "plain")."""
-    return handle.using(None) if mode == "plain" else nullcontext()
+    """The attached model as it is (mode "merged"), or without merging (other modes)."""
+    return nullcontext() if mode == "merged" else handle.using(None)
 
 
 def describe_device(model: Any) -> str:
@@ -125,21 +127,30 @@ def print_table(
 
 
 def print_comparison(about: dict[str, Any], runs: list[Run], repeats: int, decides: str) -> None:
-    """Plain and merged side by side, with merged as a share of plain, and what ``decides`` about it."""
-    plain, merged = runs
-    rows = [("answer", plain.answer, merged.answer, "same" if plain.answer == merged.answer else "differs")]
+    """The plain run and, each as a share of it, the others side by side, and what ``decides`` about it."""
+    plain, *others = runs
+    same = ("same" if run.answer == plain.answer else "differs" for run in others)
+    rows = [("answer", plain.answer, *chain(*zip((run.answer for run in others), same)))]
     for field, title in ROWS.items():
-        before, after = getattr(plain, field), getattr(merged, field)
-        share = f"{after / before:.2f}" if before and after else ""
-        rows.append((title, _number(before), _number(after), share))
+        before, *after = (getattr(run, field) for run in runs)
+        cells = chain(*((_number(one), f"{one / before:.2f}" if before and one else "") for one in after))
+        rows.append((title, _number(before), *cells))
     how = (
         f"Times: wall clock on this device ({about['device']}), medians of {repeats} runs in turns after a warm-up. "
         f"FLOPs: calculated, from the picture to new token {TIMED_TOKENS}. KV cache: calculated, for the prompt and "
         f"{TIMED_TOKENS - 1} new tokens, as nothing looks at token {TIMED_TOKENS}."
     )
-    unknown = "FLOPs are unknown where pictures are cut into tiles, and for LLMs of which costs/flops.py has no row."
+    unknown = (
+        "FLOPs are unknown where pictures are cut into tiles or keep their size, and for LLMs of which costs/flops.py "
+        "has no row."
+    )
     notes = [how, unknown if plain.gflops is None else decides]
-    print_table(("", plain.mode, merged.mode, "ratio"), rows, f"{about['model']}, {about['method']}", notes)
+    if len(others) > 1:
+        notes.append(
+            f"{CONTROL}: the plain model, the picture scaled down to as many tokens: what merging has to beat."
+        )
+    heads = ("", plain.mode, *chain(*((run.mode, "ratio") for run in others)))
+    print_table(heads, rows, f"{about['model']}, {about['method']}", notes)
 
 
 def _number(value: float | None) -> str:

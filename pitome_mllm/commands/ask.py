@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..serving.prompts import what_it_answers
-from ._inputs import Subject, encode, read_subject
+from ..serving.resolution import CONTROL, cell
+from ._inputs import Subject, encode, encode_smaller, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, positive
 from ._report import (
     TIMED_TOKENS,
@@ -59,12 +60,14 @@ def run(options: argparse.Namespace) -> None:
         inputs = encode(model, processor, subject, subject.question, longest)
         if not options.json:
             sys.stdout.write(f"{subject.name}: {subject.question}\n")
-        modes = ("plain", "merged") if options.compare else ("merged",)
-        runs = [_one(options, model, processor, inputs, handle, mode) for mode in modes]
+        asked = {"merged": inputs}
         if options.compare:
-            settings = {"plain": {}, "merged": {"method": options.method, **merging(options)}}
-            runs = [add_costs(run, model, settings[run.mode]) for run in runs]
-            runs = add_times(runs, model, inputs, handle, options.repeats)
+            asked = {"plain": inputs, **_rival(model, processor, subject, longest, handle, inputs), **asked}
+        runs = [_one(options, model, processor, inputs, handle, mode) for mode, inputs in asked.items()]
+        if options.compare:
+            settings = {"merged": {"method": options.method, **merging(options)}}
+            runs = [add_costs(run, model, settings.get(run.mode, {})) for run in runs]
+            runs = add_times(runs, model, asked, handle, options.repeats)
         _conclude(options, model, subject, handle, runs)
 
 
@@ -76,17 +79,31 @@ def _ask_for_a_question(options: argparse.Namespace, subject: Subject) -> str:
     return f"a picture needs a question; {what_it_answers(TokenizersBackend)}"
 
 
+def _rival(model: Any, processor: Any, subject: Subject, new_tokens: int, handle: Any, inputs: Any) -> dict[str, Any]:
+    """Where pictures keep their size, what the plain model is asked about one of as many tokens as are left."""
+    if handle.plan.where != "packed" or not cell(processor):
+        return {}
+    tokens = handle.plan.kept(_placeholders(model, inputs))
+    return {CONTROL: encode_smaller(model, processor, subject, new_tokens, tokens)}
+
+
+def _placeholders(model: Any, inputs: Any) -> int:
+    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+
+
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
-    """Answer with (mode "merged") or without (mode "plain") merging."""
-    plan, full = handle.plan, int((inputs["input_ids"] == model.config.image_token_id).sum())
-    known = mode == "plain" or not plan.geometry.family.tiles  # with tiles it depends on the image
-    visual = full if mode == "plain" else plan.keep
+    """Answer with (mode "merged") or without (other modes) merging."""
+    plan, full = handle.plan, _placeholders(model, inputs)
+    sized = plan.geometry.family.side > 0  # of tiles only those behind the tower know how many they come to
+    known = mode != "merged" or sized or not plan.geometry.family.tiles
+    visual = full if mode != "merged" else plan.kept(full) if sized else plan.keep
     if not options.json:
         sys.stdout.write(f"{mode}, {visual if known else 'some'} of {full} visual tokens: ")
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
-    visual = visual if known else sum(handle.stats.lengths)
-    return Run(visual, inputs["input_ids"].shape[1] - full + visual, mode=mode, answer=answer)
+    image, columns = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
+    counts = (handle.stats.left(marked)[0] if mode == "merged" else int(marked.sum()) for marked in (image, columns))
+    return Run(*counts, mode=mode, answer=answer)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:

@@ -56,13 +56,14 @@ def run(options: argparse.Namespace) -> None:
     model, processor = open_model(options)
     with progress("Drawing"):
         runs = [_merged(options, model, processor, subject, method) for method in options.method or [None]]
-        titles = [f"{stats.method}: {stats.tokens_after} of {stats.tokens_before} tokens" for stats in runs]
+        titles = [f"{stats.method}: {_counted(stats)} tokens" for stats in runs]
         tiles = tiles_seen_by(processor, subject.picture)
+        whole = subject.picture if len(tiles) > 1 else tiles[0]
         if options.energy or options.steps:
             rows = step_rows(tiles, runs, titles, options)
         else:
             panels = [drawing(processor, subject.picture, stats, options.style, options.side) for stats in runs]
-            rows = [([like(tiles[0], panels[0]), *panels], ["picture", *titles])]
+            rows = [([like(whole, panels[0]), *panels], ["picture", *titles])]
         sheets = [side_by_side(panels, heads, columns=_columns(len(panels))) for panels, heads in rows]
     caption = CAPTIONS["energy" if options.energy else options.style]
     write_picture(captioned(below(sheets), caption), options.out)
@@ -74,13 +75,20 @@ def _columns(panels: int) -> int:
     return panels if panels <= 5 else isqrt(panels - 1) + 2
 
 
+def _counted(stats: Any) -> str:
+    """Visual tokens after and before merging: of a tile where the tower merged tiles, else of the picture."""
+    if stats.where != "packed":
+        return f"{stats.tokens_after} of {stats.tokens_before}"
+    return f"{sum(stats.lengths)} of {sum(map(len, stats.groups))}"
+
+
 def _merged(options: argparse.Namespace, model: Any, processor: Any, subject: Any, method: str | None) -> Any:
     """What one method did to the image."""
     from ..attach import attach
     from ..visualize import check_drawable
 
     with attach(model, method, energies=True, **merging(options)) as handle:
-        check_drawable(handle.plan)
+        check_drawable(handle.plan, steps=options.energy or options.steps)
         inputs = encode(model, processor, subject, subject.question or ANY_QUESTION, 1)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
         return handle.stats

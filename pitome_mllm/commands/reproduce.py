@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
 def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) -> None:
     estimated = plans.plan(table, options.limit)
     fetched = plans.downloads(table, options.data is not None)
-    hours = sum(one.hours for one in estimated)
+    hours = sum(one.hours or 0 for one in estimated)
     runs = [
         {"run": str(one.run), "tokens": one.run.tokens, "questions": one.documents, "gflops": one.gflops}
         | {"hours": one.hours}
@@ -99,7 +99,7 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
         sys.stdout.write(json.dumps(said) + "\n")
         return
     forms = ("{}", "{}", "{:,}", "{:,.1f}", "{:.2f}")
-    lines = ([form.format(value) for form, value in zip(forms, row.values())] for row in runs)
+    lines = (["-" if value is None else form.format(value) for form, value in zip(forms, row.values())] for row in runs)
     tasks = {name: known[name] for name in table.tasks}
     sizes = [f"{name} {'' if task.counted else 'about '}{task.documents:,}" for name, task in tasks.items()]
     text = f" and {1000 * plans.BESIDE:.0f} ms beside them, prompts of {plans.TEXT_TOKENS} text tokens and answers of "
@@ -108,6 +108,7 @@ def _show_plan(options: argparse.Namespace, table: Any, known: Any, plans: Any) 
         f"questions per task: {', '.join(sizes)}",
         f"downloads: {'; '.join(fetched) or 'none'}",
         f"{hours:.1f} GPU hours in all, by FLOPs at {plans.SUSTAINED:g} TFLOP/s{text}; GPUs differ",
+        *plans.notes(table),
     ]
     heads = ("run", "tokens", "questions", "GFLOPs per question", "GPU hours")
     print_table(heads, lines, f"{options.table}: {table.about}", notes)

@@ -105,14 +105,14 @@ def with_transformers(options: argparse.Namespace) -> None:
         from ..attach import attach
         from ..serving.app import make_app
         from ..serving.engine import Engine
+        from ..serving.resolution import amount
 
         model, processor = open_model(options)
         check_template(options.model, processor)
         with attach(model, options.method, **merging(options)) as handle:
-            plan = handle.plan
             app = make_app(Engine(options.model, handle, processor), options.allow_urls, options.allow_private)
             sys.stdout.write(
-                f"{options.model}: {plan.method}, {plan.keep} of {plan.available} visual tokens, "
+                f"{options.model}: {handle.plan.method}, {amount(handle.plan)}, "
                 f"at http://{options.host}:{options.port}/v1\n"
             )
             sys.stdout.flush()

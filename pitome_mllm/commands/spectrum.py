@@ -20,6 +20,7 @@ WHAT = (
     "Between the features of the plain model and their groups: sum of |change| over the spectrum of the normalised "
     "Laplacian; 0 = nothing changed. A dropped token keeps its place without edges."
 )
+BEHIND = "where='packed' merges behind the projector; spectra are those of the tower's tokens"
 
 
 @dataclass
@@ -81,7 +82,10 @@ def compare(
     from ..schedule import target_count
     from ..spectral import TokenGraph
 
-    counts = [target_count(keep, geometry(model.config).available) for keep in keeps]
+    shape = geometry(model)
+    if not shape.family.merges_in_tower:
+        raise UserError(BEHIND)
+    counts = [target_count(keep, shape.available) for keep in keeps]
     found = Comparison(sorted(set(counts), reverse=True))
     with progress("Computing spectra", total=len(methods) * len(found.keeps)) as advance:
         graph = TokenGraph(tower_features(model, pixels).float().cpu())
@@ -105,7 +109,7 @@ def _distance(model: Any, pixels: Any, graph: Any, method: str, settings: Mappin
 
     with attach(model, method, **settings) as handle:
         if handle.plan.where == "packed":
-            raise UserError("where='packed' merges behind the projector; spectra are those of the tower's tokens")
+            raise UserError(BEHIND)
         tower_features(model, pixels)
         if any(merge.group is None for merge in handle.stats.merges):
             raise UserError("this method forms no groups, so there is no graph of groups; choose one that merges")

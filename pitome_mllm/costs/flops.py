@@ -21,7 +21,9 @@ from ..settings import Settings
 # Matrices in the MLP of each kind of LLM: gated ones have three. A new LLM is one entry here.
 MLP_MATRICES = {
     **dict.fromkeys(("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4v_text", "granite", "llama"), 3),
-    **dict.fromkeys(("mistral", "olmo2", "phi3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3"), 3),
+    **dict.fromkeys(
+        ("mistral", "olmo2", "paddleocr_vl_text", "phi3", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3"), 3
+    ),
     **dict.fromkeys(("qwen3_vl_text", "smollm3", "stablelm"), 3),
     **dict.fromkeys(("gpt_neox", "phi", "starcoder2"), 2),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from ..methods import UserError
 from .geometry import Geometry, geometry
 
 PIXELS = ("pixel_values", "pixel_values_images")  # what processors call images; the latter Video-LLaVA's
+SIZE = "image_sizes"  # which older releases of transformers take for Pixtral without naming it
 
 SELECTION = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
 
@@ -76,11 +78,35 @@ def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return cast(Tensor, read(tower(given, output_hidden_states=True), shape))
 
 
+@torch.no_grad()
+def picture_features(core: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What a multimodal model makes of the pictures among its ``inputs``, as it puts them among the text."""
+    given = taken(cast(Any, type(core)).get_image_features, inputs)
+    return cast(Any, core).get_image_features(**given, return_dict=True)
+
+
+def taken(function: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's own method of features takes of its ``inputs``."""
+    names = dict.fromkeys((*inspect.signature(function).parameters, SIZE))
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+def picture_inputs(processor: Any, pictures: Any) -> Any:
+    """Model inputs of one image or a list of them; with the prompt that is nothing else, if it is a whole processor."""
+    mark = getattr(processor, "image_token", None)
+    if mark is None:
+        return getattr(processor, "image_processor", processor)(images=pictures, return_tensors="pt")
+    images = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    return processor(images=[images], text=[mark * len(images)], return_tensors="pt")
+
+
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
-    """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one."""
-    image_processor = getattr(processor, "image_processor", processor)
-    values = pixels_of(image_processor(images=pictures, return_tensors="pt"))
-    return values.reshape(-1, *values.shape[-3:])  # of tiles (images, tiles, 3, H, W)
+    """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one.
+
+    As they are, (N, C) or (I, N, C), where the tower takes patches.
+    """
+    values = pixels_of(picture_inputs(processor, pictures))
+    return values if values.dim() < 4 else values.reshape(-1, *values.shape[-3:])  # of tiles (images, tiles, 3, H, W)
 
 
 def pixels_in(inputs: Mapping[str, Any]) -> Tensor | None:

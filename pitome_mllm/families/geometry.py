@@ -224,15 +224,18 @@ def family_of(config: Any) -> FamilySpec:
     Raises
     ------
     ValueError
-        There is none.
+        There is none, or the model has no vision tower.
     """
     if config.model_type not in FAMILY_OF_CONFIG:
         raise UserError(_unsupported("family", repr(config.model_type), FAMILY_OF_CONFIG))
+    if config.vision_config is None:
+        raise UserError(f"this {config.model_type!r} has no vision tower, hence no visual tokens to merge")
     family, kind = FAMILIES[FAMILY_OF_CONFIG[config.model_type]], config.vision_config.model_type
     if not family.merges_in_tower or kind in TOWER_OF_CONFIG:
         return family
     reason = f"its vision tower {kind!r} has no row in pitome_mllm.families"
-    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0)
+    side = usual_picture(config, family)["grid"][0]  # as for all we know its pictures keep their size
+    return replace(family, tiles="features", places=("packed",), unsupported_reason=reason, linear=0, side=side)
 
 
 def _unsupported(what: str, got: str, supported: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from . import TOWER_OF_CONFIG, TOWERS, FamilySpec, behind
 
+PARTS = ("vision_config", "text_config", "image_token_id")  # of a configuration that may be of such a family
 USUAL = 32  # visual tokens on a side of a picture, where neither a row nor a configuration says more
 
 
@@ -38,8 +39,7 @@ def read_out_of(model: nn.Module) -> FamilySpec | None:
     """The family of a model that has no row, if it has the parts of those that merge behind the projector."""
     core: Any = getattr(model, "base_model", model)
     config: Any = getattr(model, "config", None)
-    parts = ("vision_config", "text_config", "image_token_id")
-    if core is model or not hasattr(core, "get_image_features") or any(not hasattr(config, part) for part in parts):
+    if core is model or not hasattr(core, "get_image_features") or any(not hasattr(config, part) for part in PARTS):
         return None
     paths = {part: path for path, part in model.named_modules()}
     at, language = paths[core], paths.get(core.get_decoder(), "")

@@ -161,7 +161,7 @@ def _tell_videos(handle: Attached, kwargs: dict[str, Any]) -> None:
 
 def brings_pictures(handle: Attached, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call brings images, or videos that merge."""
-    return pixels_in(kwargs) is not None or any(kwargs.get(encoding.PIXELS[kind]) is not None for kind in handle.kinds)
+    return pixels_in(kwargs) is not None or any(kwargs.get(name) is not None for name in handle.kinds.values())
 
 
 def placeholders(handle: Attached, kwargs: Mapping[str, Any]) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ..methods.merge import median_of_groups
 from .arguments import Prompt
 from .transfers import on
+from .validate import check_axes, check_countable
+
+GRIDS = ("image_grid_thw", "video_grid_thw")  # without any of them a model counts one axis
 
 
 def counts_axes(core: nn.Module) -> bool:
@@ -44,10 +47,12 @@ def positions_of(core: nn.Module, prompt: Prompt) -> Tensor | None:
     kwargs, fresh = prompt.kwargs, prompt.fresh
     given = kwargs.get("position_ids")
     if isinstance(given, Tensor) and given.dim() == 3:
+        check_axes(given, prompt.real)
         ids = given[-3:, :, -fresh.shape[1] :].to(fresh.device)
-    elif not counts_axes(core) or kwargs.get("input_ids") is None or kwargs.get("mm_token_type_ids") is None:
+    elif not counts_axes(core) or kwargs.get("input_ids") is None or all(kwargs.get(name) is None for name in GRIDS):
         return None
     else:
+        check_countable(kwargs, prompt.is_short)
         ids = _counted(core, kwargs, fresh, prompt.real)
     real = prompt.real[..., None].expand(*prompt.real.shape, 3)
     positions = ids.permute(1, 2, 0)

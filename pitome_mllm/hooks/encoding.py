@@ -6,7 +6,6 @@ The model then finds them encoded, once, when it asks; whatever else it encodes 
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..families.features import taken
 from ..stats import Stats
 from . import packed
 from .call import CALL, Encoded, named
 from .state import Attached
 from .validate import check_selection
-
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # what models call what they encode
-SIZE = "image_sizes"  # which older releases of transformers take for Pixtral without naming it
 
 
 def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[int], Encoded | None]:
@@ -33,9 +30,9 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
     if plan is None or plan.is_plain:
         return [-1], [-1], None
     made, stats = {}, {}
-    for kind in handle.kinds:
-        if kwargs.get(PIXELS[kind]) is not None:
-            made[kind] = kwargs[PIXELS[kind]], _encode(handle, kind, kwargs)
+    for kind, name in handle.kinds.items():
+        if kwargs.get(name) is not None:
+            made[kind] = kwargs[name], _encode(handle, kind, kwargs)
             stats[kind] = handle.state.stats
     if len(stats) > 1:
         handle.note(stats=_in_order(handle, kwargs, stats))
@@ -48,8 +45,7 @@ def lengths(handle: Attached, kwargs: dict[str, Any]) -> tuple[list[int], list[i
 def _encode(handle: Attached, kind: str, kwargs: dict[str, Any]) -> Any:
     """The model's own encoding of a call's images or videos."""
     name = f"get_{kind}_features"
-    names = inspect.signature(getattr(type(handle.core), name)).parameters.keys() | {SIZE}
-    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    given = taken(getattr(type(handle.core), name), kwargs)
     return getattr(handle.core, name)(**given, return_dict=True)
 
 
@@ -59,7 +55,7 @@ def _in_order(handle: Attached, kwargs: dict[str, Any], stats: dict[str, Stats])
     if types is None:
         ids = kwargs["input_ids"]
         types = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
-    order = [kind - 1 for kind in types[types > 0].tolist()]
+    order = [kind - 1 for kind in types.flatten().tolist() if kind in (1, 2)]  # others are of text and of sounds
     units = [list(zip(one.packed, one.grids)) for one in stats.values()]
     full = sum(len(picture.group) for each in units for picture, _ in each)
     whole, order = len(order) >= full, order[-full:]  # what is in a KV cache comes first
@@ -88,7 +84,9 @@ def make_get_features(core: nn.Module, kind: str) -> Callable[..., Any]:
             return own(self, **given)
         as_dict = given.pop("return_dict", True)
         encoded = handle.encoded
-        output = None if encoded is None else encoded.take(kind, given.get(PIXELS[kind]), plan)
+        output = None if encoded is None else encoded.take(kind, given.get(handle.kinds[kind]), plan)
+        if encoded is not None and not encoded.made:
+            handle.forget_encoded()
         if output is None and plan is not None and plan.where == "packed":
             with handle.choosing(plan if kind == "image" else None):  # of videos it may call that of images
                 output = own(self, **given, return_dict=True)

@@ -74,8 +74,9 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
 
 def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
     """(B, S) or (B, S, A) what positions at the placeholders ``image`` (B, S) grow by."""
-    if not call.places:
-        return shift_to_median(image, stats.median)
+    position = on(stats.device, call.told.position[:, -image.shape[1] :])
+    if not call.places:  # of a prompt that was short already, where the caller says what several axes count
+        return shift_to_median(image, stats.median) if position.dim() == 2 else torch.zeros_like(position)
     lengths = [len(group) for group in stats.groups]
     times = sum(lengths) // sum(map(len, call.places))  # models that repeat pictures for beams do so row by row
     flat = torch.cat([row for row in call.places for _ in range(times)])
@@ -84,7 +85,6 @@ def _shift(call: Call, image: Tensor, stats: Stats) -> Tensor:
         told = [at[median] for at, median in zip(places, stats.median)]
     else:
         told = axes.medians(places, stats.groups, stats.lengths)
-    position = on(stats.device, call.told.position[:, -image.shape[1] :])
     there = on(stats.device, image if position.dim() == 2 else image[..., None])
     return (at_placeholders(image, told) - position).masked_fill(~there, 0)
 

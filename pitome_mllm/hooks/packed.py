@@ -114,6 +114,8 @@ def row_ends(handle: Attached, pictures: Sequence[Tensor]) -> list[Tensor | None
 def _sizes(given: Mapping[str, Any], count: int) -> list[Sequence[int]]:
     """Rows and columns of as many pictures by what a call says, with their frames before them where it does."""
     sizes = next((given[name] for name in (*SIZES, *FRAMES) if given.get(name) is not None), ())
+    if (places := given.get("image_position_ids")) is not None:  # (I, N, 2): column and row of every patch
+        sizes = (places.amax(1) + 1).flip(-1)
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
     places = given.get("video_position_ids")  # with an axis of frames in older releases of transformers
     if not sizes and isinstance(places, Tensor) and places.dim() == 4:

@@ -28,19 +28,14 @@ def rewrite(handle: Attached, kwargs: dict[str, Any], whole: bool) -> Call | Non
     tell = _tells(handle, prompt)
     restart = restarting(kwargs, prompt.real, prompt.seen)
     counted = prompt.is_parted if kwargs.get("position_ids") is None else prompt.calibrated
-    if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted)):
+    if prompt.is_long or prompt.continues or (prompt.is_short and (tell or counted or axes.counts_axes(handle.core))):
         check_unpacked(kwargs)
-        counted = axes.positions_of(handle.core, prompt)
-        new, sample, ids = _layout(prompt, tell, restart) if counted is None else _on_axes(prompt, counted)
+        positions = axes.positions_of(handle.core, prompt)
+        new, sample, ids = _layout(prompt, tell, restart) if positions is None else _on_axes(prompt, positions)
         call = _shortened(handle, prompt, new, sample, ids)
         call.calibration = prompt.calibration if tell else "none"
         if call.calibration != "none" and prompt.is_long and handle.plan.where == "packed":
-            if counted is None:
-                counted = caller_positions(prompt.real) if restart is None else and_next(restart - prompt.first)
-            if prompt.seen is not None:
-                counted, follows = alike(counted, prompt.seen.follows)
-                counted = counted + follows
-            call.places = [row[at] for row, at in zip(counted[:, :-1], prompt.fresh)]
+            call.places = _places(prompt, positions, restart)
     else:  # nothing is told; or features alone, of which the model refuses a wrong number
         call = Call(kwargs, prompt.image)
     call.encoded = prompt.images.encoded
@@ -54,7 +49,7 @@ def _tells(handle: Attached, prompt: Prompt) -> bool:
     if prompt.merges and brings_pictures(handle, kwargs):
         if count or prompt.seen is None:  # assistants get the images of a prompt that is in the cache already
             check_count(handle, count, images.full, images.kept)
-    elif count:
+    elif count and images.encoded is None:
         handle.note(stats=images.lent)
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
         if prompt.merges and images.lent is None and not drafting:
@@ -90,16 +85,26 @@ def _layout(prompt: Prompt, tell: bool, restart: Tensor | None) -> tuple[Layout,
     return (new.positioned(positions) if counted else new), None, None
 
 
-def _on_axes(prompt: Prompt, counted: Tensor) -> tuple[Layout, None, None]:
-    """The layout of columns that have positions ``counted`` (B, T + 1, A) in several axes."""
+def _on_axes(prompt: Prompt, positions: Tensor) -> tuple[Layout, None, None]:
+    """The layout of columns that have ``positions`` (B, T + 1, A) in several axes."""
     images, fresh = prompt.images, prompt.fresh
     if prompt.is_long:
         new = shorten(fresh, prompt.real, images.full, images.kept)
     else:
         new = replace(unchanged(*fresh.shape, fresh.device), real=prompt.real)
     if prompt.is_long and not prompt.calibrated:
-        counted = axes.compact(counted, fresh, images.full, images.kept)
-    return new.positioned(counted), None, None
+        positions = axes.compact(positions, fresh, images.full, images.kept)
+    return new.positioned(positions), None, None
+
+
+def _places(prompt: Prompt, positions: Tensor | None, restart: Tensor | None) -> list[Tensor]:
+    """The positions of every row's placeholders, by ``positions`` in several axes or those of packed samples."""
+    if positions is None:
+        positions = caller_positions(prompt.real) if restart is None else and_next(restart - prompt.first)
+    if prompt.seen is not None:
+        positions, follows = alike(positions, prompt.seen.follows)
+        positions = positions + follows
+    return [row[at] for row, at in zip(positions[:, :-1], prompt.fresh)]
 
 
 def _shortened(handle: Attached, prompt: Prompt, new: Layout, sample: Tensor | None, ids: Tensor | None) -> Call:

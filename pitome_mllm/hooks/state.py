@@ -76,11 +76,14 @@ class Attached:
         self._plan = plan
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """What of pictures the core encodes and merging knows: "image", and "video" where frames merge too."""
-        family, core = self.family, type(self.core)
-        videos = family.tiles == "features" and not family.videos and hasattr(core, "get_video_features")
-        return ("image", "video") if videos and hasattr(self.model.config, "video_token_id") else ("image",)
+    def kinds(self) -> dict[str, str]:
+        """What of pictures the core encodes and merging knows, "image", and "video" where frames merge too; and what
+        calls name them.
+        """
+        family, core, found = self.family, type(self.core), {"image": self.family.pixels}
+        if family.tiles == "features" and not family.videos and hasattr(core, "get_video_features"):
+            found |= {"video": "pixel_values_videos"} if hasattr(self.model.config, "video_token_id") else {}
+        return found
 
     @property
     def state(self) -> State:

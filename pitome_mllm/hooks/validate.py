@@ -95,6 +95,8 @@ def check_images(handle: Attached, pixels: Tensor, kwargs: Mapping[str, Any]) ->
         raise UserError(f"got pixel_values of shape {shape}, no picture; leave them out where there is none")
     needed = inspect.signature(type(handle.core).get_image_features).parameters if tiles else {}
     for name in (name for name in SIZES if name in needed):
+        if name != SIZES[0] and needed[name].default is None:  # of some pictures only
+            continue
         if kwargs.get(name) is None:
             raise UserError(f"got pixel_values without {name}; {ADVICE}")
         if pixels.dim() == 5 and len(kwargs[name]) != len(pixels):
@@ -112,8 +114,9 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     """ValueError unless ``count`` placeholders are those of images with ``full`` or ``kept`` tokens each."""
     if count in (sum(full), sum(kept)):
         return
-    one = "tile" if handle.family.by_row else "picture"
-    pictures = f"{len(full)} {one}{'s' if len(full) > 1 else ''}"
+    mixed = handle.family.tiles == "features" and not handle.family.side  # a picture may be one of several tiles
+    kinds = ("tile",) if handle.family.by_row else ("picture", "tile") if mixed else ("picture",)
+    pictures = f"{len(full)} {' or '.join(kind + 's' * (len(full) > 1) for kind in kinds)}"
     if not count:
         raise UserError(f"got {pictures} but no image placeholder in the prompt; write one <image> per picture")
     raise UserError(
@@ -144,6 +147,28 @@ def check_positions(given: Any, real: Tensor, after: bool) -> None:
     if not fits or (given.shape[1] != real.shape[1] and not after):
         got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"as {type(given).__name__}"
         raise UserError(f"got position_ids {got}, expected {tuple(real.shape)}, one per column of the prompt; or none")
+
+
+def check_axes(given: Tensor, real: Tensor) -> None:
+    """ValueError unless position ids (A, B, T) are of one sample a row, ``real`` (B, T)."""
+    fits = given.shape[0] in (3, 4) and given.shape[1] == len(real) and given.shape[2] >= real.shape[1]
+    first = given[0, :, -real.shape[1] :].to(real.device) if fits else None  # times, or places in the text
+    if first is None or bool(((first.diff(dim=1) < 0) & real[:, 1:] & real[:, :-1]).any()):
+        raise UserError(
+            f"got position_ids of shape {tuple(given.shape)}, expected (3, {len(real)}, {real.shape[1]}) that start "
+            "once in every row; give each sample a row of its own, or leave them out"
+        )
+
+
+def check_countable(kwargs: Mapping[str, Any], short: bool) -> None:
+    """ValueError where a model cannot count positions in several axes over a whole prompt."""
+    if kwargs.get("mm_token_type_ids") is None:
+        raise UserError(f"got pictures without mm_token_type_ids, by which positions are counted; {ADVICE}")
+    if short:
+        raise UserError(
+            "got a prompt that is short already, and positions in several axes count a picture's whole grid; pass the "
+            "processor's prompt as it is"
+        )
 
 
 def check_restart(after: bool) -> None:

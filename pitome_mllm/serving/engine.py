@@ -17,7 +17,7 @@ from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 from ..attach import Attachment
 from ..errors import UserError
 from ..plan import Plan
-from .prompts import TooLong, encode
+from .prompts import TooLong, encode, mark_of_pictures
 from .requests import ChatRequest, Refused, Text
 
 NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
@@ -35,7 +35,8 @@ class Job(StoppingCriteria):
     new_tokens: int  # at most
     given_up: Event = field(default_factory=Event)
     stopped: bool = False  # by one of the request's stop strings, or by the model
-    merged: int = 0  # visual tokens that the LLM got
+    merged: int = 0  # visual tokens that the LLM got,
+    read: int = 0  # and tokens of the prompt
     written: int = 0
 
     @property
@@ -59,8 +60,8 @@ class Job(StoppingCriteria):
     @property
     def usage(self) -> dict[str, Any]:
         """OpenAI's figures, of the prompt as the LLM reads it, and visual tokens before and after merging."""
-        prompt = self.prompt - self.visual + self.merged
-        counts = {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
+        counts = {"prompt_tokens": self.read, "completion_tokens": self.written}
+        counts["total_tokens"] = self.read + self.written
         return {**counts, "visual_tokens": {"before": self.visual, "after": self.merged}}
 
 
@@ -82,6 +83,8 @@ class Engine:
         except TooLong as error:
             raise Refused(str(error), "messages", "context_length_exceeded") from error
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        if request.keep is not None:
+            self._check_keep(request, plan, visual // max(len(pictures), 1))
         usual = min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
         return Job(request, plan, processor.tokenizer, inputs, visual, request.new_tokens or usual)
 
@@ -92,13 +95,17 @@ class Engine:
             return served
         try:
             with self.handle.using(keep=request.keep):
-                asked = self.handle.plan
+                return self.handle.plan
         except UserError as error:
             raise Refused(f"keep: {error}", "keep") from error
-        if asked.keep > served.keep:
-            counts = f"{asked.keep} visual tokens; at most {served.keep}"
+
+    def _check_keep(self, request: ChatRequest, plan: Plan, tokens: int) -> None:
+        """Refuse more visual tokens than are served, of a picture of so many ``tokens`` where pictures differ."""
+        sized = plan.geometry.family.side
+        asked, most = (one.kept(tokens) if sized else one.keep for one in (plan, self.handle.plan))
+        if asked > most:
+            counts = f"{asked} visual tokens; at most {most}"
             raise Refused(f"keep={request.keep} comes to {counts} are served", "keep")
-        return asked
 
     def _turns(self, request: ChatRequest) -> Any:
         """The messages as `prompts` takes them."""
@@ -106,10 +113,9 @@ class Engine:
             parts = []
             for part in message.content:
                 is_text = isinstance(part, Text)
-                if is_text and self.processor.image_token in part.text:
+                if is_text and (mark := mark_of_pictures(self.processor, part.text)):
                     raise Refused(
-                        f"a text holds {self.processor.image_token!r}, which stands for a picture; leave it out",
-                        f"messages.{number}",
+                        f"a text holds {mark!r}, which stands for a picture; leave it out", f"messages.{number}"
                     )
                 parts.append({"type": "text", "text": part.text} if is_text else {"type": "image"})
             yield {"role": "system" if message.role == "developer" else message.role, "content": parts}
@@ -139,7 +145,10 @@ class Engine:
             ends = model.generation_config.eos_token_id
             job.stopped |= int(ids[0, -1]) in (ends if isinstance(ends, list) else [ends])
             job.written = ids.shape[1] - job.prompt
-            job.merged = sum(self.handle.stats.lengths) if job.visual else 0
+            job.merged, job.read = 0, job.prompt
+            if job.visual:
+                marked = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
+                job.merged, job.read = (self.handle.stats.left(columns)[0] for columns in marked)
         finally:
             streamer.end()
 

@@ -52,7 +52,7 @@ def encode(
     Positions that are told of nothing count what the LLM reads under ``plan`` (None: the plain model), which with tiles
     is known behind the tower only.
     """
-    inputs = processor(images=list(images) or None, text=write(processor, messages), return_tensors="pt")
+    inputs = tokenized(processor, [write(processor, messages)], [images])
     length, most = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     if plan is not None and plan.calibration == "none" and not plan.geometry.family.tiles:
         length -= len(images) * (plan.available - plan.keep)
@@ -65,6 +65,15 @@ def encode(
     return inputs, room
 
 
+def tokenized(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], **options: Any) -> Any:
+    """Model inputs of a batch, each text with its images; templates that write the first token get no second one."""
+    first = processor.tokenizer.bos_token
+    if first and texts[0].startswith(first):
+        options["add_special_tokens"] = False
+    rows = [list(row) for row in images]  # some processors tell one image from several in a row
+    return processor(images=rows if any(rows) else None, text=list(texts), return_tensors="pt", **options)
+
+
 def check_question(processor: Any, question: str, examples: Sequence[str] = ()) -> None:
     """Refuse an empty question, one with the image's placeholder, and words the tokenizer does not know.
 
@@ -72,12 +81,23 @@ def check_question(processor: Any, question: str, examples: Sequence[str] = ()) 
     """
     if not question.strip():
         raise UserError("the question is empty; ask something about the picture")
-    if processor.image_token in question:
-        raise UserError(f"the question holds {processor.image_token!r}, which stands for the picture; leave it out")
+    if found := mark_of_pictures(processor, question):
+        raise UserError(f"the question holds {found!r}, which stands for the picture; leave it out")
     unknown = unknown_words(processor.tokenizer, question)
     if unknown:
         said = what_it_answers(processor.tokenizer, examples)
         raise UserError(f"the model does not know {', '.join(map(repr, unknown))}{said and '; '}{said}")
+
+
+def mark_of_pictures(processor: Any, text: str) -> str:
+    """What stands for a picture, or for a part of one, in a text that should hold no such; '' if it holds none."""
+    inside = processor.tokenizer.convert_ids_to_tokens([i for i in _image_token_ids(processor) if i is not None])
+    return next((mark for mark in (processor.image_token, *inside) if mark in text), "")
+
+
+def _image_token_ids(processor: Any) -> Sequence[int | None]:
+    """The tokens that a processor writes in the place of a picture."""
+    return getattr(processor, "image_token_ids", (getattr(processor, "image_token_id", None),))
 
 
 def what_it_answers(tokenizer: Any, examples: Sequence[str] = ()) -> str:

@@ -14,18 +14,40 @@ from .groups import draw_groups
 from .heat import draw_energies, limits
 
 
-def check_drawable(plan: Any) -> None:
-    """ValueError where tokens merge after the projector: those are no patches of what the tower saw."""
-    if plan.where == "packed":
+def check_drawable(plan: Any, steps: bool = False) -> None:
+    """ValueError where there is no grid to draw groups on, or there are no ``steps`` on the way to them.
+
+    Behind the projector a picture's visual tokens form its grid, unless tokens that end its rows stand among them.
+    """
+    if plan.where == "packed" and plan.geometry.family.newline:
         raise UserError(
             "where='packed' merges what the projector made of all tiles, so there are no patches to draw groups on; "
             "choose where='tower' if this family has it"
         )
+    if plan.where == "packed" and steps:
+        raise UserError("where='packed' keeps what every token became in the end, not its merges; draw the groups")
+
+
+def grid_of(stats: Any, image: int = 0) -> tuple[int, int]:
+    """Rows and columns of what `patch_groups` labels: patches or, behind the projector, visual tokens.
+
+    Raises
+    ------
+    ValueError
+        They form no grid.
+    """
+    if stats.where != "packed":
+        return stats.plan.geometry.grid
+    if (grid := stats.grids[image]) is None:
+        raise UserError(f"the {len(stats.groups[image])} visual tokens of this picture form no grid to draw groups on")
+    return grid
 
 
 def step_names(stats: Any) -> list[str]:
     """What the merges of a run are called, in their order."""
     plan = stats.plan
+    if plan.where == "packed":
+        return ["behind the projector"]
     if len(stats.merges) != len(plan.merging) + len(plan.projector_counts):
         return ["a smaller picture"]
     blocks = [f"block {block}" for block in plan.merging]
@@ -35,13 +57,16 @@ def step_names(stats: Any) -> list[str]:
 def patch_groups(stats: Any, image: int = 0, steps: int | None = None) -> Tensor:
     """(N,) the token of each patch after the first ``steps`` merges (None = all), from 0; -1 = dropped.
 
-    Class tokens are left out.
+    Class tokens are left out. Behind the projector N counts the plain model's visual tokens, and nothing is known of
+    merges in between.
 
     Raises
     ------
     ValueError
         A method without groups.
     """
+    if stats.where == "packed":
+        return stats.groups[image].cpu()
     group = torch.arange(stats.plan.geometry.patches)
     for merge in stats.merges[:steps]:
         group = _onward(stats, image, group, merge)
@@ -58,8 +83,10 @@ def _onward(stats: Any, image: int, group: Tensor, merge: Merge) -> Tensor:
     return after[group.clamp(min=0)].where(group >= 0, -1)
 
 
-def token_counts(stats: Any) -> list[int]:
+def token_counts(stats: Any, image: int = 0) -> list[int]:
     """Patch tokens before the first merge and after each of them."""
+    if stats.where == "packed":
+        return [len(stats.groups[image]), stats.lengths[image]]
     ahead = stats.plan.geometry.class_tokens
     return [stats.plan.geometry.patches, *(merge.count - ahead for merge in stats.merges)]
 
@@ -99,7 +126,7 @@ def protected_patches(stats: Any, image: int = 0, step: int | None = None) -> Te
     """
     wanted = stats.merges if step is None else stats.merges[step : step + 1]
     if all(merge.candidates is None for merge in wanted):
-        return torch.zeros(stats.plan.geometry.patches, dtype=torch.bool)
+        return torch.zeros_like(patch_groups(stats, image, 0), dtype=torch.bool)
     group = patch_groups(stats, image, step or 0)
     found = torch.ones_like(group, dtype=torch.bool)
     for merge in wanted:
@@ -124,8 +151,8 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
     Raises
     ------
     ValueError
-        Another number of images than the run has, a method without groups, tokens that merged after the projector,
-        or as `draw_groups`.
+        Another number of images than the run has, a method without groups, visual tokens that form no grid, or as
+        `draw_groups`.
     """
     check_drawable(stats.plan)
     if len(pictures) != stats.images:
@@ -137,7 +164,7 @@ def draw_run(pictures: Sequence[Image.Image], stats: Any, **options: Any) -> lis
             picture,
             patch_groups(stats, image),
             protected=protected_patches(stats, image),
-            grid=stats.plan.geometry.grid,
+            grid=grid_of(stats, image),
             **options,
         )
         for image, picture in enumerate(pictures)

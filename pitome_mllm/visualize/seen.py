@@ -14,7 +14,8 @@ from ..methods import UserError
 def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
     """Everything that the vision tower gets of an image: one view of it, or for anyres an overview and its tiles.
 
-    Resized, cropped, and with the normalisation undone; in the order of the rows of ``handle.stats``.
+    Resized, cropped, and with the normalisation undone; in the order of the rows of ``handle.stats``. A tower that
+    gets patches of a picture instead sees all of it.
 
     Parameters
     ----------
@@ -33,7 +34,9 @@ def tiles_seen_by(processor: Any, picture: Image.Image) -> list[Image.Image]:
         raise UserError(
             f"{type(processor).__name__} has no image processor; pass the processor that AutoProcessor loads"
         )
-    values = pixel_values(image_processor, picture.convert("RGB")).float()
+    values = pixel_values(processor, picture.convert("RGB")).float()
+    if values.dim() < 4:
+        return [picture.convert("RGB")]
     if image_processor.do_normalize:
         mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
         values = values * std[:, None, None] + mean[:, None, None]

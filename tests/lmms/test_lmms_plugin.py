@@ -38,6 +38,7 @@ def make(loaded):
 def test_it_is_found_by_its_name():
     assert get_model("pitome_llava") is PitomeLlavaChat
     assert get_model("pitome_llava", force_simple=True) is PitomeLlava
+    assert get_model("pitome_vlm") is PitomeLlavaChat
 
 
 def test_the_tasks_are_the_recorded_benchmark():

@@ -19,8 +19,10 @@ from datasets import Dataset
 from evaluating import ROOT, answers, by_hand, evaluate
 from lmms_eval.tasks import __file__ as packaged
 from lmms_eval.tasks.mmbench import en_utils
+from packed import PACKED
 from PIL import Image
 
+from pitome_mllm.serving.resolution import CONTROL
 from pitome_mllm_eval.lmms import reproduce
 from pitome_mllm_eval.lmms.model import PitomeLlava
 from pitome_mllm_eval.lmms.plans import narrowed
@@ -141,6 +143,21 @@ def test_group_a_is_read_from_the_logs_of_three_runs(capsys, tmp_path):
     assert row["questions"] == len(plain - coarse) > 0 and row["published"] is None
     assert row["ours"] == pytest.approx(100 * len((plain - coarse) & ours) / len(plain - coarse))
     assert found["tiny downsample, published keep=72", "pitome_scenes, group A"]["ours"] == 0
+
+
+def test_a_smaller_picture_is_a_run_of_its_own_where_pictures_keep_their_size(tmp_path, monkeypatch):
+    family = next(family for family in PACKED if family.title == "Qwen2.5-VL")
+    family.config().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(reproduce, "load", lambda *args, **kwargs: (family.build(), family.chat()))
+    table = narrowed(TABLES["embedded"], str(tmp_path / "model"), ["tome"], [36])
+    assert [run.method for run in table.runs] == ["none", CONTROL, "tome"]
+    options = reproduce.Options(limit=2, batch_size=4, out=tmp_path / "out")
+    found = reproduce.reproduce("embedded", table, options, [].append)
+    costs = [results.about["cost"] for results in found.values()]
+    assert [cost["visual_tokens"] for cost in costs] == [64, 36, 36], "of the square pictures of the benchmark"
+    rows = list(reproduce.compare("embedded", table, found, with_group_a=True))
+    assert {(row.run.method, row.task) for row in rows} >= {(CONTROL, "pitome_scenes"), ("tome", "pitome_scenes")}
+    assert any(row.run.method == "tome" and row.task.endswith("group A") for row in rows)
 
 
 def test_a_run_that_was_killed_while_it_wrote_its_results_goes_on(capsys, tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import families
 import pytest
 from evaluating import request
 from models import tokenizer
+from packed import PACKED
 
+from pitome_mllm.families.geometry import geometry
 from pitome_mllm_eval.lmms.model import PitomeLlava
 from pitome_mllm_eval.lmms.results import EvaluationError
 
@@ -34,7 +36,8 @@ def prompts_of(lm):
     def note(module, args, kwargs):
         widths.append(kwargs["inputs_embeds"].shape[1])
 
-    hook = lm.handle.language.register_forward_pre_hook(note, with_kwargs=True)
+    language = lm.model.get_submodule(geometry(lm.model).family.language)
+    hook = language.register_forward_pre_hook(note, with_kwargs=True)
     yield widths
     hook.remove()
 
@@ -61,7 +64,7 @@ def test_tokens_of_tiles_are_counted_as_the_llm_got_them(where, beams):
         lm.model.model.get_image_features(**_sized(lm, row), return_dict=True).pooler_output for row in PICTURES[1:]
     ]
     assert visual == [0, *(sum(map(len, row)) for row in features)]
-    assert visual[1] != 24, "not keep times pictures"
+    assert (visual[1] == 24) == (where == "packed"), "tiles of the tower and newlines add up"
     cost = lm.meter.gather(1)
     assert cost["visual_tokens"] == pytest.approx(sum(visual) / 3) and "gflops" not in cost
 
@@ -85,6 +88,63 @@ def test_families_that_merge_behind_the_projector_are_counted_too(title):
         counts = counted(lm)
     assert max(counts) == widths[0] and counts[0] == LENGTHS[0]
     assert "gflops" not in lm.meter.gather(1), "what tiles cost is not known"
+
+
+PACKED_BY_TITLE = {family.title: family for family in PACKED}
+
+
+@pytest.mark.parametrize("title", ["Qwen2.5-VL", "Qwen3-VL", "InternVL", "Gemma 3", "Pixtral"])
+def test_models_of_pictures_of_any_size_are_served_with_their_templates(title):
+    family, visual = PACKED_BY_TITLE[title], {}
+    for method, keep in (("none", None), ("tome", 0.25)):
+        lm = packed_plug_in(family, method=method, keep=keep)
+        with prompts_of(lm) as widths:
+            counts = counted(lm)
+        assert max(counts) == widths[0] and counts[0] == LENGTHS[0], "the longest row fills the LLM's prompt"
+        visual[method] = lm.meter.gather(1)["visual_tokens"]
+        lm.close()
+    assert 0 < visual["tome"] == pytest.approx(visual["none"] / 4, abs=0.5)
+
+
+def packed_plug_in(family, **settings):
+    """A shrunken model that puts pictures among the text itself, in the plug-in."""
+    lm = PitomeLlava("shrunken", loaded=(family.build(), family.chat()), batch_size=3, **settings)
+    lm.task_dict = {"own": {"test": PICTURES}}
+    return lm
+
+
+@pytest.mark.parametrize("title", ["Qwen2.5-VL", "GLM-4.1V", "Pixtral"])
+def test_smaller_pictures_of_as_many_tokens_are_a_control(title):
+    """Where pictures keep their size; the processor's own options go to it with any method."""
+    family = PACKED_BY_TITLE[title]
+    visual = {}
+    for name, settings in {
+        "plain": {"method": "none"},
+        "merged": {"method": "tome", "keep": 0.25},
+        "smaller": {"method": "max_pixels", "keep": 0.25},
+        "few": {"method": "tome", "keep": 4},
+        "smallest": {"method": "max_pixels", "keep": 4},
+        "limited": {"method": "none", "longest_edge": 600 if title == "Pixtral" else 24 * 24},
+    }.items():
+        lm = packed_plug_in(family, **settings)
+        counted(lm)
+        visual[name] = lm.meter.gather(1)["visual_tokens"]
+        assert "tome" in settings.values() or lm.handle is None
+        lm.close()
+    assert visual["merged"] == pytest.approx(visual["plain"] / 4, abs=0.5)
+    assert visual["smaller"] == pytest.approx(visual["merged"], rel=0.1)
+    assert visual["few"] == 4 and visual["smallest"] == pytest.approx(4, abs=1)
+    assert (visual["limited"] < visual["plain"]) == (title != "Pixtral")
+    assert str(lm) != str(packed_plug_in(family, method="none")), "a cache tells them apart"
+
+
+def test_what_a_processor_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="unknown setting or option of tome 'min_pixel'"):
+        packed_plug_in(PACKED_BY_TITLE["Qwen2.5-VL"], method="tome", keep=9, min_pixel=9)
+    with pytest.raises(ValueError, match="method=max_pixels scales pictures down .* got keep=9 and InternVL"):
+        packed_plug_in(PACKED_BY_TITLE["InternVL"], method="max_pixels", keep=9)
+    with pytest.raises(ValueError, match="method=max_pixels takes no settings, got where"):
+        packed_plug_in(PACKED_BY_TITLE["Qwen2.5-VL"], method="max_pixels", keep=9, where="packed")
 
 
 def test_what_fits_only_after_merging_is_asked():

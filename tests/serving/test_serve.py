@@ -17,12 +17,16 @@ import threading
 import time
 from pathlib import Path
 
+import families
 import openai
 import pytest
+from packed import PACKED
 
 from pitome_mllm import attach, load
 from pitome_mllm.schedule import target_count
 from pitome_mllm.serving import app
+from pitome_mllm.serving.engine import Engine
+from pitome_mllm.serving.requests import Refused, parse
 from pitome_mllm_eval.benchmark.sets import scene
 
 KEEP = 6
@@ -308,4 +312,31 @@ def test_there_is_nothing_else(server):
 
 
 def test_it_says_what_it_serves(server):
-    assert re.search(rf"tiny: tome, {KEEP} of 576 visual tokens, at http://127.0.0.1:\d+/v1", server.log.read_text())
+    assert re.search(
+        rf"tiny: tome, {KEEP} of 576 visual tokens \(1%\), at http://127.0.0.1:\d+/v1", server.log.read_text()
+    )
+
+
+@pytest.mark.parametrize("title, before, after", [("Qwen2.5-VL", 60, 15), ("Pixtral", 18, 4), ("InternVL", 64, 16)])
+def test_models_of_pictures_of_any_size_are_served(title, before, after):
+    family = next(family for family in PACKED if family.title == title)
+    served = Engine(title, attach(family.build(), "tome", keep=0.25), family.chat())
+
+    def prepared(text="how many are there", **more):
+        body = {"model": title, "messages": asking("data:,", text), "max_tokens": 3, "temperature": 0, **more}
+        return served.prepare(parse(json.dumps(body).encode()), families.pictures(1))
+
+    async def answered(job):
+        return [piece async for piece in served.answer(job)]
+
+    job = prepared()
+    assert asyncio.run(answered(job))
+    assert job.usage["visual_tokens"] == {"before": before, "after": after}
+    gone = before - after + (2 if title == "Pixtral" else 0)  # the breaks of rows too
+    assert job.usage["prompt_tokens"] == job.prompt - gone and job.usage["completion_tokens"] == 3
+    with pytest.raises(Refused, match="a text holds '<image>', which stands for a picture"):
+        prepared("where is <image>")
+    fewer = prepared(keep=0.1)
+    assert asyncio.run(answered(fewer)) and fewer.usage["visual_tokens"]["after"] < after
+    with pytest.raises(Refused, match="keep=0.9 comes to .* visual tokens; at most"):
+        prepared(keep=0.9)
