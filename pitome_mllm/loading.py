@@ -21,7 +21,6 @@ from .families.geometry import family_of, geometry
 from .families.packed import PARTS
 from .hooks import llava_package
 
-AUTO = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 TINY = Path(__file__).with_name("tiny")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -216,10 +215,15 @@ def read_config(name_or_path: str | Path) -> Any:
     return config
 
 
+def _auto() -> Any:
+    """The class of a model by its configuration's; asked late: that of the llava package has none."""
+    return transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def _may_be_tried(config: Any) -> bool:
     """Whether a model of a family without a row has what `attach` needs to try it."""
     known = config.model_type in FAMILY_OF_CONFIG or config.model_type in ENCODER_OF_CONFIG
-    return not known and type(config) in AUTO and all(hasattr(config, part) for part in PARTS)
+    return not known and type(config) in _auto() and all(hasattr(config, part) for part in PARTS)
 
 
 def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
@@ -232,7 +236,7 @@ def _quantisation(bits: int, dtype: torch.dtype | str) -> Any:
 def _model(source: str, config: Any, options: dict[str, Any]) -> Any:
     """The model with all its weights."""
     name = FAMILY_OF_CONFIG.get(config.model_type)
-    family: Any = getattr(transformers, name) if name else AUTO[type(config)]
+    family: Any = getattr(transformers, name) if name else _auto()[type(config)]
     # Weights of another shape are ignored at first so that the report names them; then they are refused here.
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **options}
     try:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from checks import assert_same_modules, logits, new_ids
 from families import NO_PICTURE, QUESTIONS, TWO_PICTURES, pictures
-from models import BEFORE_518, picture, since_518
+from models import BEFORE_518, picture
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,9 +27,8 @@ LAST = 3  # columns at the end of every row that have labels
 WAYS = {
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
-    "lookup": {"prompt_lookup_num_tokens": 2},
-    "chunks": {"prefill_chunk_size": 16},
 }
+NEWER = {"lookup": {"prompt_lookup_num_tokens": 2}, "chunks": {"prefill_chunk_size": 16}}  # see `models.since_518`
 STATEFUL = ("lookup", "draft"), ValueError, "not supported with stateful models"
 BOTH_WAYS = ("chunks",), UserError, "prefill_chunk_size=16 does not go"
 REFUSED = {  # key: class of the model; by transformers itself, or where a picture's tokens see each other both ways
@@ -59,12 +58,12 @@ def merging():
     return make
 
 
-@since_518
 @FAMILIES
 def test_ways_to_generate_change_no_answer(family, merging):
     model, _, one, batch = merging(family)
     answer, (refused, error, said) = new_ids(model, one, 3), REFUSED.get(family.model, ((), None, None))
-    for name, options in (WAYS | {"draft": {"assistant_model": family.build(seed=2)}}).items():
+    ways = WAYS if BEFORE_518 else WAYS | NEWER | {"draft": {"assistant_model": family.build(seed=2)}}
+    for name, options in ways.items():
         if name in refused:
             with pytest.raises(error, match=said):
                 new_ids(model, one, 3, **options)

@@ -83,7 +83,9 @@ class Encoded:
         if not alike or not times or rest or not torch.equal(pixels[::times], own):
             return None
         output = copy.copy(output)
-        output.pooler_output = [one for one in output.pooler_output for _ in range(times)]
+        made = output.pooler_output
+        repeated = [one for one in made for _ in range(times)]
+        output.pooler_output = torch.stack(repeated) if isinstance(made, Tensor) else repeated
         return output
 
 
