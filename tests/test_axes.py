@@ -231,6 +231,39 @@ def test_positions_of_the_caller_are_taken(family, model, plain):
         assert not torch.allclose(shifted, expected, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("calibration", ["none", "distance"])
+def test_positions_of_the_caller_count_on_after_a_cache(family, model, plain, calibration):
+    whole = inputs_of(family, (f"{QUESTIONS[0]} and {QUESTIONS[1]}", (0, 1)))
+    ids, image = counted(plain, whole)
+    ids, end = ids.T[:, None], int(image.int().diff().eq(-1).nonzero()[0]) + 3
+    turns = [{"input_ids": whole["input_ids"][:, :end]}, {"input_ids": whole["input_ids"][:, end:]}]
+    cut = int(whole["image_grid_thw"][0].prod())
+    pixels = whole["pixel_values"].split([cut, len(whole["pixel_values"]) - cut])
+    past = None
+    with attach(model, keep=0.25, calibration=calibration):
+        for turn, places in enumerate((slice(end), slice(end, None))):
+            turns[turn] |= {"pixel_values": pixels[turn], "image_grid_thw": whole["image_grid_thw"][turn : turn + 1]}
+            types = whole["mm_token_type_ids"][:, places]
+            output = model(**turns[turn], mm_token_type_ids=types, position_ids=ids[..., places], **{CACHE: past})
+            past = output[CACHE]
+        expected = logits(model, whole)[:, -output.logits.shape[1] :]
+    torch.testing.assert_close(output.logits, expected, **CLOSE)
+
+
+def test_one_axis_is_the_same_in_all(family, model):
+    """Positions (B, T) of the caller; and of embeddings alone, of which the model knows no grid."""
+    inputs = inputs_of(family, ROWS[1])
+    ids = torch.arange(inputs["input_ids"].shape[1])[None]
+    embeds = {name: x for name, x in inputs.items() if name != "input_ids"}
+    embeds["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with attach(model, keep=0.25):
+        seen = logits(model, inputs, position_ids=ids)
+        assert not torch.allclose(seen, logits(model, inputs), atol=1e-3)
+        torch.testing.assert_close(seen, logits(model, inputs, position_ids=ids.expand(3, 1, -1)), **CLOSE)
+        torch.testing.assert_close(logits(model, embeds), seen, **CLOSE)
+
+
 def test_learning_goes_through_merged_pictures(family, model):
     """Labels follow their columns, also with gradient checkpointing; the tower gets gradients."""
     inputs, found = inputs_of(family, *ROWS[:2]), []

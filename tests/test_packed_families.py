@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import logits, new_ids
 from families import BY_TITLE, IMAGE, PATCHES, QUESTIONS, SIDE, TWO_PICTURES, VIDEO, pictures
-from models import picture
+from models import picture, since_518
 from packed import PACKED
 
 from pitome_mllm import METHODS, attach, get_method
@@ -168,3 +168,18 @@ def test_every_picture_merges_by_itself_behind_the_projector(family):
     assert type(seen) is type(full) and len(seen) == len(full)
     for x, y in zip(full, seen, strict=True):
         torch.testing.assert_close(y, merged(x, round(len(x) / 4), "tome"), atol=1e-5, rtol=1e-5)
+
+
+@since_518
+@torch.no_grad()
+@pytest.mark.parametrize("title", ["InternVL", "Qwen3-VL"])
+def test_features_alone_do_not_tell_which_placeholders_go(title):
+    (family,) = (family for family in PACKED if family.title == title)
+    model, inputs = family.build(), family.process([(QUESTIONS[0], pictures(1))])
+    given = {name: x for name, x in inputs.items() if name in family.seen(model)}
+    rest = {name: x for name, x in inputs.items() if name != "pixel_values"}
+    with attach(model, keep=0.25, calibration="none"):
+        features = {"image": model.model.get_image_features(**given, return_dict=True)}
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match="only the pictures tell.*as pixel_values"):
+                call(**rest, mm_encoder_outputs=features)

@@ -10,11 +10,13 @@ from families import NO_PICTURE, QUESTIONS, TWO_PICTURES, pictures
 from models import BEFORE_518, picture
 from packed import PACKED
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pitome_mllm import attach, estimate
 from pitome_mllm.costs.flops import MLP_MATRICES
+from pitome_mllm.hooks.call import Encoded
 from pitome_mllm.methods import UserError
 
 pytestmark = [
@@ -72,6 +74,18 @@ def test_ways_to_generate_change_no_answer(family, merging):
     beams = new_ids(model, batch, 3, num_beams=2)
     assert beams == new_ids(model, batch, 3, num_beams=2, cache_implementation="static")
     assert [beams[0]] == new_ids(model, one, 3, num_beams=2)
+
+
+def test_pictures_of_one_colour_are_repeated_whole():
+    """Whose patches are alike, so that they look as if each was there several times, as older releases repeat tiles."""
+    (family,) = (family for family in PACKED if family.title == "Qwen3-VL")
+    model, white = family.build(), [Image.new("RGB", size, "white") for size in ((60, 20), (30, 44))]
+    inputs = family.process([(TWO_PICTURES, white)])
+    given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    with attach(model, keep=0.25) as handle, torch.no_grad():
+        made = model.model.get_image_features(**given)
+        twice = torch.cat([given["pixel_values"]] * 2)
+        assert Encoded(handle.plan, {"image": (given["pixel_values"], made)}).take("image", twice, handle.plan) is None
 
 
 def labelled(inputs):

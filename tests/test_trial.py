@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 from checks import logits, new_ids
@@ -74,6 +76,20 @@ def test_a_model_that_does_otherwise_is_refused_with_what_did_not_fit(change, wo
         attach(model, keep=0.25)
     assert Attachment.of(model) is None and "generate" not in vars(model)
     assert not any("_pitome" in vars(module) for module in model.modules())
+
+
+def test_axes_that_count_something_else_are_refused(rowless, monkeypatch):
+    _, model = rowless("Qwen2.5-VL")
+    own = type(model.model).get_rope_index
+
+    @wraps(own)
+    def get_rope_index(self, *args, **kwargs):
+        ids, deltas = own(self, *args, **kwargs)
+        return ids[[1, 2, 0]], deltas
+
+    monkeypatch.setattr(type(model.model), "get_rope_index", get_rope_index)
+    with pytest.raises(UserError, match="in 3 axes are not time, row and column"):
+        attach(model, keep=0.25)
 
 
 def test_rows_run_nothing_at_attach():

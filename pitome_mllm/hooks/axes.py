@@ -42,25 +42,30 @@ def from_ids(ids: Tensor, like: Tensor) -> Tensor:
 def positions_of(core: nn.Module, prompt: Prompt) -> Tensor | None:
     """(B, T + 1, A) positions of a whole prompt's columns and of the one after it; None where there is one axis only.
 
-    They are the caller's position ids (A, B, T), or what the model itself counts.
+    They are the caller's position ids (A, B, T), or (B, T) for all axes, or what the model itself counts. After a KV
+    cache they start at 0.
     """
     kwargs, fresh = prompt.kwargs, prompt.fresh
-    given = kwargs.get("position_ids")
+    given, pictures = kwargs.get("position_ids"), any(kwargs.get(name) is not None for name in GRIDS)
+    if isinstance(given, Tensor) and given.dim() == 2 and pictures and counts_axes(core):
+        given = given.expand(3, len(fresh), -1)
     if isinstance(given, Tensor) and given.dim() == 3:
         check_axes(given, prompt.real)
         ids = given[-3:, :, -fresh.shape[1] :].to(fresh.device)
-    elif not counts_axes(core) or kwargs.get("input_ids") is None or all(kwargs.get(name) is None for name in GRIDS):
+        if prompt.seen is not None:
+            ids = ids - ids.masked_fill(~prompt.real, ids.max()).amin((0, 2))[:, None]
+    elif not counts_axes(core) or kwargs.get("input_ids") is None or not pictures:
         return None
     else:
         check_countable(kwargs, prompt.is_short)
-        ids = _counted(core, kwargs, fresh, prompt.real)
+        ids = counted(core, kwargs, fresh, prompt.real)
     real = prompt.real[..., None].expand(*prompt.real.shape, 3)
     positions = ids.permute(1, 2, 0)
     after = positions.where(real, -1).amax((1, 2), keepdim=True) + 1
     return torch.cat([positions, after.expand(-1, -1, 3)], 1)
 
 
-def _counted(core: nn.Module, kwargs: dict[str, Any], fresh: Tensor, real: Tensor) -> Tensor:
+def counted(core: nn.Module, kwargs: dict[str, Any], fresh: Tensor, real: Tensor) -> Tensor:
     """(A, B, T) the model's own count of the columns that are new."""
     width, names = fresh.shape[1], inspect.signature(type(core).get_rope_index).parameters
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}

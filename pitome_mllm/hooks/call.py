@@ -71,7 +71,7 @@ class Encoded:
     def take(self, kind: str, pixels: Tensor | None, plan: Plan | None) -> Any:
         """The model's output for ``pixels``: these, or what generate() made of them for beams, each several times.
 
-        None for any others, and a second time.
+        None for any others, for those that come as patches of all in a row, and a second time.
         """
         own, output = self.made.pop(kind, (None, None))
         if own is None or pixels is None or plan is not self.plan:
@@ -82,8 +82,9 @@ class Encoded:
         alike = pixels.shape[1:] == own.shape[1:] and (pixels.dtype, pixels.device) == (own.dtype, own.device)
         if not alike or not times or rest or not torch.equal(pixels[::times], own):
             return None
-        output = copy.copy(output)
-        made = output.pooler_output
+        output, made = copy.copy(output), output.pooler_output
+        if len(made) != len(own):
+            return None
         repeated = [one for one in made for _ in range(times)]
         output.pooler_output = torch.stack(repeated) if isinstance(made, Tensor) else repeated
         return output

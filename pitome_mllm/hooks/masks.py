@@ -32,14 +32,15 @@ def distances(language: nn.Module, ids: Tensor, reach: int, kind: str) -> Tensor
     scaled = any(way in str(getattr(rotary, "rope_type", "")) for way in ("dynamic", "longrope"))
     if scaled:
         rotary(ids, ids, *which)
-    frequencies, kept = getattr(rotary, name if which else "inv_freq"), handle.distances.get(kind)
+    frequencies = getattr(rotary, name if which else "inv_freq")
+    kept = handle.distances.get((kind, ids.dim()))
     if scaled or kept is None or kept[0] is not frequencies or kept[1].shape[-1] <= reach:
         distance = torch.arange(TABLE * (reach // TABLE + 1), device=frequencies.device)
         if ids.dim() == 2:
             table = (NEAR - (distance[:, None] * frequencies.float()).cos().mean(-1)).log()
         else:
             table = axes.nearness(rotary, distance)
-        handle.distances[kind] = kept = frequencies, table
+        handle.distances[kind, ids.dim()] = kept = frequencies, table
     return kept[1]
 
 

@@ -53,7 +53,7 @@ def _tells(handle: Attached, prompt: Prompt) -> bool:
         handle.note(stats=images.lent)
         drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)  # of whom it is not asked how
         if prompt.merges and images.lent is None and not drafting:
-            check_features_alone(prompt.calibration)
+            check_features_alone(prompt.calibration, count, images.full, images.kept)
         tell = tell and images.lent is not None
     return tell
 

@@ -70,7 +70,7 @@ class Attached:
         self.core: nn.Module = model.get_submodule(family.core)
         self.features = selected_features(vars(model.config))
         self.places: dict[tuple, Places] = {}  # how the model packs an image of the last few sizes
-        self.distances: dict[str, tuple[Tensor, Tensor]] = {}  # frequencies of the LLM, and what `masks` made of them
+        self.distances: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # frequencies, what `masks` made of them
         self.told_of_videos = self.told_of_calibration = False
         self.replaced: dict[str, Any] = {}  # what instances had in place of methods of ours
         self._plan = plan

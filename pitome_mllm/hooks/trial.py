@@ -15,6 +15,7 @@ from ..families.geometry import Geometry
 from ..methods import UserError
 from ..plan import Plan, make_plan
 from ..settings import Settings
+from . import axes
 from .install import uninstall
 from .state import Attached
 
@@ -51,6 +52,7 @@ def _tried(handle: Attached, plans: Mapping[float, Plan]) -> Geometry:
                 tokens = _tokens(handle, picture)
                 inputs = {**picture, **_prompt(model, tokens)}
                 plain = model(**inputs).logits
+            _check_axes(handle, inputs)
             for share, plan in plans.items():
                 with handle.choosing(plan):
                     _compare(handle, share, plain, model(**inputs).logits)
@@ -115,6 +117,19 @@ def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     takes = inspect.signature(type(model).forward).parameters
     types = {name: (ids == image).long() for name in ("token_type_ids", "mm_token_type_ids") if name in takes}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types}
+
+
+def _check_axes(handle: Attached, inputs: dict[str, Tensor]) -> None:
+    """UserError unless positions in several axes are time, row and column of the tokens, in reading order."""
+    image = inputs["input_ids"] == handle.model.config.image_token_id
+    if not axes.counts_axes(handle.core):
+        return
+    ids = axes.counted(handle.core, inputs, image, torch.ones_like(image))[:, image]
+    places = ids[1] * (ids.max() + 1) + ids[2] if len(ids) == 3 else ids[:0]
+    if not len(places) or bool((ids[0] != ids[0, 0]).any()) or bool((places.diff() <= 0).any()):
+        raise UserError(
+            f"its positions in {len(ids)} axes are not time, row and column of the tokens, in reading order"
+        )
 
 
 def _compare(handle: Attached, share: float, plain: Tensor, seen: Tensor) -> None:

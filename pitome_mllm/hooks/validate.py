@@ -125,12 +125,19 @@ def check_count(handle: Attached, count: int, full: Sequence[int], kept: Sequenc
     )
 
 
-def check_features_alone(calibration: str) -> None:
-    """ValueError where features come in place of images, which alone tell what the LLM is to be told."""
+def check_features_alone(calibration: str, count: int, full: Sequence[int], kept: Sequence[int]) -> None:
+    """ValueError where features of ``kept`` tokens come in place of images, which alone tell what the LLM is to be told
+    and, where ``full`` is -1, which of ``count`` placeholders are to go.
+    """
     if calibration != "none":
         raise UserError(
             f"calibration={calibration!r} does not go with mm_encoder_outputs, whose patches are not known; pass the "
             "pictures themselves as pixel_values, or attach with calibration='none'"
+        )
+    if -1 in full and count != sum(kept):
+        raise UserError(
+            f"got mm_encoder_outputs of {sum(kept)} tokens and {count} image placeholders, of which only the pictures "
+            "tell which merged; pass the pictures themselves as pixel_values"
         )
 
 
