@@ -109,7 +109,7 @@ test-trl: $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
 
 test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir=tests/vllm tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir=tests/engine tests/engine
 
 # An installed Chromium, else the one that Playwright brings, else Debian's; never a newer version of a system package.
 chromium: $(BROWSER)/.ready
@@ -141,14 +141,14 @@ $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VLLM)/.ready: requirements/vllm.txt requirements/vllm-overrides.txt requirements/vllm-lmms.txt requirements/constraints.txt tests/vllm/repair.py pyproject.toml
+$(VLLM)/.ready: requirements/vllm.txt requirements/vllm-overrides.txt requirements/vllm-lmms.txt requirements/constraints.txt tests/engine/repair.py pyproject.toml
 	@echo "Creating $(VLLM) with the versions of $<: once, 20 seconds to 5 minutes; 2.1 GB"
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) uv==0.13.9 'setuptools<79'
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python \
 		--index-strategy unsafe-best-match --overrides requirements/vllm-overrides.txt -r $<
 	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-deps -r requirements/vllm-lmms.txt
-	$(VLLM)/bin/python tests/vllm/repair.py
+	$(VLLM)/bin/python tests/engine/repair.py
 	@echo "Installing this checkout into $(VLLM): some seconds"
 	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@

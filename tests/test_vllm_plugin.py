@@ -1,4 +1,4 @@
-"""What the vLLM plug-in decides without vLLM: what may be asked, and of which vLLM. The rest is in tests/vllm."""
+"""What the vLLM plug-in decides without vLLM: what may be asked, and of which vLLM. The rest is in tests/engine."""
 
 import subprocess
 import sys
