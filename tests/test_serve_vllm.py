@@ -70,7 +70,7 @@ def test_chats_begin_as_texts_do(run, port, started, tmp_path):
 @pytest.mark.parametrize("there", [True, False])
 def test_vllm_serves_where_it_is_installed(run, port, started, monkeypatch, there):
     other = []
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(serve, "packages_distributions", lambda: {"vllm": ["vllm"]} if there else {})
     monkeypatch.setitem(serve.ENGINES, "transformers", other.append)
     assert run("serve", "--port", port)[0] == 0
     assert (len(started), len(other)) == (there, not there)

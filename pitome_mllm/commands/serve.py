@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def register(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     check_method(options.method)
-    ENGINES[options.engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")](options)
+    there = "vllm" in packages_distributions()  # a folder of that name is not it
+    ENGINES[options.engine or ("vllm" if there else "transformers")](options)
 
 
 def with_vllm(options: argparse.Namespace) -> None:

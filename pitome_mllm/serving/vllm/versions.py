@@ -22,8 +22,8 @@ def check() -> None:
     installed = version(found[0])
     if not KNOWN[0] <= tuple(int(part) for part in installed.split(".")[:2] if part.isdigit()) <= KNOWN[1]:
         raise UserError(
-            f"vLLM {installed} is installed, and this release of pitome-mllm works with {RANGE}: {INSTALL}, or look "
-            "for a newer pitome-mllm"
+            f"vLLM {installed} is installed, and this release of pitome-mllm works with {RANGE}: {INSTALL}, look "
+            "for a newer pitome-mllm, or serve with --engine transformers"
         )
 
 
