@@ -27,7 +27,7 @@ PINS := requirements/common.txt requirements/constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: ask real-clip report test-readme bench bench-gpu test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl test-vllm chromium lint clean
+.PHONY: ask real-clip report test-readme bench bench-gpu bench-serve test-gpu demo test test-oldest test-newest test-lmms test-llava test-browser test-load record-chat test-kernels test-serve test-trl test-vllm chromium lint clean
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.ready
@@ -46,6 +46,11 @@ bench: $(VENV)/.ready
 BENCH_GPU_OUT ?= bench-gpu.csv
 bench-gpu:
 	timeout 480 $(PYTHON) -m eval.speed.gpu --out $(BENCH_GPU_OUT)
+
+# Servers of stock vLLM, and of vLLM with 576, 144 and 64 visual tokens, on a quiet machine of two cores or more.
+BENCH_SERVE_OUT ?= bench-serve.csv
+bench-serve: $(VLLM)/.ready
+	$(VLLM)/bin/python -m eval.speed.serving --out $(BENCH_SERVE_OUT) $(BENCH_SERVE_ARGS)
 
 # Tensors of two wheels are read, none of their code runs; Debian's tuxpaint-stamps-default brings most of the pictures.
 real-clip: $(REAL)/.ready
@@ -104,7 +109,7 @@ test-trl: $(TRL)/.ready
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q tests/trl
 
 test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir=tests/vllm tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir=tests/engine tests/engine
 
 # An installed Chromium, else the one that Playwright brings, else Debian's; never a newer version of a system package.
 chromium: $(BROWSER)/.ready
@@ -136,13 +141,14 @@ $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	$(LMMS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VLLM)/.ready: requirements/vllm.txt requirements/vllm-overrides.txt requirements/constraints.txt tests/vllm/repair.py pyproject.toml
+$(VLLM)/.ready: requirements/vllm.txt requirements/vllm-overrides.txt requirements/vllm-lmms.txt requirements/constraints.txt tests/engine/repair.py pyproject.toml
 	@echo "Creating $(VLLM) with the versions of $<: once, 20 seconds to 5 minutes; 2.1 GB"
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) uv==0.13.9 'setuptools<79'
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python \
 		--index-strategy unsafe-best-match --overrides requirements/vllm-overrides.txt -r $<
-	$(VLLM)/bin/python tests/vllm/repair.py
+	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-deps -r requirements/vllm-lmms.txt
+	$(VLLM)/bin/python tests/engine/repair.py
 	@echo "Installing this checkout into $(VLLM): some seconds"
 	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $@

@@ -14,6 +14,7 @@ from .documents import NotMeasured, marks, put_in, read
 from .encoders import report as encoders
 from .provenance import RESULTS
 from .speed import report as speed
+from .speed import serving_report as serving
 from .speed.sheet import CPU_RESULTS, GPU_RESULTS
 
 COMMAND = "make report"
@@ -28,6 +29,7 @@ def texts() -> dict[str, dict[str, str]]:
         "docs/accuracy.md": {"accuracy": if_measured(accuracy_of_all), "spectra": if_measured(spectra_of_all)},
         "docs/search.md": {"accuracy": if_measured(lambda: tables.ablation(search.results()))},
         "docs/encoders.md": {"real": if_measured(lambda: encoders.text(encoders.results()))},
+        "docs/serving.md": {"load": if_measured(serving.text)},
         "docs/speed.md": {name: if_measured(made) for name, made in speed.TEXTS.items()},
         "docs/training.md": {"finetune": if_measured(finetuned)},
     }
@@ -63,11 +65,13 @@ def spectra_of_all() -> str:
 
 
 def plots(docs: Path) -> None:
-    """Draw accuracy and spectra."""
+    """Draw what has a plot and was measured."""
     if found := rows_of(curves.summary):
         tables.plot(found, docs / "accuracy.png")
     if found := rows_of(encoders.results):
         encoders.plot(found, docs / "encoders.png")
+    if found := rows_of(serving.results):
+        serving.plot(found, docs / serving.PLOT)
     if spectra.OUT.exists():
         spectra.plot(*spectra.stored(), docs / "spectra.png")
 

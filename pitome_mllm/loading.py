@@ -99,6 +99,11 @@ def load(
     return model.eval(), _processor(source, config)
 
 
+def load_processor(name_or_path: str) -> Any:
+    """The processor alone; raises as `load`."""
+    return _processor(_source(name_or_path), read_config(name_or_path))
+
+
 def _dtype(dtype: torch.dtype | str | None, tiny: bool) -> torch.dtype | str:
     """What ``from_pretrained`` takes: a torch dtype, or "auto" for the checkpoint's own."""
     if dtype is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pitome_mllm_eval import front, report
+from pitome_mllm_eval.speed import serving_report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,5 +77,25 @@ def test_plots_are_drawn_of_what_was_measured(tmp_path):
     assert (
         {"accuracy.png"}
         <= {path.name for path in tmp_path.iterdir()}
-        <= {"accuracy.png", "encoders.png", "spectra.png"}
+        <= {"accuracy.png", "encoders.png", "serving.png", "spectra.png"}
     )
+
+
+def test_the_table_of_servers_says_what_is_reached(tmp_path):
+    def row(load, what, rate, first, offered=""):
+        times = {"first": first, "each": 20}
+        waits = {f"{name}_p{q}": str(ms * q / 95) for name, ms in times.items() for q in (50, 95, 99)}
+        counts = {"requests_s": str(rate), "offered": offered, "kv_blocks": "9", "block_tokens": "16"}
+        return {"load": load, "what": what, **waits, **counts}
+
+    found = [
+        row("12", "stock", 2, 6000), row("12", "64", 7, 2100), row("32", "stock", 2, 9000), row("32", "64", 3, 900),
+        row("0.8", "stock", 1.6, 3000, "1.6"), row("0.8", "64", 1.6, 300, "1.6"),
+    ]  # fmt: skip
+    text = serving_report.table(found)
+    assert "KV blocks of 16" in text
+    assert "| 12 at once | 64 | 7 | 3.50 (>= 3) | 1105 / 2100 / 2188 | **0.35** (<= 0.333) |" in text
+    assert "| 32 at once | 64 | 3 | 1.50 | 474 / 900 / 938 | 0.1 |" in text
+    assert "| Poisson, 1.6/s | 64 | 1.6 | 1.00" in text
+    serving_report.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

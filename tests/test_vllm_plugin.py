@@ -1,4 +1,4 @@
-"""What the vLLM plug-in decides without vLLM: what may be asked, and of which vLLM. The rest is in tests/vllm."""
+"""What the vLLM plug-in decides without vLLM: what may be asked, and of which vLLM. The rest is in tests/engine."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import families
 import models
 import pytest
 import tomllib
+import transformers
 
 from pitome_mllm.serving import vllm
 from pitome_mllm.serving.vllm import spec, tower, versions
@@ -97,6 +98,23 @@ def test_what_is_not_possible_is_refused_at_start(name, settings, said):
         spec.hf_overrides(made, **settings)
 
 
+@pytest.mark.parametrize("vision", ["PixtralVisionConfig", "Dinov2Config"])
+def test_a_tower_that_the_plugin_does_not_know_is_refused(vision):
+    other = config()
+    other.vision_config = getattr(transformers, vision)()
+    with pytest.raises(ValueError, match="CLIP and SigLIP, got .* --engine transformers"):
+        spec.hf_overrides(other, keep=144)
+    other.update({vllm.KEY: {"keep": 144}})
+    with pytest.raises(ValueError, match="CLIP and SigLIP"):
+        spec.plan_of(other)
+
+
+def test_what_a_server_says_of_every_request_says_nothing_of_merging():
+    spec.check_defaults({"size": 9})
+    with pytest.raises(ValueError, match="--mm-processor-kwargs has no effect.* --hf-overrides"):
+        spec.check_defaults({vllm.KEY: {"keep": 9}})
+
+
 def test_a_configuration_without_settings_is_told_the_line():
     with pytest.raises(ValueError, match='--hf-overrides \'.*"keep": 144'):
         spec.plan_of(config())
@@ -153,7 +171,9 @@ def test_other_parameters_in_vllm_are_noticed():
     class Wrong(Ours):
         def other(self, a): ...
 
-    versions.check_overrides((Ours, Theirs))
+    versions.check_overrides((Ours, Theirs), new=["new"])
+    with pytest.raises(ValueError, match="Theirs has no new in this vLLM, which the plug-in overrides.*0.32 to 0.33"):
+        versions.check_overrides((Ours, Theirs))
     versions.check_calls({Theirs.same: "self a b"})
     for check in (
         lambda: versions.check_overrides((Wrong, Theirs)),

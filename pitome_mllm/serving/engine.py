@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 from ..attach import Attachment
 from ..errors import UserError
 from ..plan import Plan
-from .prompts import encode, mark_of_pictures
+from .prompts import TooLong, encode, mark_of_pictures
 from .requests import ChatRequest, Refused, Text
 
 NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
@@ -29,6 +28,7 @@ class Job(StoppingCriteria):
     """One request on its way, and what came of it: `generate` asks it after every token whether the answer ends."""
 
     request: ChatRequest
+    plan: Plan
     tokenizer: Any
     inputs: Any
     visual: int  # tokens of the prompt before merging
@@ -80,13 +80,13 @@ class Engine:
             inputs, room = encode(model, processor, turns, pictures, request.new_tokens or 1, plan)
         except TemplateError as error:
             raise Refused(f"the messages do not fit the model's chat template: {error}", "messages") from error
-        except UserError as error:
+        except TooLong as error:
             raise Refused(str(error), "messages", "context_length_exceeded") from error
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
         if request.keep is not None:
             self._check_keep(request, plan, visual // max(len(pictures), 1))
         usual = min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
-        return Job(request, processor.tokenizer, inputs, visual, request.new_tokens or usual)
+        return Job(request, plan, processor.tokenizer, inputs, visual, request.new_tokens or usual)
 
     def _plan(self, request: ChatRequest) -> Plan:
         """What a request comes to."""
@@ -138,8 +138,7 @@ class Engine:
             request, model = job.request, self.handle.model
             if request.seed is not None:
                 torch.manual_seed(request.seed)
-            chosen = nullcontext() if request.keep is None else self.handle.using(keep=request.keep)
-            with chosen:
+            with self.handle.choosing(job.plan):
                 inputs = job.inputs.to(model.device, dtype=model.dtype)
                 limits: dict[str, Any] = {"max_new_tokens": job.new_tokens, "stopping_criteria": [job]}
                 ids = model.generate(**inputs, **request.sampling, **limits, streamer=streamer)

@@ -11,6 +11,10 @@ PUNCTUATION = ".,;:!?\"'()"
 Message = Mapping[str, Any]  # "role", and as "content" parts {"type": "image"} or {"type": "text", "text": ...}
 
 
+class TooLong(UserError):
+    """A conversation that the model has no room for."""
+
+
 def message(text: str, pictures: int = 0, role: str = "user") -> Message:
     """One turn: so many images, and a text."""
     return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
@@ -33,6 +37,13 @@ def write(processor: Any, messages: Sequence[Message], system: str = "") -> str:
     return " ".join(said)
 
 
+def begins_bare(processor: Any) -> bool:
+    """Whether conversations as `write` has them lack the token that the tokenizer begins texts with."""
+    tokenizer = processor.tokenizer
+    begin, ids = tokenizer.bos_token, tokenizer("").input_ids
+    return tokenizer.bos_token_id in ids and not write(processor, [message("")]).startswith(begin)
+
+
 def encode(
     model: Any, processor: Any, messages: Sequence[Message], images: Sequence[Any], new_tokens: int, plan: Any = None
 ) -> tuple[Any, int]:
@@ -47,7 +58,7 @@ def encode(
         length -= len(images) * (plan.available - plan.keep)
     if (room := most - length) < new_tokens:
         advice = f"ask for at most {room} new tokens, or shorten" if room > 0 else "shorten"
-        raise UserError(
+        raise TooLong(
             f"the prompt of {length} tokens and {new_tokens} new ones do not fit: the model holds {most}; {advice} "
             "what is said, or keep fewer tokens"
         )

@@ -42,10 +42,11 @@ def free_port():
 def server(tmp_path_factory):
     """Its process, and a client for it."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("pitome-mllm")), "serve", "--method", "tome", "--keep", str(KEEP)]
+    command = [str(Path(sys.executable).with_name("pitome-mllm")), "serve", "--engine", "transformers"]
+    command += ["--method", "tome", "--keep", str(KEEP), "--port", str(port)]
     log = tmp_path_factory.mktemp("serve") / "log"
     process = subprocess.Popen(
-        [*command, "--port", str(port)], stdout=log.open("w"), stderr=subprocess.STDOUT,
+        command, stdout=log.open("w"), stderr=subprocess.STDOUT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     process.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0)

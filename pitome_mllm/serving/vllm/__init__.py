@@ -6,6 +6,7 @@ operator and a request may ask, `processing` for the prompt, `tower` for merging
 
 KEY = "visual_token_merging"  # in the model's configuration, and in the ``mm_processor_kwargs`` of a request
 MIDDLEWARE = f"{__name__}.middleware.Keep"
+BEGINNING = f"{MIDDLEWARE}AndBegin"  # in place of it, where a chat template leaves out the token that texts begin with
 PREFIX = "Pitome"  # vLLM's own classes keep their names
 ARCHITECTURES = {name: PREFIX + name for name in ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")}
 

@@ -8,20 +8,24 @@ through alone.
 from __future__ import annotations
 
 import json
-import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 
 from ...errors import UserError
-from ...schedule import target_count
+from ...schedule import picture_count
 from . import KEY
 
 UNTRUSTED = ("mm_processor_kwargs", "media_io_kwargs")
+CHATS = ("/chat/completions", "/chat/completions/batch", "/chat/completions/render", "/tokenize")
+READS = (*CHATS, "/responses", "/responses/render", "/invocations")  # where vLLM reads settings of the processor
 
 
 class Keep:
     """An ASGI application around another; for ``--middleware``."""
+
+    also: ClassVar[dict[str, Any]] = {}  # fields of chats that say nothing of them
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -29,7 +33,8 @@ class Keep:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        read = False
+        read, path = False, scope["path"]
+        also = self.also if path.endswith(CHATS) else {}
 
         async def whole() -> Any:
             """The body as vLLM is to see it, once it asks; nothing is read of whom it turns away before."""
@@ -43,18 +48,25 @@ class Keep:
                     return message
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-            return {"type": "http.request", "body": translated(bytes(body)), "more_body": False}
+            return {"type": "http.request", "body": translated(bytes(body), also, path), "more_body": False}
 
         return await self.app(scope, whole, send)
 
 
-def translated(body: bytes) -> bytes:
-    """The body with ``keep`` where vLLM looks for it; a body that is no JSON object is vLLM's to refuse.
+class KeepAndBegin(Keep):
+    """For models whose chat template leaves out the token that texts begin with, as LLaVA-1.5's: vLLM adds none."""
+
+    also: ClassVar[dict[str, Any]] = {"add_special_tokens": True}
+
+
+def translated(body: bytes, also: Mapping[str, Any], path: str) -> bytes:
+    """The body with ``keep`` where vLLM looks for it, and ``also``; one that is no JSON object is vLLM's to refuse.
 
     Raises
     ------
     HTTPException
-        400, where ``keep`` is no number of tokens and no share, or a field is there that vLLM trusts.
+        400, where ``keep`` is no number of tokens and no share, or vLLM would not read it at ``path``, or a field is
+        there that vLLM trusts.
     """
     try:
         asked = json.loads(body)
@@ -67,9 +79,11 @@ def translated(body: bytes) -> bytes:
             raise HTTPException(400, f"{name} is not possible here; a request's own number of visual tokens is 'keep'")
     keep = asked.pop("keep", None)
     if keep is None:
-        return body
+        return json.dumps({**also, **asked}).encode() if also else body
+    if not path.endswith(READS):
+        raise HTTPException(400, f"keep has no effect at {path}; ask at /v1/chat/completions or /v1/responses")
     try:
-        target_count(keep, sys.maxsize)
+        picture_count(keep, 1)  # of any picture: how many it has is for the processor to know
     except UserError as error:
         raise HTTPException(400, str(error)) from error
-    return json.dumps({**asked, UNTRUSTED[0]: {KEY: {"keep": keep}}}).encode()
+    return json.dumps({**also, **asked, UNTRUSTED[0]: {KEY: {"keep": keep}}}).encode()

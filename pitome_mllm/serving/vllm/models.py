@@ -37,13 +37,13 @@ from ...hooks.packed import merge_pictures
 from ...plan import Plan
 from . import processing, tower
 from .graphs import EncoderGraphs
-from .processing import KEEP, places_of
-from .spec import plan_of
+from .processing import KEEP, places_of, tiles_of
+from .spec import check_defaults, plan_of
 
 # Checkpoints that transformers 5 saved have no ``vision_model`` in the names of a tower's weights.
 SAVED_BY_5 = WeightsMapper(
     orig_to_new_regex={
-        regex.compile(r"^(model\.)?vision_tower\.(?=embeddings|encoder|pre_layrnorm|post_layernorm)"): (
+        regex.compile(r"^(model\.)?vision_tower\.(?=embeddings|encoder|pre_layrnorm|post_layernorm|head)"): (
             "vision_tower.vision_model."
         )
     }
@@ -57,6 +57,7 @@ class _Merged:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         plan = plan_of(vllm_config.model_config.hf_config)
+        check_defaults(vllm_config.model_config.multimodal_config.mm_processor_kwargs or {})
         tower.check_ranks(plan, 1 if is_vit_use_data_parallel() else get_tensor_model_parallel_world_size())
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.plan = plan
@@ -106,8 +107,9 @@ class PitomeLlavaNextForConditionalGeneration(_Merged, LlavaNextForConditionalGe
         """The visual tokens (K, C) of every image."""
         sizes, made = inputs["image_sizes"], []
         places = [places_of(self.config, (int(height), int(width))) for height, width in sizes]
-        for images in groups([place.tiles for place in places], self.at_once):
-            tiles = [inputs["pixel_values"][i][: places[i].tiles] for i in images]  # what follows only fills a batch
+        counts = [tiles_of(self.config, (int(height), int(width))) for height, width in sizes]
+        for images in groups(counts, self.at_once):
+            tiles = [inputs["pixel_values"][i][: counts[i]] for i in images]  # what follows only fills a batch
             parts = torch.cat(tiles).split(self.at_once)
             encoded = torch.cat(
                 [self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, part)) for part in parts]
@@ -149,6 +151,7 @@ versions.check_overrides(
     (_Merged, LlavaForConditionalGeneration),
     (_Merged, LlavaNextForConditionalGeneration),
     (EncoderGraphs, SupportsEncoderCudaGraph),
+    new=("counts", "plan"),
 )
 versions.check_calls(
     {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from prometheus_client import Counter
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -17,7 +18,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.parse import ImageProcessorItems, ImageSize
 from vllm.multimodal.processing import PromptReplacement
 
 from ...errors import UserError
@@ -36,6 +37,12 @@ def places_of(config: Any, size: tuple[int, int]) -> Places:
     """How vLLM's LLaVA-NeXT packs the tiles of an image of ``size`` (height, width)."""
     vision, pinpoints = config.vision_config, tuple(map(tuple, config.image_grid_pinpoints))
     return _places(vision.image_size, vision.patch_size, pinpoints, size)
+
+
+def tiles_of(config: Any, size: tuple[int, int]) -> int:
+    """Tiles of an image of ``size`` (height, width), the overview included, those that only pad it too."""
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return rows * columns + 1
 
 
 @lru_cache(maxsize=SIZES)
@@ -75,6 +82,12 @@ class MergedLlavaNextInfo(_Info, LlavaNextProcessingInfo):
         places = places_of(self.get_hf_config(), (height, width))
         rounds = plan.rounds(len(places) - int(places.newline.sum()))
         return len(places), rounds[-1] if rounds else len(places)
+
+    def get_image_size_with_most_features(self) -> ImageSize:
+        """By the work of the tower: after merging, pictures of all sizes may have as many tokens."""
+        config, plan = self.get_hf_config(), plan_of(self.get_hf_config())
+        height, width = max(config.image_grid_pinpoints, key=lambda size: self.counts(plan, size[1], size[0])[0])
+        return ImageSize(width=width, height=height)
 
 
 class _Processor:

@@ -19,6 +19,7 @@ from . import ARCHITECTURES, KEY
 
 # What is not for vLLM's models to choose: its LLMs take no positions and no mask of ours, and graphs are vLLM's own.
 FIXED: dict[str, Any] = {"calibration": "none", "graph": False, "logits": "merged", "energies": False}
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # whose layers `tower` knows
 PLANS = 256  # that are remembered
 
 
@@ -44,7 +45,7 @@ def hf_overrides(config: Any, **settings: Any) -> dict[str, Any]:
             "--engine transformers"
         )
     asked = {name: value for name, value in settings.items() if value is not None}
-    _plan(json.dumps(asked, sort_keys=True), None, geometry(config))
+    _plan(json.dumps(asked, sort_keys=True), None, _shape(config))
     return {"architectures": [ARCHITECTURES[names[0]]], KEY: asked}
 
 
@@ -62,7 +63,7 @@ def plan_of(config: Any, keep: Any = None) -> Plan:
             f"the model's configuration says {KEY}={asked!r}; ask for merging with --hf-overrides "
             f'\'{{"architectures": {json.dumps(config.architectures)}, "{KEY}": {{"keep": 144}}}}\''
         )
-    said, shape = json.dumps(dict(asked), sort_keys=True), geometry(config)
+    said, shape = json.dumps(dict(asked), sort_keys=True), _shape(config)
     plan = _plan(said, None, shape)
     if keep is None:
         return plan
@@ -83,9 +84,26 @@ def requested(mm_kwargs: Mapping[str, Any]) -> Any:
     return asked["keep"]
 
 
+def check_defaults(mm_kwargs: Mapping[str, Any]) -> None:
+    """UserError where a server's own ``mm_processor_kwargs`` say what only a request's may."""
+    if KEY in mm_kwargs:
+        raise UserError(f"{KEY} in --mm-processor-kwargs has no effect; all requests have what --hf-overrides says")
+
+
 def fingerprint(plan: Plan) -> str:
     """A short name of what ``plan`` makes of an image, for caches that outlive a server."""
     return hashlib.sha256(f"{__version__} {plan.asked.keep} {plan!r}".encode()).hexdigest()[:16]
+
+
+def _shape(config: Any) -> Geometry:
+    """The geometry of a model whose tower the plug-in knows; UserError for another."""
+    kind = config.vision_config.model_type
+    if kind not in TOWERS:
+        raise UserError(
+            f"the plug-in merges behind vision towers of CLIP and SigLIP, got {kind!r}; serve the model with "
+            "--engine transformers"
+        )
+    return geometry(config)
 
 
 @lru_cache(maxsize=PLANS, typed=True)  # keep=1 is one token, keep=1.0 all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
@@ -22,17 +22,26 @@ def check() -> None:
     installed = version(found[0])
     if not KNOWN[0] <= tuple(int(part) for part in installed.split(".")[:2] if part.isdigit()) <= KNOWN[1]:
         raise UserError(
-            f"vLLM {installed} is installed, and this release of pitome-mllm works with {RANGE}: {INSTALL}, or look "
-            "for a newer pitome-mllm"
+            f"vLLM {installed} is installed, and this release of pitome-mllm works with {RANGE}: {INSTALL}, look "
+            "for a newer pitome-mllm, or serve with --engine transformers"
         )
 
 
-def check_overrides(*pairs: tuple[type, type]) -> None:
-    """UserError where a method of a pair's first class takes something else than the second's, which it overrides."""
+def check_overrides(*pairs: tuple[type, type], new: Collection[str] = ()) -> None:
+    """UserError where a method of a pair's first class takes something else than the second's, which it overrides.
+
+    All of them override one, but for those named in ``new``: one that vLLM has no more would never be called.
+    """
     for ours, theirs in pairs:
         for name, own in vars(ours).items():
-            if inspect.isfunction(own) and hasattr(theirs, name):
-                _compare(getattr(theirs, name), list(inspect.signature(own).parameters))
+            if not inspect.isfunction(own) or name in new:
+                continue
+            if not hasattr(theirs, name):
+                raise UserError(
+                    f"{theirs.__module__}.{theirs.__qualname__} has no {name} in this vLLM, which the plug-in "
+                    f"overrides; it works with {RANGE}: {INSTALL}"
+                )
+            _compare(getattr(theirs, name), list(inspect.signature(own).parameters))
 
 
 def check_calls(called: Mapping[Callable[..., Any], str]) -> None:
