@@ -38,7 +38,7 @@ BENCH = $(VENV)/bin/pitome-mllm bench --device cpu --out $(BENCH_OUT)
 bench: $(VENV)/.ready
 	$(BENCH) --keep 144 72
 	$(BENCH) --shape llava-1.5-7b --layers 0 --keep 144 --methods pitome pitome:keys pitome:hidden --repeats 3
-	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 3
+	$(BENCH) --shape llava-1.5-7b --layers 0 --ratio .9 .95 .975 --methods pitome:published oracle --repeats 9
 	$(BENCH) --shape clip-b-16 --ratio .9 --methods pitome:published oracle
 	$(BENCH) --shape llava-1.5-7b --layers 8 --keep 144 --methods pitome downsample --repeats 2
 
