@@ -76,7 +76,7 @@ def test_a_prompt_is_shortened_after_one_look_at_it(model, pair, monkeypatch, ca
             away = {name: x if name == "pixel_values" else Far(x) for name, x in kwargs.items()}
             call = prompt.rewrite(handle, away, whole=True)
             assert len(device.waited) == 1, device.waited
-            there = SimpleNamespace(device=ELSEWHERE, median=Far(stats.median), sizes=Far(stats.sizes))
+            there = SimpleNamespace(device=ELSEWHERE, median=Far(stats.median), sizes=Far(stats.sizes), packed=())
             layout = llm._told(call, there, 2)
             given = () if calibration == "none" else layout.of_places(layout.places + 1)
             assert len(device.waited) == 1, device.waited  # the LLM is told without waiting for the tower
