@@ -264,6 +264,7 @@ def test_one_axis_is_the_same_in_all(family, model):
         torch.testing.assert_close(logits(model, embeds), seen, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_learning_goes_through_merged_pictures(family, model):
     """Labels follow their columns, also with gradient checkpointing; the tower gets gradients."""
     inputs, found = inputs_of(family, *ROWS[:2]), []
