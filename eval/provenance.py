@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import platform
@@ -38,6 +39,16 @@ def check_commit(path: Path, found: str) -> None:
             f"{str(path)!r} is among the published results, which name the commit that they are of, and here it is "
             f"{found or 'none'!r}; commit first, or say with --out another place"
         )
+
+
+def parse_measuring(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options of a command that measures, whose ``--out`` is checked before it begins."""
+    options = parser.parse_args(argv)
+    try:
+        check_commit(options.out, commit())
+    except UserError as error:
+        parser.error(str(error))
+    return options
 
 
 def check_out(out: Path, default: Path, whole: bool) -> None:

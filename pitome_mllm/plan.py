@@ -107,9 +107,11 @@ class Plan:
             known[tokens] = tuple(projector_counts(tokens, keep, self.max_removable))
         return known[tokens]
 
-    def kept(self, tokens: int) -> int:
-        """Tokens left behind the projector of a picture of as many ``tokens``."""
-        return (self.rounds(tokens) or (tokens,))[-1]
+    def kept(self, tokens: int, ends: int = 0) -> int:
+        """Tokens left behind the projector of a picture of as many ``tokens``, and of ``ends`` that only end its rows,
+        which go where it merges.
+        """
+        return (self.rounds(tokens) or (tokens + ends,))[-1]
 
     @property
     def is_plain(self) -> bool:

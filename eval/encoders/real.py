@@ -27,7 +27,7 @@ from pitome_mllm.schedule import Schedule
 
 from ..benchmark.bootstrap import Bootstrap
 from ..documents import append, read
-from ..provenance import about_machine, check_commit, commit
+from ..provenance import about_machine, parse_measuring
 from .report import COMMAND, OUT
 from .weights import MODELS, load
 
@@ -188,10 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=4, metavar="N", help="of the stamps, every so many (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the processor (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="gets what it lacks (%(default)s)")
-    options = parser.parse_args(argv)
+    options = parse_measuring(parser, argv)
     if options.every < 1 or options.threads < 1:
         raise UserError("--every and --threads take 1 or more")
-    check_commit(options.out, commit())
     torch.set_num_threads(options.threads)
     shown = pictures(options.stamps, options.every)
     about = {"pictures": len(shown), **about_machine()}

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 import transformers
 
-from pitome_mllm.methods import UserError
-
 from ..documents import read
-from ..provenance import check_commit, commit
+from ..provenance import parse_measuring
 from . import phases
 from .report import gpu_table
 
@@ -65,12 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-gpu.csv"), help="rows are added to it (%(default)s)")
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
-    options = parser.parse_args(argv)
-    try:
-        check_commit(options.out, commit())
-    except UserError as error:
-        parser.error(str(error))
-    return options
+    return parse_measuring(parser, argv)
 
 
 def run_in(start: str, seconds: int, target: Callable[..., None], *given: Any) -> bool:

@@ -31,10 +31,9 @@ from PIL import Image
 
 from pitome_mllm.costs.published import SHAPES, Shape
 from pitome_mllm.loading import TINY
-from pitome_mllm.methods import UserError
 
 from ..documents import write_csv
-from ..provenance import about_machine, check_commit, commit
+from ..provenance import about_machine, parse_measuring
 from .models import configuration
 
 STOCK, ALL = "stock", 576
@@ -143,12 +142,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="how often each server gets each load (%(default)s)")
     parser.add_argument("--part", type=float, default=1.0, help="ask only so many of the requests, to rehearse")
     parser.add_argument("--out", type=Path, default=Path("bench-serve.csv"))
-    options = parser.parse_args(argv)
-    try:
-        check_commit(options.out, commit())
-    except UserError as error:
-        parser.error(str(error))
-    return options
+    return parse_measuring(parser, argv)
 
 
 def write_model(shape: Shape, folder: Path) -> None:

@@ -34,8 +34,8 @@ def at_most(handle: Attached, kwargs: dict[str, Any]) -> list[int]:
     if plan is None or plan.is_plain:
         return full
     if plan.where == "packed":
-        left = [n - int(place.newline.sum()) for n, place in zip(full, places)] if newline else full
-        return [plan.rounds(n)[-1] if plan.rounds(n) else whole for n, whole in zip(left, full)]
+        ends = [int(place.newline.sum()) for place in places] if newline else [0] * len(full)
+        return [plan.kept(n - own, own) for n, own in zip(full, ends)]
     return [place.tiles * plan.keep + int(place.newline.sum()) for place in places]
 
 

@@ -80,8 +80,8 @@ class MergedLlavaNextInfo(_Info, LlavaNextProcessingInfo):
 
     def counts(self, plan: Plan, width: int, height: int) -> tuple[int, int]:
         places = places_of(self.get_hf_config(), (height, width))
-        rounds = plan.rounds(len(places) - int(places.newline.sum()))
-        return len(places), rounds[-1] if rounds else len(places)
+        ends = int(places.newline.sum())
+        return len(places), plan.kept(len(places) - ends, ends)
 
     def get_image_size_with_most_features(self) -> ImageSize:
         """By the work of the tower: after merging, pictures of all sizes may have as many tokens."""
