@@ -52,7 +52,7 @@ def test_figures_are_those_of_neighbours():
 
 
 def test_every_setting_is_measured_once():
-    asked = [real._key("clip-vit-b-16", one) for one in real.settings("clip-vit-b-16", 196, 12)]
+    asked = [real._key("clip-vit-b-16", one) for one in real.settings(196, 12)]
     assert len(asked) == len(set(asked)) and {one[3] for one in asked} == {"every", "3", "4", "6", "picture"}
 
 

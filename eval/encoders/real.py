@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,10 @@ SIDE, BATCH = 224, 16
 Shown = tuple[Image.Image, str]  # a square picture, and its kind; empty where nobody says it
 KEY = ("model", "method", "how", "points", "amount")  # of a row
 RATIOS, POINTS = (0.9, 0.85, 0.95), (3, 4, 6)
-FEW = ("pitome", "pitome-bsm", "tome", "random")
-OTHERS = ("tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
+FEW = ("pitome", "pitome-bsm", "tome")  # with every number of merges at every ratio; the others with six at the first
+OTHERS = ("random", "tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
 SAME = ("diffrate", "dct", "pitome-llava", "random")  # whatever the library's choices
 HOW = {"as published": {"published": True}, "library": {}}
-# What the library does otherwise than papers, one by one.
-APART = {"keys, weighted": ("keys", True), "keys, plain mean": ("keys", False), "hidden, weighted": ("hidden", True)}
 
 
 @dataclass(frozen=True)
@@ -80,34 +78,18 @@ def _on_white(file: Path) -> Image.Image:
     return ImageOps.pad(image, (SIDE, SIDE), color="white", method=Image.Resampling.BICUBIC)
 
 
-def settings(name: str, patches: int, blocks: int) -> Iterator[Setting]:
-    """What is measured of a model: merging in every block, then at the same counts in few of them."""
-    first = name == next(iter(MODELS))
+def settings(patches: int, blocks: int) -> Iterator[Setting]:
+    """What is measured of a model: merging in every block, then at the same counts in few, and a smaller picture."""
     for ratio in RATIOS:
         keep = Schedule(None, ratio, None, "equal").counts(patches, blocks, lambda n: n // 2)[-1]
-        yield from _every(FEW, ratio)
-        if first:
-            yield from _at(keep, apart=ratio == RATIOS[0])
-            yield from _every(OTHERS, ratio)
-
-
-def _every(methods: Sequence[str], ratio: float) -> Iterator[Setting]:
-    """In every block, as published and under the library's choices."""
-    for method in methods:
-        for how, more in HOW.items():
-            if how == "as published" or method not in SAME:
-                yield Setting(method, how, "every", {"ratio": ratio, **more})
-
-
-def _at(keep: int, apart: bool) -> Iterator[Setting]:
-    """Few merges, and a smaller picture instead; ``apart`` = also each of the library's choices by itself."""
-    for method in FEW[:3]:
-        for points in POINTS:
-            yield Setting(method, "library", str(points), {"keep": keep, "merges": points})
-        for how, (metric, weighted) in APART.items() if apart else ():
-            more = {"metric": metric, "weighted": weighted}
-            yield Setting(method, how, "4", {"keep": keep, "merges": 4, **more})
-    yield Setting("downsample", "as published", "picture", {"keep": round(keep**0.5) ** 2})
+        for method in (*FEW, *OTHERS):
+            for how, more in HOW.items():
+                if how == "as published" or method not in SAME:
+                    yield Setting(method, how, "every", {"ratio": ratio, **more})
+        for method in FEW if ratio != RATIOS[0] else (*FEW, *OTHERS):
+            for points in POINTS if method in FEW else POINTS[-1:]:
+                yield Setting(method, "library", str(points), {"keep": keep, "merges": points})
+        yield Setting("downsample", "as published", "picture", {"keep": round(keep**0.5) ** 2})
 
 
 def embeddings(model: nn.Module, pixels: Tensor) -> tuple[Tensor, float]:
@@ -154,7 +136,7 @@ def measure(name: str, model: nn.Module, shown: list[Shown], out: Path, about: d
     there = {tuple(row[n] for n in KEY) for row in read(out, COMMAND)} if out.exists() else set()
     row = partial(_row, name, plain=plain, kinds=kinds)
     first = Setting("none", "", "", {})
-    asked = [one for one in settings(name, shape.patches, shape.blocks) if _key(name, one) not in there]
+    asked = [one for one in settings(shape.patches, shape.blocks) if _key(name, one) not in there]
     if _key(name, first) not in there:
         append(out, [row(first, plain, taken, shape.patches, estimate(model).flops)], about)
     with progress(f"Measuring {name}", total=len(asked)) as advance:
@@ -185,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="with both wheels")
     parser.add_argument("--stamps", type=Path, default=STAMPS, metavar="FOLDER", help="%(default)s")
-    parser.add_argument("--every", type=int, default=4, metavar="N", help="of the stamps, every so many (%(default)s)")
+    parser.add_argument("--every", type=int, default=6, metavar="N", help="of the stamps, every so many (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the processor (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="gets what it lacks (%(default)s)")
     options = parse_measuring(parser, argv)
