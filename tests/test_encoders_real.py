@@ -68,14 +68,14 @@ def test_the_table_names_every_setting_and_the_plot_is_drawn(tmp_path):
     plain = dict(model="clip-vit-b-16", method="none", how="", points="", tokens="196", gflops="35.13", category="0.9")
     plain |= dict(category_low="0.8", category_high="1")
     rows = [plain | about]
-    for points, tokens, cosine in (("every", 110, 0.99), ("every", 59, 0.98), ("4", 59, 0.99), ("picture", 64, 0.9)):
+    for points, tokens, cosine in (("every", 110, 0.99), ("every", 59, 0.98), ("6", 59, 0.99), ("picture", 64, 0.9)):
         row = dict(method="pitome", how="library", points=points, tokens=str(tokens), gflops="20", cosine=str(cosine))
         row |= {"cosine_low": "0.97", "cosine_high": "0.995", "neighbour": "0.75", "category": ""}
         rows.append(plain | row | about)
     text = report.text(rows)
     assert (
         "own kind 90 (80 to 100)" in text
-        and "| pitome | library | 4 | - | 0.9900 (0.970 to 0.995), 75, -, 20 |" in text
+        and "| pitome | library | 6 | - | 0.9900 (0.970 to 0.995), 75, -, 20 |" in text
     )
     report.plot(rows[:2], tmp_path / "x.png")
     assert "encoders.png" in text and not (tmp_path / "x.png").exists(), "one point is no line"

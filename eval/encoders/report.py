@@ -13,7 +13,7 @@ MODELS = {
     "clip-vit-b-16": "CLIP ViT-B/16, its matrices once in 8 bits",
     "dinov2-vit-s-14": "DINOv2 ViT-S/14, tuned to tell salient regions",
 }
-PLOTTED = ("as published", "every"), ("library", "every"), ("library", "4")
+PLOTTED = ("as published", "every"), ("library", "every"), ("library", "6")
 Found = dict[str, str]
 
 
@@ -37,7 +37,7 @@ def text(rows: list[Found]) -> str:
 Nearest: per cent of pictures whose nearest other picture is the plain model's. Kind: per cent of stamps whose nearest
 other stamp is of their own kind. GFLOPs are counted, a multiply-add as two. {first["pictures"]} pictures,
 {first["device"]}, torch {first["torch"]}, transformers {first["transformers"]}, commit {commits}, {first["date"]}."""
-    shown = ["![Loss over GFLOPs, by method](encoders.png)"] if len(_left(_first(rows))) > 1 else []
+    shown = ["![What CLIP loses over GFLOPs, by method](encoders.png)"] if len(_left(_first(rows))) > 1 else []
     return "\n\n".join([*parts, about, *shown])
 
 
@@ -86,13 +86,13 @@ def plot(rows: list[Found], path: Path) -> None:
     if len(_left(rows)) < 2:
         return
     methods, lines = list(dict.fromkeys(row["method"] for row in rows)), {}
-    titles = ["as published, every block", "library, every block", "library, 4 merges"]
+    titles = ["as published, every block", "library, every block", "library, 6 merges"]
     figure, axes = panels(titles, "1 - cosine to the plain embedding", xlabel="GFLOPs", xlim=(10, 36), yscale="log")
     for axis, key in zip(axes, PLOTTED, strict=True):
         for number, method in enumerate(methods):
             own = [row for row in rows if (row["method"], row["how"], row["points"]) == (method, *key)]
             own.sort(key=lambda row: float(row["gflops"]))
-            if own:
+            if len(own) > 1:
                 lost = [1 - float(row["cosine"]) for row in own]
                 (lines[method],) = axis.plot(
                     [float(row["gflops"]) for row in own], lost, marker="o", ms=3, **style(number)
