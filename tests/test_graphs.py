@@ -25,6 +25,7 @@ from pitome_mllm.hooks import graphs, lock
 from pitome_mllm.hooks.capture import Copies, _remaker
 from pitome_mllm.hooks.guards import guard_of
 from pitome_mllm.hooks.lock import captures
+from pitome_mllm.hooks.work import Work
 
 
 class Recorded:
@@ -364,15 +365,18 @@ def test_hooks_of_the_tower_itself_run_around_its_graph(where, one):
 
 
 def test_graphs_need_a_gpu_which_is_said_where_they_were_asked_for(one, monkeypatch, caplog):
+    """And nothing is asked of a call elsewhere."""
     monkeypatch.setattr(graphs, "DEVICES", ("cuda",))
+    monkeypatch.setattr(Work, "__init__", lambda *_: pytest.fail("a call is looked at"))
     caplog.set_level(logging.INFO)
     model = build(layers=2)
     for graph in ("auto", True):
         with attach(model, keep=144, graph=graph):
             for _ in range(3):
-                seen(model, one)
-    said = [record for record in caplog.records if "CUDA graph" in record.getMessage()]
-    assert made() == 0 and len(said) == 1 and "it is on cpu" in said[0].getMessage()
+                model.generate(**one, max_new_tokens=1, do_sample=False)
+    said = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert made() == 0 and [line.partition(" runs")[0] for line in said] == ["the vision tower", "the LLM's prefill"]
+    assert all("it is on cpu" in line for line in said)
 
 
 def test_a_capture_that_fails_leaves_an_eager_tower(one, monkeypatch, caplog):

@@ -48,21 +48,22 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def run(self, work: Work, device: torch.device) -> Any:
-        """What the call gives, by a graph where there is one."""
+    def run(self, kind: type[Work], device: torch.device, *call: Any) -> Any:
+        """What a call on ``device`` gives, by a graph where there is one; ``call`` is what this ``kind`` is made of."""
+        _, plan, plain, args, kwargs = call
         if device.type not in DEVICES:
-            if work.plan.graph is True:
-                self._say(f"it is on {device}, and {' and '.join(DEVICES)} has them", work)
-            return work.plain(*work.args, **work.kwargs)
-        reason = unsupported_now()
+            if plan.graph is True:
+                self._say(f"it is on {device}, and {' and '.join(DEVICES)} has them", kind, plan)
+            return plain(*args, **kwargs)
+        work, reason = kind(*call), unsupported_now()
         key = self._find(work) if reason is None else None
         made = None if key is None else self._replayed(key, work.inputs)
         if made is not None:
             return work.hand_out(made)
         with captures.shared():
-            output = work.plain(*work.args, **work.kwargs)
+            output = plain(*args, **kwargs)
         if reason is not None:
-            self._say(reason, work)
+            self._say(reason, kind, plan)
         elif key is not None:
             self._learn(work)
         return output
@@ -76,7 +77,7 @@ class Graphs:
                 return work.settings, call, process_state(work.inputs[0].device.type), self._modules(work)
             except TypeError as error:
                 reason = f"what it depends on cannot be compared: {error}"
-        self._say(reason, work)
+        self._say(reason, type(work), work.plan)
         return None
 
     def _modules(self, work: Work) -> tuple:
@@ -110,7 +111,7 @@ class Graphs:
                 reason = self._capture(key, work)
         if reason is not None:
             self._seen[key] = -1
-            self._say(reason, work)
+            self._say(reason, type(work), work.plan)
 
     def _is_due(self, key: Key, plan: Plan) -> bool:
         """Whether a call of this kind is to be captured now; each graph that had to go made that twice as rare."""
@@ -156,12 +157,12 @@ class Graphs:
         self._watch = self._pool = None
         self._rare = 0
 
-    def _say(self, reason: str, work: Work) -> None:
+    def _say(self, reason: str, kind: type[Work], plan: Plan) -> None:
         """Log, once, why a call runs eagerly; a warning where graphs were asked for."""
         if reason and reason not in self._said:
             self._said.add(reason)
-            level = logging.WARNING if work.plan.graph is True else logging.INFO
-            logger.log(level, "%s runs without a CUDA graph: %s", work.name, reason)
+            level = logging.WARNING if plan.graph is True else logging.INFO
+            logger.log(level, "%s runs without a CUDA graph: %s", kind.name, reason)
 
 
 def run_tower(tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -170,7 +171,7 @@ def run_tower(tower: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: 
     if run is None or not run.plan.graph:
         return plain(*args, **kwargs)
     device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.device("cpu"))
-    return tower._pitome.graphs.run(TowerWork(tower, run.plan, plain, args, kwargs), device)
+    return tower._pitome.graphs.run(TowerWork, device, tower, run.plan, plain, args, kwargs)
 
 
 def install(handle: Attached, module: nn.Module, name: str, run: Callable[..., Any]) -> None:

@@ -83,4 +83,4 @@ def run_prefill(language: nn.Module, plain: Callable[..., Any], args: tuple, kwa
     embeds, plan = kwargs.get("inputs_embeds"), language._pitome.plan
     if embeds is None or embeds.shape[1] == 1 or plan is None or not plan.graph or cache_in(kwargs) is None:
         return plain(*args, **kwargs)
-    return language._pitome.prefills.run(PrefillWork(language, plan, plain, args, kwargs), embeds.device)
+    return language._pitome.prefills.run(PrefillWork, embeds.device, language, plan, plain, args, kwargs)

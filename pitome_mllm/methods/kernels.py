@@ -44,7 +44,7 @@ def fuses(metric: Tensor) -> bool:
         raise UserError(f"{SWITCH}={choice!r} is not possible; choose one of {', '.join(CHOICES)}")
     if choice == "torch" or (choice == "auto" and metric.device.type != "cuda"):
         return False
-    reason = _device_reason(metric.device) or _torch_reason(metric)
+    reason = _torch_reason(metric) or _device_reason(metric.device)  # in this order: nothing is tried within a trace
     if reason and choice == "fused":
         raise RuntimeError(f"{SWITCH}=fused, but {reason}; leave it at auto, or set it to torch")
     _say(reason)
@@ -70,7 +70,7 @@ def _torch_reason(metric: Tensor) -> str:
 
 @lru_cache
 def _device_reason(device: torch.device) -> str:
-    """Why nothing can be fused on this device; "" if it can. Merges two tokens to find out."""
+    """Why nothing can be fused on this device; "" if it can. Merges two tokens twice to find out, see `Launch`."""
     try:
         from . import triton_kernels as device_code
     except (ImportError, AttributeError, TypeError) as error:  # there is none, or one of long ago
@@ -79,11 +79,15 @@ def _device_reason(device: torch.device) -> str:
         return "" if device_code.INTERPRETED.value else "a processor runs Triton with TRITON_INTERPRET=1 only"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "this is no NVIDIA GPU of compute capability 8.0 or newer"
+    rows = torch.ones(1, 2, 16, device=device, dtype=torch.float32)
     try:
-        merge(torch.ones(1, 2, 16, device=device), 1, 0)
+        for _ in range(2):
+            merge(rows, 1, 0, Energy(2, 0.5, 1.0, False)).reduce(rows)
     except torch.cuda.OutOfMemoryError:  # says nothing about later merges, and is not remembered
         raise
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (TypeError, AttributeError) as error:
+        return f"Triton's launcher is another ({error})"
+    except (RuntimeError, OSError, subprocess.SubprocessError, device_code.TritonError) as error:
         return f"Triton cannot compile ({error})"
     return ""
 

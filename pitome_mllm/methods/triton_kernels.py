@@ -11,6 +11,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton import TritonError as TritonError
 from triton.compiler import CompiledKernel
 
 ROUNDING = tl.constexpr(2.0**-24)  # of a cosine in float32; as in `pitome`

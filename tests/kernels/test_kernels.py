@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from rows import clear, exact, reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pitome_mllm.methods import get_method, kernels, triton_kernels
@@ -282,6 +283,44 @@ def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
         assert not isinstance(reducer.match(metric, 3), FusedMerge)
     switch("fused")
     assert isinstance(reducer.match(metric, 3), FusedMerge)
+
+
+def refused(kind: type[Exception], again: bool):
+    """What stands in for `triton_kernels.launcher`: raises where a launch is made first, or again."""
+
+    def launch(*_):
+        raise kind("not so")
+
+    return (lambda compiled, grid: launch) if again else launch
+
+
+PROBES = {
+    "all goes well": (triton_kernels.launcher, ""),
+    "it does not compile": (refused(triton_kernels.TritonError, False), "Triton cannot compile (not so)"),
+    "another launcher": (refused(TypeError, True), "Triton's launcher is another (not so)"),
+    "none": (refused(AttributeError, False), "Triton's launcher is another (not so)"),
+}
+
+
+@pytest.mark.parametrize("launcher, reason", PROBES.values(), ids=PROBES)
+def test_a_gpu_is_asked_once_whether_it_merges_first_and_again(monkeypatch, launcher, reason):
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, dtype: ones(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_kernels, "launcher", launcher)
+    kernels._decision.cache_clear()
+    kernels._combination.cache_clear()
+    assert kernels._device_reason.__wrapped__(torch.device("cuda:0")) == reason
+    kernels._decision.cache_clear()
+    kernels._combination.cache_clear()
+
+
+def test_what_is_no_ordinary_tensor_is_not_what_a_gpu_is_asked_with(monkeypatch, switch):
+    switch("auto")
+    monkeypatch.setattr(kernels, "_device_reason", lambda device: pytest.fail("it was asked"))
+    with FakeTensorMode():
+        assert not kernels.fuses(torch.empty(1, 9, 16, device="cuda"))
 
 
 @pytest.mark.skipif(triton_kernels._VERSION != (3, 6), reason="another Triton is launched by its own means")
