@@ -101,7 +101,8 @@ class Launch:
     ) -> None:
         """Launch ``kernel`` with tensors, those ``inside`` one piece of memory, ``numbers`` and ``constants``."""
         self._kernel, self._grid, self._inside = kernel, grid, inside
-        self._numbers, self._constants, self._options = numbers, constants, options
+        self._numbers, self._constants = numbers, constants
+        self._options = {"enable_fp_fusion": True, **options}  # by default as the environment or a later Triton has it
         self._offsets = [place.offset for place in inside]
         self._always = (*numbers, *constants.values())
         self._run: Callable[..., None] | None = None

@@ -227,39 +227,6 @@ class Noted:
         return lambda *args, **kwargs: self.launched.append(self.name)
 
 
-def test_later_launches_give_what_was_compiled_the_same_arguments(monkeypatch):
-    given = []
-
-    def first(grid):
-        def launch(*args, **more):
-            constants = (value for name, value in more.items() if name.isupper())
-            given.append((grid, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args), *constants))
-
-        return launch
-
-    def launcher(compiled, grid):
-        return lambda stream, *args: given.append((grid, *args))
-
-    monkeypatch.setattr(triton_kernels, "launcher", launcher)
-    metric, energy = torch.randn(2, 67, 80), kernels.Energy(40, 0.5, 1.0, False)
-    for name in ("prepare", "add_energies", "rank", "match", "place"):
-        kernel = getattr(triton_kernels, name)
-        signature = kernel.arg_names
-        monkeypatch.setattr(triton_kernels, name, type(name, (), {"__getitem__": lambda self, grid: first(grid)})())
-        (reads, launch), size = next_launch(name, metric, energy)
-        memory = torch.empty(size, dtype=torch.uint8)
-        for _ in range(2):
-            launch(0, memory, *((metric,) if reads else ()))
-        assert given[-1] == given[-2] and len(given[-1]) == 1 + len(signature)
-
-
-def next_launch(name: str, metric: torch.Tensor, energy: kernels.Energy):
-    """The launch of one kernel of a merge, whether it reads the metric, and the memory of the merge."""
-    kernels._decision.cache_clear()
-    launches, size = kernels._decision(kernels.Rows.of(metric), 15, 1, energy, kernels.Tiles.of(metric))
-    return next(pair for pair in launches if pair[1]._kernel == name), size
-
-
 def test_transforms_of_torch_take_the_torch_path(switch):
     switch("auto")
     reducer, x = get_method("pitome"), torch.randn(3, 1, 9, 16)
@@ -302,18 +269,23 @@ PROBES = {
 }
 
 
+@pytest.fixture
+def nothing_launched():
+    for kept in (kernels._decision, kernels._combination):
+        kept.cache_clear()
+    yield
+    for kept in (kernels._decision, kernels._combination):
+        kept.cache_clear()
+
+
 @pytest.mark.parametrize("launcher, reason", PROBES.values(), ids=PROBES)
-def test_a_gpu_is_asked_once_whether_it_merges_first_and_again(monkeypatch, launcher, reason):
+def test_a_gpu_is_asked_once_whether_it_merges_first_and_again(monkeypatch, nothing_launched, launcher, reason):
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, device, dtype: ones(*shape, dtype=dtype))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_kernels, "launcher", launcher)
-    kernels._decision.cache_clear()
-    kernels._combination.cache_clear()
     assert kernels._device_reason.__wrapped__(torch.device("cuda:0")) == reason
-    kernels._decision.cache_clear()
-    kernels._combination.cache_clear()
 
 
 def test_what_is_no_ordinary_tensor_is_not_what_a_gpu_is_asked_with(monkeypatch, switch):
@@ -321,19 +293,3 @@ def test_what_is_no_ordinary_tensor_is_not_what_a_gpu_is_asked_with(monkeypatch,
     monkeypatch.setattr(kernels, "_device_reason", lambda device: pytest.fail("it was asked"))
     with FakeTensorMode():
         assert not kernels.fuses(torch.empty(1, 9, 16, device="cuda"))
-
-
-@pytest.mark.skipif(triton_kernels._VERSION != (3, 6), reason="another Triton is launched by its own means")
-def test_the_short_way_to_a_launch_takes_what_tritons_own_gives(monkeypatch):
-    from triton.backends.nvidia.driver import CudaLauncher
-    from triton.compiler import CompiledKernel
-
-    given, run, compiled = [], object.__new__(CudaLauncher), object.__new__(CompiledKernel)
-    vars(run).update(launch=lambda *args: given.append(args), launch_cooperative_grid=False, launch_pdl=True)
-    vars(run).update(global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1)
-    vars(compiled).update(module=1, function=5, packed_metadata=(4, 1, 0), src=None, name="rank", _run=run)
-    triton_kernels.launcher(compiled, (2, 3, 1))(7, 64, 128, 0.5)
-    compiled[2, 3, 1](64, 128, 0.5, stream=7)
-    short, own = given
-    assert short[:10] == own[:10] and short[13:] == own[13:] == (64, 128, 0.5)
-    assert short[10:13] == (None, None, None)  # nothing is described to nobody
