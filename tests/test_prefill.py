@@ -16,7 +16,7 @@ from test_graphs import Recorded, recorded  # noqa: F401
 from transformers import DynamicCache
 
 from pitome_mllm import attach
-from pitome_mllm.hooks import graphs
+from pitome_mllm.hooks import graphs, prefill
 
 
 def prefills() -> list[Recorded]:
@@ -98,6 +98,20 @@ def test_the_default_captures_the_second_equal_prefill_and_few_are_kept(one):
             with handle.using(keep=keep, graph=True):
                 answer(model, one, max_new_tokens=1)
         assert len(handle.prefills) == graphs.KEPT and prefills()[0].made is None
+
+
+@pytest.mark.parametrize("graph", ["auto", True])
+def test_a_long_prefill_gains_nothing_by_a_graph_that_takes_as_much_memory_again(graph, one, monkeypatch):
+    model = build(layers=2)
+    with attach(model, keep=144, graph=graph) as handle:
+        monkeypatch.setattr(prefill, "BUSY", 144 + one["input_ids"].shape[1] - 576 - 1)
+        for _ in range(2):
+            answer(model, one)
+        assert len(prefills()) == (graph is True) and len(handle.graphs) == 1
+        monkeypatch.setattr(prefill, "BUSY", prefill.BUSY + 1)
+        for _ in range(2):
+            answer(model, one)
+        assert len(prefills()) == 1
 
 
 def adapted(model):

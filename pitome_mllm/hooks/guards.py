@@ -138,7 +138,7 @@ def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str 
     """
     for root in (tower, *others):
         for name, module in root.named_modules():
-            where = f"on {name!r}" if name else "on the vision tower"
+            where = f"on {name!r}" if name else f"on the {type(module).__name__} itself"
             if module.training:
                 return "it is in training mode; model.eval() ends that"
             if hasattr(module, "_hf_hook"):

@@ -16,6 +16,8 @@ from .caches import NAMES, cache_in, name_for
 from .guards import foreign_module, guard_of
 from .work import Work
 
+BUSY = 2048  # tokens of a batch that take a GPU longer than launching takes the host, with an LLM of 7B on an H200
+
 
 class PrefillWork(Work):
     """A call of the LLM with a prompt's embeddings and an empty dynamic KV cache."""
@@ -40,6 +42,8 @@ class PrefillWork(Work):
     def eager_reason(self) -> str | None:
         if self.kwargs.get("output_hidden_states") or self.module.config.output_hidden_states:
             return "hidden states were asked for"
+        if self.plan.graph == "auto" and self.kwargs["inputs_embeds"].shape[:2].numel() > BUSY:
+            return f"more than {BUSY} tokens keep a GPU busy without one (graph=True makes one of any number)"
         if not self.is_empty:
             return "its KV cache is none that generate() makes and nothing is in"
         mask = self.kwargs.get("attention_mask")
