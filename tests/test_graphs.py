@@ -1,6 +1,7 @@
 """``graph=``: which calls a graph may serve, and that it serves those as eager calls would; without a GPU.
 
-`Recorded` stands in for a CUDA graph: what it made lies at fixed places, which every replay writes again.
+`Recorded` stands in for a CUDA graph: what it made lies at fixed places, which every replay writes again, and nothing
+may wait for the device while it is made.
 """
 
 from __future__ import annotations
@@ -19,13 +20,27 @@ from models import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pitome_mllm import METHODS, attach
-from pitome_mllm.hooks import graphs, lock
+from pitome_mllm.hooks import graphs, guards, lock
 from pitome_mllm.hooks.capture import Copies, _remaker
 from pitome_mllm.hooks.guards import guard_of
 from pitome_mllm.hooks.lock import captures
 from pitome_mllm.hooks.work import Work
+
+
+class Capturing(TorchDispatchMode):
+    """Refuses what a capture on a GPU would: what the host waits for to have a value or a shape, or gives values to."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "lift_fresh")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        index = args[1] if name.removesuffix("_") in ("index", "index_put") else ()
+        if name in self.REFUSED and args[0].numel() or any(x is not None and x.dtype == torch.bool for x in index):
+            raise RuntimeError(f"{name} is not permitted when stream is capturing\nand more")
+        return function(*args, **(kwargs or {}))
 
 
 class Recorded:
@@ -35,7 +50,10 @@ class Recorded:
 
     def __init__(self, call, inputs, pool, device):
         self.call, self.inputs = call, [torch.empty_like(x).copy_(x) for x in inputs]
-        self.made, self.lock, self.replays = call(*self.inputs), threading.Lock(), 0
+        call(*self.inputs)
+        with Capturing():
+            self.made = call(*self.inputs)
+        self.lock, self.replays = threading.Lock(), 0
         Recorded.made_so_far.append(self)
 
     def replay(self, inputs, read):
@@ -301,7 +319,7 @@ def hook_of_accelerate(model):
     add_hook_to_module(model.model.vision_tower.encoder.layers[1].mlp, AlignDevicesHook(execution_device="cpu"))
 
 
-class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
 
@@ -380,22 +398,35 @@ def test_graphs_need_a_gpu_which_is_said_where_they_were_asked_for(one, monkeypa
 
 
 def test_a_capture_that_fails_leaves_an_eager_tower(one, monkeypatch, caplog):
-    class Failing:
-        def __init__(self, *_):
-            raise RuntimeError("operation not permitted\nand more")
-
     model = build(layers=3)
+    kind = type(model.model.vision_tower.encoder)
+    own = kind.forward
+
+    def asks_for_a_value(self, *args, **kwargs):
+        output = own(self, *args, **kwargs)
+        output.last_hidden_state.sum().item()
+        return output
+
     with attach(model, keep=144, graph=True) as handle:
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, "Capture", Failing)
+            patch.setattr(kind, "forward", asks_for_a_value)
             expected = seen(model, one)
-        assert torch.equal(seen(model, one), expected) and len(handle.graphs) == 0
-        assert "the capture failed: RuntimeError: operation not permitted" in caplog.text
+            assert torch.equal(seen(model, one), expected) and len(handle.graphs) == 0
+        assert caplog.text.count("the capture failed: RuntimeError: _local_scalar_dense is not permitted") == 1
         assert "and more" not in caplog.text
         handle.update(keep=145)
         seen(model, one)
         assert_same_run(handle, model, one)
         assert (made(), replays()) == (1, 1)
+
+
+def test_a_capture_of_the_caller_is_left_alone(one, monkeypatch, caplog):
+    model = build(layers=2)
+    with attach(model, keep=144, graph=True):
+        expected = seen(model, one)
+        monkeypatch.setattr(guards, "_is_capturing", lambda: True)
+        assert torch.equal(seen(model, one), expected) and (made(), replays()) == (1, 0)
+    assert "CUDA graph" not in caplog.text
 
 
 def test_a_block_that_does_not_merge_is_found(one):
