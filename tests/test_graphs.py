@@ -324,7 +324,18 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def compiled_part(model):
+    layer = model.model.vision_tower.encoder.layers[1]
+    layer.mlp = torch.compile(layer.mlp, backend="eager")
+
+
+def part_that_compiles(model):
+    model.model.vision_tower.encoder.layers[1].mlp.compile(backend="eager")
+
+
 EAGER = {
+    "a compiled part": (compiled_part, "it is compiled already (on 'encoder.layers.1.mlp')"),
+    "a part that compiles": (part_that_compiles, "it is compiled already (on 'encoder.layers.1.mlp')"),
     "gradients": (lambda model: torch.enable_grad(), "gradients are recorded"),
     "a hook inside": (hook_inside, "a forward hook on 'encoder.layers.1.mlp'"),
     "accelerate": (hook_of_accelerate, "accelerate moves weights"),

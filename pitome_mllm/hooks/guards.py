@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import chain, takewhile
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Watch:
             *map(type, self._modules),
             *(kind.forward for kind in self._kinds),  # somebody may put another one on a class
             *map(len, self._kept),  # more with a forward, or a hook of accelerate, of an instance's own
-            *map(itemgetter("training"), self._kept),
+            *map(attrgetter("training"), self._modules),
             *map(id, _values(self._hooks)),
             *map(id, takewhile(lambda hook: hook is not self._last, self._around.values())),
             *map(_simple, self._others),
@@ -141,6 +141,8 @@ def unsupported_modules(tower: nn.Module, *others: nn.Module, last: Any) -> str 
             where = f"on {name!r}" if name else f"on the {type(module).__name__} itself"
             if module.training:
                 return "it is in training mode; model.eval() ends that"
+            if hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None:
+                return f"it is compiled already ({where})"
             if hasattr(module, "_hf_hook"):
                 return f"accelerate moves weights or inputs ({where})"
             if "forward" in vars(module) and module is not tower:

@@ -42,8 +42,6 @@ class Work:
     def eager_reason(self) -> str | None:
         """Why such a call cannot be captured."""
         module, asked = self.module, self.kwargs.get
-        if hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None:
-            return "it is compiled already"
         if asked("output_attentions") or module.config.output_attentions:
             return "attention weights were asked for"
         if asked("return_dict") is False:
