@@ -92,7 +92,7 @@ record-chat: test-browser test-load
 
 # What needs a GPU, with any Python that has torch, transformers and pytest.
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels/test_on_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_graphs_gpu.py
 
 test-kernels: $(KERNELS)/.ready

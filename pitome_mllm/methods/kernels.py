@@ -5,7 +5,7 @@ bits, but for features of a single channel, which torch adds in an order of its 
 
 The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
 merge of these methods cannot be fused; "auto", the default, fuses what it can. Within torch.compile merges are always
-torch's operations.
+torch's operations. A decision has no gradient; what it combines has one by torch's operations only.
 """
 
 from __future__ import annotations
@@ -59,8 +59,6 @@ def _torch_reason(metric: Tensor) -> str:
         return "transforms of torch.func, such as vmap, know torch's operations"
     if type(metric) not in (Tensor, torch.nn.Parameter):
         return f"a {type(metric).__name__} has no memory of its own"
-    if metric.requires_grad:
-        return "the fused kernels have no gradient"
     if metric.dtype not in DTYPES:
         return f"there are no kernels for {metric.dtype}"
     if metric.shape[1] > MOST:

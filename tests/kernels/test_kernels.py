@@ -11,6 +11,7 @@ import torch
 from rows import clear, exact, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from pitome_mllm.methods import get_method, kernels, triton_kernels
 from pitome_mllm.methods.kernels import FusedMerge
@@ -156,10 +157,18 @@ def test_a_broken_feature_stays_inside_its_group(device):
     assert torch.equal(merge.reduce(x, size)[0].isfinite().all(-1), ~broken)
 
 
-def test_gradients_go_through_reduce(device):
-    merge, x, size = merged(device)
-    (gradient,) = torch.autograd.grad(merge.reduce(x.requires_grad_(), size)[0].sum(), x)
-    torch.testing.assert_close(gradient.sum(1), torch.full((2, 48), float(merge.count), device=device))
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_again_for_gradients_is_decided_alike(device, reentrant):
+    reducer, made = get_method("pitome"), []
+    metric = exact(2, 97, 16, 5, seed=1).to(device).requires_grad_()
+
+    def merged(x: torch.Tensor) -> torch.Tensor:
+        made.append(reducer.match(1 * x, 30, protected=1))
+        return made[-1].reduce(x)[0]
+
+    checkpoint(merged, metric, use_reentrant=reentrant).sum().backward()
+    assert len(made) == 2 and all(isinstance(merge, FusedMerge) for merge in made)
+    torch.testing.assert_close(metric.grad.sum(1), torch.full((2, 16), 67.0, device=device))
 
 
 @pytest.mark.parametrize("name", ["pitome", "tome"])
@@ -240,9 +249,9 @@ def test_transforms_of_torch_take_the_torch_path(switch):
     assert torch.equal(kernels_used, torch.stack([fused.reduce(each)[0] for each in x]))
 
 
-def test_what_cannot_be_fused_is_torchs_or_an_error(switch, caplog):
+def test_what_cannot_be_fused_is_torchs_or_an_error(switch):
     reducer, metric = get_method("pitome"), torch.randn(1, 9, 16)
-    for impossible in (metric.double(), metric.clone().requires_grad_(), torch.randn(1, 2100, 16)):
+    for impossible in (metric.double(), torch.randn(1, 2100, 16)):
         with pytest.raises(RuntimeError, match="PITOME_KERNELS=fused, but"):
             reducer.match(impossible, 3)
     for choice in ("auto", "torch"):
@@ -288,8 +297,20 @@ def test_a_gpu_is_asked_once_whether_it_merges_first_and_again(monkeypatch, noth
     assert kernels._device_reason.__wrapped__(torch.device("cuda:0")) == reason
 
 
-def test_what_is_no_ordinary_tensor_is_not_what_a_gpu_is_asked_with(monkeypatch, switch):
+def test_a_gpu_is_not_asked_about_what_is_no_ordinary_tensor(monkeypatch, switch, caplog):
     switch("auto")
+    kernels._say.cache_clear()
     monkeypatch.setattr(kernels, "_device_reason", lambda device: pytest.fail("it was asked"))
     with FakeTensorMode():
-        assert not kernels.fuses(torch.empty(1, 9, 16, device="cuda"))
+        assert not any(kernels.fuses(torch.empty(1, 9, 16, device="cuda")) for _ in range(2))
+    assert caplog.messages == ["merging by torch's operations: a FakeTensor has no memory of its own"]
+
+
+def test_within_torch_compile_merges_are_torchs(monkeypatch):
+    reducer, x = get_method("pitome"), torch.randn(1, 9, 16)
+    fused = reducer.match(x, 3)
+    expected = fused.reduce(x)[0]
+    monkeypatch.setattr(kernels, "merge", lambda *_: pytest.fail("it was fused"))
+    monkeypatch.setattr(FusedMerge, "_combine", lambda *_: pytest.fail("it was fused"))
+    for merged in (lambda x: reducer.match(x, 3).reduce(x)[0], lambda x: fused.reduce(x)[0]):
+        torch.testing.assert_close(torch.compile(merged, backend="eager")(x), expected)
