@@ -20,7 +20,8 @@ from models import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from transformers.utils import import_utils
 
 from pitome_mllm import METHODS, attach
 from pitome_mllm.hooks import graphs, guards, lock
@@ -41,6 +42,10 @@ class Capturing(TorchDispatchMode):
         if name in self.REFUSED and args[0].numel() or any(x is not None and x.dtype == torch.bool for x in index):
             raise RuntimeError(f"{name} is not permitted when stream is capturing\nand more")
         return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def is_on() -> bool:
+        return any(isinstance(mode, Capturing) for mode in _get_current_dispatch_mode_stack())
 
 
 class Recorded:
@@ -64,7 +69,8 @@ class Recorded:
                 mine.copy_(given)
             places, again = {}, {}
             _remaker(self.made, places)
-            _remaker(self.call(*self.inputs), again)
+            with Capturing():
+                _remaker(self.call(*self.inputs), again)
             for place, value in zip(places.values(), again.values(), strict=True):
                 place.copy_(value)
             self.replays += 1
@@ -80,6 +86,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "Capture", Recorded)
     monkeypatch.setattr(graphs, "new_pool", object)
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", Capturing.is_on)
     monkeypatch.setattr(Recorded, "made_so_far", [])
 
 

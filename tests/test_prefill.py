@@ -16,7 +16,9 @@ from test_graphs import Recorded, recorded  # noqa: F401
 from transformers import DynamicCache
 
 from pitome_mllm import attach
-from pitome_mllm.hooks import graphs, prefill
+from pitome_mllm.hooks import graphs
+from pitome_mllm.hooks.prefill import PrefillWork
+from pitome_mllm.hooks.work import TowerWork
 
 
 def prefills() -> list[Recorded]:
@@ -101,17 +103,16 @@ def test_the_default_captures_the_second_equal_prefill_and_few_are_kept(one):
 
 
 @pytest.mark.parametrize("graph", ["auto", True])
-def test_a_long_prefill_gains_nothing_by_a_graph_that_takes_as_much_memory_again(graph, one, monkeypatch):
-    model = build(layers=2)
+@pytest.mark.parametrize("kind", [TowerWork, PrefillWork])
+def test_what_keeps_a_gpu_busy_gains_nothing_by_a_graph_that_takes_memory(graph, kind, pair, monkeypatch):
+    model, which = build(layers=2), "graphs" if kind is TowerWork else "prefills"
+    number = 2 if kind is TowerWork else pair["input_ids"].numel() - 2 * (576 - 144)
     with attach(model, keep=144, graph=graph) as handle:
-        monkeypatch.setattr(prefill, "BUSY", 144 + one["input_ids"].shape[1] - 576 - 1)
-        for _ in range(2):
-            answer(model, one)
-        assert len(prefills()) == (graph is True) and len(handle.graphs) == 1
-        monkeypatch.setattr(prefill, "BUSY", prefill.BUSY + 1)
-        for _ in range(2):
-            answer(model, one)
-        assert len(prefills()) == 1
+        for most, made in ((number - 1, graph is True), (number, True)):
+            monkeypatch.setattr(kind, "most", most)
+            for _ in range(2):
+                answer(model, pair)
+            assert len(getattr(handle, which)) == made
 
 
 def adapted(model):

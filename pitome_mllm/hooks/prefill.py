@@ -16,18 +16,21 @@ from .caches import NAMES, cache_in, name_for
 from .guards import foreign_module, guard_of
 from .work import Work
 
-BUSY = 2048  # tokens of a batch that take a GPU longer than launching takes the host, with an LLM of 7B on an H200
-
 
 class PrefillWork(Work):
     """A call of the LLM with a prompt's embeddings and an empty dynamic KV cache."""
 
     name, apart = "the LLM's prefill", NAMES
+    most, unit = 2048, "tokens"
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.past = cache_in(kwargs)
         self.is_empty = _is_new(self.past)  # asked before the call fills it
+
+    @property
+    def amount(self) -> int:
+        return self.kwargs["inputs_embeds"].shape[:2].numel()
 
     @property
     def settings(self) -> tuple:
@@ -42,13 +45,11 @@ class PrefillWork(Work):
     def eager_reason(self) -> str | None:
         if self.kwargs.get("output_hidden_states") or self.module.config.output_hidden_states:
             return "hidden states were asked for"
-        if self.plan.graph == "auto" and self.kwargs["inputs_embeds"].shape[:2].numel() > BUSY:
-            return f"more than {BUSY} tokens keep a GPU busy without one (graph=True makes one of any number)"
         if not self.is_empty:
             return "its KV cache is none that generate() makes and nothing is in"
         mask = self.kwargs.get("attention_mask")
         if mask is None and name_for(self.module) == NAMES[0]:
-            return "transformers before 5.24 makes an attention mask within a graph that it makes nowhere else"
+            return "some transformers before 5.24 make an attention mask within a graph that they make nowhere else"
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return "what its attention mask becomes depends on padding"
         return super().eager_reason()

@@ -22,12 +22,18 @@ class Work:
     name = ""  # of the module, in the log
     apart: Sequence[str] = ()  # keywords that bring nothing that a graph depends on
     watched: Sequence[nn.Module] = ()  # modules beside it whose state counts
+    most, unit = 0, ""  # of what a call has; more takes a GPU (an H200, at 7B) longer than launching takes its host
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         self.module, self.plan, self.plain, self.args, self.kwargs = module, plan, plain, args, kwargs
         # Names and values of what a graph depends on, and the tensors of those.
         self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name not in self.apart)]
         self.inputs = [value for _, value in self.given if isinstance(value, Tensor)]
+
+    @property
+    def amount(self) -> int:
+        """How many `unit` the call has."""
+        raise NotImplementedError
 
     @property
     def settings(self) -> tuple:
@@ -50,6 +56,8 @@ class Work:
             return "an input is not an ordinary, contiguous tensor"
         if len({x.device for x in self.inputs}) > 1 or self.inputs[0].device != module.device:
             return "inputs and weights lie on several devices"
+        if self.plan.graph == "auto" and self.amount > self.most:
+            return f"more than {self.most} {self.unit} keep a GPU busy without one (graph=True makes one of any number)"
         return None
 
     def eager_reason_inside(self) -> str | None:
@@ -78,10 +86,15 @@ class TowerWork(Work):
     """A call of a vision tower, merging before the projector included."""
 
     name, apart = "the vision tower", (RUN,)
+    most, unit = 64, "pictures"
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.watched = (module._pitome.projector,)
+
+    @property
+    def amount(self) -> int:
+        return len(self.inputs[0])
 
     @property
     def settings(self) -> tuple:
