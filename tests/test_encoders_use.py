@@ -111,6 +111,19 @@ def test_training_with_adapters(name, checkpointing):
     assert len(grads) >= 18 and all(grad > 0 for grad in grads)
 
 
+def test_the_plain_model_runs_while_training_keeps_a_merged_run():
+    """As in distillation: recomputation holds on to the state of the student's call."""
+    row, x = BY_MODEL["SiglipVisionModel"], pixels(0, 1)
+    model, plain = row.build().train(), row.build()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with attach(model, keep=QUARTER) as handle:
+        student = model(x)
+        with handle.using(None):
+            seen, expected = row.call(model, x), row.call(plain, x)
+            assert all(torch.equal(seen[key], expected[key]) for key in expected)
+        sum(value.sum() for value in student.values()).backward()
+
+
 @pytest.mark.parametrize("name", [*SHAPES, "ViTMAEModel", "SiglipModel", "Blip2ForImageTextRetrieval"])
 def test_graphs_serve_encoders(name, monkeypatch, caplog):
     """Stood in for on a processor: the same bits with a graph, pooling and readers included."""
