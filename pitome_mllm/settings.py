@@ -37,6 +37,9 @@ PUBLISHED: dict[str, Any] = {
 ONE_STEP = {**PUBLISHED, "calibration": "distance"}
 STEPS = {**ONE_STEP, "where": "both", "merges": 6, "metric": "hidden", "weighted": False}
 DEFAULT_METHOD = "pitome"
+BLOCKS = ("tower", "both")  # where blocks of the tower merge
+WHICH_BLOCKS = ("merges", "schedule")
+IN_BLOCKS = (*WHICH_BLOCKS, "place", "proportional_attention")  # says nothing where none does
 HOW = ("metric", "place", "weighted", "proportional_attention", "order")  # goes with the method: another one resets it
 GONE = {
     "compiled": "graph=True runs the vision tower as CUDA graphs without a compiler; to use one, leave it out and call "
@@ -98,7 +101,7 @@ class Settings:
         """These settings with ``given`` in place; what is no setting counts as an option of the method.
 
         A new method starts from its own defaults, a new keep, ratio or counts replaces the old one, a new place forgets
-        tower_keep, and what leaves no choice of blocks forgets merges.
+        tower_keep, and what leaves no choice of blocks, or none that merges, forgets what was said of them.
         """
         for name in GONE.keys() & given.keys():
             raise UserError(f"{name}={given[name]!r} is gone: {GONE[name]}")
@@ -117,8 +120,12 @@ class Settings:
         place, forgotten = changed.where or changed.defaults["where"], set[str]()
         if place != (self.where or self.defaults["where"]):
             forgotten.add("tower_keep")
-        if changed.once or changed.ratio is not None or changed.counts is not None or place not in ("tower", "both"):
+        if changed.ratio is not None or changed.counts is not None:
             forgotten.add("merges")
+        if place not in BLOCKS:
+            forgotten.update(IN_BLOCKS)
+        elif changed.once:
+            forgotten.update(WHICH_BLOCKS)
         none: dict[str, Any] = dict.fromkeys(forgotten - given.keys())
         return replace(changed, **none)
 
@@ -137,9 +144,9 @@ def resolve_settings(settings: Settings, geometry: Geometry) -> tuple[Settings, 
         if not known and not (value is None and name in PUBLISHED):
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
     reducer, name = _resolve(settings)
-    merges, settings = settings.merges, _complete(settings, reducer, name, geometry)
+    asked, settings = settings, _complete(settings, reducer, name, geometry)
     _check_needs(settings, reducer, name, geometry)
-    _check_merges(merges, settings, reducer, name)
+    _check_blocks(asked, settings, reducer, name)
     return settings, reducer, name
 
 
@@ -240,12 +247,16 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
         )
 
 
-def _check_merges(merges: int | str | None, settings: Settings, reducer: Reducer, name: str) -> None:
-    """ValueError where the caller asks for ``merges`` that are no number, or for some where no blocks merge."""
-    check_merges(merges, settings.ratio, settings.counts)
-    if merges is not None and (reducer.once or settings.where not in ("tower", "both")):
-        why = f"{name} reduces in one step" if reducer.once else f"no block merges with where={settings.where!r}"
-        raise UserError(f"merges={merges!r} says how many blocks of the tower merge, but {why}; leave it out")
+def _check_blocks(asked: Settings, settings: Settings, reducer: Reducer, name: str) -> None:
+    """UserError where the caller asks how blocks merge and none does, or how many where all or one do."""
+    check_merges(asked.merges, settings.ratio, settings.counts)
+    for setting in IN_BLOCKS:
+        value, which = getattr(asked, setting), setting in WHICH_BLOCKS
+        if value is not None and (settings.where not in BLOCKS or (which and reducer.once)):
+            why = f"no block merges with where={settings.where!r}"
+            why = f"{name} reduces in one step" if which and reducer.once else why
+            says = "which blocks of the tower merge" if which else "how blocks of the tower merge"
+            raise UserError(f"{setting}={value!r} says {says}, but {why}; leave it out")
 
 
 def _check_original(settings: Settings, reducer: Reducer, name: str) -> None:

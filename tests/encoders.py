@@ -120,7 +120,7 @@ ENCODERS = (
     Encoder("DeiT", "DeiTModel", 2),
     Encoder("DeiT", "DeiTForImageClassification", 2),
     Encoder("DeiT", "DeiTForImageClassificationWithTeacher", 2, "class and distillation token"),
-    Encoder("ViT-MAE (`mask_ratio=0`)", "ViTMAEModel", 1, "nothing"),
+    Encoder("ViT-MAE (`mask_ratio=0.0`)", "ViTMAEModel", 1, "nothing"),
     Encoder("DINOv2", "Dinov2Model"),
     Encoder("DINOv2", "Dinov2ForImageClassification", 1, "class token and mean"),
     Encoder("DINOv2 with registers", "Dinov2WithRegistersModel", 5),

@@ -119,6 +119,26 @@ def test_a_number_of_merges_gives_way_to_what_says_more():
         merging(settings.changed(ratio=0.9).changed(merges=4))
 
 
+IN_BLOCKS = {"merges": 4, "schedule": "early", "place": "end", "proportional_attention": False}
+
+
+@pytest.mark.parametrize("setting", IN_BLOCKS)
+def test_what_is_said_of_blocks_is_refused_where_none_merges_and_forgotten_on_the_way_there(setting):
+    geometry = Geometry(grid=(24, 24), class_tokens=1, visible_class_tokens=0, merging_blocks=23, blocks=24)
+    value = IN_BLOCKS[setting]
+    asked = Settings().changed(keep=144, **{setting: value})
+    there = asked.changed(where="projector")
+    assert make_plan(there, geometry).where == "projector" and getattr(there, setting) is None
+    with pytest.raises(ValueError, match=rf"{setting}={value!r} says .*no block merges with where='projector'; leave"):
+        make_plan(there.changed(**{setting: value}), geometry)
+    once = asked.changed(where="tower").changed(method="visionzip", where="tower", **{setting: value})
+    if setting in ("merges", "schedule"):
+        with pytest.raises(ValueError, match=f"{setting}={value!r} says .*but visionzip reduces in one step"):
+            make_plan(once, geometry)
+    else:
+        assert make_plan(once, geometry).merging == (22,)
+
+
 @pytest.mark.parametrize("where", ["both", "projector"])
 @pytest.mark.parametrize("keep", [287, 144, 72, 16, 1])
 def test_with_few_merges_no_round_removes_over_two_fifths(where, keep):

@@ -93,7 +93,7 @@ def test_every_default_is_a_setting():
 @pytest.mark.parametrize("published", [False, True])
 def test_what_the_caller_gives_wins(published):
     asked = {
-        "where": "projector", "metric": "keys", "weighted": True, "proportional_attention": False, "place": "end",
+        "where": "both", "metric": "keys", "weighted": True, "proportional_attention": False, "place": "end",
         "calibration": "size",
     }  # fmt: skip
     plan = plan_of(published=published, margin=0.1, protect=0.75, **asked)

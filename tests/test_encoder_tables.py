@@ -151,6 +151,43 @@ def test_mistakes_are_one_line(capsys, tmp_path, more, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
+CAPTIONS = (', "captions": []', ', "captions": "a"', "")
+
+
+@pytest.mark.parametrize("said", ["", "no json", "[1]", *(f'{{"file_name": "0.png"{more}}}' for more in CAPTIONS)])
+def test_lines_without_captions_are_refused(tmp_path, said):
+    (tmp_path / "flickr30k").mkdir()
+    (tmp_path / "flickr30k" / "metadata.jsonl").write_text(f"{said}\n")
+    with pytest.raises(ValueError, match="give a line for each picture" if said else "no pictures in"):
+        data_of("flickr30k", tmp_path, None)
+
+
+def test_classes_have_to_be_those_of_the_model(capsys, here, tmp_path):
+    folders = tmp_path / "imagenet"
+    for n in range(2):
+        (folders / f"{n}").mkdir(parents=True)
+        picture(n).save(folders / f"{n}" / "0.png")
+    asked = ["reproduce", "--table", "pitome-imagenet", "--data", tmp_path, "--out", tmp_path, "--model"]
+    code, _, err = command_line(capsys, *asked, here / "vit")
+    assert code == 2 and "knows 3 classes, the data have 2" in err
+    (folders / "classes.txt").write_text("house")
+    code, _, err = command_line(capsys, *asked, here / "clip")
+    assert code == 2 and "names 1 classes of 2 folders" in err
+    (folders / "classes.txt").unlink()
+    code, _, err = command_line(capsys, *asked, "tiny")
+    assert code == 2 and "neither classifies pictures nor embeds texts" in err
+
+
+def test_the_plan_needs_no_data_and_no_weights(capsys, here):
+    for table in ("pitome-retrieval", "pitome-imagenet"):
+        code, out, err = command_line(capsys, "reproduce", "--table", table, "--plan", "--json")
+        said = json.loads(out)
+        assert code == 0 and not err and "openai/clip-vit-base-patch16" in said["downloads"]
+        assert all(row["gflops"] > 0 for row in said["runs"])
+    _, out, _ = command_line(capsys, "reproduce", "--table", table, "--plan", "--json", "--model", here / "clip")
+    assert all(row["gflops"] > 0 for row in json.loads(out)["runs"])
+
+
 def test_pictures_come_from_the_hub_too(monkeypatch, here):
     class Rows(list):
         column_names = ("image", "caption", "split")
@@ -166,3 +203,6 @@ def test_pictures_come_from_the_hub_too(monkeypatch, here):
     monkeypatch.setitem(__import__("sys").modules, "datasets", hub)
     found = data_of("flickr30k", None, None)
     assert found.captions == [["1"], ["2"]] and [len(batch) for batch in found.batches(2)] == [2]
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        data_of("flickr30k", None, None)

@@ -134,6 +134,8 @@ def test_pictures_of_another_size(name, flag):
         handle.update(keep=PATCHES)
         with pytest.raises(ValueError, match=f"keep={PATCHES}"):
             row.call(model, pixels(0, side=(16, 16)), **options)
+        with pytest.raises(RuntimeError, match="size"):  # the model's own words
+            row.call(model, pixels(0, side=(2, 16)), **options)
 
 
 def test_rotary_positions_are_those_of_median_patches():
@@ -175,6 +177,10 @@ def test_a_reader_is_told_of_the_towers_own_tensor_only(caplog):
         for given in (states, states.clone()):
             model.qformer(model.query_tokens, encoder_hidden_states=given, encoder_attention_mask=mask)
     assert masks[-2].max() > 0 and masks[-1] is None and "hand on the tower's last_hidden_state" in caplog.text
+    caplog.clear()
+    handle.update(keep=1.0)
+    row.call(model, pixels(0, 1, side=(8, 8)), interpolate_pos_encoding=True)  # smaller, and nothing merges
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -226,11 +232,27 @@ def test_models_that_cannot_merge_say_why():
     beit = transformers.BeitModel(transformers.BeitConfig(**sizes, image_size=16, patch_size=8))
     with pytest.raises(ValueError, match="unsupported model BeitModel: .* bias for every pair"):
         attach(beit, keep=1)
-    siglip2 = type("Siglip2Model", (torch.nn.Module,), {})()
+    siglip2 = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes, num_patches=4, patch_size=8))
     with pytest.raises(ValueError, match="load as SiglipModel"):
         attach(siglip2, keep=1)
-    with pytest.raises(ValueError, match=r"mask_ratio=0.75 .* load with mask_ratio=0"):
+    decoder = {f"decoder_{name}": size for name, size in sizes.items()}
+    mae = transformers.ViTMAEConfig(**sizes, **decoder, image_size=16, patch_size=8, mask_ratio=0.0)
+    with pytest.raises(ValueError, match=r"attach to the encoder, model\.vit"):
+        attach(transformers.ViTMAEForPreTraining(mae), keep=1)
+    with pytest.raises(ValueError, match=r"mask_ratio=0.75 .* load with mask_ratio=0\.0"):
         attach(BY_MODEL["ViTMAEModel"].build(mask_ratio=0.75), keep=1)
+
+
+def test_a_scaled_picture_has_its_own_order_of_patches():
+    """ViT-MAE takes patches in the order of a noise, which is one of the whole picture's."""
+    row, x = BY_MODEL["ViTMAEModel"], pixels(0, 1)
+    model, plain = row.build(), row.build()
+    small = torch.nn.functional.interpolate(x.float(), scale_factor=0.5, mode="bicubic", antialias=True).double()
+    expected = row.call(plain, small, interpolate_pos_encoding=True)["last_hidden_state"]
+    with attach(model, "downsample", keep=QUARTER) as handle:
+        for hidden in (row.call(model, x)["last_hidden_state"], model(x).last_hidden_state):
+            torch.testing.assert_close(hidden, expected, **CLOSE)
+        assert handle.unmerge(hidden).shape[1] == 1 + PATCHES
 
 
 def test_calls_that_cannot_merge_say_why():

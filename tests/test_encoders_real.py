@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from encoders import BY_MODEL, pixels
 
+from pitome_mllm import attach
 from pitome_mllm_eval.encoders import real, report, weights
 
 
@@ -51,9 +53,28 @@ def test_figures_are_those_of_neighbours():
     assert other["cosine"] < 0.7 and other["neighbour"] < 1
 
 
+def test_results_of_other_pictures_stay_apart(tmp_path):
+    out = tmp_path / "real.csv"
+    real.check_same(out, 9)
+    out.write_text("model,pictures\nclip-vit-b-16,9\n")
+    real.check_same(out, 9)
+    with pytest.raises(ValueError, match="is of 9 pictures, here are 12; choose another --out"):
+        real.check_same(out, 12)
+
+
 def test_every_setting_is_measured_once():
     asked = [real._key("clip-vit-b-16", one) for one in real.settings(196, 12)]
     assert len(asked) == len(set(asked)) and {one[3] for one in asked} == {"every", "3", "4", "6", "picture"}
+
+
+@pytest.mark.parametrize("method", (*real.FEW, *real.OTHERS))
+def test_methods_are_measured_twice_where_choices_make_a_difference(method):
+    row, found = BY_MODEL["CLIPVisionModelWithProjection"], []
+    model, x = row.build(), pixels(0)
+    for how in real.HOW.values():
+        with attach(model, method, ratio=0.9, **how):
+            found.append(row.call(model, x)["image_embeds"])
+    assert torch.equal(*found) == (method in real.SAME)
 
 
 def test_the_table_names_every_setting_and_the_plot_is_drawn(tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
@@ -12,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from test_graphs import Recorded
 from transformers import BitsAndBytesConfig
 
-from pitome_mllm import attach
+from pitome_mllm import Attachment, attach
+from pitome_mllm.families.encoders import ENCODERS
 from pitome_mllm.hooks import graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -111,6 +116,19 @@ def test_training_with_adapters(name, checkpointing):
     assert len(grads) >= 18 and all(grad > 0 for grad in grads)
 
 
+def test_the_plain_model_runs_while_training_keeps_a_merged_run():
+    """As in distillation: recomputation holds on to the state of the student's call."""
+    row, x = BY_MODEL["SiglipVisionModel"], pixels(0, 1)
+    model, plain = row.build().train(), row.build()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with attach(model, keep=QUARTER) as handle:
+        student = model(x)
+        with handle.using(None):
+            seen, expected = row.call(model, x), row.call(plain, x)
+            assert all(torch.equal(seen[key], expected[key]) for key in expected)
+        sum(value.sum() for value in student.values()).backward()
+
+
 @pytest.mark.parametrize("name", [*SHAPES, "ViTMAEModel", "SiglipModel", "Blip2ForImageTextRetrieval"])
 def test_graphs_serve_encoders(name, monkeypatch, caplog):
     """Stood in for on a processor: the same bits with a graph, pooling and readers included."""
@@ -128,3 +146,37 @@ def test_graphs_serve_encoders(name, monkeypatch, caplog):
             assert all(torch.equal(seen[key], expected[key]) for key in expected)
             assert torch.equal(handle.stats.groups, stats.groups)
     assert [made.replays for made in Recorded.made_so_far] == [2], caplog.text
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipForImageClassification", "Blip2ForImageTextRetrieval"])
+def test_copies_threads_and_files_are_as_with_any_model(name, tmp_path):
+    row, x = BY_MODEL[name], pixels(0, 1)
+    model, plain, other = row.build().float(), row.build().float(), row.build(seed=2).float()
+    x = x.float()
+    expected, others = row.call(plain, x), row.call(other, x)
+    handle = attach(model, keep=QUARTER)
+    merged = row.call(model, x)
+    for part in (model, model.get_submodule(ENCODERS[name].tower)):
+        with pytest.raises(ValueError, match="already carries pitome"):
+            attach(part, keep=QUARTER)
+    with pytest.raises(ValueError, match="cannot be pickled"):
+        pickle.dumps(model)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    model.save_pretrained(tmp_path)
+    assert_equal(row.call(type(plain).from_pretrained(tmp_path, dtype=torch.float32).eval(), x), expected)
+    with handle.using(keep=PATCHES // 2), ThreadPoolExecutor(1) as pool:
+        assert_equal(pool.submit(row.call, model, x).result(), merged)  # what `using` chose is another thread's
+        row.call(model, x)
+        assert handle.stats.tokens_after == PATCHES // 2
+    copied = copy.deepcopy(model)
+    with attach(other, keep=PATCHES // 2):
+        handle.remove()
+        assert_equal(row.call(model, x), expected)
+        assert_equal(row.call(copied, x), merged)
+    Attachment.of(copied).remove()
+    assert_equal(row.call(copied, x), expected)
+    assert_equal(row.call(other, x), others)
+
+
+def assert_equal(seen, expected):
+    assert seen.keys() == expected.keys() and all(torch.equal(seen[key], expected[key]) for key in expected)

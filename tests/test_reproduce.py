@@ -22,7 +22,7 @@ from pitome_mllm_eval.lmms import identity, report
 from pitome_mllm_eval.lmms.cost import Meter
 from pitome_mllm_eval.lmms.plans import BESIDE, SUSTAINED, control, narrowed, plan, with_controls
 from pitome_mllm_eval.lmms.results import draws, group_a, interval, read
-from pitome_mllm_eval.lmms.tables import FIGURES, PLAIN, RELATIVE, TABLES, TASKS, Run, published
+from pitome_mllm_eval.lmms.tables import FIGURES, PLAIN, RELATIVE, TABLES, TASKS, Run, own_config, published
 
 
 def run(capsys, *arguments):
@@ -58,6 +58,12 @@ def test_derived_means_follow_from_the_figures_beside_them():
 def test_the_embedded_table_stands_beside_what_was_measured():
     known = published("embedded")
     assert all((one, "pitome_scenes") in known for one in TABLES["embedded"].runs)
+
+
+def test_the_embedded_model_is_no_name_for_the_hub(monkeypatch):
+    asked, own = [], transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: asked.append(name) or own(name))
+    assert own_config("tiny").model_type == "llava" and asked == [str(TINY)]
 
 
 def test_protocols_of_next_and_of_shares_are_rows_with_controls():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..lmms.tables import TASKS
 
 CLASSES = "imagenet"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+WANTED = 'give a line for each picture: {"file_name": "1.jpg", "captions": ["one", "or more"]}'
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,22 @@ def _turns(labels: Sequence[int]) -> list[int]:
 def _captioned(folder: Path) -> Data:
     file = folder / "metadata.jsonl"
     if not file.is_file():
-        raise UserError(f"no {str(file)!r}; put it there, a line for each picture: file_name and captions")
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    return Data([folder / row["file_name"] for row in rows], [row["captions"] for row in rows])
+        raise UserError(f"no {str(file)!r}; {WANTED}")
+    lines = [(n, line) for n, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"no pictures in {str(file)!r}; {WANTED}")
+    named = [_named(line, f"line {n} of {str(file)!r}") for n, line in lines]
+    return Data([folder / name for name, _ in named], [captions for _, captions in named])
+
+
+def _named(line: str, where: str) -> tuple[str, list[str]]:
+    """The file name and the captions that a line says."""
+    with suppress(ValueError, TypeError, KeyError):
+        row = json.loads(line)
+        name, captions = row["file_name"], row["captions"]
+        if captions and isinstance(captions, list) and all(isinstance(text, str) for text in (name, *captions)):
+            return name, captions
+    raise UserError(f"{where} is no picture with captions; {WANTED}")
 
 
 def _classes(folder: Path) -> Data:
@@ -86,13 +101,17 @@ def _classes(folder: Path) -> Data:
         raise UserError(f"no pictures in folders of {str(folder)!r}; put a folder for each class there")
     named = folder / "classes.txt"
     names = named.read_text().splitlines() if named.is_file() else [one.name.replace("_", " ") for one in folders]
+    if len(names) != len(folders):
+        raise UserError(f"{str(named)!r} names {len(names)} classes of {len(folders)} folders; give a line for each")
     return Data([file for file, _ in files], labels=[n for _, n in files], classes=names)
 
 
 def _from_hub(name: str) -> Data:
     """What the hub's data set holds; Flickr30k is there with all its splits in one."""
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise UserError("data sets of the hub need datasets: pip install datasets; or give --data FOLDER") from error
     rows = load_dataset(TASKS[name].data, split=TASKS[name].split)
     if name == CLASSES:
         return Data(rows, labels=rows["label"], classes=rows.features["label"].names)

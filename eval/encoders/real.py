@@ -7,6 +7,7 @@ onnx, scikit-image and scikit-learn; Debian's tuxpaint-stamps-default brings mos
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from pitome_mllm.schedule import Schedule
 from ..benchmark.bootstrap import Bootstrap
 from ..documents import append, read
 from ..provenance import about_machine, parse_measuring
-from .report import COMMAND, OUT
+from .report import COMMAND, OUT, results, text
 from .weights import MODELS, load
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian puts them
@@ -40,7 +41,7 @@ KEY = ("model", "method", "how", "points", "amount")  # of a row
 RATIOS, POINTS = (0.9, 0.85, 0.95), (3, 4, 6)
 FEW = ("pitome", "pitome-bsm", "tome")  # with every number of merges at every ratio; the others with six at the first
 OTHERS = ("random", "tofu", "mctf", "crossget", "diffrate", "dct", "pitome-llava")
-SAME = ("diffrate", "dct", "pitome-llava", "random")  # whatever the library's choices
+SAME = ("dct", "pitome-llava", "random")  # whatever the library's choices
 HOW = {"as published": {"published": True}, "library": {}}
 
 
@@ -175,9 +176,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--every and --threads take 1 or more")
     torch.set_num_threads(options.threads)
     shown = pictures(options.stamps, options.every)
+    check_same(options.out, len(shown))
     about = {"pictures": len(shown), **about_machine()}
     for name in MODELS:
         measure(name, load(name, options.wheels), shown, options.out, about)
+    sys.stdout.write(f"{text(results(options.out))}\n")
+
+
+def check_same(out: Path, pictures: int) -> None:
+    """ValueError where ``out`` holds what was measured on another number of pictures."""
+    there = {row["pictures"] for row in read(out, COMMAND, ("pictures",))} if out.exists() else set()
+    if there - {str(pictures)}:
+        raise UserError(f"{str(out)!r} is of {' and '.join(there)} pictures, here are {pictures}; choose another --out")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from .pictures import CLASSES, Data, data_of
 RANKS = (1, 5, 10)
 FIGURES = tuple(f"{to} R@{k}" for to in ("text", "image") for k in RANKS)
 PROMPT = "a photo of a {}."
+READS = ("CLIPModel", "SiglipModel", "BlipForImageTextRetrieval")  # have embeddings of pictures and of texts
 Said = Callable[[str], None]
 
 
@@ -37,10 +38,16 @@ class Encoder:
 
     def __init__(self, name: str, dtype: str | None, device: str | None) -> None:
         config = own_config(name)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        kind = (config.architectures or ["AutoModel"])[0]
+        if kind not in READS and not kind.startswith("Auto") and "ForImageClassification" not in kind:
+            raise UserError(
+                f"{name!r} is a {kind}, which neither classifies pictures nor embeds texts; choose a classifier, or "
+                f"{', '.join(READS)}"
+            )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.name, self._texts = name, dict[tuple[str, ...], Tensor]()
-        self.model = kind.from_pretrained(name, dtype=DTYPES[dtype] if dtype else "auto").eval().to(self.device)
+        made = getattr(transformers, kind).from_pretrained(name, dtype=DTYPES[dtype] if dtype else "auto")
+        self.model = made.eval().to(self.device)
 
     @cached_property
     def processor(self) -> Any:
@@ -123,6 +130,12 @@ def _within(hits: Tensor) -> Tensor:
 
 def classified(encoder: Encoder, data: Data, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Hits and trials of each picture (N, 1)."""
+    known = encoder.model.config.num_labels if encoder.classifies else len(data.classes)
+    if known != len(data.classes):
+        raise UserError(
+            f"{encoder.name!r} knows {known} classes, the data have {len(data.classes)}; give a folder for each of its "
+            "classes, in their order, which may be empty"
+        )
     if not encoder.classifies:
         texts = encoder.texts(map(PROMPT.format, data.classes), batch)
     scores = encoder.images(data, batch)

@@ -151,16 +151,19 @@ def notes(table: Table) -> list[str]:
 
 @cache
 def _flops(run: Run) -> int | None:
-    text = getattr(config_of(run.model), "text_config", None)
-    if text is not None and text.model_type not in MLP_MATRICES:
+    text, alone = getattr(config_of(run.model), "text_config", None), geometry(config_of(run.model)).family.encoder
+    if text is not None and text.model_type not in MLP_MATRICES and not alone:
         return None
     about = {"text_tokens": TEXT_TOKENS, "new_tokens": NEW_TOKENS, "images": images_of(run.model)}
     return estimate(config_of(run.model), plan_of(run), **about).flops
 
 
 def downloads(table: Table, local: bool) -> list[str]:
-    """What a first run fetches from the hub: weights with their size in float16, and data sets that are not local."""
+    """What a first run fetches from the hub: weights, with their size in float16 where it is known of all of a model,
+    and data sets that are not local.
+    """
     models = [m for m in dict.fromkeys(run.model for run in table.runs) if m in SHAPE_OF]
-    weights = [f"{model} ({weight_bytes(config_of(model)) / 1e9:.1f} GB)" for model in models]
+    sized = [model for model in models if not table.of_encoders]  # of those the tower's alone is
+    weights = [f"{m} ({weight_bytes(config_of(m)) / 1e9:.1f} GB)" if m in sized else m for m in models]
     data = dict.fromkeys(TASKS[name].data for name in table.tasks)
     return weights + [name for name in data if name and not local]

@@ -17,6 +17,7 @@ from pitome_mllm.costs.published import get_shape
 from pitome_mllm.families.encoders import ENCODER_OF_CONFIG
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.loading import read_config
+from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.serving.resolution import CONTROL, near_grid
 from pitome_mllm.settings import Settings
@@ -259,8 +260,11 @@ def config_of(model: str) -> Any:
 
 def own_config(model: str) -> Any:
     """The configuration in a model's folder or on the hub, of an encoder alone too."""
-    with suppress(OSError, ValueError):
-        config = AutoConfig.from_pretrained(model)
-        if config.model_type in ENCODER_OF_CONFIG:
-            return config
-    return read_config(model)
+    try:
+        return read_config(model)  # first, since not every name is one of the hub's
+    except UserError:
+        with suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(model)
+            if config.model_type in ENCODER_OF_CONFIG:
+                return config
+        raise

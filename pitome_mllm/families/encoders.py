@@ -58,9 +58,10 @@ LAYER_OF_CONFIG = {  # of towers that stand alone only; those that LLMs have are
     "blip_vision_model": "BlipEncoderLayer",
     "blip_2_vision_model": "Blip2EncoderLayer",
 }
-_PAIRS = "its attention adds a bias for every pair of patches of the whole grid, which merged tokens do not have"
-REFUSED = {  # key: class name of the model, or the start of its `model_type`; why it cannot merge
-    "Siglip2Model": "its pictures have any shape and are padded to one number of patches; SigLIP 2 checkpoints of a "
-    "fixed resolution load as SiglipModel, which merges",
-    "BeitPreTrainedModel": _PAIRS,
+REFUSED = {  # key: class name of the model, or of one it derives from; why it cannot merge
+    "Siglip2PreTrainedModel": "its pictures have any shape and are padded to one number of patches; SigLIP 2 "
+    "checkpoints of a fixed resolution load as SiglipModel, which merges",
+    "BeitPreTrainedModel": "the attention of published checkpoints adds a bias for every pair of patches of the whole "
+    "grid, which merged tokens do not have",
+    "ViTMAEForPreTraining": "its decoder puts every patch back in its place; attach to the encoder, model.vit",
 }

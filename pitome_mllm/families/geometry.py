@@ -149,7 +149,7 @@ def _of_encoder(vision: Any, family: FamilySpec) -> Geometry:
     """The geometry of an encoder alone: all blocks of its tower merge."""
     if getattr(vision, "mask_ratio", 0):
         raise UserError(
-            f"mask_ratio={vision.mask_ratio} hides patches at random; load with mask_ratio=0, as for features"
+            f"mask_ratio={vision.mask_ratio} hides patches at random; load with mask_ratio=0.0, as for features"
         )
     tower = _tower(vision, family)
     reason = "an encoder alone has no LLM that could be told"

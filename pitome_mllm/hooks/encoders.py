@@ -22,7 +22,7 @@ from .state import Attached
 logger = logging.getLogger(__name__)
 
 MEANS = "pitome_means"  # the keyword by which a model tells its tower that it takes means over patches
-SIZES = "_pitome_sizes"  # on a tower's output: patches per token, for a part whose cross-attention reads it
+SIZES = "_pitome_sizes"  # on a tower's output: patches per token or None, for what reads it by cross-attention
 
 
 class _AddingToLogits(TorchFunctionMode):
@@ -70,15 +70,19 @@ def for_call(tower: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]) 
         return plan, kwargs  # the model says what it takes
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     grid = (pixels.shape[-2] // rows, pixels.shape[-1] // columns)
-    if hasattr(tower.config, "mask_ratio") and len(args) < 2 and kwargs.get("noise") is None:
-        places = torch.arange(grid[0] * grid[1], device=pixels.device).repeat(len(pixels), 1)
+    if not all(grid):
+        return plan, kwargs  # here too
+    plan, mask_ratio = plan.for_grid(grid), hasattr(tower.config, "mask_ratio")
+    scaled = plan.input_patches < plan.geometry.patches
+    if mask_ratio and len(args) < 2 and (scaled or kwargs.get("noise") is None):
+        places = torch.arange(plan.input_patches, device=pixels.device).repeat(len(pixels), 1)
         kwargs = {**kwargs, "noise": places}  # ViT-MAE puts patches in the order of its noise
-    return plan.for_grid(grid), kwargs
+    return plan, kwargs
 
 
 def weigh_keys(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Pre-hook of the attention in a pooling head (SigLIP): log(size) on the logits of merged tokens."""
-    run = running()
+    run = None if attention._pitome.plan is None else running()  # one that training keeps is of another call
     size = None if run is None else run.weights(run.plan.geometry.blocks)
     if size is None:
         return None
@@ -100,9 +104,11 @@ def for_means(x: Tensor, size: Tensor, protected: int) -> Tensor:
 def keep_sizes(reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Pre-hook of a part that reads the tower: what its attention will read, marked with sizes as the tower left it."""
     states, plan = kwargs.get("encoder_hidden_states"), reader._pitome.plan
-    size = getattr(states, SIZES, None)
-    if size is not None:
-        states = states.to(reader.dtype)  # as the Q-Former does, which would lose the mark
+    if hasattr(states, SIZES):
+        size, states = (
+            getattr(states, SIZES),
+            states.to(reader.dtype),
+        )  # as the Q-Former does, which would lose the mark
         setattr(states, SIZES, size)
         return args, {**kwargs, "encoder_hidden_states": states}
     told = plan is not None and plan.proportional_attention

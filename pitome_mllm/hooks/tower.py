@@ -187,7 +187,7 @@ def finish_run(tower: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         size = None if stats is None else stats.token_sizes
         if size is not None and run.means:
             output.last_hidden_state = for_means(output.last_hidden_state, size, run.plan.geometry.class_tokens)
-        if size is not None and handle.family.reader and run.plan.proportional_attention:
+        if stats is not None and handle.family.reader and run.plan.proportional_attention:
             setattr(output.last_hidden_state, SIZES, size)
     finally:
         handle.note(stats=stats)
