@@ -198,9 +198,10 @@ def _token_counts(
     if settings.where != "both" and settings.tower_keep is not None:
         raise UserError(f"tower_keep={settings.tower_keep} goes with where='both', got where={settings.where!r}")
     if reducer.once and (settings.where == "both" or settings.keep is None):
+        places = [f"where={place!r}" for place in geometry.family.places if place != "both"]
         raise UserError(
             f"{name} reduces in one step, got where={settings.where!r}, ratio={settings.ratio}, "
-            f"counts={settings.counts}; choose where='tower' or 'projector', and give keep"
+            f"counts={settings.counts}; choose {' or '.join(places)}, and give keep"
         )
     if reducer.shrinks_picture and settings.where != "tower":
         raise UserError(

@@ -105,10 +105,8 @@ def keep_sizes(reader: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     """Pre-hook of a part that reads the tower: what its attention will read, marked with sizes as the tower left it."""
     states, plan = kwargs.get("encoder_hidden_states"), reader._pitome.plan
     if hasattr(states, SIZES):
-        size, states = (
-            getattr(states, SIZES),
-            states.to(reader.dtype),
-        )  # as the Q-Former does, which would lose the mark
+        size = getattr(states, SIZES)
+        states = states.to(reader.dtype)  # as the Q-Former does, which would lose the mark
         setattr(states, SIZES, size)
         return args, {**kwargs, "encoder_hidden_states": states}
     told = plan is not None and plan.proportional_attention
