@@ -227,9 +227,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         Keep the energy of every token in ``handle.stats``.
     graph : "auto" or bool, default "auto"
         "auto": on a CUDA device, without gradients, the vision tower with its merging runs as one CUDA graph for each
-        setting and shape of images, made on the second equal call, and so does the LLM's prefill in generate(); True:
-        on the first; False: never. What no graph can hold runs as it is, and the log says why. A few graphs are kept,
-        until `remove`.
+        setting and shape of images, made on the second equal call, and so does the LLM's prefill in generate(), up to
+        64 images and 2,048 tokens; True: on the first, of any number; False: never. What no graph can hold runs as it
+        is, and the log says why. A few graphs are kept, until `remove`.
     **settings
         Anything else is an option of the method, such as ``margin=0.45``.
 
