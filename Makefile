@@ -1,7 +1,7 @@
 # make ask       answer a question about a held-out picture, with all visual tokens and with a quarter of them
 # make demo      the chat in a browser
 # make test      style, types and the test suite
-# make real-clip    real weights of CLIP and DINOv2 on photographs, fetched by hash, measured, in some 12 minutes; never in CI
+# make real-clip    real weights of CLIP and DINOv2 on photographs, fetched by hash, measured, in some 13 minutes; never in CI
 # make report    the tables and plots of README and docs anew from eval/results; fails if a table was another one
 # make bench     the speed on one thread of a processor; make bench-gpu: what is promised on a GPU
 # All others stand in CONTRIBUTING.md.
