@@ -52,7 +52,7 @@ class Schedule:
     counts : iterable of int, optional
         Tokens after each block, explicitly.
     shape : str, default 'equal'
-        The token schedule: over which part of the blocks tokens go, a name in `SHAPES`.
+        The token schedule: over which part of the blocks tokens go, a name in `SHAPES`. It goes with ``keep``.
     merges : int or str, optional
         How many of the blocks merge, each an equal share, at places that ``shape`` decides; "every" (None) = all. More
         do where one would remove over 40 %. It goes with ``keep``.
@@ -60,7 +60,7 @@ class Schedule:
     Raises
     ------
     ValueError
-        Two of keep, ratio and counts; merges with ratio or counts; a value out of range; an unknown shape.
+        Two of keep, ratio and counts; merges or a shape with ratio or counts; a value out of range; an unknown shape.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Schedule:
             raise UserError(f"ratio={ratio!r} is not possible; choose a number above 0 and up to 1, such as 0.9")
         if shape not in SHAPES:
             raise UserError(f"unknown schedule {shape!r}; choose one of {', '.join(SHAPES)}")
-        if ratio is not None and shape != "equal":
-            raise UserError(f"ratio={ratio} already says what every block keeps; schedule={shape!r} goes with keep")
+        for name in given.keys() - {"keep"} if shape != "equal" else ():
+            raise UserError(f"{name} already says what every block keeps; schedule={shape!r} goes with keep")
         check_merges(merges, ratio, counts)
         self.keep = keep
         self.ratio = ratio

@@ -119,12 +119,8 @@ class Settings:
         changed = replace(self, **settings)
         place, forgotten = changed.where or changed.defaults["where"], set[str]()
         if place != (self.where or self.defaults["where"]):
-            forgotten.add("tower_keep")
-        if changed.ratio is not None or changed.counts is not None:
-            forgotten.add("merges")
-        if place not in BLOCKS:
-            forgotten.update(IN_BLOCKS)
-        elif changed.once:
+            forgotten.update(("tower_keep",) if place in BLOCKS else ("tower_keep", *IN_BLOCKS))
+        if changed.once or changed.ratio is not None or changed.counts is not None:
             forgotten.update(WHICH_BLOCKS)
         none: dict[str, Any] = dict.fromkeys(forgotten - given.keys())
         return replace(changed, **none)
@@ -250,11 +246,12 @@ def _check_needs(settings: Settings, reducer: Reducer, name: str, geometry: Geom
 def _check_blocks(asked: Settings, settings: Settings, reducer: Reducer, name: str) -> None:
     """UserError where the caller asks how blocks merge and none does, or how many where all or one do."""
     check_merges(asked.merges, settings.ratio, settings.counts)
+    none = "" if settings.where in BLOCKS else f"no block merges with where={settings.where!r}"
+    none = f"{name} scales the picture, and no block merges" if reducer.shrinks_picture else none
     for setting in IN_BLOCKS:
         value, which = getattr(asked, setting), setting in WHICH_BLOCKS
-        if value is not None and (settings.where not in BLOCKS or (which and reducer.once)):
-            why = f"no block merges with where={settings.where!r}"
-            why = f"{name} reduces in one step" if which and reducer.once else why
+        why = f"{name} reduces in one step" if which and reducer.once else none
+        if value is not None and why:
             says = "which blocks of the tower merge" if which else "how blocks of the tower merge"
             raise UserError(f"{setting}={value!r} says {says}, but {why}; leave it out")
 

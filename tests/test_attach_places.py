@@ -11,6 +11,7 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
+from pitome_mllm.families.encoders import ENCODERS
 from pitome_mllm.families.geometry import Geometry, geometry
 from pitome_mllm.plan import make_plan
 from pitome_mllm.schedule import projector_counts
@@ -132,11 +133,26 @@ def test_what_is_said_of_blocks_is_refused_where_none_merges_and_forgotten_on_th
     with pytest.raises(ValueError, match=rf"{setting}={value!r} says .*no block merges with where='projector'; leave"):
         make_plan(there.changed(**{setting: value}), geometry)
     once = asked.changed(where="tower").changed(method="visionzip", where="tower", **{setting: value})
+    scaled = Settings().changed(method="downsample", keep=144, **{setting: value})
     if setting in ("merges", "schedule"):
         with pytest.raises(ValueError, match=f"{setting}={value!r} says .*but visionzip reduces in one step"):
             make_plan(once, geometry)
+        for more in ({"ratio": 0.9}, {"counts": [500] * 23}):
+            assert make_plan(asked.changed(**more), geometry) == make_plan(Settings().changed(**more), geometry)
+            with pytest.raises(ValueError, match=f"{[*more][0]} .*says what every block"):
+                make_plan(Settings().changed(**more, **{setting: value}), geometry)
     else:
         assert make_plan(once, geometry).merging == (22,)
+        with pytest.raises(ValueError, match=f"{setting}={value!r} says .*but downsample scales the picture"):
+            make_plan(scaled, geometry)
+
+
+def test_what_is_said_of_an_encoders_blocks_stays_whatever_the_methods_place_in_llms():
+    alone = Geometry((4, 4), 1, 0, 12, 12, family=ENCODERS["CLIPModel"])
+    asked = Settings().changed(method="visionzip", keep=4, place="end", proportional_attention=False)
+    for settings in (asked, asked.changed(keep=8)):
+        plan = make_plan(settings, alone)
+        assert (plan.where, plan.place, plan.proportional_attention) == ("tower", "end", False)
 
 
 @pytest.mark.parametrize("where", ["both", "projector"])
