@@ -176,6 +176,9 @@ def test_classes_have_to_be_those_of_the_model(capsys, here, tmp_path):
     (folders / "classes.txt").unlink()
     code, _, err = command_line(capsys, *asked, "tiny")
     assert code == 2 and "neither classifies pictures nor embeds texts" in err
+    (tmp_path / "config.json").write_text('{"model_type": "vit_mae", "mask_ratio": "none"}')
+    code, _, err = command_line(capsys, *asked, tmp_path)
+    assert code == 2 and "holds a value that is not possible" in err
 
 
 def test_the_plan_needs_no_data_and_no_weights(capsys, here):

@@ -262,7 +262,9 @@ def own_config(model: str) -> Any:
     """The configuration in a model's folder or on the hub, of an encoder alone too."""
     try:
         return read_config(model)  # first, since not every name is one of the hub's
-    except UserError:
+    except UserError as error:
+        if error.__cause__ is not None:  # it cannot be read, whatever it is of
+            raise
         with suppress(OSError, ValueError):
             config = AutoConfig.from_pretrained(model)
             if config.model_type in ENCODER_OF_CONFIG:
