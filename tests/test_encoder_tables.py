@@ -151,13 +151,13 @@ def test_mistakes_are_one_line(capsys, tmp_path, more, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-CAPTIONS = (', "captions": []', ', "captions": "a"', "")
+CAPTIONS = (', "captions": []', ', "captions": "a"', ', "captions": ["é"]', "")
 
 
 @pytest.mark.parametrize("said", ["", "no json", "[1]", *(f'{{"file_name": "0.png"{more}}}' for more in CAPTIONS)])
 def test_lines_without_captions_are_refused(tmp_path, said):
     (tmp_path / "flickr30k").mkdir()
-    (tmp_path / "flickr30k" / "metadata.jsonl").write_text(f"{said}\n")
+    (tmp_path / "flickr30k" / "metadata.jsonl").write_bytes(f"{said}\n".encode("latin-1"))
     with pytest.raises(ValueError, match="give a line for each picture" if said else "no pictures in"):
         data_of("flickr30k", tmp_path, None)
 

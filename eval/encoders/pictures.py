@@ -75,14 +75,14 @@ def _captioned(folder: Path) -> Data:
     file = folder / "metadata.jsonl"
     if not file.is_file():
         raise UserError(f"no {str(file)!r}; {WANTED}")
-    lines = [(n, line) for n, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(file.read_bytes().splitlines(), start=1) if line.strip()]
     if not lines:
         raise UserError(f"no pictures in {str(file)!r}; {WANTED}")
     named = [_named(line, f"line {n} of {str(file)!r}") for n, line in lines]
     return Data([folder / name for name, _ in named], [captions for _, captions in named])
 
 
-def _named(line: str, where: str) -> tuple[str, list[str]]:
+def _named(line: bytes, where: str) -> tuple[str, list[str]]:
     """The file name and the captions that a line says."""
     with suppress(ValueError, TypeError, KeyError):
         row = json.loads(line)
