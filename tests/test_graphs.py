@@ -313,6 +313,18 @@ def test_few_graphs_are_kept_and_rare_shapes_do_not_drive_them_out(one):
     assert len(handle.graphs) == 0 and all(each.made is None for each in Recorded.made_so_far)
 
 
+def test_captures_do_not_become_rarer_without_end(one, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 1)
+    monkeypatch.setattr(graphs, "RAREST", 1)
+    model = build(layers=2, feature_layer=-1)
+    with attach(model, "tome", keep=500, graph=True) as handle:
+        for keep in (500, 499, 498, 497):
+            for _ in range(2):
+                with handle.using(keep=keep):
+                    seen(model, one)
+    assert made() == 4  # by a second call at the latest
+
+
 # ---- what no graph can hold ------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 DEVICES = ("cuda",)
 KEPT = 4  # graphs of one module; each holds the memory of a call
 SEEN = 64  # kinds of calls that are remembered without a graph
+RAREST = 8  # doublings after which what a capture takes is nothing beside the calls before it
 Key = tuple[Any, ...]
 
 
@@ -106,7 +107,7 @@ class Graphs:
         if reason is None:
             with captures.exclusive() as free:
                 if not free:  # later, and later each time
-                    self._rare, self._seen[key] = self._rare + 1, 0
+                    self._rare, self._seen[key] = min(self._rare + 1, RAREST), 0
                     return
                 reason = self._capture(key, work)
         if reason is not None:
@@ -128,7 +129,7 @@ class Graphs:
         with self._lock:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)[1][0].free()
-                self._rare += 1
+                self._rare = min(self._rare + 1, RAREST)
         try:
             self._pool = self._pool or new_pool()
             capture = Capture(work.again, work.inputs, self._pool, work.inputs[0].device)
