@@ -77,7 +77,8 @@ class Attachment(Attached):
     def update(self, method: str | Reducer | None = UNCHANGED, **settings: Any) -> None:
         """Change settings for all tasks and threads; the same arguments as `attach`. On an error nothing changes.
 
-        What is not given stays, but for what the library chose because of it; a new place of merging is logged.
+        What is not given stays, but for what the library chose because of it, and what says nothing any more, such as
+        merges where blocks no longer merge; a new place of merging is logged.
         """
         self._check_attached()
         if method is not UNCHANGED:
@@ -196,9 +197,10 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
     counts : sequence of int, optional
         Instead of keep: the patch tokens left after each merging block.
     merges : int or "every", optional
-        How many blocks of the tower merge.
+        With keep: how many blocks of the tower merge.
     schedule : {"equal", "early", "delayed", "last"}, optional
-        The part of the blocks that merges: all (or see merges), the first or last two thirds, or as late as possible.
+        With keep: the part of the blocks that merges: all (or see merges), the first or last two thirds, or as late as
+        possible.
     where : {"tower", "projector", "both", "packed"}, optional
         Inside the blocks; before the projector; or both, and then ``tower_keep`` tokens leave the tower. Where images
         are cut into tiles, or their numbers of tokens differ, also after the projector, each image by itself, without

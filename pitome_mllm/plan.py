@@ -198,7 +198,8 @@ def _token_counts(
     if settings.where != "both" and settings.tower_keep is not None:
         raise UserError(f"tower_keep={settings.tower_keep} goes with where='both', got where={settings.where!r}")
     if reducer.once and (settings.where == "both" or settings.keep is None):
-        places = [f"where={place!r}" for place in geometry.family.places if place != "both"]
+        never = {"both", "packed" if reducer.needs else "", "projector" if reducer.shrinks_picture else ""}
+        places = [f"where={place!r}" for place in geometry.family.places if place not in never]
         raise UserError(
             f"{name} reduces in one step, got where={settings.where!r}, ratio={settings.ratio}, "
             f"counts={settings.counts}; choose {' or '.join(places)}, and give keep"
@@ -212,9 +213,9 @@ def _token_counts(
         if settings.keep is None:
             return patches, Schedule(None, settings.ratio, settings.counts, shape).counts(patches, blocks, limit), []
         keep = _patch_keep(settings, reducer, name, geometry)
+        schedule = Schedule(keep, settings.ratio, settings.counts, shape, settings.merges)
         if reducer.shrinks_picture:
             return keep, [keep] * blocks, []
-        schedule = Schedule(keep, settings.ratio, settings.counts, shape, settings.merges)
         return patches, schedule.counts(patches, blocks, limit), []
     keep = _patch_keep(settings, reducer, name, geometry)
     of_round = limit if settings.merges == EVERY else gentle(limit)

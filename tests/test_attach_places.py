@@ -11,6 +11,7 @@ from checks import assert_merged_like, assert_row, assert_works, logits, referen
 from models import PATCHES, QUESTION, build, picture, processor
 
 from pitome_mllm import METHODS, Schedule, attach, get_method
+from pitome_mllm.families import FAMILIES
 from pitome_mllm.families.encoders import ENCODERS
 from pitome_mllm.families.geometry import Geometry, geometry
 from pitome_mllm.plan import make_plan
@@ -153,6 +154,18 @@ def test_what_is_said_of_an_encoders_blocks_stays_whatever_the_methods_place_in_
     for settings in (asked, asked.changed(keep=8)):
         plan = make_plan(settings, alone)
         assert (plan.where, plan.place, plan.proportional_attention) == ("tower", "end", False)
+
+
+@pytest.mark.parametrize(
+    "method, places", [("dart", "tower projector packed"), ("prumerge", "tower projector"), ("downsample", "tower")]
+)
+def test_one_step_names_the_places_that_are_possible(method, places):
+    tiled = Geometry((24, 24), 1, 0, 23, 24, family=FAMILIES["LlavaNextForConditionalGeneration"])
+    said = " or ".join(f"where={place!r}" for place in places.split())
+    with pytest.raises(ValueError, match=f"choose {said}, and give keep"):
+        make_plan(Settings().changed(method=method, ratio=0.9), tiled)
+    with pytest.raises(ValueError, match=r"got keep=144 and ratio=0\.9: give one|ratio and counts say"):
+        make_plan(Settings().changed(method=method, ratio=0.9, keep=144), tiled)
 
 
 @pytest.mark.parametrize("where", ["both", "projector"])
