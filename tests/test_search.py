@@ -77,6 +77,10 @@ def test_each_round_asks_every_other_setting_that_can_be_had():
     assert ("where", "where=projector") in first and ("merge points", "merges=6") not in first  # that is the default
     assert not any(name == "merges=3" for _, name in search.alternatives({"where": "projector"}))
     assert ("metric", "metric=hidden") in search.alternatives({"metric": "keys"})  # the way back
+    told = {"merges": 3, "place": "end", "margin": None}
+    found = search.alternatives(told)
+    assert found["", "as it is"] == told and found["place in a block", "place=mid"] == {**told, "place": "mid"}
+    assert found["where", "where=projector"] == {"where": "projector", "margin": None}  # where no block merges
 
 
 def test_launches_count_what_runs():

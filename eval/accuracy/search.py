@@ -115,7 +115,8 @@ def alternatives(current: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, 
     plans, looks = list[Plan](), geometry(load("tiny")[0].config)
     for factor, choices in {"": [{}], **FACTORS}.items():
         for choice in choices:
-            settings = {**current, **choice}
+            asked, settings = Settings().changed(**current).changed(**choice), {**current, **choice}
+            settings = {k: v for k, v in settings.items() if k in asked.options or getattr(asked, k) is not None}
             try:
                 plan = [make_plan(Settings().changed(**settings, keep=keep), looks) for keep in KEEPS][0]
             except UserError:
