@@ -53,13 +53,18 @@ def test_figures_are_those_of_neighbours():
     assert other["cosine"] < 0.7 and other["neighbour"] < 1
 
 
-def test_results_of_other_pictures_stay_apart(tmp_path):
+def test_results_of_other_pictures_stay_apart(tmp_path, monkeypatch, capsys):
     out = tmp_path / "real.csv"
     real.check_same(out, 9)
     out.write_text("model,pictures\nclip-vit-b-16,9\n")
     real.check_same(out, 9)
     with pytest.raises(ValueError, match="is of 9 pictures, here are 12; choose another --out"):
         real.check_same(out, 12)
+    monkeypatch.setattr(real, "pictures", lambda *_: [()] * 12)
+    for more, said in ((), "is of 9 pictures"), (("--every", "0"), "take 1 or more"):
+        with pytest.raises(SystemExit):
+            real.main(["--wheels", str(tmp_path), "--out", str(out), "--threads", "1", *more])
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_every_setting_is_measured_once():

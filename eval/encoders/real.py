@@ -173,10 +173,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="gets what it lacks (%(default)s)")
     options = parse_measuring(parser, argv)
     if options.every < 1 or options.threads < 1:
-        raise UserError("--every and --threads take 1 or more")
+        parser.error("--every and --threads take 1 or more")
     torch.set_num_threads(options.threads)
     shown = pictures(options.stamps, options.every)
-    check_same(options.out, len(shown))
+    try:
+        check_same(options.out, len(shown))
+    except UserError as error:
+        parser.error(str(error))
     about = {"pictures": len(shown), **about_machine()}
     for name in MODELS:
         measure(name, load(name, options.wheels), shown, options.out, about)
