@@ -274,18 +274,19 @@ def _broken_file(source: str) -> str:
     return source
 
 
-def _processor(source: str, config: Any) -> Any:
-    """The processor; older checkpoints leave out what it needs to know of the tower."""
+def read_processor(kind: Any, source: str) -> Any:
+    """The processor of this ``kind``, one of transformers' Auto classes; ValueError where there is none."""
     try:
-        processor = transformers.AutoProcessor.from_pretrained(source)
-    except ImportError as error:
-        needed = _first_line(error).split(". ")[0]
-        raise UserError(f"cannot load the processor of {source!r}: {needed}; install torchvision") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load the processor of {source!r} ({_first_line(error)}); "
-            f"expected tokenizer and image processor files beside config.json"
-        ) from error
+        return kind.from_pretrained(source)
+    except (ImportError, OSError, ValueError) as error:
+        found = f"cannot load the processor of {source!r} ({_first_line(error).partition('. Check out')[0]})"
+        needed = "expected tokenizer and image processor files beside config.json"
+        raise UserError(f"{found}; {'install torchvision' if isinstance(error, ImportError) else needed}") from error
+
+
+def _processor(source: str, config: Any) -> Any:
+    """The processor of a model; older checkpoints leave out what it needs to know of the tower."""
+    processor = read_processor(transformers.AutoProcessor, source)
     if source == str(TINY):
         processor.tokenizer.__class__ = TokenizersBackend
     if getattr(processor, "patch_size", 0) is None:

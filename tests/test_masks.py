@@ -11,7 +11,7 @@ import torch
 from by_hand import Reference, Tokens, frequencies, told
 from checks import assert_row, logits, new_ids
 from families import BY_TITLE, QUESTIONS, TWO_PICTURES, Family, llava, pictures
-from models import CACHE, since_518, text_config
+from models import BEFORE_518, CACHE, since_518, text_config
 from packed import PACKED
 
 from pitome_mllm import attach
@@ -103,10 +103,12 @@ def test_caches_of_layers_with_a_window_do_not_change_the_answer(kind, options):
 TURNS = {kind: family(kind, NARROW, **LLMS[kind]) for kind in ("MistralConfig", "Gemma3TextConfig")}
 
 
+AGREES = pytest.mark.skipif(BEFORE_518, reason="before 5.18 the plain Gemma 3 disagrees, too")
+GEMMAS = [pytest.param(row, marks=AGREES) if row.title == "Gemma 3" else row for row in PACKED if "Gemma" in row.title]
+
+
 @pytest.mark.parametrize("calibration", ["distance", "none"])
-@pytest.mark.parametrize(
-    "row", [*TURNS.values(), *(row for row in PACKED if "Gemma" in row.title)], ids=lambda row: row.title
-)
+@pytest.mark.parametrize("row", [*TURNS.values(), *GEMMAS], ids=lambda row: row.title)
 def test_a_picture_in_a_later_turn(row, calibration):
     """On a cache that has forgotten what is out of the window: as the whole conversation anew."""
     model, (one, other) = row.build(), (dict(row.process([asked])) for asked in (ASKED[0], (QUESTIONS[1], pictures(3))))

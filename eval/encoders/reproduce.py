@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pitome_mllm import attach, estimate
 from pitome_mllm.commands._options import progress
-from pitome_mllm.loading import DTYPES
+from pitome_mllm.loading import DTYPES, read_processor
 from pitome_mllm.methods import UserError
 
 from ..benchmark.bootstrap import DRAWS, span
@@ -52,7 +52,7 @@ class Encoder:
     @cached_property
     def processor(self) -> Any:
         kind = transformers.AutoImageProcessor if self.classifies else transformers.AutoProcessor
-        return kind.from_pretrained(self.name)
+        return read_processor(kind, self.name)
 
     @property
     def classifies(self) -> bool:
