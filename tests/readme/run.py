@@ -65,6 +65,7 @@ def serve(command: str, address: str, folder: Path, environment: dict[str, str])
 
 def main() -> None:
     """Run them all."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
