@@ -63,5 +63,6 @@ REFUSED = {  # key: class name of the model, or of one it derives from; why it c
     "checkpoints of a fixed resolution load as SiglipModel, which merges",
     "BeitPreTrainedModel": "the attention of published checkpoints adds a bias for every pair of patches of the whole "
     "grid, which merged tokens do not have",
-    "ViTMAEForPreTraining": "its decoder puts every patch back in its place; attach to the encoder, model.vit",
+    "ViTMAEForPreTraining": "its decoder puts every patch in its place, which merged ones have lost; for features "
+    "attach to the encoder, model.vit, and call that, not the whole",
 }
