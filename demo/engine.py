@@ -14,7 +14,13 @@ from PIL import Image
 from pitome_mllm import attach, estimate
 from pitome_mllm.costs.flops import flops_known, kv_bytes_per_token
 from pitome_mllm.costs.published import SHAPES
-from pitome_mllm.families.features import picture_features, picture_inputs, pixel_values, tower_features
+from pitome_mllm.families.features import (
+    picture_features,
+    picture_inputs,
+    pixel_values,
+    tokens_of_picture,
+    tower_features,
+)
 from pitome_mllm.plan import Plan, make_plan
 from pitome_mllm.serving.prompts import Message, encode
 from pitome_mllm.serving.resolution import cell, smaller, without_floor
@@ -72,7 +78,7 @@ class Engine:
     ) -> tuple[Any, int]:
         """Inputs of a conversation about smaller images, of as many tokens as ``controls`` leave, and its room."""
         kept, mark = self.plan(controls).kept, self.model.config.image_token_id
-        full = [int((picture_inputs(self.processor, image)["input_ids"] == mark).sum()) for image in images]
+        full = [tokens_of_picture(self.processor, image, mark) for image in images]
         seen = [smaller(self.processor, image, kept(tokens)) for image, tokens in zip(images, full, strict=True)]
         return encode(self.model, without_floor(self.processor), said, seen, 1)
 

@@ -16,7 +16,7 @@ from pitome_mllm.costs.latency import timed
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import Plan
 from pitome_mllm.serving import prompts
-from pitome_mllm.serving.prompts import Message
+from pitome_mllm.serving.prompts import Message, tokens_read
 
 from .controls import Controls
 from .engine import Engine
@@ -117,11 +117,6 @@ def answer(
     def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
 
-    marked, whole = (
-        (given["input_ids"] == engine.model.config.image_token_id, given["attention_mask"].bool())
-        for given in (inputs, full or inputs)
-    )
-
     def work(say: Callable[[str], None]) -> Outcome:
         with _using(engine, controls), timed(engine.model) as clock:
             engine.model.generate(
@@ -133,10 +128,11 @@ def answer(
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )
             stats = engine.handle.stats
-        visual, read = (int(part.sum()) if stats is None else stats.left(part)[0] for part in marked)
+        (visual,), (read,) = tokens_read(engine.model, inputs, stats)
+        (every,), (whole,) = tokens_read(engine.model, full or inputs)
         return Outcome(
             _figures(engine, clock.cost(), controls, len(pictures), visual, read),
-            _figures(engine, AnswerCost(), None, len(pictures), *(int(part.sum()) for part in whole)),
+            _figures(engine, AnswerCost(), None, len(pictures), every, whole),
             () if stats is None else tuple(looks(engine.processor, pictures, stats, title)),
         )
 

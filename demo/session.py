@@ -128,9 +128,8 @@ class Conversation:
         for lane, (settings, plan) in lanes.items():
             turn.replies[lane] = Reply(label(plan, self.engine.geometry, count), settings, self.engine.name)
         if CONTROL in lanes:
-            turn.replies[
-                CONTROL
-            ].label = f"the plain model on smaller pictures, as many tokens as {controls.method} leaves"
+            said = f"the plain model on smaller pictures, as many tokens as {controls.method} leaves"
+            turn.replies[CONTROL].label = said
         runs = {lane: self._run(past, lane, *lanes[lane], controls) for lane in lanes}  # checked before anything shows
         self.turns = past
         for old in past[:-MAX_LOOKS]:

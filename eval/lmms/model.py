@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pitome_mllm import attach, load
 from pitome_mllm.loading import BITS
 from pitome_mllm.methods import UserError
-from pitome_mllm.serving.prompts import tokenized
+from pitome_mllm.serving.prompts import tokenized, tokens_read
 from pitome_mllm.serving.resolution import CONTROL
 
 from ..provenance import processor_name
@@ -244,18 +244,13 @@ class PitomeLlava(lmms):
 
     def _room(self, asked: Sequence[ask.Asked], inputs: Any) -> int:
         """New tokens that the LLM can hold, at least 1; where the tower merges tiles, as far as is known by now."""
-        image, texts = self._placed(inputs)
-        visual = at_most(self.handle, inputs, image.sum(1).tolist())
-        longest = max(text + count for text, count in zip(texts, visual, strict=True))
+        whole, every = tokens_read(self.model, inputs)
+        visual = at_most(self.handle, inputs, whole)
+        longest = max(read - full + left for full, read, left in zip(whole, every, visual, strict=True))
         most = self.model.config.get_text_config().max_position_embeddings
         if longest >= most:
             raise UserError(f"the prompt of {longest} tokens does not fit: the model holds {most}; keep fewer tokens")
         return most - longest
-
-    def _placed(self, inputs: Any) -> tuple[torch.Tensor, list[int]]:
-        """The placeholders (B, S) of a batch, and how many tokens of text each row has."""
-        image = inputs["input_ids"] == self.model.config.image_token_id
-        return image, (inputs["attention_mask"].sum(1) - image.sum(1)).tolist()
 
     def _lengths(self, new: torch.Tensor) -> list[int]:
         """New tokens of every row, the one that ends it included; all of them where the model has no such token."""
@@ -267,10 +262,9 @@ class PitomeLlava(lmms):
 
     def _count(self, lap: Any, asked: Sequence[ask.Asked], inputs: Any, new: Sequence[int]) -> list[Any]:
         """The `COUNTS` of each row with ``new`` tokens of an answer; the meter gets all but those that only pad."""
-        image, _ = self._placed(inputs)
-        columns, stats = inputs["attention_mask"].bool(), self.handle and image.any() and self.handle.stats
-        visual, read = (stats.left(marked) if stats else marked.sum(1).tolist() for marked in (image, columns))
-        counts = zip([len(one.images) for one in asked], read, visual, new, strict=True)
+        pictures = [len(one.images) for one in asked]
+        visual, read = tokens_read(self.model, inputs, self.handle.stats if self.handle and any(pictures) else None)
+        counts = zip(pictures, read, visual, new, strict=True)
         rows = [(images, every - seen, seen, more) for images, every, seen, more in counts]
         if real := [row for one, row in zip(asked, rows, strict=True) if not one.padding]:
             self.meter.add(lap, real)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from pitome_mllm.families.features import picture_inputs
+from pitome_mllm.families.features import tokens_of_picture
 from pitome_mllm.families.geometry import geometry
 from pitome_mllm.methods import UserError
 from pitome_mllm.plan import make_plan
@@ -36,5 +36,4 @@ class Pictures:
         """The picture, or a smaller one that the plain model makes as many tokens of as merging would leave."""
         if self.kept is None:
             return picture
-        ids = picture_inputs(self.whole, picture)["input_ids"]
-        return smaller(self.processor, picture, self.kept(int((ids == self.mark).sum())))
+        return smaller(self.processor, picture, self.kept(tokens_of_picture(self.whole, picture, self.mark)))

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from ..errors import UserError
-from ..serving.prompts import what_it_answers
+from ..serving.prompts import tokens_read, what_it_answers
 from ..serving.resolution import CONTROL, cell
 from ._inputs import Subject, encode, encode_smaller, read_subject
 from ._options import add_merging, add_model, add_subject, check_method, merging, open_model, positive
@@ -83,17 +83,13 @@ def _rival(model: Any, processor: Any, subject: Subject, new_tokens: int, handle
     """Where pictures keep their size, what the plain model is asked about one of as many tokens as are left."""
     if handle.plan.where != "packed" or not cell(processor):
         return {}
-    tokens = handle.plan.kept(_placeholders(model, inputs))
-    return {CONTROL: encode_smaller(model, processor, subject, new_tokens, tokens)}
-
-
-def _placeholders(model: Any, inputs: Any) -> int:
-    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+    (full,), _ = tokens_read(model, inputs)
+    return {CONTROL: encode_smaller(model, processor, subject, new_tokens, handle.plan.kept(full))}
 
 
 def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, handle: Any, mode: str) -> Run:
     """Answer with (mode "merged") or without (other modes) merging."""
-    plan, full = handle.plan, _placeholders(model, inputs)
+    plan, ((full,), _) = handle.plan, tokens_read(model, inputs)
     sized = plan.geometry.family.side > 0  # of tiles only those behind the tower know how many they come to
     known = mode != "merged" or sized or not plan.geometry.family.tiles
     visual = full if mode != "merged" else plan.kept(full) if sized else plan.keep
@@ -101,9 +97,8 @@ def _one(options: argparse.Namespace, model: Any, processor: Any, inputs: Any, h
         sys.stdout.write(f"{mode}, {visual if known else 'some'} of {full} visual tokens: ")
     with in_mode(handle, mode):
         answer = generate(model, processor, inputs, options.max_new_tokens, stream=not options.json)
-    image, columns = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
-    counts = (handle.stats.left(marked)[0] if mode == "merged" else int(marked.sum()) for marked in (image, columns))
-    return Run(*counts, mode=mode, answer=answer)
+    (visual,), (read,) = tokens_read(model, inputs, handle.stats if mode == "merged" else None)
+    return Run(visual, read, mode=mode, answer=answer)
 
 
 def generate(model: Any, processor: Any, inputs: Any, new_tokens: int, stream: bool) -> str:

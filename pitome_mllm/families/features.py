@@ -100,6 +100,11 @@ def picture_inputs(processor: Any, pictures: Any) -> Any:
     return processor(images=[images], text=[mark * len(images)], return_tensors="pt")
 
 
+def tokens_of_picture(processor: Any, picture: Any, mark: int) -> int:
+    """Visual tokens, ``mark`` in a prompt, that the plain model has of one image."""
+    return int((picture_inputs(processor, picture)["input_ids"] == mark).sum())
+
+
 def pixel_values(processor: Any, pictures: Any) -> Tensor:
     """(I, 3, H, W) of one image or a list of them, as the tower takes them; the tiles of an image one by one.
 

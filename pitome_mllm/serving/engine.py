@@ -17,7 +17,7 @@ from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 from ..attach import Attachment
 from ..errors import UserError
 from ..plan import Plan
-from .prompts import TooLong, encode, mark_of_pictures
+from .prompts import TooLong, encode, mark_of_pictures, tokens_read
 from .requests import ChatRequest, Refused, Text
 
 NEW_TOKENS = 1024  # longest answer where neither request nor model sets a limit
@@ -82,7 +82,7 @@ class Engine:
             raise Refused(f"the messages do not fit the model's chat template: {error}", "messages") from error
         except TooLong as error:
             raise Refused(str(error), "messages", "context_length_exceeded") from error
-        visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        (visual,), _ = tokens_read(model, inputs)
         if request.keep is not None:
             self._check_keep(request, plan, visual // max(len(pictures), 1))
         usual = min(room, model.generation_config.max_new_tokens or NEW_TOKENS)
@@ -145,10 +145,7 @@ class Engine:
             ends = model.generation_config.eos_token_id
             job.stopped |= int(ids[0, -1]) in (ends if isinstance(ends, list) else [ends])
             job.written = ids.shape[1] - job.prompt
-            job.merged, job.read = 0, job.prompt
-            if job.visual:
-                marked = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
-                job.merged, job.read = (self.handle.stats.left(columns)[0] for columns in marked)
+            (job.merged,), (job.read,) = tokens_read(model, inputs, self.handle.stats if job.visual else None)
         finally:
             streamer.end()
 

@@ -74,6 +74,15 @@ def tokenized(processor: Any, texts: Sequence[str], images: Sequence[Sequence[An
     return processor(images=rows if any(rows) else None, text=list(texts), return_tensors="pt", **options)
 
 
+def tokens_read(model: Any, inputs: Any, stats: Any = None) -> tuple[list[int], list[int]]:
+    """Visual tokens, and tokens of all kinds, that the LLM reads of each row of a prompt; ``stats`` of the run that
+    merged, None = all that there are.
+    """
+    marked = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
+    visual, read = (columns.sum(1).tolist() if stats is None else stats.left(columns) for columns in marked)
+    return visual, read
+
+
 def check_question(processor: Any, question: str, examples: Sequence[str] = ()) -> None:
     """Refuse an empty question, one with the image's placeholder, and words the tokenizer does not know.
 
