@@ -107,7 +107,7 @@ class Graphs:
         if reason is None:
             with captures.exclusive() as free:
                 if not free:  # later, and later each time
-                    self._rare, self._seen[key] = min(self._rare + 1, RAREST), 0
+                    self._rare, self._seen[key] = self._rare + 1, 0
                     return
                 reason = self._capture(key, work)
         if reason is not None:
@@ -121,7 +121,7 @@ class Graphs:
             self._seen[key] = times = times + 1 if times >= 0 else -1
             while len(self._seen) > SEEN:
                 self._seen.popitem(last=False)
-            least = (1 if plan.graph is True else 2) << self._rare
+            least = (1 if plan.graph is True else 2) << min(self._rare, RAREST)
             return times >= least and key not in self._kept
 
     def _capture(self, key: Key, work: Work) -> str | None:
@@ -129,7 +129,7 @@ class Graphs:
         with self._lock:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)[1][0].free()
-                self._rare = min(self._rare + 1, RAREST)
+                self._rare += 1
         try:
             self._pool = self._pool or new_pool()
             capture = Capture(work.again, work.inputs, self._pool, work.inputs[0].device)
