@@ -83,7 +83,12 @@ def shown(ms: str | float) -> str:
 def judged(value: float, most: float | None) -> str:
     """A share, and whether a promise is kept."""
     said = f"{value:.3g}"
-    return said if most is None else f"{said} (<= {most:.3g})" if value <= most else f"**{said}** (<= {most:.3g})"
+    return said if most is None else beside(said, value <= most, f"<= {most:.3g}")
+
+
+def beside(said: str, is_kept: bool, promise: str) -> str:
+    """A figure beside its promise, in bold where it misses that."""
+    return f"{said if is_kept else f'**{said}**'} ({promise})"
 
 
 def gpu_table(rows: Iterable[Found]) -> str:

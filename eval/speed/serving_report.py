@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..documents import markdown, panels, read, save, style
 from ..provenance import RESULTS
-from .report import Found, judged, shown
+from .report import Found, beside, judged, shown
 
 SERVE_RESULTS, COMMAND = RESULTS / "bench-serve.csv", "make bench-serve"
 STOCK, PLOT = "stock", "serving.png"
@@ -68,7 +68,7 @@ def waiting(row: Found, what: str) -> str:
 def at_least(times: float, least: float | None) -> str:
     """How many times as many, and whether a promise is kept."""
     found = f"{times:.2f}"
-    return found if least is None else f"{found} (>= {least:g})" if times >= least else f"**{found}** (>= {least:g})"
+    return found if least is None else beside(found, times >= least, f">= {least:g}")
 
 
 def plot(rows: list[Found], path: Path) -> None:
