@@ -90,6 +90,7 @@ class Attachment(Attached):
             logger.warning("tokens now merge where=%r, no longer where=%r", self._plan.where, before.where)
         if not self._plan.graph:
             self.graphs.clear()
+        if self._plan.graph is not True:
             self.prefills.clear()
 
     @contextmanager
@@ -229,9 +230,9 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         Keep the energy of every token in ``handle.stats``.
     graph : "auto" or bool, default "auto"
         "auto": on a CUDA device, without gradients, the vision tower with its merging runs as one CUDA graph for each
-        setting and shape of images, made on the second equal call, and so does the LLM's prefill in generate(), up to
-        64 images and 2,048 tokens; True: on the first, of any number; False: never. What no graph can hold runs as it
-        is, and the log says why. A few graphs are kept, until `remove`.
+        setting and shape of up to 64 images, made on the second equal call; True: of any number, on the first, and the
+        LLM's prefill in generate() as another; False: never. What no graph can hold runs as it is, and the log says
+        why. A few graphs are kept, until `remove`.
     **settings
         Anything else is an option of the method, such as ``margin=0.45``.
 

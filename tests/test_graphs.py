@@ -28,7 +28,7 @@ from pitome_mllm.hooks import graphs, guards, lock
 from pitome_mllm.hooks.capture import Copies, _remaker
 from pitome_mllm.hooks.guards import guard_of
 from pitome_mllm.hooks.lock import captures
-from pitome_mllm.hooks.work import Work
+from pitome_mllm.hooks.work import TowerWork, Work
 
 
 class Capturing(TorchDispatchMode):
@@ -145,6 +145,17 @@ def test_the_second_equal_call_makes_a_graph_and_the_third_uses_it(one, pair):
         handle.update(graph=False)
         assert len(handle.graphs) == 0 and torch.equal(model.generate(**one, max_new_tokens=3, do_sample=False), answer)
         assert replays() == 2
+
+
+@pytest.mark.parametrize("graph", ["auto", True])
+def test_what_keeps_a_gpu_busy_gains_nothing_by_a_graph_that_takes_memory(graph, pair, monkeypatch):
+    model = build(layers=2)
+    with attach(model, keep=144, graph=graph) as handle:
+        for most, number in ((1, 0 if graph == "auto" else 1), (2, 1)):
+            monkeypatch.setattr(TowerWork, "most", most)
+            for _ in range(2):
+                seen(model, pair)
+            assert len(handle.graphs) == number
 
 
 def test_nothing_of_an_earlier_call_changes(one, pair):

@@ -17,8 +17,6 @@ from transformers import DynamicCache
 
 from pitome_mllm import attach
 from pitome_mllm.hooks import graphs
-from pitome_mllm.hooks.prefill import PrefillWork
-from pitome_mllm.hooks.work import TowerWork
 
 
 def prefills() -> list[Recorded]:
@@ -90,29 +88,29 @@ def test_padding_and_later_turns_go_through_a_graph(process, one):
         assert (len(prefills()), replays()) == (2, 4)
 
 
-def test_the_default_captures_the_second_equal_prefill_and_few_are_kept(one):
+def test_the_default_captures_the_tower_alone(one):
     model = build(layers=2)
     with attach(model, keep=144) as handle:
-        for expected in ((0, 0), (1, 0), (1, 1)):
+        for _ in range(3):
             answer(model, one)
-            assert (len(prefills()), replays()) == expected
-        for keep in range(145, 145 + graphs.KEPT):
-            with handle.using(keep=keep, graph=True):
+        assert (len(handle.graphs), len(handle.prefills)) == (1, 0) and not prefills()
+        with handle.using(graph=True):
+            for expected in ((1, 0), (1, 1)):
+                answer(model, one)
+                assert (len(prefills()), replays()) == expected
+        answer(model, one)
+        assert (len(prefills()), replays(), len(handle.prefills)) == (1, 1, 1)
+        handle.update(graph="auto")
+        assert len(handle.graphs) > 0 and len(handle.prefills) == 0
+
+
+def test_few_prefills_are_kept(one):
+    model = build(layers=2)
+    with attach(model, graph=True, keep=144) as handle:
+        for keep in range(144, 145 + graphs.KEPT):
+            with handle.using(keep=keep):
                 answer(model, one, max_new_tokens=1)
         assert len(handle.prefills) == graphs.KEPT and prefills()[0].made is None
-
-
-@pytest.mark.parametrize("graph", ["auto", True])
-@pytest.mark.parametrize("kind", [TowerWork, PrefillWork])
-def test_what_keeps_a_gpu_busy_gains_nothing_by_a_graph_that_takes_memory(graph, kind, pair, monkeypatch):
-    model, which = build(layers=2), "graphs" if kind is TowerWork else "prefills"
-    number = 2 if kind is TowerWork else pair["input_ids"].numel() - 2 * (576 - 144)
-    with attach(model, keep=144, graph=graph) as handle:
-        for most, made in ((number - 1, graph is True), (number, True)):
-            monkeypatch.setattr(kind, "most", most)
-            for _ in range(2):
-                answer(model, pair)
-            assert len(getattr(handle, which)) == made
 
 
 def adapted(model):

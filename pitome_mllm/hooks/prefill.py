@@ -21,16 +21,11 @@ class PrefillWork(Work):
     """A call of the LLM with a prompt's embeddings and an empty dynamic KV cache."""
 
     name, apart = "the LLM's prefill", NAMES
-    most, unit = 2048, "tokens"
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.past = cache_in(kwargs)
         self.is_empty = _is_new(self.past)  # asked before the call fills it
-
-    @property
-    def amount(self) -> int:
-        return self.kwargs["inputs_embeds"].shape[:2].numel()
 
     @property
     def settings(self) -> tuple:
@@ -84,8 +79,8 @@ def _is_new(past: Any) -> bool:
 
 
 def run_prefill(language: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A call of the LLM, by a graph where it is a prefill and there is one."""
+    """A call of the LLM, by a graph where it is a prefill and ``graph=True``; "auto" is what was tried on a GPU."""
     embeds, plan = kwargs.get("inputs_embeds"), language._pitome.plan
-    if embeds is None or embeds.shape[1] == 1 or plan is None or not plan.graph or cache_in(kwargs) is None:
+    if embeds is None or embeds.shape[1] == 1 or plan is None or plan.graph is not True or cache_in(kwargs) is None:
         return plain(*args, **kwargs)
     return language._pitome.prefills.run(PrefillWork, embeds.device, language, plan, plain, args, kwargs)

@@ -22,18 +22,12 @@ class Work:
     name = ""  # of the module, in the log
     apart: Sequence[str] = ()  # keywords that bring nothing that a graph depends on
     watched: Sequence[nn.Module] = ()  # modules beside it whose state counts
-    most, unit = 0, ""  # of what a call has; more takes a GPU (an H200, at 7B) longer than launching takes its host
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         self.module, self.plan, self.plain, self.args, self.kwargs = module, plan, plain, args, kwargs
         # Names and values of what a graph depends on, and the tensors of those.
         self.given = [*enumerate(args), *((name, value) for name, value in kwargs.items() if name not in self.apart)]
         self.inputs = [value for _, value in self.given if isinstance(value, Tensor)]
-
-    @property
-    def amount(self) -> int:
-        """How many `unit` the call has."""
-        raise NotImplementedError
 
     @property
     def settings(self) -> tuple:
@@ -56,8 +50,6 @@ class Work:
             return "an input is not an ordinary, contiguous tensor"
         if len({x.device for x in self.inputs}) > 1 or self.inputs[0].device != module.device:
             return "inputs and weights lie on several devices"
-        if self.plan.graph == "auto" and self.amount > self.most:
-            return f"more than {self.most} {self.unit} keep a GPU busy without one (graph=True makes one of any number)"
         return None
 
     def eager_reason_inside(self) -> str | None:
@@ -86,15 +78,11 @@ class TowerWork(Work):
     """A call of a vision tower, merging before the projector included."""
 
     name, apart = "the vision tower", (RUN,)
-    most, unit = 64, "pictures"
+    most = 64  # pictures; more take a GPU (an H200, at 7B) longer than launching takes its host
 
     def __init__(self, module: nn.Module, plan: Plan, plain: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         super().__init__(module, plan, plain, args, kwargs)
         self.watched = (module._pitome.projector,)
-
-    @property
-    def amount(self) -> int:
-        return len(self.inputs[0])
 
     @property
     def settings(self) -> tuple:
@@ -108,7 +96,12 @@ class TowerWork(Work):
         return next((hook for hook in ours if inspect.unwrap(hook.func) is finish_run), None)
 
     def eager_reason(self) -> str | None:
-        return "energies=True keeps what it makes" if self.plan.energies else super().eager_reason()
+        if self.plan.energies:
+            return "energies=True keeps what it makes"
+        reason = super().eager_reason()
+        if reason is None and self.plan.graph == "auto" and len(self.inputs[0]) > self.most:
+            return f"more than {self.most} pictures keep a GPU busy without one (graph=True makes one of any number)"
+        return reason
 
     def eager_reason_inside(self) -> str | None:
         others = self.watched if self.plan.metric == "projected" else ()
