@@ -68,7 +68,10 @@ def _torch_reason(metric: Tensor) -> str:
 
 @lru_cache
 def _device_reason(device: torch.device) -> str:
-    """Why nothing can be fused on this device; "" if it can. Merges two tokens twice to find out, see `Launch`."""
+    """Why nothing can be fused on this device; "" if it can. Merges two tokens twice to find out, see `Launch`.
+
+    Within a capture, where nothing can be read, it is enough that nothing fails.
+    """
     try:
         from . import triton_kernels as device_code
     except (ImportError, AttributeError, TypeError) as error:  # there is none, or one of long ago
@@ -79,8 +82,11 @@ def _device_reason(device: torch.device) -> str:
         return "this is no NVIDIA GPU of compute capability 8.0 or newer"
     rows = torch.ones(1, 2, 16, device=device, dtype=torch.float32)
     try:
-        for _ in range(2):
-            merge(rows, 1, 0, Energy(2, 0.5, 1.0, False)).reduce(rows)
+        merges = [merge(rows, 1, 0, Energy(2, 0.5, 1.0, False)) for _ in range(2)]
+        made = [torch.cat(each.reduce(rows), 2) for each in merges]  # 16 ones, of 2 tokens
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not capturing and any(each.flatten().tolist() != [1.0] * 16 + [2.0] for each in made):
+            return "two equal tokens did not become one"
     except torch.cuda.OutOfMemoryError:  # says nothing about later merges, and is not remembered
         raise
     except (TypeError, AttributeError) as error:

@@ -270,11 +270,17 @@ def refused(kind: type[Exception], again: bool):
     return (lambda compiled, grid: launch) if again else launch
 
 
+def idle(compiled, grid):
+    """Stands in for it too: a launch that does nothing when it is made again."""
+    return lambda *_: None
+
+
 PROBES = {
     "all goes well": (triton_kernels.launcher, ""),
     "it does not compile": (refused(triton_kernels.TritonError, False), "Triton cannot compile (not so)"),
     "another launcher": (refused(TypeError, True), "Triton's launcher is another (not so)"),
     "none": (refused(AttributeError, False), "Triton's launcher is another (not so)"),
+    "nothing is launched": (idle, "two equal tokens did not become one"),
 }
 
 
@@ -282,7 +288,9 @@ PROBES = {
 def nothing_launched():
     for kept in (kernels._decision, kernels._combination):
         kept.cache_clear()
+    torch.use_deterministic_algorithms(True)  # empty memory is filled, and holds nothing that was right before
     yield
+    torch.use_deterministic_algorithms(False)
     for kept in (kernels._decision, kernels._combination):
         kept.cache_clear()
 
