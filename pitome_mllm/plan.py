@@ -36,8 +36,8 @@ class Plan:
     published : bool
         What the method's paper does was asked for.
     graph : bool or str
-        Whether the tower and the LLM's prefill run as CUDA graphs, made on the first call (True) or on the second equal
-        one ("auto").
+        Whether CUDA graphs are made: of the tower on the second equal call ("auto"), or of the tower and of the LLM's
+        prefill on the first (True).
     asked : Settings
         What was asked for, of which pictures of another size make a plan of their own.
     merging : tuple of int
