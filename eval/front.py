@@ -41,7 +41,7 @@ def number(gpu: Sequence[Row]) -> str:
 
 
 def first_token(gpu: Sequence[Row], keep: int, batch: int) -> str:
-    """Milliseconds until the first token of `generate` with its graphs; "" where that was not measured."""
+    """Milliseconds until the first token of `generate` by default; "" where that was not measured."""
     what = {PATCHES: "plain", KEEP: "default"}.get(keep, f"{DEFAULT_METHOD}, {keep}")
     key = ["first token", what, "graph", str(batch)]
     return next((row["ms"] for row in reversed(gpu) if [row[name] for name in KEY] == key), "")
@@ -87,8 +87,8 @@ def measured_on(accuracy: Sequence[Row], gpu: Sequence[Row]) -> str:
         device, by = f"one {gpu[0]['device']}, {gpu[0]['dtype']}", f"{by}, commit {gpu[0]['commit']}"
     return (
         f"*Accuracy*: {asked}, about drawn scenes; `{CONTROL}` is the control, a smaller picture with as many "
-        f"tokens, which costs less still. *First token*: a LLaVA-1.5-7B with random weights, {device}, `graph=True` "
-        f"({by})."
+        f"tokens, which costs less still. *First token*: a LLaVA-1.5-7B with random weights, {device}, its tower as a "
+        f"CUDA graph, as by default ({by})."
     )
 
 

@@ -24,7 +24,7 @@ POINTS = {  # name -> where the tower merges, patches that leave it, metric
     "6 points": ((1, 4, 7, 10, 13, 16), 192, "hidden"),
 }
 KEEP, KEEPS = 64, (288, 144, 72)  # visual tokens that are left; those of the README
-MODES = {"eager": False, "graph": True}  # of generate(), by what `graph` is
+MODES = {"eager": False, "graph": "auto", "graphs": True}  # of generate(), by what `graph` is
 OFTEN, MERGES = 10, 100  # calls of a captured tower, and merges in one graph, that are timed as one
 
 
