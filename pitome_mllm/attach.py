@@ -232,7 +232,7 @@ def attach(model: nn.Module, method: str | Reducer | None = None, **settings: An
         "auto": on a CUDA device, without gradients, the vision tower with its merging runs as one CUDA graph for each
         setting and shape of up to 64 images, made on the second equal call; True: of any number, on the first, and the
         LLM's prefill in generate() as another; False: never. What no graph can hold runs as it is, and the log says
-        why. A few graphs are kept, until `remove`.
+        why. A few graphs are kept, until `remove`, or an `update` that asks for none.
     **settings
         Anything else is an option of the method, such as ``margin=0.45``.
 
