@@ -1,7 +1,7 @@
 """Merges of PiToMe and ToMe in a handful of launches, on CUDA devices with Triton; elsewhere in torch's operations.
 
 The torch path is the reference: the fused one takes the same decisions up to near-ties, and combines with the same
-bits, but for features of a single channel, which torch adds in an order of its own.
+bits where sizes are whole numbers, but for features of a single channel, which torch adds in an order of its own.
 
 The environment variable ``PITOME_KERNELS`` forces either: "torch", or "fused", which raises where a
 merge of these methods cannot be fused; "auto", the default, fuses what it can. Within torch.compile merges are always
@@ -228,14 +228,19 @@ class FusedMerge(Merge):
         return places_of(*self._shape, 1, 1)[0][name].of(self._memory)
 
     def reduce(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._combine(x, size, True) if self._fused(x) else super().reduce(x, size)
+        return self._combine(x, size, True) if self._fused(x, size) else super().reduce(x, size)
 
     def reduce_evenly(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        return self._combine(x, size, False) if self._fused(x) else super().reduce_evenly(x, size)
+        return self._combine(x, size, False) if self._fused(x, size) else super().reduce_evenly(x, size)
 
-    def _fused(self, x: Tensor) -> bool:
-        gradient = x.requires_grad and torch.is_grad_enabled()
-        return x.dtype in DTYPES and not (gradient or is_compiling() or is_transformed())
+    def _fused(self, x: Tensor, size: Tensor | None) -> bool:
+        """Whether the kernel combines these. It looks at no bounds: torch's operations refuse what does not fit."""
+        if is_compiling() or self._weight is not None or _torch_reason(x):
+            return False
+        given, there = (x,) if size is None else (x, size), self._memory.device
+        gradient = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+        fits = x.shape[:2] == self._shape[:2] and given[-1].shape[:2] == self._shape[:2]
+        return fits and not gradient and all(each.device == there for each in given)
 
     def _combine(self, x: Tensor, size: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor]:
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()

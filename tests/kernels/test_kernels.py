@@ -149,6 +149,42 @@ def test_means_in_which_tokens_count_once(device):
     assert not torch.equal(seen[0], merge.reduce(x, size)[0])
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+MISFITS = {
+    "few tokens": lambda x, size: (x[:, :60], size),
+    "many tokens": lambda x, size: (x.repeat(1, 2, 1), size),
+    "another batch": lambda x, size: (x[:1], size),
+    "few sizes": lambda x, size: (x, size[:, :60]),
+    "sizes of one": lambda x, size: (x, size[:1]),
+    "sizes elsewhere": lambda x, size: (x, size.to("meta")),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_features_and_sizes_that_do_not_fit_go_to_torch(device, misfit):
+    """Which refuses them; the kernel would read, or write, beyond their memory."""
+    merge, x, size = merged(device)
+    given = MISFITS[misfit](x, size)
+    assert merge._fused(x, size) and not merge._fused(*given)
+    if device == "cpu" and misfit != "sizes elsewhere":  # on a GPU an index out of bounds ends the process
+        with pytest.raises((IndexError, RuntimeError)):
+            merge.reduce(*given)
+
+
+def test_what_the_kernel_knows_nothing_of_is_combined_by_torch(device, switch):
+    merge, x, size = merged(device)
+    assert type(merge.reduce(x.as_subclass(Subclass))[0]) is Subclass
+    assert merge.reduce(x, size.requires_grad_())[1].requires_grad
+    weight = torch.rand(2, 97, device=device) + 0.5
+    switch("torch")
+    expected = get_method("pitome").match(exact(2, 97, 16, 5, seed=1).to(device), 30, protected=1)
+    assert torch.equal(merge.group, expected.group)
+    torch.testing.assert_close(merge.weighted_by(weight).reduce(x), expected.weighted_by(weight).reduce(x))
+
+
 def test_a_broken_feature_stays_inside_its_group(device):
     merge, x, size = merged(device)
     x[0, 40] = math.nan
