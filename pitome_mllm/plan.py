@@ -228,7 +228,7 @@ def _token_counts(
     if settings.where == "projector":
         return patches, [patches] * blocks, projector_counts(patches, keep, of_round)
     tower = (
-        max(min(round(math.sqrt(patches * keep)), max(keep, patches // 3)), fewest(patches, blocks, limit))
+        max(min(round(math.sqrt(patches * keep)), max(keep, patches // 3)), fewest(patches, blocks, of_round))
         if settings.tower_keep is None
         else target_count(settings.tower_keep, patches, "tower_keep")
     )
