@@ -12,6 +12,7 @@ import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from families import FAMILIES, QUESTIONS, pictures
 from models import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers.utils import import_utils
@@ -233,6 +235,16 @@ def class_patched(model, one):
         kind.forward = own
 
 
+@contextmanager
+def another_flash_attention(model, one):
+    attention.register_flash_attention_impl("another", register_fn=lambda: SimpleNamespace(remove=lambda: None))
+    attention.activate_flash_attention_impl("another")
+    try:
+        yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
 CHANGES = {
     "a class": class_patched,
     "weights moved": weights_moved,
@@ -241,6 +253,7 @@ CHANGES = {
     "inference": lambda model, one: torch.inference_mode(),
     "autocast": lambda model, one: torch.autocast("cpu", torch.bfloat16),
     "kernels of attention": lambda model, one: sdpa_kernel(SDPBackend.MATH),
+    **({"flash attention": another_flash_attention} if hasattr(attention, "activate_flash_attention_impl") else {}),
     "deterministic": setting(torch.use_deterministic_algorithms, True, False),
     "precision": setting(torch.set_float32_matmul_precision, "high", "highest"),
     "attention": lambda model, one: model.set_attn_implementation("eager"),

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)  # the older getters fail where this API was used
+# Flash attention of another kind, where this torch knows how to activate one.
+_FLASH = getattr(getattr(nn, "attention", None), "current_flash_attention_impl", lambda: None)
 _SETTINGS = [  # as far as this version of torch has them
     getattr(torch._C, f"_get_{name}")
     for name in (
-        "flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled", "sdp_priority_order",
+        "flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled", "fa3_sdp_enabled",
+        "sdp_priority_order",
         "math_sdp_allow_fp16_bf16_reduction", "cublas_allow_fp16_reduced_precision_reduction",
         "cublas_allow_bf16_reduced_precision_reduction", "cublas_allow_fp16_accumulation", "blas_preferred_backend",
         "deterministic_algorithms", "deterministic_algorithms_warn_only", "cudnn_deterministic", "cudnn_benchmark",
@@ -41,6 +44,7 @@ def process_state(kind: str) -> tuple:
         torch.get_default_device(),
         os.environ.get("PITOME_KERNELS"),  # the switch of methods.kernels
         precision,
+        _FLASH(),
         *(tuple(value) if isinstance(value, list) else value for value in settings),
     )
 
