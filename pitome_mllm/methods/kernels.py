@@ -129,20 +129,24 @@ def merge(
     metric = metric.detach()
     if metric.stride(-1) != 1:
         metric = metric.contiguous()
-    launches, size = _decision(Rows.of(metric), r, protected, energy, tiles or Tiles.of(metric))
-    with on(metric.device):
-        memory = torch.empty(size, dtype=torch.uint8, device=metric.device)
+    rows = Rows.of(metric)
+    launches, size, unit = _decision(rows, r, protected, energy, tiles)
+    with on(rows.device):
+        memory = torch.empty(size, dtype=torch.uint8, device=rows.device)
+        stream = stream_of(rows.device)
         for reads, launch in launches:
-            launch(stream_of(metric.device), memory, *((metric,) if reads else ()))
-    batch, tokens = metric.shape[:2]
-    n = tokens - protected
-    return FusedMerge(memory, (batch, tokens, n, r), 1 / (energy.scale(n) * n) if energy else None)
+            launch(stream, memory, *((metric,) if reads else ()))
+    batch, tokens = rows.shape[:2]
+    return FusedMerge(memory, (batch, tokens, tokens - protected, r), unit)
 
 
 @lru_cache(KEPT)
-def _decision(rows: Rows, r: int, protected: int, energy: Energy | None, tiles: Tiles) -> tuple[tuple[Step, ...], int]:
-    """The launches that decide a merge, and the bytes that they take."""
+def _decision(
+    rows: Rows, r: int, protected: int, energy: Energy | None, tiles: Tiles | None
+) -> tuple[tuple[Step, ...], int, float | None]:
+    """The launches that decide a merge, the bytes that they take, and what makes means of their sums of energies."""
     batch, tokens, width = rows.shape
+    tiles = tiles or Tiles.of(rows.dtype, width)
     n, tile, ordered = tokens - protected, tiles.matches, energy is not None
     shifts = (protected,) * 2 if ordered else (protected + protected % 2, protected - protected % 2)
     candidates = (energy.candidates,) * 2 if energy else (tokens - shifts[0], tokens - shifts[1])
@@ -180,7 +184,7 @@ def _decision(rows: Rows, r: int, protected: int, energy: Energy | None, tiles: 
                {"ALL": 2 * half, "HALF": half, "CHUNK": max(8, 16384 // half), "ORDERED": ordered, "SELECT": select},
                num_warps=16 if select else 8)
     )  # fmt: skip
-    return tuple(launches), size
+    return tuple(launches), size, 1 / (energy.scale(n) * n) if energy else None
 
 
 def _ranking(

@@ -35,10 +35,10 @@ class Tiles(NamedTuple):
     matches: Tile
 
     @classmethod
-    def of(cls, metric: Tensor) -> Tiles:
-        """The tiles for a metric (B, N, C)."""
-        width = power(metric.shape[-1])
-        if metric.dtype == torch.float32:
+    def of(cls, dtype: torch.dtype, channels: int) -> Tiles:
+        """The tiles for a metric of so many channels."""
+        width = power(channels)
+        if dtype == torch.float32:
             return cls(Tile(64, 64, min(32, width), 4, 3), Tile(32, 64, min(32, width), 4, 3))
         if width <= 128:  # keys
             return cls(Tile(32, 32, width, 2, 3), Tile(32, 32, width, 4, 3))

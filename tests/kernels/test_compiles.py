@@ -37,7 +37,7 @@ capability, dtype = int(sys.argv[1]), sys.argv[2]
 precision = "tf32x3" if dtype == "*fp32" else "ieee"
 dtypes = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 for width in (1152, 72):
-    tiles = launches.Tiles.of(torch.empty(1, 1, width, dtype=dtypes[dtype]))
+    tiles = launches.Tiles.of(dtypes[dtype], width)
     energies, matches = ({"WIDTH": width, "STEP": tile.step, "PRECISION": precision} for tile in tiles)
     build("add_energies", capability, dtype, **energies, SIDE=tiles.energies.rows, ELU=True)
     build("match", capability, dtype, **matches, ROWS=tiles.matches.rows, COLUMNS=tiles.matches.columns, ORDERED=True)
