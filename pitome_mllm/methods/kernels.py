@@ -239,12 +239,13 @@ class FusedMerge(Merge):
 
     def _fused(self, x: Tensor, size: Tensor | None) -> bool:
         """Whether the kernel combines these. It looks at no bounds: torch's operations refuse what does not fit."""
-        if is_compiling() or self._weight is not None or _torch_reason(x):
+        if is_compiling() or self._weight is not None or _torch_reason(x) or not self._fits(x):
             return False
-        given, there = (x,) if size is None else (x, size), self._memory.device
-        gradient = torch.is_grad_enabled() and any(each.requires_grad for each in given)
-        fits = x.shape[:2] == self._shape[:2] and given[-1].shape[:2] == self._shape[:2]
-        return fits and not gradient and all(each.device == there for each in given)
+        gradient = x.requires_grad or (size is not None and size.requires_grad)
+        return (size is None or self._fits(size)) and not (gradient and torch.is_grad_enabled())
+
+    def _fits(self, x: Tensor) -> bool:
+        return x.device == self._memory.device and x.shape[:2] == self._shape[:2]
 
     def _combine(self, x: Tensor, size: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor]:
         x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
