@@ -118,9 +118,7 @@ class Energy(NamedTuple):
         return 2.0 ** min(40, 62 - math.ceil(math.log2(n * max(1.0, abs(self.alpha), abs(self.margin) + 1.0))))
 
 
-def merge(
-    metric: Tensor, r: int, protected: int, energy: Energy | None = None, tiles: Tiles | None = None
-) -> FusedMerge:
+def merge(metric: Tensor, r: int, protected: int, energy: Energy | None = None) -> FusedMerge:
     """The merge of r tokens by ``metric`` (B, N, C): PiToMe's with an ``energy``, else ToMe's.
 
     Of tokens in the order of their energy, else of their places, those at even places are A and those at odd ones B;
@@ -130,7 +128,7 @@ def merge(
     if metric.stride(-1) != 1:
         metric = metric.contiguous()
     rows = Rows.of(metric)
-    launches, size, unit = _decision(rows, r, protected, energy, tiles)
+    launches, size, unit = _decision(rows, r, protected, energy)
     with on(rows.device):
         memory = torch.empty(size, dtype=torch.uint8, device=rows.device)
         stream = stream_of(rows.device)
@@ -141,12 +139,10 @@ def merge(
 
 
 @lru_cache(KEPT)
-def _decision(
-    rows: Rows, r: int, protected: int, energy: Energy | None, tiles: Tiles | None
-) -> tuple[tuple[Step, ...], int, float | None]:
+def _decision(rows: Rows, r: int, protected: int, energy: Energy | None) -> tuple[tuple[Step, ...], int, float | None]:
     """The launches that decide a merge, the bytes that they take, and what makes means of their sums of energies."""
     batch, tokens, width = rows.shape
-    tiles = tiles or Tiles.of(rows.dtype, width)
+    tiles = Tiles.of(rows.dtype, width)
     n, tile, ordered = tokens - protected, tiles.matches, energy is not None
     shifts = (protected,) * 2 if ordered else (protected + protected % 2, protected - protected % 2)
     candidates = (energy.candidates,) * 2 if energy else (tokens - shifts[0], tokens - shifts[1])

@@ -80,7 +80,7 @@ for dtype, shape, size in ((torch.bfloat16, (1, 257, 64), None), (torch.float32,
     batch, tokens = shape[:2]
     metric, x = torch.randn(shape).to(dtype), torch.randn(batch, tokens, 48).to(dtype)
     for energy in (None, kernels.Energy(9, -0.2, 0.5, True)):
-        launches, total, _ = kernels._decision(kernels.Rows.of(metric), 1, 1, energy, None)
+        launches, total, _ = kernels._decision(kernels.Rows.of(metric), 1, 1, energy)
         memory = torch.empty(total, dtype=torch.uint8)
         seen |= {compare(launch, memory, *((metric,) if reads else ())) for reads, launch in launches}
     what = batch, tokens, tokens - 1, 1
