@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from ..methods.kernels import is_capturing
+
 _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)  # the older getters fail where this API was used
 # Flash attention of another kind, where this torch knows how to activate one.
 _FLASH = getattr(getattr(nn, "attention", None), "current_flash_attention_impl", lambda: None)
@@ -123,7 +125,7 @@ def guard_of(value: Any) -> Any:
 
 def unsupported_now() -> str | None:
     """Why no graph can stand in for a call made here and now; "" where that is to be expected and not worth saying."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_capturing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_capturing():
         return ""
     if torch.is_grad_enabled():
         return "gradients are recorded (torch.no_grad() or torch.inference_mode() switches that off)"
@@ -174,7 +176,3 @@ def _hooks_inside(module: nn.Module, tower: nn.Module, last: Any) -> list[Any]:
 
 def _is_known(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or type(hook).__module__ or "").startswith(_KNOWN)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

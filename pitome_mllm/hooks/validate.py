@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families.features import PIXELS, selected_features
 from ..methods import UserError
+from ..methods.kernels import is_capturing
 from .caches import cache_in, is_paged, length_of
 from .state import Attached
 
@@ -76,7 +76,7 @@ def check_no_images(handle: Attached, kwargs: Mapping[str, Any]) -> None:
     elsewhere = any(kwargs.get(name) is not None for name in ("inputs_embeds", "image_hidden_states"))
     if handle.plan is None or ids is None or elsewhere or length_of(cache_in(kwargs)):
         return
-    if is_paged(cache_in(kwargs)) and ids.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_paged(cache_in(kwargs)) and ids.is_cuda and is_capturing():
         return
     count = int((ids == handle.model.config.image_token_id).sum())
     if count:

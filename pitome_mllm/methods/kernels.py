@@ -66,6 +66,11 @@ def _torch_reason(metric: Tensor) -> str:
     return ""
 
 
+def is_capturing() -> bool:
+    """Whether the current stream is captured into a CUDA graph, so that nothing on it can be waited for."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @lru_cache
 def _device_reason(device: torch.device) -> str:
     """Why nothing can be fused on this device; "" if it can. Merges two tokens twice to find out, see `Launch`.
@@ -84,8 +89,7 @@ def _device_reason(device: torch.device) -> str:
     try:
         merges = [merge(rows, 1, 0, Energy(2, 0.5, 1.0, False)) for _ in range(2)]
         made = [torch.cat(each.reduce(rows), 2) for each in merges]  # 16 ones, of 2 tokens
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if not capturing and any(each.flatten().tolist() != [1.0] * 16 + [2.0] for each in made):
+        if not is_capturing() and any(each.flatten().tolist() != [1.0] * 16 + [2.0] for each in made):
             return "two equal tokens did not become one"
     except torch.cuda.OutOfMemoryError:  # says nothing about later merges, and is not remembered
         raise
