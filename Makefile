@@ -96,8 +96,11 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_graphs_gpu.py
 
-test-kernels: $(KERNELS)/.ready
-	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -q -m "not gpu" --confcutdir=tests/kernels tests/kernels
+# Once with each end of the versions of Triton whose launcher is known.
+KERNEL_TESTS = OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -q -m "not gpu" --confcutdir=tests/kernels tests/kernels
+test-kernels: $(KERNELS)/.ready $(KERNELS)/newest/.ready
+	$(KERNEL_TESTS)
+	PYTHONPATH=$(KERNELS)/newest $(KERNEL_TESTS)
 
 test-serve: $(SERVE)/.ready
 	$(SERVE)/bin/python -m pytest -q tests/serving
@@ -133,6 +136,11 @@ $(KERNELS)/.ready: requirements/kernels.txt requirements/constraints.txt pyproje
 $(SERVE)/.ready: requirements/serve.txt $(PINS) pyproject.toml
 $(REAL)/.ready: requirements/real.txt $(PINS) pyproject.toml
 $(TRL)/.ready: requirements/trl.txt $(PINS) pyproject.toml
+
+$(KERNELS)/newest/.ready: requirements/kernels-newest.txt $(KERNELS)/.ready
+	rm -rf $(KERNELS)/newest
+	$(KERNELS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --target $(KERNELS)/newest -r $<
+	touch $@
 
 $(LMMS)/.ready: requirements/lmms.txt pyproject.toml
 	@echo "Creating $(LMMS) with the versions of $<: $(SIZE)"

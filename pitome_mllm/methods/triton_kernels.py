@@ -35,17 +35,21 @@ _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 def launcher(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None] | None:
     """Launches what a first launch compiled: takes a stream, addresses and all constants, which Triton does since 3.5.
 
-    None if there is no such way. That of 3.6 is known down to the function in C: what Triton does around it, such as
-    describing each launch to its own profiler, takes several times as long.
+    None if there is no such way. Those of 3.6 to 3.9 are known down to the function in C: what Triton does around it,
+    such as describing each launch to its own profiler, takes longer than all else.
     """
     if not isinstance(compiled, CompiledKernel) or _VERSION < (3, 5):
         return None
     start, run = compiled[grid], compiled.run
-    if _VERSION != (3, 6) or run.global_scratch_size or run.profile_scratch_size:
+    besides = run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
+    if not (3, 6) <= _VERSION <= (3, 9) or besides:
         return lambda stream, *args: start(*args, stream=stream)
-    launch, no_scratch, no_hooks = run.launch, (None, None), (None, None, None)
-    kind = compiled.function, run.launch_cooperative_grid, run.launch_pdl, *no_scratch, compiled.packed_metadata
-    return lambda stream, *args: launch(*grid, stream, *kind, *no_hooks, *args)
+    launch, kind = run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    no_scratch, of_this_launch = (None, None), (compiled.packed_metadata, None, None, None)  # and no hooks
+    if _VERSION == (3, 6):
+        return lambda stream, *args: launch(*grid, stream, *kind, *no_scratch, *of_this_launch, *args)
+    known = *kind, *of_this_launch, *no_scratch, run.arg_annotations, run.kernel_signature
+    return lambda stream, *args: launch(*grid, stream, *known, args)
 
 
 @triton.jit(do_not_specialize=["tokens", "protected"])

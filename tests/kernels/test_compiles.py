@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from outside import run_outside
 
 COMPILING = """
 import sys
@@ -50,8 +46,4 @@ build("combine", capability, dtype, WIDTH=1152, STEP=1024, REST=512, SIZED=True,
 
 @pytest.mark.parametrize("capability, dtype", [(80, "*bf16"), (90, "*fp16"), (90, "*fp32")])
 def test_kernels_compile(capability, dtype):
-    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    outside["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", COMPILING, str(capability), dtype]
-    done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_outside(COMPILING, str(capability), dtype)
