@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..methods import UserError
+from ..methods.merge import log_sizes
 from ..plan import Plan
-from .run import log_sizes, running
+from .run import running
 from .state import Attached
 
 logger = logging.getLogger(__name__)

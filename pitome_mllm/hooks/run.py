@@ -70,7 +70,8 @@ class Run:
         if size is None:
             return mask
         if self.log_sizes is None or self.log_sizes[0] is not size:  # the blocks up to the next merge share it
-            self.log_sizes = size, log_sizes(size, x.dtype).expand(-1, -1, x.shape[1], -1)
+            logs = self.merges[self.plan.merged_before(block)].log_sizes(size, x.dtype)
+            self.log_sizes = size, logs.expand(-1, -1, x.shape[1], -1)
         bias = self.log_sizes[1]
         return bias if mask is None else mask + bias
 
@@ -161,16 +162,6 @@ def running() -> Run | None:
     """The run that this thread or task began last, while its call lasts."""
     found = _running.get()
     return None if found is None else found()
-
-
-def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """log(size) of tokens with ``size`` (B, N, 1), as (B, 1, 1, N), in rows that start where a GPU reads whole vectors.
-
-    Attention on a GPU would else copy them to where they do, in every block, for every query.
-    """
-    batch, tokens = size.shape[:2]
-    row = size.new_zeros(batch, 1, 1, tokens + -tokens % 8, dtype=dtype)[..., :tokens]
-    return row.copy_(size.log().reshape(batch, 1, 1, tokens))
 
 
 def class_attention(query: Tensor, keys: Tensor, size: Tensor | None) -> Tensor:

@@ -11,18 +11,17 @@ torch's operations. A decision has no gradient; what it combines has one by torc
 from __future__ import annotations
 
 import logging
-import math
 import os
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .launches import KEPT, Launch, Rows, Tile, Tiles, is_transformed, on, padded, places_of, power, stream_of
+from .launches import KEPT, Energy, Launch, Rows, Tile, Tiles, is_transformed, on, padded, places_of, power, stream_of
 from .merge import Merge
 
 logger = logging.getLogger(__name__)
@@ -107,19 +106,6 @@ def _say(reason: str) -> None:
         logger.warning("merging by torch's operations: %s", reason)
     else:
         logger.info("merging by fused Triton kernels")
-
-
-class Energy(NamedTuple):
-    """PiToMe's energy: the options of f, and how many tokens of the highest energy may merge."""
-
-    candidates: int
-    margin: float
-    alpha: float
-    elu: bool
-
-    def scale(self, n: int) -> float:
-        """The largest power of two by which no sum of ``n`` integers overflows: f is at most 1, alpha, 1 - margin."""
-        return 2.0 ** min(40, 62 - math.ceil(math.log2(n * max(1.0, abs(self.alpha), abs(self.margin) + 1.0))))
 
 
 def merge(metric: Tensor, r: int, protected: int, energy: Energy | None = None) -> FusedMerge:
@@ -217,8 +203,8 @@ class FusedMerge(Merge):
         self.count = tokens - r
         self._memory, self._shape, self._unit = memory, shape, unit
         self._weight = None
-        self._may_drop = False
-        self._renumbered = False
+        self._may_drop = self._renumbered = False
+        self._logs: tuple[Tensor, Tensor] | None = None  # sizes that were made, and what `log_sizes` makes of them
 
     def __getattr__(self, name: str) -> Tensor | None:
         make = _ASKED.get(name)
@@ -257,9 +243,17 @@ class FusedMerge(Merge):
         with on(x.device):
             y = torch.empty((batch, self.count, width), dtype=x.dtype, device=x.device)
             total = torch.empty((batch, self.count, 1), dtype=torch.float32, device=x.device)
+            logs = torch.empty((batch, 1, 1, self.count + -self.count % 8), dtype=x.dtype, device=x.device)
             own = (self._first, self._member, self._slot) if self._renumbered else ()
-            launch(stream_of(x.device), self._memory, x, total if size is None else size, y, total, *own)
+            launch(stream_of(x.device), self._memory, x, total if size is None else size, y, total, logs, *own)
+        self._logs = self._logs or (total, logs)
         return y, total
+
+    def log_sizes(self, size: Tensor, dtype: torch.dtype) -> Tensor:
+        made, self._logs = self._logs, None  # handed over: no graph has to copy it
+        if made is None or made[0] is not size or made[1].dtype != dtype:
+            return super().log_sizes(size, dtype)
+        return made[1][..., : self.count]
 
     def in_source_order(self) -> FusedMerge:
         merge = super().in_source_order()

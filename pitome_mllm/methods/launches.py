@@ -45,6 +45,19 @@ class Tiles(NamedTuple):
         return cls(Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4))
 
 
+class Energy(NamedTuple):
+    """PiToMe's energy: the options of f, and how many tokens of the highest energy may merge."""
+
+    candidates: int
+    margin: float
+    alpha: float
+    elu: bool
+
+    def scale(self, n: int) -> float:
+        """The largest power of two by which no sum of ``n`` integers overflows: f is at most 1, alpha, 1 - margin."""
+        return 2.0 ** min(40, 62 - math.ceil(math.log2(n * max(1.0, abs(self.alpha), abs(self.margin) + 1.0))))
+
+
 @lru_cache(KEPT)
 def places_of(batch: int, tokens: int, n: int, r: int, parts: int, sources: int) -> tuple[dict[str, Place], int]:
     """Where a merge keeps what it decides, and on the way there; and how many bytes that is in all."""

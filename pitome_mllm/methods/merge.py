@@ -59,6 +59,16 @@ def median_of_groups(group: Tensor, count: int) -> Tensor:
     return slot.argsort(dim=1, stable=True).gather(1, middle[:, :count].clamp(max=slot.shape[1] - 1))
 
 
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(size) of tokens with ``size`` (B, N, 1), as (B, 1, 1, N), in rows that start where a GPU reads whole vectors.
+
+    Attention on a GPU would else copy them to where they do, in every block, for every query.
+    """
+    batch, tokens = size.shape[:2]
+    row = size.new_zeros(batch, 1, 1, tokens + -tokens % 8, dtype=dtype)[..., :tokens]
+    return row.copy_(size.log().reshape(batch, 1, 1, tokens))
+
+
 M = TypeVar("M", bound="Merge")
 
 
@@ -206,6 +216,10 @@ class Merge:
     def reduce_evenly(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """As `reduce`, with means in which every token counts once, whatever its size."""
         return self.reduce(x)[0], self.reduce(size, size)[1]
+
+    def log_sizes(self, size: Tensor, dtype: torch.dtype) -> Tensor:
+        """What attention adds, `log_sizes`, for a ``size`` (B, K, 1) that `reduce` gave."""
+        return log_sizes(size, dtype)
 
     def expand(self, y: Tensor) -> Tensor:
         """Give every token its group's value: (B, K, C) -> (B, N, C). A dropped token gets zeros."""

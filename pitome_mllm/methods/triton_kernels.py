@@ -227,12 +227,12 @@ def place(
 
 @triton.jit(do_not_specialize=["tokens", "rest"])
 def combine(
-    x, size, y, total, lead, member, slot, x_batch_stride, x_row_stride, lead_stride, tokens, rest,
+    x, size, y, total, logs, lead, member, slot, x_batch_stride, x_row_stride, lead_stride, tokens, rest,
     WIDTH: tl.constexpr, STEP: tl.constexpr, REST: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one group, WEIGHTED by size, and their sum: its first token and a share of the others' distance.
+    """The mean of one group, WEIGHTED by size: its first token and a share of the others' distance. And their sum.
 
-    In the order, and with the rounding, of `Merge.reduce`.
+    In the order, and with the rounding, of `Merge.reduce`. And ``logs`` of the sums, in rows as `log_sizes` makes them.
     """
     k, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.program_id(2) * STEP + tl.arange(0, STEP)
@@ -259,7 +259,13 @@ def combine(
             weight = tl.load(size + last)
         value = tl.load(x + last * x_row_stride + c, mask=c < WIDTH, other=0.0).to(tl.float32)
         mean += (value - start) * tl.div_rn(weight, whole)
-    at = b * tl.num_programs(0) + k
+    groups = tl.num_programs(0)
+    at = b * groups + k
     tl.store(y + at * WIDTH + c, mean.to(y.dtype.element_ty), mask=c < WIDTH)
     if tl.program_id(2) == 0:
         tl.store(total + at, sizes)
+        row, beyond = (groups + 7) // 8 * 8, groups + tl.arange(0, 8)
+        logs += b * row
+        tl.store(logs + k, tl.log(sizes).to(logs.dtype.element_ty))
+        if k == 0:
+            tl.store(logs + beyond, 0.0, mask=beyond < row)

@@ -19,7 +19,7 @@ kinds |= dict(inverse="*fp32", top="*fp32", size="*fp32", total="*fp32")
 
 
 def build(kernel, capability, dtype, **constants):
-    kinds.update(metric=dtype, x=dtype, y=dtype)
+    kinds.update(metric=dtype, x=dtype, y=dtype, logs=dtype)
     names = getattr(triton_kernels, kernel).arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     whole = [name.endswith("stride") or "*" in signature[name] for name in names]

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pitome_mllm.methods import get_method, kernels, triton_kernels
 from pitome_mllm.methods.kernels import FusedMerge
+from pitome_mllm.methods.merge import log_sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIONS = {
@@ -128,6 +129,30 @@ def test_what_groups_become_has_the_bits_of_the_reference(device, dtype, sized):
         assert torch.equal(features, expected)
     alone = (merge.reduce(x)[1] == 1)[..., 0]
     assert torch.equal(features[alone], x.gather(1, merge._first[..., None].expand(-1, -1, 48))[alone])
+
+
+@each_dtype
+@pytest.mark.parametrize("r", [30, 25])
+def test_what_attention_adds_is_written_along(device, dtype, r):
+    merge, x, size = merged(device, dtype, r)
+    sizes = merge.reduce(x, size)[1]
+    expected = log_sizes(sizes, dtype)
+    with Operations() as torchs:
+        logs = merge.log_sizes(sizes, dtype)
+    assert not torchs.seen and logs.shape == (2, 1, 1, 97 - r) and logs.stride() == expected.stride()
+    torch.testing.assert_close(logs, expected, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-7)
+    whole = logs.as_strided((2, logs.stride(0)), (logs.stride(0), 1))
+    assert not whole[:, 97 - r :].any()
+    again = merge.log_sizes(sizes, dtype)  # which was not kept
+    torch.testing.assert_close(again, expected, atol=0, rtol=0)
+
+
+def test_what_attention_adds_of_other_sizes_or_in_another_dtype_is_torchs(device):
+    merge, x, size = merged(device)
+    sizes = merge.reduce(x, size)[1]
+    assert torch.equal(merge.log_sizes(2 * sizes, torch.float32), log_sizes(2 * sizes, torch.float32))
+    merge.reduce(x, size)
+    assert torch.equal(merge.log_sizes(sizes, torch.bfloat16), log_sizes(sizes, torch.bfloat16))
 
 
 def test_slices_wide_features_and_float64_reduce_too(device):
@@ -246,7 +271,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["pitome", "pitome-bsm", "tome"])
 def test_a_merge_takes_few_launches(monkeypatch, name):
-    """From the keys on, with sizes, and counting what torch itself launches."""
+    """From the keys on up to what attention adds, with sizes, and counting what torch itself launches."""
     launched = []
     for kernel in ("prepare", "add_energies", "rank", "match", "place", "combine"):
         monkeypatch.setattr(triton_kernels, kernel, Noted(kernel, launched))
@@ -255,7 +280,8 @@ def test_a_merge_takes_few_launches(monkeypatch, name):
     launched.clear()
     with Operations() as torchs:
         merge = get_method(name).match(keys.mean(2), 58, protected=1, size=size)
-        merge.reduce_evenly(torch.randn(1, 577, 1024), size)
+        sizes = merge.reduce_evenly(torch.randn(1, 577, 1024), size)[1]
+        merge.log_sizes(sizes, torch.float32)
     torchs.seen.remove("aten.randn.default")
     assert torchs.seen == ["aten.mean.dim"]
     assert len(launched) == (4 if name == "tome" else 6)

@@ -89,7 +89,7 @@ for dtype, shape, size in ((torch.bfloat16, (1, 257, 64), None), (torch.float32,
         seen |= {compare(launch, memory, *((metric,) if reads else ())) for reads, launch in launches}
     what = batch, tokens, tokens - 1, 1
     launch = kernels._combination(kernels.Rows.of(x), what, size is not None, True, True, False)
-    made = torch.empty(batch, tokens - 1, 48, dtype=dtype), torch.empty(batch, tokens - 1, 1)
+    made = torch.empty(batch, tokens - 1, 48, dtype=dtype), torch.empty(batch, tokens - 1, 1), torch.empty_like(x)
     seen.add(compare(launch, memory, x, made[1] if size is None else size, *made))
 assert seen == {"prepare", "add_energies", "rank", "match", "place", "combine"}, seen
 """
