@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Prompt:
         after = self.real.cummax(1).values
         return self.is_short and bool((~self.real & after & self.real.flip(1).cummax(1).values.flip(1)).any())
 
-    @property
+    @cached_property
     def placeholders(self) -> int:
         return int(self.fresh.sum())
 

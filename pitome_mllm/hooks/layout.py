@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import UserError
-from .positions import caller_positions, ranks
+from .positions import caller_positions
 from .transfers import on
 
 IGNORED = -100  # the label of a token that no loss counts
@@ -139,18 +139,19 @@ class Layout:
         return replace(
             told,
             calibration=calibration,
-            shift=torch.cat(alike(_or_zeros(told.shift, shift, old), shift), 1),
-            size=torch.cat([_or_zeros(told.size, size, old), size], 1),
+            shift=_behind(told.shift, shift, old),
+            size=_behind(told.size, size, old),
             reach=max(self.reach, int(self.follows.max())),
         )
 
     def of_places(self, places: int) -> tuple[Tensor, Tensor | None]:
         """(B, S) position ids that the LLM gets, and sizes, of as many ``places``: what follows is text."""
         position = self.position if self.shift is None else self.position + self.shift
-        more = torch.arange(max(places - self.places, 0), device=position.device)
+        if places <= self.places:
+            return position[:, :places], None if self.size is None else self.size[:, :places]
+        more = torch.arange(places - self.places, device=position.device)
         after = self.follows + (more if position.dim() == 2 else more[:, None])
-        position = torch.cat([position, after], 1)[:, :places]
-        return position, None if self.size is None else F.pad(self.size, (0, len(more)))[:, :places]
+        return torch.cat([position, after], 1), None if self.size is None else F.pad(self.size, (0, len(more)))
 
     def _cropped(self, places: int) -> Layout:
         """The first ``places`` places; what follows is the first that is gone."""
@@ -169,8 +170,12 @@ class Layout:
         return replace(self, **changed)
 
 
-def _or_zeros(x: Tensor | None, like: Tensor, places: int) -> Tensor:
-    return like.new_zeros(len(like), places, *like.shape[2:]) if x is None else x[:, :places]
+def _behind(earlier: Tensor | None, x: Tensor, places: int) -> Tensor:
+    """``x`` behind the first ``places`` of what was there, 0 where there was nothing."""
+    if not places:
+        return x
+    before = x.new_zeros(len(x), places, *x.shape[2:]) if earlier is None else earlier[:, :places]
+    return torch.cat(alike(before, x), 1)
 
 
 def alike(*positions: Tensor, like: Tensor | None = None) -> list[Tensor]:
@@ -188,36 +193,36 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
     ``image`` (B, T) is True at placeholders, row by row those of the images in order, ``mask`` (B, T) 0 at the caller's
     padding; ``full`` and ``kept`` are the placeholders of every image before and after.
     """
-    counts = image.sum(1)
-    ends = torch.tensor([0, *full], device=image.device).cumsum(0)
-    if not bool(torch.isin(counts.cumsum(0), ends).all()):
-        expected = f"multiples of {full[0]}" if len({*full}) == 1 else f"those of pictures with {list(full)}"
-        raise UserError(
-            f"rows hold {counts.tolist()} image placeholders, expected {expected}: "
-            "use the model's own processor, one placeholder text per picture"
-        )
-    number, rank = ranks(image, full)
-    full, kept = (torch.tensor(lengths, device=image.device) for lengths in (full, kept))
-    inside = (rank >= 0) & (rank < full[number] - 1)  # the columns between the placeholders of a picture, its row ends
-    stays = (mask != 0) & torch.where(image, rank < kept[number], ~inside | (kept == full)[number])
-    column = torch.arange(image.shape[1], device=image.device)
-    tail = int(torch.where(image, column, -1).max()) + 1  # the first of the columns that all rows have after images
-    return _packed(stays, mask != 0, tail)
+    width, real = image.shape[1], mask != 0
+    stays, placeholder = real.clone(memory_format=torch.contiguous_format), image.flatten()
+    column, after, start, tail = stays.view(-1), placeholder.nonzero().flatten().tolist(), 0, 0
+    for before, left in zip(full, kept):  # what a picture has in its row, row ends between its placeholders included
+        first, last = after[start], after[start + before - 1]
+        if first // width != last // width:
+            expected = f"multiples of {full[0]}" if len({*full}) == 1 else f"those of pictures with {list(full)}"
+            raise UserError(
+                f"rows hold {image.sum(1).tolist()} image placeholders, expected {expected}: "
+                "use the model's own processor, one placeholder text per picture"
+            )
+        if left < before:
+            column[first : last + 1] &= placeholder[first : last + 1]
+            column[after[start + left] : last + 1] = False
+        start, tail = start + before, max(tail, last % width + 1)
+    return _packed(stays, real, tail)
 
 
 def _packed(stays: Tensor, real: Tensor, tail: int) -> Layout:
     """The columns that ``stays`` (B, T) marks, and all from ``tail`` on, of a prompt that is ``real`` (B, T)."""
-    width = stays.shape[1]
+    rows, width = stays.shape
     head = stays[:, :tail]
     lengths = head.sum(1, keepdim=True)
     places = int(lengths.max())
-    place = torch.arange(places, device=stays.device).expand(len(stays), -1)
+    place = torch.arange(places, device=stays.device)
     padded_right = ~real[:, min(tail, width - 1) :].any(1, keepdim=True)
     shift = (places - lengths).masked_fill(padded_right, 0)
     there = (place >= shift) & (place < shift + lengths)
-    order = head.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-    index = order.gather(1, (place - shift).clamp(min=0))
-    behind = torch.arange(tail, width, device=stays.device).expand(len(stays), -1)
+    index = place.new_zeros(rows, places).masked_scatter_(there, head.nonzero()[:, 1])
+    behind = torch.arange(tail, width, device=stays.device).expand(rows, -1)
     return Layout(torch.cat([index, behind], 1), torch.cat([there, real[:, tail:]], 1), width)
 
 

@@ -13,6 +13,7 @@ decoding and later turns.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,10 +74,10 @@ def _told(call: Call, stats: Stats | None, rows: int) -> Layout:
     return call.told
 
 
-def _sizes(stats: Stats) -> list[Tensor]:
+def _sizes(stats: Stats) -> Sequence[Tensor]:
     """(K,) for each image the patches of its tokens; 0, as at text, where it lost none."""
     if not stats.packed:
-        return [*stats.sizes]
+        return stats.sizes
     return [one.size * (len(one.token) < len(one.group)) for one in stats.packed]
 
 

@@ -44,7 +44,7 @@ def shift_to_median(image: Tensor, median: Sequence[Tensor]) -> Tensor:
     times in place (beams). ``median`` are per image (K,) the median patches of its tokens, counted within it.
     """
     if isinstance(median, Tensor):
-        return at_placeholders(image, (median - torch.arange(median.shape[1], device=median.device)).unbind())
+        return at_placeholders(image, median - torch.arange(median.shape[1], device=median.device))
     return at_placeholders(image, [place - torch.arange(len(place), device=place.device) for place in median])
 
 
@@ -52,11 +52,10 @@ def at_placeholders(image: Tensor, values: Sequence[Tensor]) -> Tensor:
     """(B, S) or (B, S, A) with ``values`` (K,) or (K, A) of each image at its placeholders, 0 elsewhere; see
     `shift_to_median`.
     """
-    flat = torch.cat(tuple(values))
-    counts = image.sum(1)
-    repeats = max(1, int(counts.sum()) // len(flat))
-    row_start = counts[::repeats].cumsum(0) - counts[::repeats]
-    rank = (image.long().cumsum(1) - 1).clamp(min=0)
-    at = (row_start.repeat_interleave(repeats)[:, None] + rank).clamp(max=len(flat) - 1)
+    flat = values.flatten(0, 1) if isinstance(values, Tensor) else torch.cat(tuple(values))
+    repeats = max(1, int(image.sum()) // len(flat))
+    once = image[::repeats]
+    at = (once.flatten().cumsum(0) - 1).clamp(0, len(flat) - 1).view_as(once)
+    at = at if repeats == 1 else at.repeat_interleave(repeats, 0)
     elsewhere = on(flat.device, ~image)
     return flat[on(flat.device, at)].masked_fill(elsewhere if flat.dim() == 1 else elsewhere[..., None], 0)
