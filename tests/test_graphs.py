@@ -600,6 +600,20 @@ def test_drawing_keeps_captures_away(one, monkeypatch):
     assert entered
 
 
+def test_a_graph_that_another_thread_has_no_use_for_any_more_is_not_kept(one, monkeypatch):
+    model = build(layers=2)
+    with attach(model, keep=144, graph=True) as handle:
+
+        class Overtaken(Recorded):
+            def __init__(self, *args):
+                super().__init__(*args)
+                handle.update(graph=False)  # gives all graphs back
+
+        monkeypatch.setattr(graphs, "Capture", Overtaken)
+        seen(model, one)
+        assert made() == 1 and len(handle.graphs) == 0 and Recorded.made_so_far[0].made is None
+
+
 def test_a_deep_copy_makes_graphs_of_its_own(one):
     model = build(layers=3)
     with attach(model, keep=144, graph=True) as handle:

@@ -127,6 +127,7 @@ class Graphs:
     def _capture(self, key: Key, work: Work) -> str | None:
         """Make the graph of a call; if that fails, why."""
         with self._lock:
+            watch = self._watch
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)[1][0].free()
                 self._rare += 1
@@ -141,6 +142,9 @@ class Graphs:
             said = str(error).strip().partition("\n")[0]
             return f"the capture failed: {type(error).__name__}: {said}"
         with self._lock:
+            if self._watch is not watch:  # all was forgotten meanwhile
+                capture.free()
+                return None
             self._kept[key] = found
             self._seen.pop(key, None)
         return None
