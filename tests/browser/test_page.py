@@ -517,8 +517,10 @@ def broken(page):
 def test_everything_fits_and_can_be_read(visit, files, size):
     visitor = visit(size)
     visitor.shot(f"{size[0]}-empty")
+    opened = source(visitor, "#pm-groups")
     visitor.ask(truth(16)[0], files[16])
     visitor.until(lambda: visitor.page.locator("#pm-which input").input_value().startswith("1. scene16"))
+    visitor.until(lambda: source(visitor, "#pm-groups") != opened)  # what is clicked before goes with its picture
     visitor.page.locator("#pm-groups img").click(position={"x": 200, "y": 260})
     visitor.until(lambda: "Token" in visitor.page.locator("#pm-picked").inner_text())
     assert asked_of(visitor, FIGURES) == [7, 7]
