@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import chain, takewhile
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -66,8 +66,7 @@ class Watch:
         self._parts = [each[name] for name in ("_modules", "_parameters", "_buffers") for each in kept]
         self._hooks = [each[name] for name in ("_forward_pre_hooks", "_forward_hooks") for each in kept[1:]]
         self._around, self._last = tower._forward_hooks, last
-        self._held = _values(self._parts)  # alive, so that no other object can have one of their ids
-        self._ids = tuple(map(id, self._held))
+        self._held = _values(self._parts)  # alive, so that no other tensor can lie where one of them does
         self._tensors = [each for each in self._held if isinstance(each, Tensor)]
         from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # not in the original llava's torch
 
@@ -78,7 +77,8 @@ class Watch:
 
     def is_current(self) -> bool:
         """Whether these are still the modules, parameters and buffers that there are."""
-        return tuple(map(id, _values(self._parts))) == self._ids
+        now = _values(self._parts)
+        return len(now) == len(self._held) and all(map(is_, now, self._held))
 
     def state(self) -> tuple:
         """Equal for two calls that a graph cannot tell apart."""
