@@ -49,7 +49,8 @@ def launcher(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None] |
     if _VERSION == (3, 6):
         return lambda stream, *args: launch(*grid, stream, *kind, *no_scratch, *of_this_launch, *args)
     known = *kind, *of_this_launch, *no_scratch, run.arg_annotations, run.kernel_signature
-    return lambda stream, *args: launch(*grid, stream, *known, args)
+    # ``held``: from 3.8 on Triton unloads what nobody has, such as one of two that threads compiled at once
+    return lambda stream, *args, held=compiled: launch(*grid, stream, *known, args)
 
 
 @triton.jit(do_not_specialize=["tokens", "protected"])
