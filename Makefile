@@ -96,7 +96,7 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_graphs_gpu.py
 
-# Once with each end of the versions of Triton whose launcher is known.
+# Once with the first Triton whose launcher is known, and with the newest, which fails where it is not known yet.
 KERNEL_TESTS = OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -q -m "not gpu" --confcutdir=tests/kernels tests/kernels
 test-kernels: $(KERNELS)/.ready $(KERNELS)/newest/.ready
 	$(KERNEL_TESTS)
@@ -138,6 +138,7 @@ $(REAL)/.ready: requirements/real.txt $(PINS) pyproject.toml
 $(TRL)/.ready: requirements/trl.txt $(PINS) pyproject.toml
 
 $(KERNELS)/newest/.ready: requirements/kernels-newest.txt $(KERNELS)/.ready
+	@echo "Adding the newest Triton to $(KERNELS): once, 200 MB"
 	rm -rf $(KERNELS)/newest
 	$(KERNELS)/bin/python -m pip install $(PIP_FLAGS) --no-deps --target $(KERNELS)/newest -r $<
 	touch $@

@@ -600,16 +600,17 @@ def test_drawing_keeps_captures_away(one, monkeypatch):
     assert entered
 
 
-def test_a_graph_that_another_thread_has_no_use_for_any_more_is_not_kept(one, monkeypatch):
+@pytest.mark.parametrize("owner, name", [(Recorded, "__init__"), (TowerWork, "eager_reason_inside")])
+def test_a_graph_that_another_thread_has_no_use_for_any_more_is_not_kept(owner, name, one, monkeypatch):
     model = build(layers=2)
     with attach(model, keep=144, graph=True) as handle:
+        own = getattr(owner, name)
 
-        class Overtaken(Recorded):
-            def __init__(self, *args):
-                super().__init__(*args)
-                handle.update(graph=False)  # gives all graphs back
+        def overtaken(*args):
+            handle.update(graph=False)  # gives all graphs back
+            return own(*args)
 
-        monkeypatch.setattr(graphs, "Capture", Overtaken)
+        monkeypatch.setattr(owner, name, overtaken)
         seen(model, one)
         assert made() == 1 and len(handle.graphs) == 0 and Recorded.made_so_far[0].made is None
 

@@ -142,7 +142,7 @@ class Graphs:
             said = str(error).strip().partition("\n")[0]
             return f"the capture failed: {type(error).__name__}: {said}"
         with self._lock:
-            if self._watch is not watch:  # all was forgotten meanwhile
+            if watch is None or self._watch is not watch:  # all was forgotten meanwhile
                 capture.free()
                 return None
             self._kept[key] = found

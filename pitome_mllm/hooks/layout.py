@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import UserError
-from .positions import caller_positions
+from .positions import caller_positions, ranks
 from .transfers import on
 
 IGNORED = -100  # the label of a token that no loss counts
@@ -193,22 +193,21 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
     ``image`` (B, T) is True at placeholders, row by row those of the images in order, ``mask`` (B, T) 0 at the caller's
     padding; ``full`` and ``kept`` are the placeholders of every image before and after.
     """
-    width, real = image.shape[1], mask != 0
-    stays, placeholder = real.clone(memory_format=torch.contiguous_format), image.flatten()
-    column, after, start, tail = stays.view(-1), placeholder.nonzero().flatten().tolist(), 0, 0
-    for before, left in zip(full, kept):  # what a picture has in its row, row ends between its placeholders included
-        first, last = after[start], after[start + before - 1]
-        if first // width != last // width:
-            expected = f"multiples of {full[0]}" if len({*full}) == 1 else f"those of pictures with {list(full)}"
-            raise UserError(
-                f"rows hold {image.sum(1).tolist()} image placeholders, expected {expected}: "
-                "use the model's own processor, one placeholder text per picture"
-            )
-        if left < before:
-            column[first : last + 1] &= placeholder[first : last + 1]
-            column[after[start + left] : last + 1] = False
-        start, tail = start + before, max(tail, last % width + 1)
-    return _packed(stays, real, tail)
+    counts = image.sum(1)
+    ends = torch.tensor([0, *full], device=image.device).cumsum(0)
+    if not bool(torch.isin(counts.cumsum(0), ends).all()):
+        expected = f"multiples of {full[0]}" if len({*full}) == 1 else f"those of pictures with {list(full)}"
+        raise UserError(
+            f"rows hold {counts.tolist()} image placeholders, expected {expected}: "
+            "use the model's own processor, one placeholder text per picture"
+        )
+    number, rank = ranks(image, full)
+    full, kept = (torch.tensor(lengths, device=image.device) for lengths in (full, kept))
+    inside = (rank >= 0) & (rank < full[number] - 1)  # the columns between the placeholders of a picture, its row ends
+    stays = (mask != 0) & torch.where(image, rank < kept[number], ~inside | (kept == full)[number])
+    column = torch.arange(image.shape[1], device=image.device)
+    tail = int(torch.where(image, column, -1).max()) + 1  # the first of the columns that all rows have after images
+    return _packed(stays, mask != 0, tail)
 
 
 def _packed(stays: Tensor, real: Tensor, tail: int) -> Layout:

@@ -246,11 +246,12 @@ class FusedMerge(Merge):
             logs = torch.empty((batch, 1, 1, self.count + -self.count % 8), dtype=x.dtype, device=x.device)
             own = (self._first, self._member, self._slot) if self._renumbered else ()
             launch(stream_of(x.device), self._memory, x, total if size is None else size, y, total, logs, *own)
-        self._logs = self._logs or (total, logs)
+        self._logs = self._logs or (total, logs)  # those of the features, which are reduced before keys
         return y, total
 
     def log_sizes(self, size: Tensor, dtype: torch.dtype) -> Tensor:
-        made, self._logs = self._logs, None  # handed over: no graph has to copy it
+        """As `Merge.log_sizes`; what the kernel wrote is handed over once, so that nobody keeps or copies it longer."""
+        made, self._logs = self._logs, None
         if made is None or made[0] is not size or made[1].dtype != dtype:
             return super().log_sizes(size, dtype)
         return made[1][..., : self.count]
@@ -259,7 +260,7 @@ class FusedMerge(Merge):
         merge = super().in_source_order()
         if merge is not self:
             merge._slot = merge._group.gather(1, merge._rest).int()
-            merge._renumbered = True
+            merge._renumbered, merge._logs = True, None
         return merge
 
 

@@ -1,4 +1,4 @@
-"""What a launch takes beside the kernel: its tiles, places in memory, and as little of Python as can be."""
+"""What a launch takes beside the kernel: options, tiles, places in memory, and as little of Python as can be."""
 
 from __future__ import annotations
 

@@ -41,14 +41,14 @@ def launcher(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None] |
     if not isinstance(compiled, CompiledKernel) or _VERSION < (3, 5):
         return None
     start, run = compiled[grid], compiled.run
-    besides = run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
-    if not (3, 6) <= _VERSION <= (3, 9) or besides:
+    takes_more = run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
+    if not (3, 6) <= _VERSION <= (3, 9) or takes_more:
         return lambda stream, *args: start(*args, stream=stream)
-    launch, kind = run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
-    no_scratch, of_this_launch = (None, None), (compiled.packed_metadata, None, None, None)  # and no hooks
+    launch, kernel = run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    about, no_hooks, no_scratch = compiled.packed_metadata, (None, None, None), (None, None)
     if _VERSION == (3, 6):
-        return lambda stream, *args: launch(*grid, stream, *kind, *no_scratch, *of_this_launch, *args)
-    known = *kind, *of_this_launch, *no_scratch, run.arg_annotations, run.kernel_signature
+        return lambda stream, *args: launch(*grid, stream, *kernel, *no_scratch, about, *no_hooks, *args)
+    known = *kernel, about, *no_hooks, *no_scratch, run.arg_annotations, run.kernel_signature
     # ``held``: from 3.8 on Triton unloads what nobody has, such as one of two that threads compiled at once
     return lambda stream, *args, held=compiled: launch(*grid, stream, *known, args)
 
@@ -231,9 +231,10 @@ def combine(
     x, size, y, total, logs, lead, member, slot, x_batch_stride, x_row_stride, lead_stride, tokens, rest,
     WIDTH: tl.constexpr, STEP: tl.constexpr, REST: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one group, WEIGHTED by size: its first token and a share of the others' distance. And their sum.
+    """The mean of one group, WEIGHTED by size: its first token and a share of the others' distance.
 
-    In the order, and with the rounding, of `Merge.reduce`. And ``logs`` of the sums, in rows as `log_sizes` makes them.
+    In the order, and with the rounding, of `Merge.reduce`. Beside it the sum of the sizes, and its logarithm in rows as
+    `log_sizes` makes them.
     """
     k, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.program_id(2) * STEP + tl.arange(0, STEP)

@@ -238,7 +238,11 @@ def test_the_order_of_the_published_code(device, switch, name):
     merge = reducer.match(metric.to(device), 9, protected=1).in_source_order()
     expected = reference(switch, reducer, metric, 9, protected=1).in_source_order()
     assert torch.equal(merge.group.cpu(), expected.group)
-    assert torch.equal(merge.reduce(metric.to(device))[0].cpu(), expected.reduce(metric)[0])
+    seen, sizes = merge.reduce(metric.to(device))
+    assert torch.equal(seen.cpu(), expected.reduce(metric)[0])
+    with Operations() as torchs:
+        merge.log_sizes(sizes, torch.float32)
+    assert not torchs.seen
 
 
 def test_merges_in_a_row_compose(device, switch):
