@@ -600,7 +600,9 @@ def test_drawing_keeps_captures_away(one, monkeypatch):
     assert entered
 
 
-@pytest.mark.parametrize("owner, name", [(Recorded, "__init__"), (TowerWork, "eager_reason_inside")])
+@pytest.mark.parametrize(
+    "owner, name", [(graphs.Graphs, "_learn"), (TowerWork, "eager_reason_inside"), (Recorded, "__init__")]
+)
 def test_a_graph_that_another_thread_has_no_use_for_any_more_is_not_kept(owner, name, one, monkeypatch):
     model = build(layers=2)
     with attach(model, keep=144, graph=True) as handle:

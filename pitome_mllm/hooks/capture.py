@@ -160,7 +160,8 @@ def _remaker(value: Any, found: dict[int, Tensor]) -> _Remake | None:
     if isinstance(value, _ATOMS):
         return None
     if isinstance(value, (Merge, Stats)):
-        parts = {name: _gone if _is_recipe(each) else each for name, each in vars(value).items()}
+        kept = value.__getstate__() if isinstance(value, Merge) else vars(value)
+        parts = {name: _gone if _is_recipe(each) else each for name, each in kept.items()}
         varied = _remakers({name: each for name, each in parts.items() if each is not _gone}, found)
 
         def made(fresh: dict[int, Tensor]) -> Any:

@@ -45,6 +45,7 @@ class Graphs:
         self._rare = 0  # how often calls of a kind have to come again before they are captured: 2 ** this times
         self._pool: Any = None
         self._said: set[str] = set()
+        self._cleared = 0  # how often all were given back
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -56,7 +57,7 @@ class Graphs:
             if plan.graph is True:
                 self._say(f"it is on {device}, and {' and '.join(DEVICES)} has them", kind, plan)
             return plain(*args, **kwargs)
-        work, reason = kind(*call), unsupported_now()
+        work, reason, cleared = kind(*call), unsupported_now(), self._cleared
         key = self._find(work) if reason is None else None
         made = None if key is None else self._replayed(key, work.inputs)
         if made is not None:
@@ -66,7 +67,7 @@ class Graphs:
         if reason is not None:
             self._say(reason, kind, plan)
         elif key is not None:
-            self._learn(work)
+            self._learn(work, cleared)
         return output
 
     def _find(self, work: Work) -> Key | None:
@@ -98,8 +99,8 @@ class Graphs:
             capture, copies = found
         return capture.replay(inputs, copies)
 
-    def _learn(self, work: Work) -> None:
-        """Count a call that ran eagerly, and capture it if it came often enough."""
+    def _learn(self, work: Work, cleared: int) -> None:
+        """Count a call that ran eagerly, and capture it if it came often enough, and nothing was ``cleared`` since."""
         key = self._find(work)  # anew: the first call of a module may have changed its hooks
         if key is None or not self._is_due(key, work.plan):
             return
@@ -109,7 +110,7 @@ class Graphs:
                 if not free:  # later, and later each time
                     self._rare, self._seen[key] = self._rare + 1, 0
                     return
-                reason = self._capture(key, work)
+                reason = self._capture(key, work, cleared)
         if reason is not None:
             self._seen[key] = -1
             self._say(reason, type(work), work.plan)
@@ -124,10 +125,9 @@ class Graphs:
             least = (1 if plan.graph is True else 2) << min(self._rare, RAREST)
             return times >= least and key not in self._kept
 
-    def _capture(self, key: Key, work: Work) -> str | None:
+    def _capture(self, key: Key, work: Work, cleared: int) -> str | None:
         """Make the graph of a call; if that fails, why."""
         with self._lock:
-            watch = self._watch
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)[1][0].free()
                 self._rare += 1
@@ -142,16 +142,17 @@ class Graphs:
             said = str(error).strip().partition("\n")[0]
             return f"the capture failed: {type(error).__name__}: {said}"
         with self._lock:
-            if watch is None or self._watch is not watch:  # all was forgotten meanwhile
-                capture.free()
+            if self._cleared == cleared:
+                self._kept[key] = found
+                self._seen.pop(key, None)
                 return None
-            self._kept[key] = found
-            self._seen.pop(key, None)
+        capture.free()
         return None
 
     def clear(self) -> None:
         """Give all graphs and their memory back."""
         with self._lock:
+            self._cleared += 1
             self._forget()
 
     def _forget(self) -> None:

@@ -212,16 +212,17 @@ def shorten(image: Tensor, mask: Tensor, full: Sequence[int], kept: Sequence[int
 
 def _packed(stays: Tensor, real: Tensor, tail: int) -> Layout:
     """The columns that ``stays`` (B, T) marks, and all from ``tail`` on, of a prompt that is ``real`` (B, T)."""
-    rows, width = stays.shape
+    width = stays.shape[1]
     head = stays[:, :tail]
     lengths = head.sum(1, keepdim=True)
     places = int(lengths.max())
-    place = torch.arange(places, device=stays.device)
+    place = torch.arange(places, device=stays.device).expand(len(stays), -1)
     padded_right = ~real[:, min(tail, width - 1) :].any(1, keepdim=True)
     shift = (places - lengths).masked_fill(padded_right, 0)
     there = (place >= shift) & (place < shift + lengths)
-    index = place.new_zeros(rows, places).masked_scatter_(there, head.nonzero()[:, 1])
-    behind = torch.arange(tail, width, device=stays.device).expand(rows, -1)
+    order = head.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    index = order.gather(1, (place - shift).clamp(min=0))
+    behind = torch.arange(tail, width, device=stays.device).expand(len(stays), -1)
     return Layout(torch.cat([index, behind], 1), torch.cat([there, real[:, tail:]], 1), width)
 
 

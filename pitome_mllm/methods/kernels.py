@@ -196,6 +196,7 @@ class FusedMerge(Merge):
 
     by_energy: Tensor
     _slot: Tensor
+    _logs: tuple[Tensor, Tensor] | None = None  # sizes that were made, and what `log_sizes` makes of them
 
     def __init__(self, memory: Tensor, shape: tuple[int, int, int, int], unit: float | None) -> None:
         """What lies in ``memory``, of ``shape`` B, N, n, r; ``unit`` makes means of energies, None = there are none."""
@@ -204,7 +205,6 @@ class FusedMerge(Merge):
         self._memory, self._shape, self._unit = memory, shape, unit
         self._weight = None
         self._may_drop = self._renumbered = False
-        self._logs: tuple[Tensor, Tensor] | None = None  # sizes that were made, and what `log_sizes` makes of them
 
     def __getattr__(self, name: str) -> Tensor | None:
         make = _ASKED.get(name)
@@ -213,6 +213,12 @@ class FusedMerge(Merge):
         value = make(self)
         setattr(self, name, value)
         return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is read from the memory again, as far as that was not changed, and what a tower is done with."""
+        own = ("group", "_first", "_slot") if self._renumbered else ()
+        gone = {"_logs", *_ASKED}.difference(own)
+        return {name: value for name, value in vars(self).items() if name not in gone}
 
     def _read(self, name: str) -> Tensor:
         return places_of(*self._shape, 1, 1)[0][name].of(self._memory)
@@ -250,7 +256,7 @@ class FusedMerge(Merge):
         return y, total
 
     def log_sizes(self, size: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `Merge.log_sizes`; what the kernel wrote is handed over once, so that nobody keeps or copies it longer."""
+        """As `Merge.log_sizes`; what the kernel wrote is handed over once."""
         made, self._logs = self._logs, None
         if made is None or made[0] is not size or made[1].dtype != dtype:
             return super().log_sizes(size, dtype)

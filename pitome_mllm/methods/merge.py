@@ -139,6 +139,10 @@ class Merge:
         self._first = order[:, :count]  # the first token of each group ...
         self._rest = order[:, count:]  # ... and all the others
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of."""
+        return dict(vars(self))
+
     @classmethod
     def join(cls: type[M], tokens: int, sources: Tensor, targets: Tensor, **extra: Any) -> M:
         """Each of ``sources`` (B, r) joins the token of ``targets`` (B, r) beside it; the other tokens stay alone.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import math
 import weakref
 
@@ -229,6 +231,21 @@ def test_what_is_computed_again_for_gradients_is_decided_alike(device, reentrant
     checkpoint(merged, metric, use_reentrant=reentrant).sum().backward()
     assert len(made) == 2 and all(isinstance(merge, FusedMerge) for merge in made)
     torch.testing.assert_close(metric.grad.sum(1), torch.full((2, 16), 67.0, device=device))
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_merges_that_were_looked_at_are_saved_and_copied(device, published):
+    merge, x, size = merged(device)
+    merge = merge.in_source_order() if published else merge
+    (means, sizes), looked_at = merge.reduce(x, size), (merge.group, merge.energy, merge.by_energy, merge._rest)
+    saved = io.BytesIO()
+    torch.save(merge, saved)
+    saved.seek(0)
+    for again in (torch.load(saved, weights_only=False), copy.deepcopy(merge)):
+        for seen, expected in zip((again.group, again.energy, again.by_energy, again._rest), looked_at):
+            assert torch.equal(seen, expected)
+        assert torch.equal(again.reduce(x, size)[0], means)
+    assert torch.equal(copy.deepcopy(merge).log_sizes(sizes, x.dtype), log_sizes(sizes, x.dtype))  # torch's: not kept
 
 
 @pytest.mark.parametrize("name", ["pitome", "tome"])
