@@ -142,11 +142,11 @@ class Graphs:
             said = str(error).strip().partition("\n")[0]
             return f"the capture failed: {type(error).__name__}: {said}"
         with self._lock:
-            if self._cleared == cleared:
-                self._kept[key] = found
-                self._seen.pop(key, None)
+            if self._cleared != cleared:  # nobody wants it any more
+                capture.free()
                 return None
-        capture.free()
+            self._kept[key] = found
+            self._seen.pop(key, None)
         return None
 
     def clear(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .launches import KEPT, Energy, Launch, Rows, Tile, Tiles, is_transformed, on, padded, places_of, power, stream_of
-from .merge import Merge
+from .merge import Merge, whole_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class FusedMerge(Merge):
         with on(x.device):
             y = torch.empty((batch, self.count, width), dtype=x.dtype, device=x.device)
             total = torch.empty((batch, self.count, 1), dtype=torch.float32, device=x.device)
-            logs = torch.empty((batch, 1, 1, self.count + -self.count % 8), dtype=x.dtype, device=x.device)
+            logs = torch.empty((batch, 1, 1, whole_vectors(self.count)), dtype=x.dtype, device=x.device)
             own = (self._first, self._member, self._slot) if self._renumbered else ()
             launch(stream_of(x.device), self._memory, x, total if size is None else size, y, total, logs, *own)
         self._logs = self._logs or (total, logs)  # those of the features, which are reduced before keys

@@ -59,13 +59,18 @@ def median_of_groups(group: Tensor, count: int) -> Tensor:
     return slot.argsort(dim=1, stable=True).gather(1, middle[:, :count].clamp(max=slot.shape[1] - 1))
 
 
-def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """log(size) of tokens with ``size`` (B, N, 1), as (B, 1, 1, N), in rows that start where a GPU reads whole vectors.
+def whole_vectors(tokens: int) -> int:
+    """The length of a row of so many numbers after which the next one starts where a GPU reads whole vectors."""
+    return tokens + -tokens % 8
 
-    Attention on a GPU would else copy them to where they do, in every block, for every query.
+
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(size) of tokens with ``size`` (B, N, 1), as (B, 1, 1, N), in rows of `whole_vectors`.
+
+    Attention on a GPU would else copy them to such, in every block, for every query.
     """
     batch, tokens = size.shape[:2]
-    row = size.new_zeros(batch, 1, 1, tokens + -tokens % 8, dtype=dtype)[..., :tokens]
+    row = size.new_zeros(batch, 1, 1, whole_vectors(tokens), dtype=dtype)[..., :tokens]
     return row.copy_(size.log().reshape(batch, 1, 1, tokens))
 
 

@@ -266,7 +266,7 @@ def combine(
     tl.store(y + at * WIDTH + c, mean.to(y.dtype.element_ty), mask=c < WIDTH)
     if tl.program_id(2) == 0:
         tl.store(total + at, sizes)
-        row, beyond = (groups + 7) // 8 * 8, groups + tl.arange(0, 8)
+        row, beyond = (groups + 7) // 8 * 8, groups + tl.arange(0, 8)  # `whole_vectors`
         logs += b * row
         tl.store(logs + k, tl.log(sizes).to(logs.dtype.element_ty))
         if k == 0:
